@@ -38,6 +38,14 @@ if keras.backend.backend() == "tensorflow":
     )
 
 
+def pytest_collection_modifyitems(config, items):
+    if keras.backend.backend() == "tensorflow":
+        return
+    left_out = [item for item in items if item.get_closest_marker("one_backend")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(autouse=True)
 def keras_defaults():
     """A test starts from Keras's defaults and the same seed, and leaves the defaults behind.

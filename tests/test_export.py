@@ -24,9 +24,6 @@ pytest.importorskip("tensorflow_serving")
 
 ROOT = Path(__file__).parent.parent
 BACKEND = keras.backend.backend()
-ON_TENSORFLOW = pytest.mark.skipif(
-    BACKEND != "tensorflow", reason="the same code on every backend; this one is the quickest"
-)
 TINY = {
     "input_shape": (32, 32, 3),
     "classes": 7,
@@ -125,7 +122,7 @@ MAKES = {
 }  # fmt: skip
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 @pytest.mark.parametrize("make", MAKES)
 def test_models_of_every_make_are_served(make, tmp_path):
     model = MAKES[make]()
@@ -142,7 +139,7 @@ def test_models_of_every_make_are_served(make, tmp_path):
     np.testing.assert_allclose(served, expected, atol=1e-5)
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 def test_a_model_that_takes_channels_first_is_served(tmp_path):
     keras.config.set_image_data_format("channels_first")
     model = keras_tnt.TNT(**{**TINY, "input_shape": (3, 32, 32)})
@@ -153,7 +150,7 @@ def test_a_model_that_takes_channels_first_is_served(tmp_path):
     np.testing.assert_allclose(served["probabilities"], expected, atol=2e-3)
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 def test_a_model_without_a_classifier_gives_features(tmp_path):
     model = keras_tnt.TNT(**{**TINY, "include_top": False, "pooling": "avg"})
     path = keras_tnt.export.saved_model(model, tmp_path / "tnt")
@@ -177,7 +174,7 @@ def test_a_model_of_mixed_precision_is_exported_in_float32(tmp_path):
     np.testing.assert_allclose(found, exact.predict_on_batch(images), atol=1e-5)
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 def test_outputs_are_found_at_the_end_of_models_of_every_kind():
     from keras_tnt.export.network import serving_network
 
@@ -208,7 +205,7 @@ def test_outputs_are_found_at_the_end_of_models_of_every_kind():
 # === ONNX ===
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_onnx_of_less_precision_is_smaller_and_tells_its_agreement(precision, tmp_path):
     model = keras_tnt.TNT(**{**TINY, "outer_dim": 96, "depth": 2})
@@ -229,7 +226,7 @@ def test_onnx_of_less_precision_is_smaller_and_tells_its_agreement(precision, tm
     assert 0 <= agreement["same_top1"] <= 1
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 def test_onnx_of_the_features_and_its_metadata(tmp_path):
     model = keras_tnt.DeiT(input_shape=(32, 32, 3), classes=7, embed_dim=16, depth=1, num_heads=2)
     path = keras_tnt.export.onnx(
@@ -262,7 +259,7 @@ ort.InferenceSession.create(path).then(async (session) => {
 """
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 @pytest.mark.slow
 def test_onnx_gives_the_same_logits_in_node(tmp_path, pytestconfig):
     if not (shutil.which("node") and shutil.which("npm")):
@@ -339,7 +336,7 @@ def test_a_package_that_is_missing_is_told_by_name(tmp_path, monkeypatch):
 # === Versions ===
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 def test_versions_count_up_and_are_never_replaced(tmp_path):
     model = keras_tnt.TNT(**TINY)
     directory = tmp_path / "tnt"
@@ -410,7 +407,7 @@ while True:
 """
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 @pytest.mark.slow
 def test_every_version_that_a_polling_reader_sees_loads_while_exports_are_killed(tmp_path):
     model = keras_tnt.TNT(**TINY)
@@ -500,7 +497,7 @@ def test_weights_that_give_nan_are_refused_and_nothing_is_kept(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 def test_a_file_that_does_not_say_what_the_model_says_is_an_error(tmp_path, monkeypatch):
     from keras_tnt.export import servable
 

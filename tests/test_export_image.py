@@ -3,7 +3,6 @@
 import functools
 import io
 
-import keras
 import numpy as np
 import pytest
 
@@ -15,9 +14,7 @@ tf = pytest.importorskip("tensorflow")
 Image = pytest.importorskip("PIL.Image")
 
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="no backend takes part in it"
-)
+pytestmark = pytest.mark.one_backend
 
 
 def picture(height, width):

@@ -16,6 +16,7 @@ import keras_tnt
 from keras_tnt.__main__ import main
 from tests.weights.conftest import cache, hub  # noqa: F401
 
+pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parent.parent
 REPOSITORY = "timm/deit_tiny_patch16_224.fb_in1k"
 

@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.one_backend
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 

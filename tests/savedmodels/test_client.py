@@ -14,6 +14,7 @@ import keras_tnt
 from keras_tnt.export.verification import draw_picture
 from tests.savedmodels.serving_double import Double
 
+pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parent.parent.parent
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import keras
 import pytest
 
 pytest.importorskip("tensorflow_serving")
@@ -15,9 +14,6 @@ pytest.importorskip("tensorflow_serving")
 import keras_tnt
 
 ROOT = Path(__file__).parent.parent.parent
-ON_TENSORFLOW = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="nothing in it depends on the backend"
-)
 
 
 def load_command():
@@ -37,7 +33,7 @@ def tiny():
     )  # fmt: skip
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 def test_a_training_run_is_exported(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
@@ -63,7 +59,7 @@ def test_a_training_run_is_exported(tmp_path, capsys):
     assert card["weights"] == f"run {run}"
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
     def refused(*arguments):
         with pytest.raises(SystemExit) as stopped:
@@ -79,7 +75,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
     assert "invalid choice: 'int4'" in refused("--model=TNTTiny", "--precision=int4")
 
 
-@ON_TENSORFLOW
+@pytest.mark.one_backend
 def test_an_error_of_the_export_is_one_line(tmp_path):
     model = tmp_path / "tiny.keras"
     tiny().save(model)

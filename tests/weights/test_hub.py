@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from keras_tnt.weights import hub as downloads
 from tests.weights.hub_server import COMMIT, Hub
 
+pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parents[2]
 REPOSITORY, FILE = "someone/flowers", "model.safetensors"
 

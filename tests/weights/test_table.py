@@ -11,6 +11,7 @@ from keras_tnt.weights.__main__ import BEGIN, END, with_table
 from keras_tnt.weights.table import CHECKPOINTS
 from tests import golden
 
+pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parents[2]
 # Top-1 of the papers and of timm's evaluation, in percent.
 TOP1 = {
