@@ -42,7 +42,7 @@ class Config:
     model: str = option("tnt_digits", "tnt_digits, or a model of keras_tnt, such as tnt_small")
     weights: str = option("", "what to start from: imagenet, a file of weights, hf://owner/repo")
     image_size: int = option(0, "side of the images in pixels; 0: the model's own")
-    stochastic_depth: float = option(0.0, "rate of the last block")
+    stochastic_depth: float = option(0.0, "rate of the last block; CaiT: of every block")
     dropout: float = option(0.0, "dropout rate")
     distilled: bool = option(False, "build the model with a distillation token and head")
 
@@ -53,7 +53,9 @@ class Config:
         0, "taken off the labels of --dataset=tfrecord (1 if they start at 1)"
     )
     classes: int = option(0, "number of classes; 0: as the data set has them")
-    data_service: str = option("", "address of a tf.data service that runs the input pipeline")
+    data_service: str = option(
+        "", "address of a tf.data service that makes the training images: grpc://host:port"
+    )
     max_corrupt: float = option(
         0.001, "share of the images that may be unreadable before the run stops", may_change=True
     )

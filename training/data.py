@@ -2,7 +2,8 @@
 
 The order is a pure function of (seed, epoch), an image's augmentation one of (seed, epoch, place in
 the epoch): a run goes on in the middle of an epoch by starting there, and however many workers and
-devices there are, they see the same global batches (of a streamed source: each worker its own).
+devices there are, they see the same global batches (of a streamed source: each worker its own). A
+tf.data service with several workers shows each image once, in whatever order they answer.
 """
 
 import dataclasses
@@ -126,7 +127,7 @@ def training_batches(source, config, size, fill, epoch, first_step, steps, share
         places = np.arange(order.size).reshape(order.shape)
         columns = share.columns(config.batch_size)
         items = in_order(source, order[first_step:, columns], places[first_step:, columns])
-    dataset = batches(items, source, transform, config, share, corrupt)
+    dataset = batches(items, source, transform, config, share, corrupt, config.data_service)
     if config.augmentation == "keras_cv":
         classes = config.classes or source.classes
         dataset = dataset.map(keras_cv_augmentation(config, classes)).prefetch(tf.data.AUTOTUNE)
@@ -208,8 +209,12 @@ def in_order(source, order, places):
     return slices.map(item)
 
 
-def batches(items, source, transform, config, share, corrupt):
-    """Batches for one replica each of what `transform(image, place)` makes of the items."""
+def batches(items, source, transform, config, share, corrupt, service=""):
+    """Batches for one replica each of what `transform(image, place)` makes of the items.
+
+    Args:
+        service: address of a tf.data service whose workers divide the items among themselves.
+    """
 
     def finish(name, image, label, place, counts):
         image = source.read(image) if source.read else image
@@ -221,20 +226,16 @@ def batches(items, source, transform, config, share, corrupt):
         dataset = items.map(finish, **parallel)
     else:
         dataset = items.interleave(
-            lambda *item: readable(item, finish, corrupt, in_process=not config.data_service),
+            lambda *item: readable(item, finish, corrupt, in_process=not service),
             cycle_length=READ_AHEAD,
             block_length=1,
             **parallel,
         )
+    if service:
+        sharding = tf.data.experimental.service.ShardingPolicy.DYNAMIC
+        dataset = dataset.apply(tf.data.experimental.service.distribute(sharding, service))
     batch_size = config.batch_size // share.replicas
-    dataset = dataset.batch(batch_size, drop_remainder=True)
-    if config.data_service:
-        dataset = dataset.apply(
-            tf.data.experimental.service.distribute(
-                tf.data.experimental.service.ShardingPolicy.OFF, config.data_service
-            )
-        )
-    return dataset.prefetch(tf.data.AUTOTUNE)
+    return dataset.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
 # How many images are worked on at once.

@@ -251,3 +251,21 @@ def test_imagenet_s_order_is_a_function_of_seed_and_epoch(imagenet):
 def test_imagenet_that_is_not_prepared_is_an_error_that_says_how(tmp_path):
     with pytest.raises(ValueError, match="tfds build imagenet2012"):
         sources.open_split(imagenet_config(tmp_path), held_out=False)
+
+
+def test_the_workers_of_a_data_service_show_each_image_once(folder):
+    root, broken = folder
+    service = tf.data.experimental.service
+    dispatcher = service.DispatchServer()
+    address = dispatcher.target.removeprefix("grpc://")
+    workers = [
+        service.WorkerServer(service.WorkerConfig(dispatcher_address=address)) for _ in range(2)
+    ]
+    values = folder_config(root, data_service=dispatcher.target)
+    seen = collect(train(sources.open_split(values, held_out=False), values))
+    alone = folder_config(root)
+    expected = collect(train(sources.open_split(alone, held_out=False), alone))
+    assert len(seen["image"]) == 32 and len(workers) == 2
+    by_content = [sorted(map(bytes, batches["image"])) for batches in (seen, expected)]
+    assert by_content[0] == by_content[1]
+    assert seen["weight"].sum() == expected["weight"].sum() < 32
