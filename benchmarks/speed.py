@@ -15,18 +15,50 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMM = {"tnt_small": "tnt_s_patch16_224", "deit_small": "deit_small_patch16_224"}
-# Multiply-accumulates of one 224x224 image: table 1 of arXiv 2103.00112, table 5 of 2012.12877.
-GMACS = {"tnt_small": 5.2, "deit_small": 4.6}
+sys.path.insert(0, str(ROOT))
+
+from training import checkpoint  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+DEPTH = 12
+PRECISIONS = ("float32", "bfloat16")
 RUNTIMES = {
-    "inference": ("tensorflow", "jax", "torch", "onnxruntime", "timm", "timm compiled"),
+    "inference": (
+        "tensorflow",
+        "jax",
+        "torch",
+        "onnxruntime",
+        "timm",
+        "timm onnx",
+        "timm compiled",
+    ),
     "training": ("tensorflow", "jax", "torch", "timm", "timm compiled"),
 }
 PEER = "timm compiled"
+
+
+class Benchmarked(NamedTuple):
+    """A model: its builder here, its name in timm, its cost.
+
+    Multiply-accumulates of one 224x224 image: table 1 of arXiv 2103.00112, table 5 of 2012.12877.
+    """
+
+    title: str
+    builder: str
+    timm: str
+    gmacs: float
+
+
+MODELS = {
+    "tnt_small": Benchmarked("TNT-S", "TNTSmall", "tnt_s_patch16_224", 5.2),
+    "deit_small": Benchmarked("DeiT-S", "DeiTSmall", "deit_small_patch16_224", 4.6),
+}
 
 
 def main():
@@ -35,25 +67,43 @@ def main():
         return work(**json.loads(options.worker))
     rows = []
     for mode in options.modes:
-        for model in options.models:
-            rows += race(model, mode, options)
+        tasks = [
+            {
+                "mode": mode,
+                "model": model,
+                "runtime": runtime,
+                "batch": options.batch,
+                "image_size": options.image_size,
+                "depth": DEPTH,
+                "precision": options.precision,
+            }
+            for model in options.models
+            for runtime in RUNTIMES[mode]
+            if installed(runtime) and runtime in (options.runtimes or [runtime])
+        ]
+        rows += race(tasks, options.rounds)
     report(rows, options)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--models", type=words, default=list(TIMM))
+    parser.add_argument("--models", type=words, default=list(MODELS))
     parser.add_argument("--modes", type=words, default=list(RUNTIMES))
     parser.add_argument("--runtimes", type=words, help="leave out the others")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "speed.json"))
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for given, known in ((options.models, TIMM), (options.modes, RUNTIMES)):
+    runtimes = dict.fromkeys(runtime for known in RUNTIMES.values() for runtime in known)
+    for given, known in (
+        (options.models, MODELS),
+        (options.modes, RUNTIMES),
+        (options.runtimes or (), runtimes),
+    ):
         if unknown := set(given) - set(known):
             parser.error(f"{', '.join(unknown)}: there are {', '.join(known)}")
     return options
@@ -62,52 +112,46 @@ def parse():
 # === The race: one process a row, one batch each in turn ===
 
 
-def race(model, mode, options):
-    task = {
-        "model": model,
-        "mode": mode,
-        "batch": options.batch,
-        "image_size": options.image_size,
-        "precision": options.precision,
-    }
-    runtimes = [r for r in RUNTIMES[mode] if installed(r)]
-    runtimes = [r for r in runtimes if not options.runtimes or r in options.runtimes]
-    workers = {}
-    for runtime in runtimes:
-        print(f"{mode}, {model}: preparing {runtime}", file=sys.stderr, flush=True)
-        worker = Worker({**task, "runtime": runtime})
-        if worker.ready:
-            workers[runtime] = worker
-    seconds = {runtime: [] for runtime in workers}
-    for number in range(options.rounds):
-        print(f"{mode}, {model}: round {number + 1}/{options.rounds}", file=sys.stderr, flush=True)
-        for runtime, worker in workers.items():
-            seconds[runtime].append(worker.ask("run")["seconds"])
-    rows = []
-    for runtime, worker in workers.items():
-        speed = sorted(options.batch / s for s in seconds[runtime])
-        rows.append(
-            {
-                **task,
-                "runtime": runtime,
-                "images_per_second": statistics.median(speed),
-                "slowest": speed[0],
-                "fastest": speed[-1],
-                "ready_seconds": worker.ready["ready_seconds"],
-                **worker.ask("stop"),
-            }
-        )
-    return rows
+def race(tasks, rounds):
+    """Run each task in a process of its own, all in turn.
+
+    Returns:
+        The tasks, each with the seconds of its batches and what its process told; without those
+        that failed.
+    """
+    workers = []
+    for task in tasks:
+        say(f"{task['mode']}, {task['model']}: preparing {task['runtime']}")
+        workers.append(Worker(task))
+    workers = [worker for worker in workers if worker.ready]
+    for number in range(rounds):
+        say(f"round {number + 1}/{rounds}")
+        for worker in workers:
+            worker.seconds.append(worker.ask("run")["seconds"])
+    return [
+        {**worker.task, **worker.ready, **worker.ask("stop"), "seconds": worker.seconds}
+        for worker in workers
+    ]
+
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 def installed(runtime):
     return importlib.util.find_spec(runtime.split()[0]) is not None
 
 
+def title(runtime):
+    """A runtime as a person reads it: ours by its backend, timm's as timm's."""
+    return runtime if runtime.startswith("timm") else f"ours on {runtime}"
+
+
 class Worker:
     """A process that prepares a row, then runs a batch whenever it is asked to."""
 
     def __init__(self, task):
+        self.task, self.seconds = task, []
         backend = task["runtime"].split()[0]
         backend = backend if backend in ("tensorflow", "jax", "torch") else "torch"
         if task["runtime"] == "onnxruntime":
@@ -142,16 +186,18 @@ class Worker:
         return None
 
 
-def work(runtime, model, mode, batch, image_size, precision):
+def work(mode, **task):
     """A worker: prepare, then answer "run" with the seconds of a batch, "stop" with peak memory."""
     import resource
 
     import numpy as np
 
     start = time.perf_counter()
-    images = np.random.default_rng(0).uniform(0, 255, (batch, image_size, image_size, 3))
-    labels = np.random.default_rng(1).integers(0, 1000, batch)
-    step = prepare(runtime, model, mode, images.astype("float32"), labels, precision)
+    shape = (task.pop("batch"), task["image_size"], task["image_size"], 3)
+    images = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
+    labels = np.random.default_rng(1).integers(0, 1000, len(images))
+    prepare = prepare_timm if task["runtime"].startswith("timm") else prepare_ours
+    step = prepare(mode=mode, images=images, labels=labels, **task)
     step()
     step()
     print(json.dumps({"ready_seconds": time.perf_counter() - start}), flush=True)
@@ -165,19 +211,16 @@ def work(runtime, model, mode, batch, image_size, precision):
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
 
 
-def prepare(runtime, model, mode, images, labels, precision):
+def prepare_ours(runtime, model, mode, images, labels, image_size, depth, precision):
     """A function without arguments that runs one batch to its end."""
-    if runtime.startswith("timm"):
-        compiled = runtime.endswith("compiled")
-        return timm_step(TIMM[model], mode, images, labels, precision, compiled)
     import keras
 
     import keras_tnt
 
     if precision != "float32":
         keras.config.set_dtype_policy(f"mixed_{precision}")
-    build = {"tnt_small": keras_tnt.TNTSmall, "deit_small": keras_tnt.DeiTSmall}[model]
-    network = build(weights=None, input_shape=images.shape[1:])
+    build = getattr(keras_tnt, MODELS[model].builder)
+    network = build(weights=None, input_shape=images.shape[1:], depth=depth)
     if mode == "training":
         # What a Keras user runs; XLA compiles the step on TensorFlow and JAX.
         jit = keras.backend.backend() != "torch"
@@ -186,38 +229,39 @@ def prepare(runtime, model, mode, images, labels, precision):
         )
         return lambda: network.train_on_batch(images, labels)
     if runtime == "onnxruntime":
-        return onnx_step(network, images)
+        with tempfile.TemporaryDirectory() as folder:
+            path = keras_tnt.export.onnx(network, os.path.join(folder, "model.onnx"))
+            return onnx_step(path, "images", images)
     predict = keras_tnt.compile_inference(network)
     return lambda: predict(images)
 
 
-def onnx_step(network, images):
-    import tempfile
-
+def onnx_step(path, name, images):
     import onnxruntime
 
-    import keras_tnt
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = keras_tnt.export.onnx(network, os.path.join(folder, "model.onnx"))
-        session = onnxruntime.InferenceSession(
-            path, providers=onnxruntime.get_available_providers()
-        )
-    return lambda: session.run(["probabilities"], {"images": images})
+    session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+    return lambda: session.run(None, {name: images})
 
 
-def timm_step(name, mode, images, labels, precision, compiled):
+def prepare_timm(runtime, model, mode, images, labels, image_size, depth, precision):
+    """The same of timm's model."""
     import torch
 
     stand_in_for_torchvision()
     import timm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = timm.create_model(name, img_size=images.shape[1]).to(device)
-    forward = torch.compile(network) if compiled else network
+    network = timm.create_model(MODELS[model].timm, img_size=image_size, depth=depth).to(device)
+    forward = torch.compile(network) if runtime == "timm compiled" else network
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device) / 127.5 - 1
     y = torch.from_numpy(labels).to(device)
     half = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+    if runtime == "timm onnx":
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model.onnx")
+            # The exporter that needs no further package; onnxscript, the other's, is not here.
+            torch.onnx.export(network.eval(), (x,), path, dynamo=False, input_names=["images"])
+            return onnx_step(path, "images", x.numpy())
     if mode == "inference":
         network.eval()
 
@@ -300,43 +344,37 @@ def report(rows, options):
     limits = machine_limits()
     print(
         f"\nbatch {options.batch}, {options.image_size}x{options.image_size}, {options.precision}; "
-        f"this machine: {limits['gflops']:.0f} GFLOP/s float32 (numpy), "
-        f"{limits['gb_per_second']:.0f} GB/s"
+        f"this machine: {limits['gflops']:.0f} GFLOP/s float32 in NumPy, "
+        f"{limits['gb_per_second']:.0f} GB/s copied\n"
     )
-    header = (
-        "mode",
-        "model",
-        "runtime",
-        "images/s",
-        "spread",
-        "/ peer",
-        "of limit",
-        "ready s",
-        "MiB",
+    print(
+        f"| mode | model | | images/s | slowest to fastest | / {PEER} | of the limit | ready, s "
+        "| peak, MiB |\n|---|---|---|---|---|---|---|---|---|"
     )
-    print("{:<10} {:<11} {:<14} {:>8} {:>13} {:>7} {:>8} {:>8} {:>7}".format(*header))
     for row in rows:
-        peers = [
-            r["images_per_second"]
-            for r in rows
-            if (r["mode"], r["model"], r["runtime"]) == (row["mode"], row["model"], PEER)
-        ]
-        speed = row["images_per_second"]
-        row["ratio_to_peer"] = speed / peers[0] if peers else None
-        scale = (options.image_size / 224) ** 2 * (3 if row["mode"] == "training" else 1)
-        row["share_of_limit"] = 2 * GMACS[row["model"]] * scale * speed / limits["gflops"]
+        speed = sorted(options.batch / seconds for seconds in row.pop("seconds"))
+        row["images_per_second"] = statistics.median(speed)
+        row["slowest"], row["fastest"] = speed[0], speed[-1]
+    peers = {
+        (row["mode"], row["model"]): row["images_per_second"]
+        for row in rows
+        if row["runtime"] == PEER
+    }
+    for row in rows:
+        model, speed = MODELS[row["model"]], row["images_per_second"]
+        row["ratio_to_peer"] = speed / peers.get((row["mode"], row["model"]), float("nan"))
+        work = (options.image_size / 224) ** 2 * (3 if row["mode"] == "training" else 1)
+        row["share_of_limit"] = 2 * model.gmacs * work * speed / limits["gflops"]
         print(
-            f"{row['mode']:<10} {row['model']:<11} {row['runtime']:<14} {speed:>8.2f} "
-            f"{row['slowest']:>6.2f}-{row['fastest']:<6.2f} "
-            f"{row['ratio_to_peer'] or float('nan'):>7.2f} {row['share_of_limit']:>8.0%} "
-            f"{row['ready_seconds']:>8.0f} {row['peak_memory_mib']:>7.0f}"
+            f"| {row['mode']} | {model.title} | {title(row['runtime'])} | {speed:.2f} "
+            f"| {row['slowest']:.2f} to {row['fastest']:.2f} | {row['ratio_to_peer']:.2f} "
+            f"| {row['share_of_limit']:.0%} | {row['ready_seconds']:.0f} "
+            f"| {row['peak_memory_mib']:.0f} |"
         )
-    path = Path(options.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"limits": limits, "rows": rows}, indent=1) + "\n")
-    temporary.replace(path)
-    print(f"\n{path}   (peer: {PEER})")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    found = json.dumps({"limits": limits, "rows": rows}, indent=1) + "\n"
+    checkpoint.write_aside(options.out, found.encode())
+    print(f"\n{options.out}")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,22 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_tnt.layers.attention import elementwise_word_attention
+
 
 def compile_inference(model, max_batch=256):
     """Compile a model's forward pass: XLA on TensorFlow and JAX, export and Inductor on torch.
 
-    A compiled program is for one batch size. Sizes are rounded up to powers of two, so that batches
-    of any size need few programs; each is compiled when first needed, which takes from seconds to a
-    minute. The function reads the model's weights as they are at each call, and never trains.
+    XLA compiles a program for each batch size. Sizes are rounded up to powers of two, so that
+    batches of any size need few; each is compiled when first needed, which takes from seconds to a
+    minute. Inductor's program is for every size from two on, and there is one for single images; it
+    holds the weights packed, as a second copy. The function predicts with the model's weights as
+    they are at each call (on torch, other weights are another minute's compilation), and never
+    trains.
 
     Args:
         model: a Keras model of one input.
-        max_batch: the largest batch to compile for, a power of two; larger ones are cut up.
+        max_batch: the largest batch to run at once, a power of two; larger ones are cut up.
 
     Returns:
         A function from a batch of images, `(batch, *model.input_shape[1:])`, array or tensor of the
@@ -35,21 +40,9 @@ def compile_inference(model, max_batch=256):
         )
     if max_batch < 1 or max_batch & (max_batch - 1):
         raise ValueError(f"`max_batch` must be a power of two. Received: {max_batch}")
-    compile_for = {"tensorflow": tensorflow_program, "jax": jax_program, "torch": torch_program}[
-        keras.backend.backend()
-    ]
+    program_of = {"tensorflow": tensorflow_program, "jax": jax_program, "torch": torch_program}
     image_shape, dtype = tuple(model.input_shape[1:]), model.inputs[0].dtype
-    programs = {}
-
-    def predict_chunk(images):
-        """Fill up to a compiled size, run, cut off what was filled."""
-        count = images.shape[0]
-        size = 1 << (count - 1).bit_length()
-        if size not in programs:
-            programs[size] = compile_for(model, (size, *image_shape), dtype)
-        if size > count:
-            images = ops.pad(images, [[0, size - count]] + [[0, 0]] * len(image_shape))
-        return keras.tree.map_structure(lambda y: y[:count], programs[size](images))
+    program = program_of[keras.backend.backend()](model, image_shape, dtype)
 
     def predict(images):
         if tuple(images.shape[1:]) != image_shape or not images.shape[0]:
@@ -59,7 +52,7 @@ def compile_inference(model, max_batch=256):
             )
         tensor = ops.convert_to_tensor(images, dtype=dtype)
         chunks = [
-            predict_chunk(tensor[start : start + max_batch])
+            program(tensor[start : start + max_batch])
             for start in range(0, images.shape[0], max_batch)
         ]
         outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *chunks)
@@ -70,16 +63,30 @@ def compile_inference(model, max_batch=256):
     return predict
 
 
-def tensorflow_program(model, shape, dtype):
+def in_powers_of_two(program):
+    """Fill batches up to powers of two, and cut off what was filled."""
+
+    def run(images):
+        count = images.shape[0]
+        size = 1 << (count - 1).bit_length()
+        if size > count:
+            images = ops.pad(images, [[0, size - count]] + [[0, 0]] * (len(images.shape) - 1))
+        return keras.tree.map_structure(lambda y: y[:count], program(images))
+
+    return run
+
+
+def tensorflow_program(model, image_shape, dtype):
     import tensorflow as tf
 
-    spec = tf.TensorSpec(shape, dtype)
-    return tf.function(
-        lambda images: model(images, training=False), input_signature=[spec], jit_compile=True
-    )
+    @tf.function(jit_compile=True)
+    def forward(images):
+        return model(images, training=False)
+
+    return in_powers_of_two(forward)
 
 
-def jax_program(model, shape, dtype):
+def jax_program(model, image_shape, dtype):
     import jax
 
     @jax.jit
@@ -91,20 +98,33 @@ def jax_program(model, shape, dtype):
         non_trainable = [v.value for v in model.non_trainable_variables]
         return forward(trainable, non_trainable, images)
 
-    return run
+    return in_powers_of_two(run)
 
 
-def torch_program(model, shape, dtype):
+def torch_program(model, image_shape, dtype):
+    """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
     import torch
+    from torch._inductor import config
 
-    # Dynamo breaks a Keras model's graph at each attribute hook; an exported one is plain torch.
-    images = ops.zeros(shape, dtype)
-    with torch.no_grad():
-        exported = torch.export.export(model, (images,), strict=False)
-    compiled = torch.compile(exported.module())
+    compiled, of_weights = None, None
+
+    def export():
+        # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
+        with elementwise_word_attention():
+            exported = torch.export.export(
+                model,
+                (ops.zeros((2, *image_shape), dtype),),
+                dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
+                strict=False,
+            )
+        return torch.compile(exported.module(), dynamic=True)
 
     def run(images):
-        with torch.no_grad():
+        nonlocal compiled, of_weights
+        weights = [(id(v.value), v.value._version) for v in model.variables]
+        with torch.no_grad(), config.patch(freezing=True):
+            if weights != of_weights:
+                compiled, of_weights = export(), weights
             return compiled(images)
 
     return run

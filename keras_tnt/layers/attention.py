@@ -21,6 +21,9 @@ from keras_tnt.layers.base import (
 from keras_tnt.layers.regularization import Dropout
 
 _recorded = contextvars.ContextVar("recorded_attention", default=None)
+_elementwise = contextvars.ContextVar("elementwise_word_attention", default=False)
+# Beyond so many words in a patch, batched matrix products are the faster form everywhere.
+MOST_WORDS = 64
 
 
 @contextlib.contextmanager
@@ -36,6 +39,20 @@ def record_attention():
         yield _recorded.get()
     finally:
         _recorded.reset(token)
+
+
+@contextlib.contextmanager
+def elementwise_word_attention():
+    """Within the context, words attend by sums of products instead of small matrix products.
+
+    For a compiler that fuses those sums into one loop over vectors, as Inductor does: it runs the
+    words' attention 2.5 times as fast. Run op by op, it would be ten times slower.
+    """
+    token = _elementwise.set(True)
+    try:
+        yield
+    finally:
+        _elementwise.reset(token)
 
 
 def split_heads(x, num_heads):
@@ -145,10 +162,43 @@ class SelfAttention(Attention):
         self.qkv.build(input_shape)
 
     def call(self, x, bias=None, queries=None, training=False):
+        if _elementwise.get() and self.is_plain(x, bias, queries, training):
+            return self.attend_elementwise(x)
         query, key, value = (
             split_heads(part, self.num_heads) for part in ops.split(self.qkv(x), 3, axis=-1)
         )
         return self.attend(query, key, value, bias=bias, queries=queries, training=training)
+
+    def is_plain(self, x, bias, queries, training):
+        """Whether x are words, and nothing but attention among all of them is asked for."""
+        return (
+            len(x.shape) == 4
+            and x.shape[-2] <= MOST_WORDS
+            and bias is None
+            and queries is None
+            and not training
+            and self.qkv.quantization_mode is None
+        )
+
+    def attend_elementwise(self, x):
+        """`call`, all words of the batch side by side in columns, so that vectors run over them."""
+        words, dim = x.shape[-2:]
+        columns = ops.transpose(ops.reshape(x, (-1, dim)))  # (dim, b*n*words)
+        qkv = ops.matmul(ops.transpose(self.qkv.kernel), columns)
+        if self.qkv_bias:
+            qkv += ops.expand_dims(self.qkv.bias, -1)
+        shape = (3, self.num_heads, dim // self.num_heads, -1, words)
+        query, key, value = ops.unstack(ops.reshape(qkv, shape), axis=0)  # (h, d, b*n, words)
+        products = ops.expand_dims(key, -1) * ops.expand_dims(query * self.scale, -2)
+        scores = ops.sum(products, axis=1)  # (h, b*n, keys, queries)
+        scores = ops.cast(scores, at_least_float32(scores.dtype))
+        # The softmax, its division put off until there is less to divide.
+        share = ops.exp(scores - ops.max(scores, axis=-2, keepdims=True))
+        total = ops.expand_dims(ops.sum(share, axis=-2), 1)  # (h, 1, b*n, queries)
+        mixed = ops.sum(ops.expand_dims(value, -1) * ops.expand_dims(share, 1), axis=-2) / total
+        rows = ops.transpose(ops.reshape(mixed, (dim, -1)))  # (b*n*words, dim)
+        rows = self.projection(ops.cast(rows, value.dtype))
+        return ops.reshape(rows, (-1, *x.shape[1:]))  # (b, n, words, dim)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -186,6 +236,9 @@ class TalkingHeadAttention(SelfAttention):
 
     Arguments and result are `SelfAttention`'s.
     """
+
+    def is_plain(self, *arguments):
+        return False
 
     def build(self, input_shape):
         super().build(input_shape)

@@ -78,9 +78,8 @@ class WordEmbedding(keras.layers.Layer):
     """TNT's stem: a 7x7 convolution on each patch by itself makes its words (TNT, section 2.2).
 
     The image is cut into patches first; the convolution, of stride `stride` and zero-padded by 3,
-    sees no pixel of another patch. It is computed as one matrix product: pixels are gathered into
-    cells of stride x stride, and a word is a product over its own cell and the neighbours that the
-    kernel reaches into.
+    sees no pixel of another patch. So each word is a linear function of its patch's pixels, and all
+    of them together are one matrix product.
 
     Args:
         dim: dimension of a word.
@@ -105,11 +104,7 @@ class WordEmbedding(keras.layers.Layer):
         self.patch_size = patch_size
         self.stride = stride
         self.data_format = data_format or keras.config.image_data_format()
-        # The kernel starts `pad` pixels before a word's cell and ends `pad` pixels after the cell's
-        # first: in whole cells, so many before and after it.
-        pad = self.kernel_size // 2
-        self.cells_before = -(-pad // stride)
-        self.cells_after = max(0, -(-(pad + 1) // stride) - 1)
+        self.side = patch_size // stride  # of a patch, in words
 
     def build(self, input_shape):
         channels = image_size(input_shape, self.data_format)[-1]
@@ -121,47 +116,29 @@ class WordEmbedding(keras.layers.Layer):
         self.bias = self.add_weight(name="bias", shape=(self.dim,), initializer="zeros")
 
     def call(self, images):
-        return self.convolve(self.patch_cells(images))
-
-    def patch_cells(self, images):
-        """Cells grouped by patch: (batch, patches, side, side, stride * stride * channels)."""
-        side = self.patch_size // self.stride
         patches = cut(images, self.patch_size, self.data_format)  # (b, r, q, p*p*c)
-        _, rows, columns, size = patches.shape
-        channels = size // self.patch_size**2
-        x = ops.reshape(
-            patches, (-1, rows * columns, side, self.stride, side, self.stride * channels)
-        )  # (b, n, i, s, j, s*c)
-        x = ops.transpose(x, (0, 1, 2, 4, 3, 5))  # (b, n, i, j, s, s*c)
-        return ops.reshape(x, (-1, rows * columns, side, side, self.stride**2 * channels))
+        words = ops.matmul(patches, self.patch_kernel())  # (b, r, q, words*dim)
+        return self.by_patch(words) + self.bias
 
-    def convolve(self, cells):
-        """The convolution over axes 2 and 3 of `cells`, zero beyond their edges."""
-        before, after = self.cells_before, self.cells_after
-        span = before + 1 + after
-        _, groups, rows, columns, depth = cells.shape
-        cells = ops.pad(cells, [[0, 0], [0, 0], [before, after], [before, after], [0, 0]])
-        windows = ops.concatenate(
-            [cells[:, :, i : i + rows, j : j + columns] for i in range(span) for j in range(span)],
-            axis=-1,
-        )  # (b, g, rows, columns, span*span*depth)
-        words = ops.matmul(windows, self.cell_kernel(span, depth)) + self.bias
-        return ops.reshape(words, (-1, groups, rows * columns, self.dim))  # (b, g, words, dim)
+    def patch_kernel(self):
+        """The convolution as a matrix from a patch's pixels to its words."""
+        size, pad = self.patch_size, self.kernel_size // 2
+        starts = [size + pad - i * self.stride for i in range(self.side)]
+        x = ops.pad(self.kernel, [[size, size], [size, size], [0, 0], [0, 0]])
+        x = ops.stack([x[start : start + size] for start in starts])
+        x = ops.stack([x[:, :, start : start + size] for start in starts], axis=1)
+        x = ops.transpose(x, (2, 3, 4, 0, 1, 5))  # (p, p, c, side, side, dim)
+        return ops.reshape(x, (size * size * x.shape[2], self.side**2 * self.dim))
 
-    def cell_kernel(self, span, depth):
-        """The kernel as it lies on `span` x `span` cells: (span * span * depth, dim)."""
-        stride, channels = self.stride, depth // self.stride**2
-        lead = self.cells_before * stride - self.kernel_size // 2
-        trail = span * stride - self.kernel_size - lead
-        kernel = ops.pad(self.kernel, [[lead, trail], [lead, trail], [0, 0], [0, 0]])
-        kernel = ops.reshape(kernel, (span, stride, span, stride, channels, self.dim))
-        kernel = ops.transpose(kernel, (0, 2, 1, 3, 4, 5))  # (span, span, s, s, c, dim)
-        return ops.reshape(kernel, (span * span * depth, self.dim))
+    def by_patch(self, words):
+        """(batch, rows, columns, words * dim) to (batch, patches, words, dim)."""
+        _, rows, columns, _ = words.shape
+        return ops.reshape(words, (-1, rows * columns, self.side**2, self.dim))  # (b, n, words, d)
 
     def compute_output_shape(self, input_shape):
         height, width, _ = image_size(input_shape, self.data_format)
         patches = (height // self.patch_size) * (width // self.patch_size)
-        return (input_shape[0], patches, (self.patch_size // self.stride) ** 2, self.dim)
+        return (input_shape[0], patches, self.side**2, self.dim)
 
     def get_config(self):
         return {
@@ -181,14 +158,12 @@ class LegacyWordEmbedding(WordEmbedding):
     """
 
     def call(self, images):
-        side = self.patch_size // self.stride
-        cells = cut(images, self.stride, self.data_format)  # (b, H/s, W/s, s*s*c)
-        _, height, width, _ = cells.shape
-        rows, columns = height // side, width // side
-        words = self.convolve(ops.expand_dims(cells, 1))  # (b, 1, H/s*W/s, dim)
-        words = ops.reshape(words, (-1, rows, side, columns, side, self.dim))  # (b, r, i, q, j, d)
-        words = ops.transpose(words, (0, 1, 3, 2, 4, 5))  # (b, r, q, i, j, d)
-        return ops.reshape(words, (-1, rows * columns, side * side, self.dim))  # (b, n, words, d)
+        if self.data_format == "channels_first":
+            images = ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
+        pad = [self.kernel_size // 2] * 2
+        images = ops.pad(images, [[0, 0], pad, pad, [0, 0]])
+        words = ops.conv(images, self.kernel, self.stride, "valid", data_format="channels_last")
+        return self.by_patch(cut(words + self.bias, self.side))
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
