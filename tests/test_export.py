@@ -19,6 +19,7 @@ from keras_tnt.export.verification import draw_picture
 from tests.checks import SHALLOW, shallow
 
 tf = pytest.importorskip("tensorflow")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("tensorflow_serving")
 
@@ -93,6 +94,25 @@ def test_onnx_of_each_family(name, tmp_path):
         expected = logits.predict_on_batch(images)
         (found,) = run_onnx(path, images, "logits")
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.ptp(expected), rtol=0)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(("opset", "norms"), [(17, 9), (16, 0)])
+def test_onnx_has_norms_and_gelus_that_runtimes_know(opset, norms, tmp_path):
+    model = keras_tnt.TNT(**TINY)
+    for variable in model.trainable_variables:
+        variable.assign(np.random.default_rng(0).normal(size=variable.shape) * 0.3)
+    path = keras_tnt.export.onnx(model, tmp_path / "model.onnx", opset=opset)
+    nodes = [node.op_type for node in onnx.load(path).graph.node]
+    # Two in the stem, six in the block, one before the head; a GELU in both transformers.
+    assert nodes.count("LayerNormalization") == norms
+    assert nodes.count("Erf") == nodes.count("Div") == 2
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    fused = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert fused.count("Gelu") == 2 and "Erf" not in fused
 
 
 # === Models of every make ===

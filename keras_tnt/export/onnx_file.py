@@ -10,6 +10,7 @@ from keras_tnt.export.card import describe
 from keras_tnt.export.graph import named, tensorflow_function
 from keras_tnt.export.handover import in_tensorflow
 from keras_tnt.export.network import serving_network
+from keras_tnt.export.onnx_fusion import fuse
 from keras_tnt.export.requirements import require
 from keras_tnt.export.verification import TOLERANCE, examples, verify
 
@@ -18,7 +19,9 @@ OPSETS = range(13, 19)  # what tf2onnx writes, as far as these models are concer
 # Largest difference that passes, as a share of the outputs' spread.
 TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2, "int8": 0.3}
 # What float16 is not exact enough for: softmax, and the statistics of norms.
-IN_FLOAT32 = ("Softmax", "ReduceMean", "ReduceSum", "Pow", "Sqrt", "Reciprocal")
+IN_FLOAT32 = (
+    "Softmax", "LayerNormalization", "ReduceMean", "ReduceSum", "Pow", "Sqrt", "Reciprocal",
+)  # fmt: skip
 
 
 def onnx(
@@ -96,6 +99,7 @@ def write_onnx(network, references, card, path, opset, names, precision):
     import onnx as onnx_format
 
     proto = convert(network, names, opset)
+    fuse(proto)
     with files.new_file(path) as temporary:
         if precision == "float16":
             proto = to_float16(proto)

@@ -15,6 +15,7 @@ from keras_tnt.layers.base import (
     CompositeLayer,
     TruncatedNormal,
     at_least_float32,
+    first_tokens,
     first_tokens_spec,
     projection,
 )
@@ -107,9 +108,8 @@ class Attention(CompositeLayer):
         recorded = _recorded.get()
         if recorded is not None:
             recorded[self.path] = self.attention(query, key, bias)
-        if queries is not None:
-            query = query[..., :queries, :]
-            bias = None if bias is None else bias[..., :queries, :]
+        query = first_tokens(query, queries)
+        bias = None if bias is None else first_tokens(bias, queries)
         attention = ops.cast(self.attention(query, key, bias), value.dtype)
         attention = self.attention_drop(self.mix_attention(attention), training=training)
         x = merge_heads(ops.matmul(attention, value))  # (b, ..., queries, dim)

@@ -61,6 +61,11 @@ def projection(units, use_bias=True, *, dtype, name):
     )
 
 
+def first_tokens(x, queries):
+    """The first `queries` tokens of x, or all; a slice of all would be a copy in ONNX Runtime."""
+    return x if queries is None else x[..., :queries, :]
+
+
 def first_tokens_spec(x, queries, dtype):
     """The symbolic result of a layer that computes the first `queries` tokens of x, or all."""
     return keras.KerasTensor((*x.shape[:-2], queries or x.shape[-2], x.shape[-1]), dtype=dtype)

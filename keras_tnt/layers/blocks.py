@@ -4,7 +4,13 @@ import keras
 from keras import ops
 
 from keras_tnt.layers.attention import ClassAttention, SelfAttention, TalkingHeadAttention
-from keras_tnt.layers.base import CompositeLayer, first_tokens_spec, gelu, projection
+from keras_tnt.layers.base import (
+    CompositeLayer,
+    first_tokens,
+    first_tokens_spec,
+    gelu,
+    projection,
+)
 from keras_tnt.layers.embedding import LegacyWordsToPatches, WordsToPatches
 from keras_tnt.layers.regularization import Dropout, LayerScale, StochasticDepth
 
@@ -215,11 +221,11 @@ class TransformerBlock(ResidualBlock):
         attended = self.attention(
             self.norm_attention(x), bias=bias, queries=computed, training=training
         )
-        x = self.add_branch("attention", x[..., :computed, :], attended, training)
+        x = self.add_branch("attention", first_tokens(x, computed), attended, training)
         hidden = self.mlp(self.norm_mlp(x), training=training)
         if self.squeeze_excite:
             hidden = self.excite(hidden)
-        return self.add_branch("mlp", x, hidden, training)[..., :queries, :]
+        return first_tokens(self.add_branch("mlp", x, hidden, training), queries)
 
     def compute_output_shape(self, input_shape):
         return input_shape
