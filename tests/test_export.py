@@ -97,7 +97,7 @@ def test_onnx_of_each_family(name, tmp_path):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize(("opset", "norms"), [(17, 9), (16, 0)])
+@pytest.mark.parametrize(("opset", "norms"), [(18, 9), (17, 0)])
 def test_onnx_has_norms_and_gelus_that_runtimes_know(opset, norms, tmp_path):
     model = keras_tnt.TNT(**TINY)
     for variable in model.trainable_variables:

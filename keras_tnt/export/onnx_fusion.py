@@ -10,7 +10,7 @@ def fuse(proto):
     """Write layer norms as one operator, and GELUs with the division that ONNX Runtime looks for.
 
     Args:
-        proto: an ONNX model, changed in place; of an opset below 17 its norms stay as they are.
+        proto: an ONNX model, changed in place; of an opset below 18 its norms stay as they are.
 
     Returns:
         (number of norms, number of GELUs) rewritten.
@@ -20,7 +20,7 @@ def fuse(proto):
     graph = Graph(proto.graph)
     (opset,) = (entry.version for entry in proto.opset_import if not entry.domain)
     found = [graph.norm(node) for node in proto.graph.node if node.op_type == "Neg"]
-    norms = [norm for norm in found if norm] if opset >= 17 else []
+    norms = [norm for norm in found if norm] if opset >= 18 else []
     for number, (last, x, scale, bias, axes, epsilon) in enumerate(norms):
         weights = {"scale": scale} if bias is None else {"scale": scale, "bias": bias}
         names = [f"layer_norm_{number}/{key}" for key in weights]
@@ -101,21 +101,13 @@ class Graph:
             last = self.taker_of(last, "Add")
         if scale is None or last is None:
             return None
-        axes = self.axes(mean, scale.ndim)
-        if sorted(axes) != list(range(-len(axes), 0)):
+        axes = sorted(self.constants[mean.input[1]] % scale.ndim - scale.ndim)
+        if axes != list(range(-len(axes), 0)):
             return None
         return last, x, scale, bias, axes, float(epsilon)
 
     def taker_of(self, node, kind):
         return self.taker(node.output[0], kind)
-
-    def axes(self, reduction, rank):
-        """The axes of a reduction of a tensor of `rank` axes, counted from the end."""
-        if len(reduction.input) > 1:  # since opset 18
-            axes = self.constants[reduction.input[1]].tolist()
-        else:
-            axes = next(list(a.ints) for a in reduction.attribute if a.name == "axes")
-        return [axis - rank if axis >= 0 else axis for axis in axes]
 
     def scaled_for_gelu(self, node):
         """Whether a node is the product with sqrt(1/2) before the erf of a GELU."""
