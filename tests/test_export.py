@@ -97,15 +97,14 @@ def test_onnx_of_each_family(name, tmp_path):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize(("opset", "norms"), [(18, 9), (17, 0)])
-def test_onnx_has_norms_and_gelus_that_runtimes_know(opset, norms, tmp_path):
+def test_onnx_has_norms_and_gelus_that_runtimes_know(tmp_path):
     model = keras_tnt.TNT(**TINY)
     for variable in model.trainable_variables:
         variable.assign(np.random.default_rng(0).normal(size=variable.shape) * 0.3)
-    path = keras_tnt.export.onnx(model, tmp_path / "model.onnx", opset=opset)
+    path = keras_tnt.export.onnx(model, tmp_path / "model.onnx")
     nodes = [node.op_type for node in onnx.load(path).graph.node]
     # Two in the stem, six in the block, one before the head; a GELU in both transformers.
-    assert nodes.count("LayerNormalization") == norms
+    assert nodes.count("LayerNormalization") == 9
     assert nodes.count("Erf") == nodes.count("Div") == 2
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
