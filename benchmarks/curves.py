@@ -15,9 +15,9 @@ from pathlib import Path
 import speed
 
 AXES = {
-    "batch": (1, 2, 4, 8, 16, 32, 64),
-    "image_size": (112, 160, 224, 320, 448),
-    "depth": (3, 6, 12, 24),
+    "batch": (1, 4, 8, 16, 64),
+    "image_size": (112, 224, 320, 448),
+    "depth": (6, 12, 24),
 }
 LABELS = {"batch": "batch", "image_size": "side of the images in pixels", "depth": "blocks"}
 BASE = {"batch": 8, "image_size": 224, "depth": 12}

@@ -51,3 +51,35 @@ def test_keras_cv_s_layers_give_batches_that_the_step_takes():
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert float(result.stdout.split()[-1]) == pytest.approx(8, abs=1e-3)
+
+
+def test_a_checkpoint_of_other_classes_gives_all_but_its_head(tmp_path):
+    donor = keras_tnt.DeiTTiny(weights=None, distilled=True)
+    keras_tnt.save_checkpoint(donor, tmp_path / "donor.safetensors")
+    values = {"model": "deit_tiny", "distilled": True, "image_size": 64}
+    weights = str(tmp_path / "donor.safetensors")
+    model = models.build(config.make("digits", weights=weights, **values), classes=7)
+    assert model.output_shape == (None, 7)
+    theirs = {v.path: v.numpy() for v in donor.weights}
+    same = {v.path for v in model.weights if np.array_equal(v.numpy(), theirs[v.path])}
+    others = {v.path for v in model.weights} - same
+    # Resampled for 64x64; a zero bias of another length.
+    assert others == {"patch_position/table", *(p for p in theirs if p.startswith("head"))}
+
+
+def test_a_teacher_has_its_public_weights(monkeypatch):
+    asked = []
+
+    def deit_tiny(weights):
+        asked.append(weights)
+        return keras_tnt.DeiTTiny(weights=None, input_shape=(32, 32, 3), classes=10)
+
+    monkeypatch.setattr(models, "builders", lambda: {"deit_tiny": deit_tiny})
+    student = models.tnt_digits(depth=1)
+    teacher = models.build_teacher(
+        config.make("digits", distill="soft", teacher="deit_tiny"), student
+    )
+    assert asked == ["imagenet"]
+    assert teacher(np.zeros((2, 32, 32, 3), "float32")).shape == (2, 10)
+    with pytest.raises(ValueError, match="--teacher: there is no 'deit_huge'"):
+        models.build_teacher(config.make("digits", distill="soft", teacher="deit_huge"), student)
