@@ -1,5 +1,7 @@
 """On JAX, Keras's own `fit` shares a batch between devices."""
 
+import os
+
 import keras
 import numpy as np
 import pytest
@@ -31,10 +33,11 @@ np.savez(sys.argv[2], *[np.asarray(v.value) for v in model.trainable_variables])
 @pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is JAX's")
 def test_two_devices_learn_what_one_does(tmp_path):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     weights = []
     for devices in ("one", "both"):
         path = tmp_path / f"{devices}.npz"
-        run_python(FIT, devices, path, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+        run_python(FIT, devices, path, XLA_FLAGS=flags)
         with np.load(path) as file:
             weights.append([file[name] for name in file.files])
     for one, both in zip(*weights, strict=True):

@@ -12,6 +12,7 @@ from keras_tnt.weights import hub as downloads
 from keras_tnt.weights.source import fetch
 from keras_tnt.weights.table import CHECKPOINTS
 from tests import golden
+from tests.checks import BACKEND
 
 ROWS = {row.name: row for row in CHECKPOINTS}
 PUBLISHED = golden.checkpoints()
@@ -24,6 +25,8 @@ CASES = {
     "deit_base_patch16_384.fb_in1k": {"input_shape": (384, 384, 3)},
     "cait_xxs24_224.fb_dist_in1k": {},
 }
+if BACKEND != "tensorflow":  # large ones, and the legacy TNT, are read by the same code
+    CASES = {name: CASES[name] for name in CASES if "small" in name or name.startswith("tnt_s_p")}
 
 
 def images(model):
