@@ -15,7 +15,7 @@ TINY = {
     "classes": 5,
     "patch_size": 8,
     "inner_stride": 4,
-    "depth": 1,
+    "depth": 2,
     "outer_dim": 16,
     "inner_dim": 4,
     "outer_heads": 2,
@@ -29,14 +29,17 @@ def images():
 
 
 @pytest.mark.slow
-def test_predicts_what_the_model_predicts_at_any_batch_size(images):
+def test_predicts_what_the_model_predicts_at_any_batch_size(images, monkeypatch):
     model = keras_tnt.TNT(**TINY)
     predict = keras_tnt.compile_inference(model, max_batch=4)
     expected = model.predict(images, verbose=0)
-    for count in (3, 4, 11, 7):
+    call, traced = model.call, []
+    monkeypatch.setattr(model, "call", lambda *a, **k: (traced.append(a), call(*a, **k))[1])
+    for count in (3, 4, 11, 7, 3):
         result = predict(images[:count])
         assert isinstance(result, np.ndarray)
         np.testing.assert_allclose(result, expected[:count], atol=1e-5)
+    assert len(traced) == 1
 
     tensor = predict(keras.ops.convert_to_tensor(images[:4]))
     assert keras.ops.is_tensor(tensor)

@@ -11,9 +11,6 @@ def fuse(proto):
 
     Args:
         proto: an ONNX model, changed in place; of an opset below 18 its norms stay as they are.
-
-    Returns:
-        (number of norms, number of GELUs) rewritten.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -22,12 +19,12 @@ def fuse(proto):
     found = [graph.norm(node) for node in proto.graph.node if node.op_type == "Neg"]
     norms = [norm for norm in found if norm] if opset >= 18 else []
     for number, (last, x, scale, bias, axes, epsilon) in enumerate(norms):
-        weights = {"scale": scale} if bias is None else {"scale": scale, "bias": bias}
-        names = [f"layer_norm_{number}/{key}" for key in weights]
-        shape = scale.shape[scale.ndim - len(axes) :]
-        for name, value in zip(names, weights.values(), strict=True):
-            value = np.broadcast_to(value, scale.shape).reshape(shape)
-            proto.graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+        names, shape = [], scale.shape[-len(axes) :]
+        for name, value in (("scale", scale), ("bias", bias)):
+            if value is not None:
+                names.append(f"layer_norm_{number}/{name}")
+                value = np.broadcast_to(value, scale.shape).reshape(shape)
+                proto.graph.initializer.append(numpy_helper.from_array(value.copy(), names[-1]))
         node = helper.make_node(
             "LayerNormalization",
             [x, *names],
@@ -42,12 +39,11 @@ def fuse(proto):
         root = helper.make_tensor("gelu/root_two", TensorProto.FLOAT, [], [2**0.5])
         proto.graph.initializer.append(root)
     for node in gelus:
-        x, _ = graph.split(node)
+        x = next(name for name in node.input if name not in graph.constants)
         node.CopyFrom(
             helper.make_node("Div", [x, "gelu/root_two"], list(node.output), name=node.name)
         )
     drop_unused(proto.graph)
-    return len(norms), len(gelus)
 
 
 class Graph:
@@ -63,17 +59,22 @@ class Graph:
             for name in set(node.input):
                 self.takers.setdefault(name, []).append(node)
 
-    def taker(self, name, kind):
-        """The one node of this kind that takes a tensor."""
-        found = [node for node in self.takers.get(name, ()) if node.op_type == kind]
-        return found[0] if len(found) == 1 else None
+    def follow(self, name, *kinds):
+        """The last of a chain of nodes of these kinds, from a tensor on; None if there is none.
 
-    def split(self, node):
-        """A node's tensor and its constant, in whichever order they stand; None for no constant."""
-        for name, other in (node.input, reversed(node.input)):
-            if other in self.constants:
-                return name, self.constants[other]
-        return None, None
+        At each step there must be one such node; nodes of other kinds may take the tensor too.
+        """
+        for kind in kinds:
+            found = [node for node in self.takers.get(name, ()) if node.op_type == kind]
+            if len(found) != 1:
+                return None
+            (node,) = found
+            name = node.output[0]
+        return node
+
+    def constant(self, node):
+        """The constant among a node's inputs; None if there is none."""
+        return next((self.constants[x] for x in node.input if x in self.constants), None)
 
     def norm(self, negative):
         """What is normalised where `negative` is the negated mean.
@@ -84,36 +85,26 @@ class Graph:
         mean = self.maker.get(negative.input[0])
         if mean is None or mean.op_type != "ReduceMean":
             return None
-        x = mean.input[0]
-        chain = self.taker(mean.output[0], "Sub")
-        for kind in ("Mul", "ReduceMean", "Add"):
-            chain = chain and self.taker_of(chain, kind)
-        epsilon = chain and self.split(chain)[1]
-        for kind in ("Sqrt", "Reciprocal", "Mul"):
-            chain = chain and self.taker_of(chain, kind)
-        if not chain or epsilon is None:
+        shifted = self.follow(mean.output[0], "Sub", "Mul", "ReduceMean", "Add")
+        factor = shifted and self.follow(shifted.output[0], "Sqrt", "Reciprocal", "Mul")
+        last = self.follow(negative.output[0], "Mul", "Add")
+        if not (factor and last):
             return None
-        scale = self.split(chain)[1]
-        shifted = self.taker(negative.output[0], "Mul")
-        last = shifted and self.taker_of(shifted, "Add")
-        bias = last and self.split(last)[1]
+        epsilon, scale, bias = (self.constant(node) for node in (shifted, factor, last))
         if bias is not None:
-            last = self.taker_of(last, "Add")
-        if scale is None or last is None:
+            last = self.follow(last.output[0], "Add")
+        if last is None or epsilon is None or scale is None:
             return None
         axes = sorted(self.constants[mean.input[1]] % scale.ndim - scale.ndim)
         if axes != list(range(-len(axes), 0)):
             return None
-        return last, x, scale, bias, axes, float(epsilon)
-
-    def taker_of(self, node, kind):
-        return self.taker(node.output[0], kind)
+        return last, mean.input[0], scale, bias, axes, float(epsilon)
 
     def scaled_for_gelu(self, node):
         """Whether a node is the product with sqrt(1/2) before the erf of a GELU."""
-        if node.op_type != "Mul" or not self.taker(node.output[0], "Erf"):
+        if node.op_type != "Mul" or not self.follow(node.output[0], "Erf"):
             return False
-        _, factor = self.split(node)
+        factor = self.constant(node)
         return factor is not None and factor.size == 1 and abs(float(factor) - 0.5**0.5) < 1e-6
 
 
