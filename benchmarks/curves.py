@@ -7,12 +7,11 @@ Each point's rows take turns, like those of speed.py. Writes results/curves.json
 """
 
 import argparse
-import json
 import statistics
-import sys
 from pathlib import Path
 
 import speed
+from speed import BASE
 
 AXES = {
     "batch": (1, 4, 8, 16, 64),
@@ -20,7 +19,6 @@ AXES = {
     "depth": (6, 12, 24),
 }
 LABELS = {"batch": "batch", "image_size": "side of the images in pixels", "depth": "blocks"}
-BASE = {"batch": 8, "image_size": 224, "depth": 12}
 
 
 def main():
@@ -32,17 +30,18 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=speed.RESULTS / "curves.json")
     options = parser.parse_args()
-    points = [{**BASE, axis: value} for axis, values in AXES.items() for value in values]
-    rows, measured = [], set()
+    points = [BASE]  # where the axes meet
+    points += [
+        {**BASE, axis: value}
+        for axis, values in AXES.items()
+        for value in values
+        if value != BASE[axis]
+    ]
+    rows = []
     for number, point in enumerate(points):
-        if tuple(point.items()) in measured:  # where the axes meet
-            continue
-        measured.add(tuple(point.items()))
-        print(f"point {number + 1}/{len(points)}: {point}", file=sys.stderr, flush=True)
+        speed.say(f"point {number + 1}/{len(points)}: {point}")
         rows += measure(point, options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = json.dumps({"rows": rows}, indent=1) + "\n"
-    speed.checkpoint.write_aside(options.out, found.encode())
+    speed.write(options.out, {"rows": rows})
     draw(rows, options.out.with_suffix(".png"))
     print(f"{options.out}\n{options.out.with_suffix('.png')}")
 

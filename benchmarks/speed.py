@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from training import checkpoint  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-DEPTH = 12
+BASE = {"batch": 8, "image_size": 224, "depth": 12}
 PRECISIONS = ("float32", "bfloat16")
 RUNTIMES = {
     "inference": (
@@ -74,7 +74,7 @@ def main():
                 "runtime": runtime,
                 "batch": options.batch,
                 "image_size": options.image_size,
-                "depth": DEPTH,
+                "depth": BASE["depth"],
                 "precision": options.precision,
             }
             for model in options.models
@@ -91,8 +91,8 @@ def parse():
     parser.add_argument("--models", type=words, default=list(MODELS))
     parser.add_argument("--modes", type=words, default=list(RUNTIMES))
     parser.add_argument("--runtimes", type=words, help="leave out the others")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=BASE["batch"])
+    parser.add_argument("--image_size", type=int, default=BASE["image_size"])
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
@@ -198,7 +198,8 @@ def work(mode, **task):
     import numpy as np
 
     start = time.perf_counter()
-    shape = (task.pop("batch"), task["image_size"], task["image_size"], 3)
+    side = task.pop("image_size")
+    shape = (task.pop("batch"), side, side, 3)
     images = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
     labels = np.random.default_rng(1).integers(0, 1000, len(images))
     prepare = prepare_timm if task["runtime"].startswith("timm") else prepare_ours
@@ -216,7 +217,7 @@ def work(mode, **task):
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
 
 
-def prepare_ours(runtime, model, mode, images, labels, image_size, depth, precision):
+def prepare_ours(runtime, model, mode, images, labels, depth, precision):
     """A function without arguments that runs one batch to its end."""
     import keras
 
@@ -248,7 +249,7 @@ def onnx_step(path, name, images):
     return lambda: session.run(None, {name: images})
 
 
-def prepare_timm(runtime, model, mode, images, labels, image_size, depth, precision):
+def prepare_timm(runtime, model, mode, images, labels, depth, precision):
     """The same of timm's model."""
     import torch
 
@@ -256,7 +257,9 @@ def prepare_timm(runtime, model, mode, images, labels, image_size, depth, precis
     import timm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = timm.create_model(MODELS[model].timm, img_size=image_size, depth=depth).to(device)
+    network = timm.create_model(MODELS[model].timm, img_size=images.shape[1], depth=depth).to(
+        device
+    )
     forward = torch.compile(network) if runtime == "timm compiled" else network
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device) / 127.5 - 1
     y = torch.from_numpy(labels).to(device)
@@ -382,10 +385,13 @@ def report(rows, options):
             f"| {row['share_of_limit']:.0%} | {row['ready_seconds']:.0f} "
             f"| {row['peak_memory_mib']:.0f} |"
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = json.dumps({"limits": limits, "rows": rows}, indent=1) + "\n"
-    checkpoint.write_aside(options.out, found.encode())
+    write(options.out, {"limits": limits, "rows": rows})
     print(f"\n{options.out}")
+
+
+def write(path, record):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_aside(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

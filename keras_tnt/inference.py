@@ -41,8 +41,8 @@ def compile_inference(model, max_batch=256):
     if max_batch < 1 or max_batch & (max_batch - 1):
         raise ValueError(f"`max_batch` must be a power of two. Received: {max_batch}")
     program_of = {"tensorflow": tensorflow_program, "jax": jax_program, "torch": torch_program}
+    program = program_of[keras.backend.backend()](model)
     image_shape, dtype = tuple(model.input_shape[1:]), model.inputs[0].dtype
-    program = program_of[keras.backend.backend()](model, image_shape, dtype)
 
     def predict(images):
         if tuple(images.shape[1:]) != image_shape or not images.shape[0]:
@@ -76,7 +76,7 @@ def in_powers_of_two(program):
     return run
 
 
-def tensorflow_program(model, image_shape, dtype):
+def tensorflow_program(model):
     import tensorflow as tf
 
     @tf.function(jit_compile=True)
@@ -86,7 +86,7 @@ def tensorflow_program(model, image_shape, dtype):
     return in_powers_of_two(forward)
 
 
-def jax_program(model, image_shape, dtype):
+def jax_program(model):
     import jax
 
     @jax.jit
@@ -101,7 +101,7 @@ def jax_program(model, image_shape, dtype):
     return in_powers_of_two(run)
 
 
-def torch_program(model, image_shape, dtype):
+def torch_program(model):
     """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
     import torch
     from torch._inductor import config
@@ -110,10 +110,11 @@ def torch_program(model, image_shape, dtype):
 
     def export():
         # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
+        two_images = ops.zeros((2, *model.input_shape[1:]), model.inputs[0].dtype)
         with elementwise_word_attention():
             exported = torch.export.export(
                 model,
-                (ops.zeros((2, *image_shape), dtype),),
+                (two_images,),
                 dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
                 strict=False,
             )

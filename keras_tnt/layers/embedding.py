@@ -7,6 +7,13 @@ from keras import ops
 from keras_tnt.layers.base import CompositeLayer, TruncatedNormal, projection
 
 
+def channels_last(images, data_format):
+    """(batch, height, width, channels) of images laid out as `data_format` says."""
+    if data_format == "channels_first":
+        return ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
+    return images
+
+
 def cut(images, size, data_format="channels_last"):
     """Cut images into squares of `size` pixels, flattened row by row, channels last.
 
@@ -16,8 +23,7 @@ def cut(images, size, data_format="channels_last"):
     Returns:
         (batch, height / size, width / size, size * size * channels).
     """
-    if data_format == "channels_first":
-        images = ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
+    images = channels_last(images, data_format)
     _, height, width, channels = images.shape
     rows, columns = height // size, width // size
     x = ops.reshape(images, (-1, rows, size, columns, size * channels))  # (b, r, s, q, s*c)
@@ -158,9 +164,8 @@ class LegacyWordEmbedding(WordEmbedding):
     """
 
     def call(self, images):
-        if self.data_format == "channels_first":
-            images = ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
         pad = [self.kernel_size // 2] * 2
+        images = channels_last(images, self.data_format)
         images = ops.pad(images, [[0, 0], pad, pad, [0, 0]])
         words = ops.conv(images, self.kernel, self.stride, "valid", data_format="channels_last")
         return self.by_patch(cut(words + self.bias, self.side))

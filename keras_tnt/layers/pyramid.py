@@ -12,7 +12,7 @@ from keras import ops
 from keras_tnt.layers.attention import Attention, split_heads
 from keras_tnt.layers.base import CompositeLayer, TruncatedNormal, first_tokens_spec, projection
 from keras_tnt.layers.blocks import TNTBlock, TransformerBlock
-from keras_tnt.layers.embedding import cut, image_size, resampling_matrix
+from keras_tnt.layers.embedding import channels_last, cut, image_size, resampling_matrix
 
 
 def halve(size):
@@ -116,8 +116,7 @@ class PyramidStem(CompositeLayer):
         return step
 
     def call(self, images, training=False):
-        if self.data_format == "channels_first":
-            images = ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
+        images = channels_last(images, self.data_format)
         x = self.common(images, training=training)  # (b, H/2, W/2, 2*inner_dim)
         words = cut(self.words(x, training=training), 4)  # (b, r, q, 16*inner_dim)
         patches = self.patches2(self.patches1(x, training=training), training=training)
