@@ -4,8 +4,6 @@ Deep: LayerScale keeps many blocks trainable. The patches attend among themselve
 heads and without a class token, which reads them in a few class-attention blocks at the end.
 """
 
-import keras
-
 from keras_tnt import model as parts
 from keras_tnt.layers import (
     ClassAttentionBlock,
@@ -15,6 +13,7 @@ from keras_tnt.layers import (
     PositionEmbedding,
     TalkingHeadBlock,
 )
+from keras_tnt.layers.base import LayerNormalization
 
 MEAN, STD = parts.IMAGENET_MEAN, parts.IMAGENET_STD
 EPSILON = 1e-6
@@ -118,7 +117,7 @@ def CaiT(
     tokens = ClassToken(name="class_token")(tokens)
     for i in range(class_attention_depth):
         tokens = ClassAttentionBlock(num_heads, name=f"class_block_{i}", **transformer)(tokens)
-    tokens = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
+    tokens = LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
 
     # === Output ===
     if include_top:

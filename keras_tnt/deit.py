@@ -4,8 +4,6 @@ A plain vision transformer, and beside its class token a distillation token that
 teacher through a head of its own.
 """
 
-import keras
-
 from keras_tnt import model as parts
 from keras_tnt.layers import (
     ClassToken,
@@ -14,6 +12,7 @@ from keras_tnt.layers import (
     PositionEmbedding,
     TransformerBlock,
 )
+from keras_tnt.layers.base import LayerNormalization
 
 MEAN, STD = parts.IMAGENET_MEAN, parts.IMAGENET_STD
 EPSILON = 1e-6
@@ -107,7 +106,7 @@ def DeiT(
             epsilon=EPSILON,
             name=f"block_{i}",
         )(tokens, queries=prefix_tokens if reads_tokens_only and i == depth - 1 else None)
-    tokens = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
+    tokens = LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
 
     # === Output ===
     if include_top:

@@ -1,13 +1,15 @@
 """A model's forward pass, compiled whole by the backend's compiler."""
 
+import os
+
 import keras
 import numpy as np
 from keras import ops
 
-from keras_tnt.layers.attention import elementwise_word_attention
+from keras_tnt.layers.fused import fused_inner_transformers
 
 
-def compile_inference(model, max_batch=256):
+def compile_inference(model, max_batch=None):
     """Compile a model's forward pass: XLA on TensorFlow and JAX, export and Inductor on torch.
 
     XLA compiles a program for each batch size. Sizes are rounded up to powers of two, so that
@@ -19,7 +21,8 @@ def compile_inference(model, max_batch=256):
 
     Args:
         model: a Keras model of one input.
-        max_batch: the largest batch to run at once, a power of two; larger ones are cut up.
+        max_batch: the largest batch to run at once, a power of two; larger ones are cut up. None:
+            256, but one or two images a core where the CPU computes: its caches hold no more.
 
     Returns:
         A function from a batch of images, `(batch, *model.input_shape[1:])`, array or tensor of the
@@ -38,6 +41,9 @@ def compile_inference(model, max_batch=256):
             f"`compile_inference` takes a model of one input. '{model.name}' has "
             f"{len(model.inputs)}."
         )
+    if max_batch is None:
+        on_cpu = "cpu" in str(ops.zeros(()).device).lower()
+        max_batch = max(4, 1 << os.cpu_count().bit_length()) if on_cpu else 256
     if max_batch < 1 or max_batch & (max_batch - 1):
         raise ValueError(f"`max_batch` must be a power of two. Received: {max_batch}")
     program_of = {"tensorflow": tensorflow_program, "jax": jax_program, "torch": torch_program}
@@ -51,11 +57,10 @@ def compile_inference(model, max_batch=256):
                 f"Received: {tuple(images.shape)}"
             )
         tensor = ops.convert_to_tensor(images, dtype=dtype)
-        chunks = [
-            program(tensor[start : start + max_batch])
-            for start in range(0, images.shape[0], max_batch)
-        ]
-        outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *chunks)
+        pieces = ops.array_split(tensor, -(-images.shape[0] // max_batch))
+        outputs = keras.tree.map_structure(
+            lambda *parts: ops.concatenate(parts), *map(program, pieces)
+        )
         if isinstance(images, np.ndarray):
             outputs = keras.tree.map_structure(ops.convert_to_numpy, outputs)
         return outputs
@@ -105,13 +110,18 @@ def torch_program(model):
     """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
     import torch
     from torch._inductor import config
+    from torch.fx.experimental import _config as symbols
 
+    # Inductor fails to pack int8. It chooses oneDNN for products of an unknown size; so even a batch
+    # of one stays unknown.
+    freezing = all(keras.backend.is_float_dtype(w.dtype) for w in model.weights)
+    settings = config.patch(freezing=freezing), symbols.patch(backed_size_oblivious=True)
     compiled, of_weights = None, None
 
     def export():
         # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
         two_images = ops.zeros((2, *model.input_shape[1:]), model.inputs[0].dtype)
-        with elementwise_word_attention():
+        with fused_inner_transformers():
             exported = torch.export.export(
                 model,
                 (two_images,),
@@ -123,7 +133,7 @@ def torch_program(model):
     def run(images):
         nonlocal compiled, of_weights
         weights = [(id(v.value), v.value._version) for v in model.variables]
-        with torch.no_grad(), config.patch(freezing=True):
+        with torch.no_grad(), settings[0], settings[1]:
             if weights != of_weights:
                 compiled, of_weights = export(), weights
             return compiled(images)

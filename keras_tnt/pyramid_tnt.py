@@ -4,8 +4,6 @@ TNT in stages: a convolutional stem makes patches of 8x8 pixels, and between sta
 become one, of twice the dimension. There is no class token; the class is read off the mean patch.
 """
 
-import keras
-
 from keras_tnt import model as parts
 from keras_tnt.layers import (
     Dropout,
@@ -17,6 +15,7 @@ from keras_tnt.layers import (
     ReducedBlock,
     RelativePosition,
 )
+from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.layers.pyramid import halve
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -140,7 +139,7 @@ def PyramidTNT(
                 )
             else:
                 patches = ReducedBlock(outer_heads[s], **block)(patches, bias=bias)
-    patches = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")(patches)
+    patches = LayerNormalization(epsilon=EPSILON, name="norm")(patches)
 
     # === Output ===
     if include_top:

@@ -5,8 +5,6 @@ words". In every block an inner transformer attends among the words of each patc
 added to the patch, and an outer transformer attends among the patches.
 """
 
-import keras
-
 from keras_tnt import model as parts
 from keras_tnt.layers import (
     ClassAttentionBlock,
@@ -19,6 +17,7 @@ from keras_tnt.layers import (
     WordEmbedding,
     WordsToPatches,
 )
+from keras_tnt.layers.base import LayerNormalization
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 EPSILON = 1e-5
@@ -180,7 +179,7 @@ def TNT(
         tokens = ClassAttentionBlock(
             outer_heads, prefix_tokens, name=f"class_block_{i}", **transformer
         )(tokens)
-    tokens = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
+    tokens = LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
 
     # === Output ===
     if include_top:

@@ -6,8 +6,8 @@ import pytest
 
 import keras_tnt
 from keras_tnt import inference
-from keras_tnt.layers import SelfAttention
-from keras_tnt.layers.attention import elementwise_word_attention
+from keras_tnt.layers import TransformerBlock
+from keras_tnt.layers.fused import fused_inner_transformers
 from tests.checks import assert_equal, compute, normal
 
 TINY = {
@@ -58,15 +58,23 @@ def test_programs_are_for_powers_of_two():
     assert sizes == [1, 2, 4, 4, 8, 8, 16]
 
 
-@pytest.mark.parametrize("qkv_bias", [False, True])
-def test_words_attend_alike_element_by_element(qkv_bias):
-    layer = SelfAttention(num_heads=2, qkv_bias=qkv_bias)
-    words = normal((2, 3, 5, 8))
-    layer.build(words.shape)
-    layer.set_weights([normal(w.shape, seed=i) for i, w in enumerate(layer.get_weights())])
-    expected = compute(layer, words)
-    with elementwise_word_attention():
-        assert_equal(layer(words), expected)
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the operator is torch's")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"qkv_bias": True}, {"layer_scale": 0.5}, {"norm_axis": (-2, -1)}, {"mlp_ratio": 3}],
+)
+@pytest.mark.parametrize("shape", [(2, 3, 16, 8), (1, 2, 32, 12)])
+def test_the_fused_inner_transformer_is_the_inner_transformer(options, shape, monkeypatch):
+    block = TransformerBlock(num_heads=2, sample_axes=2, **options)
+    words = normal(shape)
+    block.build(words.shape)
+    block.set_weights([normal(w.shape, seed=i) for i, w in enumerate(block.get_weights())])
+    expected = compute(block, words)
+    fused, calls = block.fused, []
+    monkeypatch.setattr(block, "fused", lambda x: (calls.append(x), fused(x))[1])
+    with fused_inner_transformers():
+        assert_equal(block(keras.ops.convert_to_tensor(words)), expected)
+    assert len(calls) == 1
 
 
 def test_refuses_images_of_another_size(images):

@@ -22,9 +22,6 @@ from keras_tnt.layers.base import (
 from keras_tnt.layers.regularization import Dropout
 
 _recorded = contextvars.ContextVar("recorded_attention", default=None)
-_elementwise = contextvars.ContextVar("elementwise_word_attention", default=False)
-# The sums' work grows with the square of the words. They were measured with 16.
-MOST_WORDS = 64
 
 
 @contextlib.contextmanager
@@ -40,20 +37,6 @@ def record_attention():
         yield _recorded.get()
     finally:
         _recorded.reset(token)
-
-
-@contextlib.contextmanager
-def elementwise_word_attention():
-    """Within the context, words attend by sums of products instead of small matrix products.
-
-    For a compiler that fuses those sums into one loop over vectors, as Inductor does: it runs the
-    words' attention twice as fast. Run op by op, they are many times slower.
-    """
-    token = _elementwise.set(True)
-    try:
-        yield
-    finally:
-        _elementwise.reset(token)
 
 
 def split_heads(x, num_heads):
@@ -72,6 +55,10 @@ def merge_heads(x):
 
 class Attention(CompositeLayer):
     """What the attention layers share: the core, the output projection, the configuration."""
+
+    # Whether the softmax may be divided by its sums after its product with the values, which are
+    # fewer. XLA does better so; the others have a softmax of one kernel.
+    divides_last = True
 
     def __init__(self, num_heads, qkv_bias=False, attention_dropout=0.0, dropout=0.0, **kwargs):
         super().__init__(**kwargs)
@@ -93,15 +80,24 @@ class Attention(CompositeLayer):
         self.projection.build((None, None, dim))
         self.drop = Dropout(self.dropout, dtype=policy, name="drop")
 
-    def attention(self, query, key, bias=None):
-        """softmax(query key^T / sqrt(head_dim) + bias), in float32 or better."""
+    def scores(self, query, key, bias=None):
+        """query key^T / sqrt(head_dim) + bias, in float32 or better."""
         scores = self.mix_scores(ops.matmul(query * self.scale, ops.swapaxes(key, -1, -2)))
         scores = ops.cast(scores, at_least_float32(scores.dtype))
-        if bias is not None:
-            scores += ops.cast(bias, scores.dtype)
+        return scores if bias is None else scores + ops.cast(bias, scores.dtype)
+
+    def attention(self, query, key, bias=None):
+        """The softmax of the scores, (batch, ..., heads, queries, keys)."""
+        scores = self.scores(query, key, bias)
         if scores.shape[-1] == 1:  # of which Keras's softmax warns
             return ops.ones_like(scores)
-        return ops.softmax(scores, axis=-1)  # (b, ..., h, queries, keys)
+        return ops.softmax(scores, axis=-1)
+
+    def undivided_attention(self, query, key, bias=None):
+        """`attention` as the exponentials and their sums over the keys."""
+        scores = self.scores(query, key, bias)
+        share = ops.exp(scores - ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True)))
+        return share, ops.sum(share, axis=-1, keepdims=True)
 
     def attend(self, query, key, value, bias=None, queries=None, training=False):
         """Attend, read only the first `queries` tokens if told so, and project."""
@@ -110,9 +106,15 @@ class Attention(CompositeLayer):
             recorded[self.path] = self.attention(query, key, bias)
         query = first_tokens(query, queries)
         bias = None if bias is None else first_tokens(bias, queries)
-        attention = ops.cast(self.attention(query, key, bias), value.dtype)
-        attention = self.attention_drop(self.mix_attention(attention), training=training)
-        x = merge_heads(ops.matmul(attention, value))  # (b, ..., queries, dim)
+        if self.divides_last and keras.backend.backend() == "jax":
+            attention, total = self.undivided_attention(query, key, bias)
+        else:
+            attention, total = self.mix_attention(self.attention(query, key, bias)), None
+        attention = self.attention_drop(ops.cast(attention, value.dtype), training=training)
+        x = ops.matmul(attention, value)
+        if total is not None:
+            x /= ops.cast(total, x.dtype)
+        x = merge_heads(x)  # (b, ..., queries, dim)
         return self.drop(self.projection(x), training=training)
 
     def mix_scores(self, scores):
@@ -162,43 +164,10 @@ class SelfAttention(Attention):
         self.qkv.build(input_shape)
 
     def call(self, x, bias=None, queries=None, training=False):
-        if _elementwise.get() and self.is_plain(x, bias, queries, training):
-            return self.attend_elementwise(x)
         query, key, value = (
             split_heads(part, self.num_heads) for part in ops.split(self.qkv(x), 3, axis=-1)
         )
         return self.attend(query, key, value, bias=bias, queries=queries, training=training)
-
-    def is_plain(self, x, bias, queries, training):
-        """Whether x are words, and nothing but attention among all of them is asked for."""
-        return (
-            len(x.shape) == 4
-            and x.shape[-2] <= MOST_WORDS
-            and bias is None
-            and queries is None
-            and not training
-            and self.qkv.quantization_mode is None
-        )
-
-    def attend_elementwise(self, x):
-        """`call`, all words of the batch side by side in columns, so that vectors run over them."""
-        words, dim = x.shape[-2:]
-        columns = ops.transpose(ops.reshape(x, (-1, dim)))  # (dim, b*n*words)
-        qkv = ops.matmul(ops.transpose(self.qkv.kernel), columns)
-        if self.qkv_bias:
-            qkv += ops.expand_dims(self.qkv.bias, -1)
-        shape = (3, self.num_heads, dim // self.num_heads, -1, words)
-        query, key, value = ops.unstack(ops.reshape(qkv, shape), axis=0)  # (h, d, b*n, words)
-        products = ops.expand_dims(key, -1) * ops.expand_dims(query * self.scale, -2)
-        scores = ops.sum(products, axis=1)  # (h, b*n, keys, queries)
-        scores = ops.cast(scores, at_least_float32(scores.dtype))
-        # The softmax, its division put off until there is less to divide.
-        share = ops.exp(scores - ops.max(scores, axis=-2, keepdims=True))
-        total = ops.expand_dims(ops.sum(share, axis=-2), 1)  # (h, 1, b*n, queries)
-        mixed = ops.sum(ops.expand_dims(value, -1) * ops.expand_dims(share, 1), axis=-2) / total
-        rows = ops.transpose(ops.reshape(mixed, (dim, -1)))  # (b*n*words, dim)
-        rows = self.projection(ops.cast(rows, value.dtype))
-        return ops.reshape(rows, (-1, *x.shape[1:]))  # (b, n, words, dim)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -237,8 +206,7 @@ class TalkingHeadAttention(SelfAttention):
     Arguments and result are `SelfAttention`'s.
     """
 
-    def is_plain(self, *arguments):
-        return False
+    divides_last = False
 
     def build(self, input_shape):
         super().build(input_shape)

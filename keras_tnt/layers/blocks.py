@@ -6,12 +6,14 @@ from keras import ops
 from keras_tnt.layers.attention import ClassAttention, SelfAttention, TalkingHeadAttention
 from keras_tnt.layers.base import (
     CompositeLayer,
+    LayerNormalization,
     first_tokens,
     first_tokens_spec,
     gelu,
     projection,
 )
 from keras_tnt.layers.embedding import LegacyWordsToPatches, WordsToPatches
+from keras_tnt.layers.fused import can_fuse, operator
 from keras_tnt.layers.regularization import Dropout, LayerScale, StochasticDepth
 
 
@@ -74,7 +76,7 @@ class SqueezeExcite(CompositeLayer):
         dim = input_shape[-1]
         hidden = dim // self.reduction
         policy = self.dtype_policy
-        self.norm = keras.layers.LayerNormalization(epsilon=self.epsilon, dtype=policy, name="norm")
+        self.norm = LayerNormalization(epsilon=self.epsilon, dtype=policy, name="norm")
         self.fc1 = projection(hidden, dtype=policy, name="fc1")
         self.fc2 = projection(dim, dtype=policy, name="fc2")
         self.norm.build((None, 1, dim))
@@ -130,7 +132,7 @@ class ResidualBlock(CompositeLayer):
     def build_branch(self, name, input_shape, sample_axes=1, norm_axis=-1):
         """The norm before branch `name` and the scale and drop behind it."""
         policy = self.dtype_policy
-        norm = keras.layers.LayerNormalization(
+        norm = LayerNormalization(
             norm_axis, epsilon=self.epsilon, dtype=policy, name=f"norm_{name}"
         )
         norm.build(input_shape)
@@ -216,6 +218,8 @@ class TransformerBlock(ResidualBlock):
             self.excite.build(input_shape)
 
     def call(self, x, bias=None, queries=None, training=False):
+        if can_fuse(x) and self.is_plain(bias, queries, training):
+            return self.fused(x)
         # Squeeze-and-excitation reads every token: then all are computed and the rest cut off.
         computed = None if self.squeeze_excite else queries
         attended = self.attention(
@@ -226,6 +230,42 @@ class TransformerBlock(ResidualBlock):
         if self.squeeze_excite:
             hidden = self.excite(hidden)
         return first_tokens(self.add_branch("mlp", x, hidden, training), queries)
+
+    def is_plain(self, bias, queries, training):
+        """Whether this call is nothing but norms, self-attention, MLP and residuals in float32."""
+        dense = self.attention.qkv, self.attention.projection, self.mlp.fc1, self.mlp.fc2
+        return (
+            bias is None
+            and queries is None
+            and not training
+            and not self.squeeze_excite
+            and type(self.attention) is SelfAttention
+            and all(
+                layer.compute_dtype == "float32" and layer.quantization_mode is None
+                for layer in dense
+            )
+        )
+
+    def fused(self, x):
+        """`call` as one operator."""
+        shape = x.shape[-1:-3:-1]  # (dim, words)
+        weights = []
+        for name, layers in (
+            ("attention", (self.attention.qkv, self.attention.projection)),
+            ("mlp", (self.mlp.fc1, self.mlp.fc2)),
+        ):
+            norm = getattr(self, f"norm_{name}")
+            for weight in (norm.gamma, norm.beta):  # (dim,) or (words, dim)
+                columns = ops.transpose(ops.reshape(weight, (-1, shape[0])))
+                weights.append(ops.broadcast_to(columns, shape))
+            for layer in layers:
+                bias = ops.zeros(layer.units) if layer.bias is None else layer.bias
+                weights += [ops.convert_to_tensor(layer.kernel), ops.convert_to_tensor(bias)]
+            if self.layer_scale is not None:
+                scale = ops.convert_to_tensor(getattr(self, f"scale_{name}").gamma)
+                weights[-2:] = weights[-2] * scale, weights[-1] * scale
+        across_words = len(self.norm_attention.axis) > 1
+        return operator()(x, weights, self.num_heads, self.epsilon, across_words)
 
     def compute_output_shape(self, input_shape):
         return input_shape

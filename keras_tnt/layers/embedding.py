@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_tnt.layers.base import CompositeLayer, TruncatedNormal, projection
+from keras_tnt.layers.base import CompositeLayer, LayerNormalization, TruncatedNormal, projection
 
 
 def channels_last(images, data_format):
@@ -194,9 +194,7 @@ class WordsToPatches(CompositeLayer):
         self.epsilon = epsilon
 
     def norm(self, name, shape):
-        norm = keras.layers.LayerNormalization(
-            epsilon=self.epsilon, dtype=self.dtype_policy, name=name
-        )
+        norm = LayerNormalization(epsilon=self.epsilon, dtype=self.dtype_policy, name=name)
         norm.build(shape)
         return norm
 

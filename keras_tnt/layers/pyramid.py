@@ -10,7 +10,13 @@ import numpy as np
 from keras import ops
 
 from keras_tnt.layers.attention import Attention, split_heads
-from keras_tnt.layers.base import CompositeLayer, TruncatedNormal, first_tokens_spec, projection
+from keras_tnt.layers.base import (
+    CompositeLayer,
+    LayerNormalization,
+    TruncatedNormal,
+    first_tokens_spec,
+    projection,
+)
 from keras_tnt.layers.blocks import TNTBlock, TransformerBlock
 from keras_tnt.layers.embedding import channels_last, cut, image_size, resampling_matrix
 
@@ -155,7 +161,7 @@ class Merge(CompositeLayer):
 
     def build(self, input_shape):
         policy = self.dtype_policy
-        self.norm = keras.layers.LayerNormalization(epsilon=self.epsilon, dtype=policy, name="norm")
+        self.norm = LayerNormalization(epsilon=self.epsilon, dtype=policy, name="norm")
         self.norm.build(input_shape)
         self.convolution = convolution(self.dim, 2, dtype=policy, name="convolution")
         self.convolution.build((None, None, None, input_shape[-1]))
@@ -351,9 +357,7 @@ class ReducedAttention(Attention):
         if self.reduction > 1:
             self.reduce = projection(dim, dtype=policy, name="reduce")
             self.reduce.build(input_shape)
-            self.norm = keras.layers.LayerNormalization(
-                epsilon=self.epsilon, dtype=policy, name="norm"
-            )
+            self.norm = LayerNormalization(epsilon=self.epsilon, dtype=policy, name="norm")
             self.norm.build(input_shape)
         self.kv = projection(2 * dim, self.qkv_bias, dtype=policy, name="kv")
         self.kv.build(input_shape)
