@@ -107,13 +107,16 @@ def jax_program(model):
 
 
 def torch_program(model):
-    """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
+    """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product.
+
+    It would run the inner transformer as twenty passes over memory; that is one operator instead.
+    """
     import torch
     from torch._inductor import config
     from torch.fx.experimental import _config as symbols
 
-    # Inductor fails to pack int8. It chooses oneDNN for products of an unknown size; so even a batch
-    # of one stays unknown.
+    # Inductor fails to pack int8, and chooses oneDNN for products of an unknown size: so even a
+    # batch of one stays unknown.
     freezing = all(keras.backend.is_float_dtype(w.dtype) for w in model.weights)
     settings = config.patch(freezing=freezing), symbols.patch(backed_size_oblivious=True)
     compiled, of_weights = None, None
