@@ -86,7 +86,7 @@ def draw(rows, path):
         panel.set_ylim(0)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("milliseconds an image")
-    panels[0].legend()
+    panels[1].legend(loc="upper left")
     figure.suptitle(
         "Cost of a forward pass; where nothing else is said: batch {batch}, "
         "{image_size}x{image_size}, {depth} blocks".format(**BASE)

@@ -109,7 +109,7 @@ def jax_program(model):
 def torch_program(model):
     """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product.
 
-    It would run the inner transformer as twenty passes over memory; that is one operator instead.
+    The inner transformer, for which it would pass over memory again and again, is one operator.
     """
     import torch
     from torch._inductor import config
@@ -131,7 +131,7 @@ def torch_program(model):
                 dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
                 strict=False,
             )
-        return torch.compile(exported.module(), dynamic=True)
+        return torch.compile(exported.module())
 
     def run(images):
         nonlocal compiled, of_weights
@@ -139,6 +139,8 @@ def torch_program(model):
         with torch.no_grad(), settings[0], settings[1]:
             if weights != of_weights:
                 compiled, of_weights = export(), weights
+            images = images.clone()  # a view's base would be part of what the program is for
+            torch._dynamo.mark_dynamic(images, 0)
             return compiled(images)
 
     return run
