@@ -98,13 +98,13 @@ def at_least_float32(dtype):
 
 
 def gelu(x):
-    """Exact GELU, `x * Phi(x)`, in the form that each backend compiles best.
+    """Exact GELU, `x * Phi(x)`, in the form that each backend compiles and exports best.
 
-    `keras.ops.gelu` is one kernel on torch. On TensorFlow and JAX it is written with `erfc`, which
-    tf2onnx puts into an ONNX file that no runtime loads, and which takes XLA 2.4 times as long as
-    `erf` on a CPU.
+    `keras.ops.gelu` is one kernel on torch. On TensorFlow it is written with `erfc`, which tf2onnx
+    puts into an ONNX file that no runtime loads; `erf` it has. On JAX it is the other way about:
+    `erf` would be 2.4 times as fast, but TensorFlow does not read it from a SavedModel.
     """
-    if keras.backend.backend() == "torch":
+    if keras.backend.backend() != "tensorflow":
         return ops.gelu(x, approximate=False)
     half, root_half = (ops.cast(c, x.dtype) for c in (0.5, 0.5**0.5))
     return half * x * (1 + ops.erf(x * root_half))
