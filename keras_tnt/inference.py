@@ -131,7 +131,7 @@ def torch_program(model):
                 dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
                 strict=False,
             )
-        return torch.compile(exported.module())
+        return torch.compile(exported.module(), dynamic=True)
 
     def run(images):
         nonlocal compiled, of_weights
@@ -139,8 +139,6 @@ def torch_program(model):
         with torch.no_grad(), settings[0], settings[1]:
             if weights != of_weights:
                 compiled, of_weights = export(), weights
-            images = images.clone()  # a view's base would be part of what the program is for
-            torch._dynamo.mark_dynamic(images, 0)
             return compiled(images)
 
     return run
