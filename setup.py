@@ -60,7 +60,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["keras_tnt", "keras_tnt.*"]),
-    package_data={"keras_tnt": ["**/*.txt", "**/*.json", "**/*.csv", "**/*.cpp"]},
+    package_data={"keras_tnt": ["**/*.txt", "**/*.json", "**/*.csv", "**/*.h", "**/*.cpp"]},
     install_requires=[
         "keras>=3.15,<4",
         "numpy>=1.26,<3",

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_tnt.layers.fused import fused_inner_transformers
+from keras_tnt.layers.base import program_device
 
 
 def compile_inference(model, max_batch=None):
@@ -41,9 +41,9 @@ def compile_inference(model, max_batch=None):
             f"`compile_inference` takes a model of one input. '{model.name}' has "
             f"{len(model.inputs)}."
         )
+    device = "cpu" if "cpu" in str(ops.zeros(()).device).lower() else "accelerator"
     if max_batch is None:
-        on_cpu = "cpu" in str(ops.zeros(()).device).lower()
-        max_batch = max(4, 1 << os.cpu_count().bit_length()) if on_cpu else 256
+        max_batch = max(4, 1 << os.cpu_count().bit_length()) if device == "cpu" else 256
     if max_batch < 1 or max_batch & (max_batch - 1):
         raise ValueError(f"`max_batch` must be a power of two. Received: {max_batch}")
     program_of = {"tensorflow": tensorflow_program, "jax": jax_program, "torch": torch_program}
@@ -58,9 +58,12 @@ def compile_inference(model, max_batch=None):
             )
         tensor = ops.convert_to_tensor(images, dtype=dtype)
         pieces = ops.array_split(tensor, -(-images.shape[0] // max_batch))
-        outputs = keras.tree.map_structure(
-            lambda *parts: ops.concatenate(parts), *map(program, pieces)
-        )
+        token = program_device.set(device)
+        try:
+            results = [program(piece) for piece in pieces]
+        finally:
+            program_device.reset(token)
+        outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *results)
         if isinstance(images, np.ndarray):
             outputs = keras.tree.map_structure(ops.convert_to_numpy, outputs)
         return outputs
@@ -107,10 +110,7 @@ def jax_program(model):
 
 
 def torch_program(model):
-    """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product.
-
-    The inner transformer, for which it would pass over memory again and again, is one operator.
-    """
+    """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
     import torch
     from torch._inductor import config
     from torch.fx.experimental import _config as symbols
@@ -124,13 +124,12 @@ def torch_program(model):
     def export():
         # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
         two_images = ops.zeros((2, *model.input_shape[1:]), model.inputs[0].dtype)
-        with fused_inner_transformers():
-            exported = torch.export.export(
-                model,
-                (two_images,),
-                dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
-                strict=False,
-            )
+        exported = torch.export.export(
+            model,
+            (two_images,),
+            dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
+            strict=False,
+        )
         return torch.compile(exported.module(), dynamic=True)
 
     def run(images):

@@ -1,5 +1,7 @@
 """`compile_inference` predicts what the model predicts, for any batch, from few programs."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 import keras_tnt
 from keras_tnt import inference
 from keras_tnt.layers import TransformerBlock
-from keras_tnt.layers.fused import fused_inner_transformers
+from keras_tnt.layers.base import program_device
 from tests.checks import assert_equal, compute, normal
 
 TINY = {
@@ -58,23 +60,51 @@ def test_programs_are_for_powers_of_two():
     assert sizes == [1, 2, 4, 4, 8, 8, 16]
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the operator is torch's")
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"qkv_bias": True}, {"layer_scale": 0.5}, {"norm_axis": (-2, -1)}, {"mlp_ratio": 3}],
-)
-@pytest.mark.parametrize("shape", [(2, 3, 16, 8), (1, 2, 32, 12)])
-def test_the_fused_inner_transformer_is_the_inner_transformer(options, shape, monkeypatch):
+def block_and_words(shape, **options):
+    """A block with words to transform, and what it makes of them without the C++."""
     block = TransformerBlock(num_heads=2, sample_axes=2, **options)
     words = normal(shape)
     block.build(words.shape)
-    block.set_weights([normal(w.shape, seed=i) for i, w in enumerate(block.get_weights())])
-    expected = compute(block, words)
-    fused, calls = block.fused, []
-    monkeypatch.setattr(block, "fused", lambda x: (calls.append(x), fused(x))[1])
-    with fused_inner_transformers():
-        assert_equal(block(keras.ops.convert_to_tensor(words)), expected)
-    assert len(calls) == 1
+    block.set_weights([normal(w.shape, seed=i) / 2 for i, w in enumerate(block.get_weights())])
+    return block, keras.ops.convert_to_tensor(words), compute(block, words)
+
+
+@contextlib.contextmanager
+def on_cpu():
+    token = program_device.set("cpu")
+    try:
+        yield
+    finally:
+        program_device.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 3, 16, 8), {}),
+        ((2, 3, 16, 8), {"qkv_bias": True}),
+        ((2, 3, 16, 8), {"layer_scale": 0.5}),
+        ((2, 3, 16, 8), {"norm_axis": (-2, -1)}),
+        ((1, 2, 32, 12), {"mlp_ratio": 3}),
+        ((5, 9, 16, 4), {}),
+    ],
+)
+def test_the_inner_transformer_in_cpp_is_the_inner_transformer(shape, options, monkeypatch):
+    block, words, expected = block_and_words(shape, **options)
+    fused, called = block.fused, []
+    monkeypatch.setattr(block, "fused", lambda x: called.append(fused(x)) or called[-1])
+    with on_cpu():
+        assert_equal(block(words), expected)
+    assert called[0] is not None
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Inductor finds torch's compiler")
+def test_without_a_compiler_xla_takes_the_place_of_the_cpp(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    block, words, expected = block_and_words((1, 2, 16, 10))
+    with on_cpu(), pytest.warns(UserWarning, match="CXX names the compiler.*no-such-compiler"):
+        result = block(words)
+    assert_equal(result, expected)
 
 
 def test_refuses_images_of_another_size(images):

@@ -9,6 +9,9 @@ from keras import ops
 # Whether all variables are about to be filled from a file; `keras_tnt.model` sets it.
 values_follow = contextvars.ContextVar("values_follow", default=False)
 
+# What a program is being compiled for, "cpu" or another device; `keras_tnt.inference` sets it.
+program_device = contextvars.ContextVar("program_device", default=None)
+
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class TruncatedNormal(keras.initializers.TruncatedNormal):
@@ -102,9 +105,11 @@ def gelu(x):
 
     `keras.ops.gelu` is one kernel on torch. On TensorFlow it is written with `erfc`, which tf2onnx
     puts into an ONNX file that no runtime loads; `erf` it has. On JAX it is the other way about:
-    `erf` would be 2.4 times as fast, but TensorFlow does not read it from a SavedModel.
+    `erf` is 2.4 times as fast, but TensorFlow does not read it from a SavedModel; so it is for
+    programs that `compile_inference` makes.
     """
-    if keras.backend.backend() != "tensorflow":
+    backend = keras.backend.backend()
+    if backend == "torch" or (backend == "jax" and program_device.get() is None):
         return ops.gelu(x, approximate=False)
     half, root_half = (ops.cast(c, x.dtype) for c in (0.5, 0.5**0.5))
     return half * x * (1 + ops.erf(x * root_half))

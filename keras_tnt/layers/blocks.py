@@ -13,7 +13,7 @@ from keras_tnt.layers.base import (
     projection,
 )
 from keras_tnt.layers.embedding import LegacyWordsToPatches, WordsToPatches
-from keras_tnt.layers.fused import can_fuse, operator
+from keras_tnt.layers.fused import inner_transformer
 from keras_tnt.layers.regularization import Dropout, LayerScale, StochasticDepth
 
 
@@ -218,8 +218,9 @@ class TransformerBlock(ResidualBlock):
             self.excite.build(input_shape)
 
     def call(self, x, bias=None, queries=None, training=False):
-        if can_fuse(x) and self.is_plain(bias, queries, training):
-            return self.fused(x)
+        fused = self.fused(x) if self.is_plain(bias, queries, training) else None
+        if fused is not None:
+            return fused(x, self.fused_weights(x.shape), self.epsilon)
         # Squeeze-and-excitation reads every token: then all are computed and the rest cut off.
         computed = None if self.squeeze_excite else queries
         attended = self.attention(
@@ -247,8 +248,17 @@ class TransformerBlock(ResidualBlock):
         )
 
     def fused(self, x):
-        """`call` as one operator."""
-        shape = x.shape[-1:-3:-1]  # (dim, words)
+        """This block in C++; None where there is none."""
+        return inner_transformer(
+            x,
+            heads=self.num_heads,
+            hidden=self.mlp.fc1.units,
+            across_words=len(self.norm_attention.axis) > 1,
+        )
+
+    def fused_weights(self, input_shape):
+        """The weights as the C++ takes them: of norms (dim, words), of the rest with LayerScale."""
+        shape = input_shape[-1:-3:-1]  # (dim, words)
         weights = []
         for name, layers in (
             ("attention", (self.attention.qkv, self.attention.projection)),
@@ -264,8 +274,7 @@ class TransformerBlock(ResidualBlock):
             if self.layer_scale is not None:
                 scale = ops.convert_to_tensor(getattr(self, f"scale_{name}").gamma)
                 weights[-2:] = weights[-2] * scale, weights[-1] * scale
-        across_words = len(self.norm_attention.axis) > 1
-        return operator()(x, weights, self.num_heads, self.epsilon, across_words)
+        return weights
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -1,42 +1,45 @@
-"""The inner transformer in C++, one loop over patches, where torch compiles for a CPU."""
+"""The inner transformer in C++, in programs that compute on a CPU.
 
-import contextlib
-import contextvars
+torch has it as an operator of its own, which Inductor compiles; XLA as a custom call.
+"""
+
 import ctypes
 import functools
-from pathlib import Path
+import tempfile
 
-_enabled = contextvars.ContextVar("fused_inner_transformers", default=False)
-# Words lie along the lanes of vectors, of which AVX-512 has the most.
-LANES = 16
+import keras
+import numpy as np
 
-
-@contextlib.contextmanager
-def fused_inner_transformers():
-    """Within the context, transformers among words are one operator each, where that can be."""
-    token = _enabled.set(True)
-    try:
-        yield
-    finally:
-        _enabled.reset(token)
+from keras_tnt import native
+from keras_tnt.layers.base import program_device
 
 
-def can_fuse(words):
-    """Whether transformers among these words may be the operator here."""
-    return (
-        _enabled.get()
-        and len(words.shape) == 4
-        and words.shape[2] % LANES == 0
-        and words.device.type == "cpu"
-    )
+def inner_transformer(words, **sizes):
+    """The C++ for these words.
+
+    Args:
+        words: `(batch, patches, words, dim)`, float32.
+        sizes: further ones, see `native.sizes_of`.
+
+    Returns:
+        A function (words, weights, epsilon) to words, weights as inner_transformer.h has them; None
+        outside of `compile_inference` on a CPU, and where there is no C++ for these words.
+    """
+    if program_device.get() != "cpu" or len(words.shape) != 4 or words.shape[2] % native.LANES:
+        return None
+    calls = {"tensorflow": tensorflow_call, "jax": jax_call, "torch": torch_call}
+    return calls[keras.backend.backend()](*words.shape[2:], **sizes)
+
+
+def torch_call(words, dim, heads, hidden, across_words):
+    def call(words, weights, epsilon):
+        return torch_operator()(words, weights, heads, epsilon, across_words)
+
+    return call
 
 
 @functools.cache
-def operator():
-    """The torch operator: (words, weights, heads, epsilon, across_words) to words.
-
-    words: `(batch, patches, words, dim)`, float32. weights: as fused.cpp has them.
-    """
+def torch_operator():
     import torch
 
     @torch.library.custom_op(
@@ -51,13 +54,7 @@ def operator():
     ) -> torch.Tensor:
         words, weights = words.contiguous(), [weight.contiguous() for weight in weights]
         result = torch.empty_like(words)
-        function = compiled(
-            WORDS=words.shape[2],
-            DIM=words.shape[3],
-            HEADS=heads,
-            HIDDEN=len(weights[-3]),
-            ACROSS_WORDS=int(across_words),
-        )
+        function = torch_function(*words.shape[2:], heads, len(weights[-3]), across_words)
         pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
         patches = words.shape[0] * words.shape[1]
         function(words.data_ptr(), result.data_ptr(), pointers, epsilon, patches)
@@ -71,14 +68,78 @@ def operator():
 
 
 @functools.cache
-def compiled(**sizes):
-    """fused.cpp's function for these sizes, by the compiler that Inductor uses."""
+def torch_function(*sizes):
+    from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
-    defined = "".join(f"#define {name} {value}\n" for name, value in sizes.items())
-    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
-    function = CppCodeCache.load(defined + source, "cpu").inner_transformer
-    pointer = ctypes.c_void_p
+    defined = [f"#define {name} {value}" for name, value in native.sizes_of(*sizes).items()]
+    texts = [
+        path.read_text(encoding="utf-8") for path in (native.HEADER, native.FOLDER / "torch.cpp")
+    ]
+    with config.patch({"cpp.enable_floating_point_contract_flag": "fast"}):
+        library = CppCodeCache.load("\n".join(defined + texts), "cpu")
+    function, pointer = library.inner_transformer, ctypes.c_void_p
     function.argtypes = [pointer, pointer, pointer, ctypes.c_float, ctypes.c_int64]
     function.restype = None
     return function
+
+
+def xla_library(sizes, include, *settings):
+    """The library that XLA calls, which stays loaded; None where it cannot be compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = native.build(folder, "xla.cpp", sizes, "-isystem", include, *settings)
+        return path and ctypes.CDLL(path)
+
+
+@functools.cache
+def jax_call(*sizes, **more):
+    import jax
+
+    sizes = native.sizes_of(*sizes, **more)
+    library, name = xla_library(sizes, jax.ffi.include_dir()), native.name_of(sizes)
+    if library is None:
+        return None
+    target = jax.ffi.pycapsule(library.inner_transformer)
+    jax.ffi.register_ffi_target(name, target, platform="cpu")
+
+    def call(words, weights, epsilon):
+        result = jax.ShapeDtypeStruct(words.shape, words.dtype)
+        return jax.ffi.ffi_call(name, result)(words, *weights, epsilon=np.float32(epsilon))
+
+    return call
+
+
+@functools.cache
+def tensorflow_call(*sizes, **more):
+    import tensorflow as tf
+    from tensorflow.compiler.tf2xla.python import xla
+
+    sizes = native.sizes_of(*sizes, **more)
+    name = native.name_of(sizes)
+    settings = f'-DNAME="{name}"', *tf.sysconfig.get_link_flags()
+    if xla_library(sizes, tf.sysconfig.get_include(), *settings) is None:
+        return None
+
+    def call(words, weights, epsilon):
+        operands = [words, *weights]
+        types = [f"tensor<{'x'.join(map(str, x.shape))}xf32>" for x in operands]
+        values = [f"%operand{i}" for i in range(len(operands))]
+        parameters = ", ".join(map(": ".join, zip(values, types, strict=True)))
+        module = f"""
+            func.func public @main({parameters}) -> {types[0]} {{
+              %words = stablehlo.custom_call @{name}({", ".join(values)}) {{
+                api_version = 4 : i32, backend_config = {{epsilon = {epsilon:.9e} : f32}}
+              }} : ({", ".join(types)}) -> {types[0]}
+              return %words : {types[0]}
+            }}"""
+        (result,) = xla.call_module(
+            operands,
+            version=9,
+            module=module,
+            Tout=[words.dtype],
+            Sout=[words.shape],
+            platforms=["CPU"],
+        )
+        return result
+
+    return call

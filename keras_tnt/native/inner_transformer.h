@@ -1,0 +1,195 @@
+// TNT's inner transformer without a detour through memory: a patch's words stay in the first cache
+// from the first norm to the last residual. Words lie along the vector's lanes, so that norms,
+// softmax and products alike are sums of whole vectors.
+//
+// Defined before this text: WORDS, DIM, HEADS, HIDDEN and ACROSS_WORDS, whether norms run over all
+// words of a patch.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16;
+#elif defined(__AVX__)
+constexpr int lanes = 8;
+#else
+constexpr int lanes = 4;
+#endif
+
+// GCC's and Clang's vectors: operators work on all lanes, and a number among them on each.
+typedef float Vec __attribute__((vector_size(4 * lanes)));
+typedef int32_t Bits __attribute__((vector_size(4 * lanes)));
+
+constexpr int words = WORDS, dim = DIM, heads = HEADS, hidden = HIDDEN;
+constexpr bool across_words = ACROSS_WORDS;
+constexpr int head_dim = dim / heads, parts = words / lanes;
+
+inline Vec all(float x) { return x - Vec{}; }
+
+inline Vec load(const float* from) {
+  Vec x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
+inline Vec smaller(Vec x, Vec y) { return x < y ? x : y; }
+
+// e^x for x <= 0, within 2 units in the last place: e^x = 2^n e^r with |r| <= ln(2) / 2, and
+// Taylor's polynomial for e^r.
+inline Vec exp(Vec x) {
+  x = larger(x, all(-87.0f));
+  const Vec shift = all(12582912.0f);  // 1.5 * 2^23: added and taken off, it rounds
+  const Vec shifted = x * 1.44269504f + shift, n = shifted - shift;
+  const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  Vec y = r * (1.0f / 5040) + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  return (Vec)((Bits)y + ((Bits)shifted << 23));
+}
+
+// One channel of all words of a patch.
+struct Channel {
+  Vec part[parts];
+  float word(int i) const { return reinterpret_cast<const float*>(this)[i]; }
+};
+
+// The largest divisor of `outputs` that is at most `most`.
+constexpr int divisor(int outputs, int most) {
+  return most <= 1 ? 1 : outputs % most == 0 ? most : divisor(outputs, most - 1);
+}
+
+// y = x kernel + bias, for kernel (inputs, outputs); `block` outputs at a time stay in registers.
+template <int inputs, int outputs>
+inline void dense(const Channel* x, const float* kernel, const float* bias, Channel* y) {
+  constexpr int block = divisor(outputs, 12 / parts);
+  for (int first = 0; first < outputs; first += block) {
+    Vec sum[block * parts];
+#pragma GCC unroll 64
+    for (int j = 0; j < block * parts; ++j) sum[j] = all(bias[first + j / parts]);
+    for (int i = 0; i < inputs; ++i) {
+      const float* row = kernel + i * outputs + first;
+#pragma GCC unroll 64
+      for (int j = 0; j < block * parts; ++j) sum[j] += row[j / parts] * x[i].part[j % parts];
+    }
+#pragma GCC unroll 64
+    for (int j = 0; j < block * parts; ++j) y[first + j / parts].part[j % parts] = sum[j];
+  }
+}
+
+// Sums over channels become means over all that is normalised together.
+inline void average(Vec* sum) {
+  if (across_words) {
+    float total = 0.0f;
+    for (int p = 0; p < parts; ++p)
+      for (int i = 0; i < lanes; ++i) total += sum[p][i];
+    for (int p = 0; p < parts; ++p) sum[p] = all(total / (dim * words));
+  } else {
+    for (int p = 0; p < parts; ++p) sum[p] *= 1.0f / dim;
+  }
+}
+
+// gamma and beta: (dim, words).
+inline void layer_norm(const Channel* x, const float* gamma, const float* beta, float epsilon,
+                       Channel* y) {
+  Vec mean[parts] = {}, variance[parts] = {};
+  for (int c = 0; c < dim; ++c)
+    for (int p = 0; p < parts; ++p) mean[p] += x[c].part[p];
+  average(mean);
+  for (int c = 0; c < dim; ++c)
+    for (int p = 0; p < parts; ++p) {
+      y[c].part[p] = x[c].part[p] - mean[p];
+      variance[p] += y[c].part[p] * y[c].part[p];
+    }
+  average(variance);
+  for (int p = 0; p < parts; ++p)
+    for (int i = 0; i < lanes; ++i) variance[p][i] = 1.0f / std::sqrt(variance[p][i] + epsilon);
+  for (int c = 0; c < dim; ++c)
+    for (int p = 0; p < parts; ++p) {
+      const int64_t at = c * words + p * lanes;
+      y[c].part[p] = y[c].part[p] * variance[p] * load(gamma + at) + load(beta + at);
+    }
+}
+
+// Queries along the lanes, keys one after another: the softmax runs over whole vectors.
+inline void attend(const Channel* qkv, Channel* y) {
+  const float scale = 1.0 / std::sqrt(double(head_dim));
+  for (int head = 0; head < heads; ++head) {
+    const Channel* query = qkv + head * head_dim;
+    const Channel* key = query + dim;
+    const Channel* value = key + dim;
+    for (int p = 0; p < parts; ++p) {
+      Vec score[words], most = all(-INFINITY), total = {}, mixed[head_dim] = {};
+      for (int k = 0; k < words; ++k) {
+        Vec s = {};
+        for (int d = 0; d < head_dim; ++d) s += query[d].part[p] * key[d].word(k);
+        score[k] = s * scale;
+        most = larger(most, score[k]);
+      }
+      for (int k = 0; k < words; ++k) {
+        const Vec share = exp(score[k] - most);
+        total += share;
+        for (int d = 0; d < head_dim; ++d) mixed[d] += share * value[d].word(k);
+      }
+      for (int d = 0; d < head_dim; ++d) y[head * head_dim + d].part[p] = mixed[d] / total;
+    }
+  }
+}
+
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|), with Phi(-z) = erfc(z / sqrt(2)) / 2 and Chebyshev's
+// polynomial for erfc, within 1.2e-7 of its value (Numerical Recipes, section 6.2).
+inline Vec gelu(Vec x) {
+  const Vec size = larger(x, -x), z = size * 0.70710678f;
+  const Vec t = 1.0f / (1.0f + 0.5f * z);
+  Vec y = t * 0.17087277f - 0.82215223f;
+  y = y * t + 1.48851587f;
+  y = y * t - 1.13520398f;
+  y = y * t + 0.27886807f;
+  y = y * t - 0.18628806f;
+  y = y * t + 0.09678418f;
+  y = y * t + 0.37409196f;
+  y = y * t + 1.00002368f;
+  y = y * t - 1.26551223f;
+  return larger(x, Vec{}) - 0.5f * size * t * exp(y - z * z);
+}
+
+inline void add(const Channel* branch, Channel* x) {
+  for (int c = 0; c < dim; ++c)
+    for (int p = 0; p < parts; ++p) x[c].part[p] += branch[c].part[p];
+}
+
+// Patches `first` to `last` of in and out: (patches, words, dim). weights: gamma and beta of the first
+// norm, kernel and bias of query, key and value and of the projection, gamma and beta of the second
+// norm, kernel and bias of both layers of the MLP; kernels (inputs, outputs).
+void transform(const float* in, float* out, const float* const* weights, float epsilon,
+               int64_t first, int64_t last) {
+  for (int64_t patch = first; patch < last; ++patch) {
+    const float* from = in + patch * words * dim;
+    float* to = out + patch * words * dim;
+    Channel x[dim], normed[dim], qkv[3 * dim], mixed[dim], wide[hidden];
+    float* flat = reinterpret_cast<float*>(x);
+    for (int w = 0; w < words; ++w)
+      for (int c = 0; c < dim; ++c) flat[c * words + w] = from[w * dim + c];
+    layer_norm(x, weights[0], weights[1], epsilon, normed);
+    dense<dim, 3 * dim>(normed, weights[2], weights[3], qkv);
+    attend(qkv, mixed);
+    dense<dim, dim>(mixed, weights[4], weights[5], normed);
+    add(normed, x);
+    layer_norm(x, weights[6], weights[7], epsilon, normed);
+    dense<dim, hidden>(normed, weights[8], weights[9], wide);
+    for (Channel& channel : wide)
+      for (Vec& part : channel.part) part = gelu(part);
+    dense<hidden, dim>(wide, weights[10], weights[11], normed);
+    add(normed, x);
+    for (int w = 0; w < words; ++w)
+      for (int c = 0; c < dim; ++c) to[w * dim + c] = flat[c * words + w];
+  }
+}
+
+}  // namespace
