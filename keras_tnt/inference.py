@@ -130,7 +130,10 @@ def torch_program(model):
             dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
             strict=False,
         )
-        return torch.compile(exported.module(), dynamic=True)
+        compiled = torch.compile(exported.module())
+        torch._dynamo.maybe_mark_dynamic(two_images, 0)
+        compiled(two_images)  # so that the size is unknown to the program whatever comes first
+        return compiled
 
     def run(images):
         nonlocal compiled, of_weights
