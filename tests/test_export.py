@@ -34,12 +34,20 @@ TINY = {
     "outer_heads": 2,
     "inner_heads": 2,
 }
+OTHER = {"input_shape": (32, 32, 3), "classes": 7, "embed_dim": 16}
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 
 
 def images_of(model, batch):
     shape = (batch, *model.input_shape[1:])
     return np.random.default_rng(1).uniform(0, 255, shape).astype("float32")
+
+
+def randomize(model):
+    """Weights of which none is zero or one: what does nothing is left out of an ONNX file."""
+    random = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(random.normal(size=variable.shape) * 0.3)
 
 
 def run_onnx(path, images, *names):
@@ -84,10 +92,14 @@ def test_saved_model_and_onnx_agree_with_the_model(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("opset", [18, 23])
 @pytest.mark.parametrize("name", SHALLOW)
-def test_onnx_of_each_family(name, tmp_path):
+def test_onnx_of_each_family(name, opset, tmp_path):
     model = shallow(name)
-    path = keras_tnt.export.onnx(model, tmp_path / "model.onnx")
+    randomize(model)
+    path = keras_tnt.export.onnx(model, tmp_path / "model.onnx", opset=opset)
+    nodes = [node.op_type for node in onnx.load(path).graph.node]
+    assert ("Attention" in nodes) == (opset == 23)
     logits = keras.Model(model.inputs[0], model.layers[-1].input)
     for batch in (1, 5):
         images = images_of(model, batch)
@@ -99,8 +111,7 @@ def test_onnx_of_each_family(name, tmp_path):
 @pytest.mark.one_backend
 def test_onnx_has_norms_and_gelus_that_runtimes_know(tmp_path):
     model = keras_tnt.TNT(**TINY)
-    for variable in model.trainable_variables:
-        variable.assign(np.random.default_rng(0).normal(size=variable.shape) * 0.3)
+    randomize(model)
     path = keras_tnt.export.onnx(model, tmp_path / "model.onnx")
     nodes = [node.op_type for node in onnx.load(path).graph.node]
     # Two in the stem, six in the block, one before the head; a GELU in both transformers.
@@ -112,6 +123,48 @@ def test_onnx_has_norms_and_gelus_that_runtimes_know(tmp_path):
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     fused = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert fused.count("Gelu") == 2 and "Erf" not in fused
+
+
+# How many attentions are one operator, and how many softmaxes are left: those of CaiT's talking
+# heads.
+ATTENTIONS = {
+    "tnt": (lambda: keras_tnt.TNT(**{**TINY, "depth": 2}), 4, 0),
+    "distilled": (lambda: keras_tnt.TNT(**TINY, distilled=True, qkv_bias=True), 2, 0),
+    "class_attention": (lambda: keras_tnt.TNT(**TINY, class_attention_depth=1), 3, 0),
+    "deit": (lambda: keras_tnt.DeiT(**OTHER, depth=2, num_heads=2), 2, 0),
+    "one_head": (lambda: keras_tnt.DeiT(**OTHER, depth=2, num_heads=1), 2, 0),
+    "cait": (lambda: keras_tnt.CaiT(**OTHER, depth=2, num_heads=2), 2, 2),
+}
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_onnx_of_opset_23_has_attention_as_one_operator(name, tmp_path):
+    make, attentions, softmaxes = ATTENTIONS[name]
+    model = make()
+    randomize(model)
+    path = keras_tnt.export.onnx(model, tmp_path / "model.onnx", opset=23)
+    proto = onnx.load(path)
+    assert [entry.version for entry in proto.opset_import if not entry.domain] == [23]
+    nodes = [node.op_type for node in proto.graph.node]
+    assert nodes.count("Attention") == attentions
+    assert nodes.count("Softmax") == softmaxes + 1  # of the classifier
+    for batch in (1, 5):
+        images = images_of(model, batch)
+        expected = model.predict_on_batch(images)
+        (found,) = run_onnx(path, images, "probabilities")
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("opset", [13, 18])
+def test_onnx_computes_no_shape_of_a_dense_layer(opset, tmp_path):
+    model = keras_tnt.TNT(**TINY)
+    randomize(model)
+    path = keras_tnt.export.onnx(model, tmp_path / "model.onnx", opset=opset)
+    nodes = [node.op_type for node in onnx.load(path).graph.node]
+    assert nodes.count("Shape") == 1  # of the images, as many as there are class tokens
+    assert "Gather" not in nodes and nodes.count("Gemm") == 7
 
 
 # === Models of every make ===
@@ -225,11 +278,12 @@ def test_outputs_are_found_at_the_end_of_models_of_every_kind():
 
 
 @pytest.mark.one_backend
+@pytest.mark.parametrize("opset", [18, 23])
 @pytest.mark.parametrize("precision", ["float16", "int8"])
-def test_onnx_of_less_precision_is_smaller_and_tells_its_agreement(precision, tmp_path):
+def test_onnx_of_less_precision_is_smaller_and_tells_its_agreement(precision, opset, tmp_path):
     model = keras_tnt.TNT(**{**TINY, "outer_dim": 96, "depth": 2})
-    exact = keras_tnt.export.onnx(model, tmp_path / "exact.onnx")
-    path = keras_tnt.export.onnx(model, tmp_path / "small.onnx", precision=precision)
+    exact = keras_tnt.export.onnx(model, tmp_path / "exact.onnx", opset=opset)
+    path = keras_tnt.export.onnx(model, tmp_path / "small.onnx", opset=opset, precision=precision)
     assert os.path.getsize(path) < (0.65 if precision == "float16" else 0.45) * os.path.getsize(
         exact
     )
@@ -493,7 +547,8 @@ def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path, monkeypatc
     refused(ValueError, "must end in .onnx", call=keras_tnt.export.onnx)
     refused(ValueError, "`signature` must be one of images, features", **onnx, signature="bytes")
     refused(ValueError, "float32, float16, int8. Received: 'int4'", **onnx, precision="int4")
-    refused(ValueError, "`opset` must lie in 13 to 18. Received: 99", **onnx, opset=99)
+    refused(ValueError, "`opset` must lie in 13 to 18 or be 23. Received: 99", **onnx, opset=99)
+    refused(ValueError, "`opset` must lie in 13 to 18 or be 23. Received: 20", **onnx, opset=20)
     refused(ValueError, "functional keras.Model", model=keras.layers.Dense(3))
     headless = keras_tnt.TNT(**{**TINY, "include_top": False})
     refused(ValueError, "has no classifier", model=headless, labels=LABELS)

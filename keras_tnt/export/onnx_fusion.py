@@ -1,63 +1,159 @@
-"""Norms and GELUs of an ONNX graph in the forms that runtimes have fast kernels for.
+"""Operators of an ONNX graph in the forms that runtimes have fast kernels for.
 
-tf2onnx writes a layer norm as a dozen operators, and GELU as ONNX Runtime does not recognise it.
+tf2onnx writes a layer norm as a dozen operators, GELU as ONNX Runtime does not recognise it, around
+each dense layer the computation of its result's shape, and knows no attention.
 """
+
+import functools
 
 import numpy as np
 
 
 def fuse(proto):
-    """Write layer norms as one operator, and GELUs with the division that ONNX Runtime looks for.
+    """Rewrite norms, GELUs, dense layers and attention.
 
     Args:
-        proto: an ONNX model, changed in place; of an opset below 18 its norms stay as they are.
+        proto: an ONNX model, changed in place. Below opset 18 its norms stay as they are, below 23
+            its attention.
     """
-    from onnx import TensorProto, helper, numpy_helper
-
-    graph = Graph(proto.graph)
     (opset,) = (entry.version for entry in proto.opset_import if not entry.domain)
-    found = [graph.norm(node) for node in proto.graph.node if node.op_type == "Neg"]
-    norms = [norm for norm in found if norm] if opset >= 18 else []
-    for number, (last, x, scale, bias, axes, epsilon) in enumerate(norms):
-        names, shape = [], scale.shape[-len(axes) :]
-        for name, value in (("scale", scale), ("bias", bias)):
+    steps = [(norms, 18), (gelus, 13), (products, 13), (dense, 13), (attention, 23), (reshapes, 13)]
+    for step, since in steps:
+        if opset >= since:
+            graph = Graph(proto)
+            graph.replace(step(graph))
+
+
+# Each step yields the last node of a pattern, and the nodes that take its place.
+
+
+def norms(graph):
+    """Layer norms as one operator."""
+    for node in graph.of("Neg"):
+        found = graph.norm(node)
+        if found is None:
+            continue
+        last, x, scale, bias, axes, epsilon = found
+        (name,) = last.output
+        nodes, inputs, result, shape = [], [x], name, scale.shape[-len(axes) :]
+        if bias is not None and np.broadcast_shapes(bias.shape, scale.shape) != scale.shape:
+            # Something else, a position, was added to the norm's own.
+            result, total = f"{name}/norm", graph.add_constant(f"{name}/total", bias)
+            nodes, bias = [graph.node("Add", [result, total], [name])], None
+        for kind, value in (("scale", scale), ("bias", bias)):
             if value is not None:
-                names.append(f"layer_norm_{number}/{name}")
                 value = np.broadcast_to(value, scale.shape).reshape(shape)
-                proto.graph.initializer.append(numpy_helper.from_array(value.copy(), names[-1]))
-        node = helper.make_node(
-            "LayerNormalization",
-            [x, *names],
-            list(last.output),
-            name=f"layer_norm_{number}",
-            axis=-len(axes),
-            epsilon=epsilon,
-        )
-        last.CopyFrom(node)
-    gelus = [node for node in proto.graph.node if graph.scaled_for_gelu(node)]
-    if gelus:
-        root = helper.make_tensor("gelu/root_two", TensorProto.FLOAT, [], [2**0.5])
-        proto.graph.initializer.append(root)
-    for node in gelus:
-        x = next(name for name in node.input if name not in graph.constants)
-        node.CopyFrom(
-            helper.make_node("Div", [x, "gelu/root_two"], list(node.output), name=node.name)
-        )
-    drop_unused(proto.graph)
+                inputs.append(graph.add_constant(f"{name}/{kind}", value))
+        attributes = {"axis": -len(axes), "epsilon": epsilon}
+        yield last, [graph.node("LayerNormalization", inputs, [result], **attributes), *nodes]
+
+
+def gelus(graph):
+    """GELUs with the division that ONNX Runtime looks for."""
+    for node in graph.of("Mul"):
+        if graph.scaled_for_gelu(node):
+            (name,) = node.output
+            root = graph.add_constant(f"{name}/root_two", np.float32(2**0.5))
+            yield node, [graph.node("Div", [graph.variable(node), root], [name])]
+
+
+def products(graph):
+    """Products of any tensor with a matrix, without the flattening and computed shape around."""
+    for node in graph.of("MatMul"):
+        weight = graph.constants.get(node.input[1])
+        flat = graph.maker.get(node.input[0])
+        last = graph.follow(node.output[0], "Reshape")
+        if weight is None or weight.ndim != 2 or last is None or flat is None:
+            continue
+        x = flat.input[0]
+        if flat.op_type == "Reshape" and graph.is_shape_of(last.input[1], x, weight.shape[1]):
+            yield last, [graph.node("MatMul", [x, node.input[1]], last.output)]
+
+
+def dense(graph):
+    """Dense layers with a bias as `Gemm`, whose inputs have two axes.
+
+    ONNX Runtime would merge a sum behind a `MatMul` with the GELU behind it, which is slower.
+    """
+    for node in graph.of("MatMul"):
+        weight, shape = graph.constants.get(node.input[1]), graph.shapes.get(node.input[0], ())
+        last = graph.only_taker(node, "Add")
+        if weight is None or weight.ndim != 2 or len(shape) < 3 or None in shape[1:] or not last:
+            continue
+        size, dim = weight.shape
+        bias = next((x for x in last.input if np.shape(graph.constants.get(x)) == (dim,)), None)
+        if bias is None:
+            continue
+        (name,) = last.output
+        flat, result = f"{name}/flat", f"{name}/flat_result"
+        nodes = [
+            graph.reshape(node.input[0], (-1, size), flat),
+            graph.node("Gemm", [flat, node.input[1], bias], [result]),
+            graph.reshape(result, (-1, *shape[1:-1], dim), name),
+        ]
+        yield last, nodes
+
+
+def attention(graph):
+    """Attention as one operator, but where heads are mixed."""
+    for softmax in graph.of("Softmax"):
+        found = graph.attention(softmax)
+        if found is None:
+            continue
+        last, tensors, sizes, bias, scale, heads = found
+        (name,) = last.output
+        inputs = [f"{name}/{kind}" for kind in ("query", "key", "value")]
+        nodes = [
+            graph.reshape(tensor, (-1, *size), x)
+            for tensor, size, x in zip(tensors, sizes, inputs, strict=True)
+        ]
+        inputs += [bias] if bias else []
+        attributes = {"q_num_heads": heads, "kv_num_heads": heads, "scale": scale}
+        nodes += [
+            graph.node("Attention", inputs, [f"{name}/merged"], **attributes),
+            graph.reshape(f"{name}/merged", (-1, *graph.shapes[name][1:]), name),
+        ]
+        yield last, nodes
+
+
+def reshapes(graph):
+    """A reshape of a reshape as one."""
+    for node in graph.of("Reshape"):
+        x, origin = node.input[0], graph.origin(node.input[0])
+        # 0 stands for as much as the reshaped tensor has.
+        if origin != x and 0 not in graph.constants.get(node.input[1], [0]):
+            yield node, [graph.node("Reshape", [origin, node.input[1]], node.output)]
 
 
 class Graph:
-    """Who makes a tensor and who takes it, and the patterns that are looked for."""
+    """Who makes a tensor and who takes it, its shape, and the patterns that are looked for."""
 
-    def __init__(self, graph):
+    def __init__(self, proto):
         from onnx import numpy_helper
 
-        self.constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-        self.maker = {output: node for node in graph.node for output in node.output}
+        self.proto = proto
+        self.constants = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+        self.maker = {output: node for node in proto.graph.node for output in node.output}
         self.takers = {}
-        for node in graph.node:
+        for node in proto.graph.node:
             for name in set(node.input):
                 self.takers.setdefault(name, []).append(node)
+
+    @functools.cached_property
+    def shapes(self):
+        """Each tensor's shape, but the constants'; None for an axis of unknown size."""
+        from onnx import shape_inference
+
+        graph = shape_inference.infer_shapes(self.proto, data_prop=True).graph
+        return {
+            tensor.name: tuple(dim.dim_value or None for dim in tensor.type.tensor_type.shape.dim)
+            for tensor in (*graph.input, *graph.value_info, *graph.output)
+        }
+
+    # === Reading ===
+
+    def of(self, kind):
+        return [node for node in self.proto.graph.node if node.op_type == kind]
 
     def follow(self, name, *kinds):
         """The last of a chain of nodes of these kinds, from a tensor on; None if there is none.
@@ -72,9 +168,60 @@ class Graph:
             name = node.output[0]
         return node
 
+    def only_taker(self, node, kind):
+        """The node of this kind that alone takes a node's result; None if there is none."""
+        takers = self.takers.get(node.output[0], ())
+        return takers[0] if [taker.op_type for taker in takers] == [kind] else None
+
+    def origin(self, name):
+        """The tensor that a tensor is a reshape of, or the tensor itself."""
+        while name in self.maker and self.maker[name].op_type == "Reshape":
+            name = self.maker[name].input[0]
+        return name
+
     def constant(self, node):
         """The constant among a node's inputs; None if there is none."""
         return next((self.constants[x] for x in node.input if x in self.constants), None)
+
+    def variable(self, node):
+        """The first of a node's inputs that is no constant."""
+        return next(x for x in node.input if x not in self.constants)
+
+    # === Writing ===
+
+    def node(self, kind, inputs, outputs, **attributes):
+        """A node that is named after what it makes."""
+        from onnx import helper
+
+        return helper.make_node(kind, inputs, outputs, name=outputs[0], **attributes)
+
+    def add_constant(self, name, value):
+        from onnx import numpy_helper
+
+        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        self.proto.graph.initializer.append(tensor)
+        return name
+
+    def reshape(self, x, shape, name):
+        target = self.add_constant(f"{name}/shape", np.array(shape, "int64"))
+        return self.node("Reshape", [x, target], [name])
+
+    def replace(self, pairs):
+        """Put nodes in the place of one, and remove whose result nobody takes then."""
+        graph = self.proto.graph
+        places = {last.output[0]: nodes for last, nodes in pairs}
+        nodes = [x for node in graph.node for x in places.get(node.output[0], [node])]
+        needed, kept = {output.name for output in graph.output}, []
+        for node in reversed(nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        constants = [tensor for tensor in graph.initializer if tensor.name in needed]
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(reversed(kept))
+        graph.initializer.extend(constants)
+
+    # === Patterns ===
 
     def norm(self, negative):
         """What is normalised where `negative` is the negated mean.
@@ -102,20 +249,81 @@ class Graph:
 
     def scaled_for_gelu(self, node):
         """Whether a node is the product with sqrt(1/2) before the erf of a GELU."""
-        if node.op_type != "Mul" or not self.follow(node.output[0], "Erf"):
-            return False
         factor = self.constant(node)
-        return factor is not None and factor.size == 1 and abs(float(factor) - 0.5**0.5) < 1e-6
+        if factor is None or factor.size != 1 or not self.follow(node.output[0], "Erf"):
+            return False
+        return abs(float(factor) - 0.5**0.5) < 1e-6
+
+    def is_shape_of(self, name, x, size):
+        """Whether a tensor is computed as the shape of `x` with a last axis of this size."""
+        node, constants = self.maker.get(name), []
+        while node is not None and node.op_type in ("Cast", "Concat", "Gather"):
+            constants += [self.constants[x].tolist() for x in node.input if x in self.constants]
+            node = self.maker.get(node.input[0])
+        if node is None or node.op_type != "Shape" or node.input[0] != x or len(constants) != 2:
+            return False
+        last, kept = constants
+        return last == [size] and kept == list(range(len(kept)))
+
+    def attention(self, softmax):
+        """What attends to what where `softmax` is the attention.
+
+        Returns:
+            (last node, the tensors of query, key and value with heads behind tokens, their (tokens,
+            dim), name of the bias or None, scale, heads); None if it is no attention.
+        """
+        scores, bias = self.maker.get(softmax.input[0]), None
+        if scores is not None and scores.op_type == "Add" and self.constant(scores) is not None:
+            bias = next(x for x in scores.input if x in self.constants)
+            scores = self.maker.get(self.variable(scores))
+        product = self.follow(softmax.output[0], "MatMul")
+        if scores is None or scores.op_type != "MatMul" or product is None:
+            return None
+        names = [*scores.input, product.input[1]]
+        query, key, value = shapes = [self.shapes.get(name, ()) for name in names]
+        rank = len(query)
+        if rank < 4 or None in sum((shape[1:] for shape in shapes), ()):
+            return None
+        if not query[:-2] == key[:-2] == value[:-2]:
+            return None
+        if bias and self.constants[bias].shape != (1, query[-3], query[-2], value[-2]):
+            return None
+        last = self.follow(product.output[0], "Transpose") or product
+        swapped = [*range(rank - 3), rank - 2, rank - 3, rank - 1]
+        turned = [*range(rank - 3), rank - 2, rank - 1, rank - 3]
+        tensors = [
+            self.before(name, axes)
+            for name, axes in zip(names, (swapped, turned, swapped), strict=True)
+        ]
+        if None in tensors or self.before(last.output[0], swapped) != product.output[0]:
+            return None
+        scale, scaled = 1.0, self.maker.get(tensors[0])
+        if scaled is not None and scaled.op_type == "Mul" and np.size(self.constant(scaled)) == 1:
+            scale = self.constant(scaled).item()
+            tensors[0] = self.origin(self.variable(scaled))
+        heads = query[-3]
+        sizes = [(tokens, heads * dim) for tokens, dim in (query[-2:], key[:-3:-1], value[-2:])]
+        return last, tensors, sizes, bias, scale, heads
+
+    def before(self, name, axes):
+        """The tensor that a tensor is the transpose of, along these axes; None if it is not.
+
+        What only moves axes of size 1 is no transpose but a reshape, which does not count.
+        """
+        node, shape = self.maker.get(name), self.shapes[name]
+        found = range(len(shape))
+        if node is not None and node.op_type == "Transpose":
+            name, found = node.input[0], attributes_of(node)["perm"]
+        first, second = (
+            np.argsort(
+                [axis for axis, size in zip(order, shape, strict=True) if size != 1]
+            ).tolist()
+            for order in (found, axes)
+        )
+        return self.origin(name) if first == second else None
 
 
-def drop_unused(graph):
-    """Remove the nodes and constants whose result nobody takes."""
-    needed, kept = {output.name for output in graph.output}, []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    constants = [tensor for tensor in graph.initializer if tensor.name in needed]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(reversed(kept))
-    graph.initializer.extend(constants)
+def attributes_of(node):
+    from onnx import helper
+
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
