@@ -2,4 +2,5 @@
 
 from keras_tnt.export.edge import litert, openvino
 from keras_tnt.export.onnx_file import onnx
+from keras_tnt.export.onnx_runtime import onnx_session
 from keras_tnt.export.servable import saved_model
