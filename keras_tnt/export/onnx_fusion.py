@@ -17,7 +17,7 @@ def fuse(proto):
             its attention.
     """
     (opset,) = (entry.version for entry in proto.opset_import if not entry.domain)
-    steps = [(norms, 18), (gelus, 13), (products, 13), (dense, 13), (attention, 23), (reshapes, 13)]
+    steps = [(norms, 18), (gelus, 13), (products, 13), (attention, 23), (reshapes, 13)]
     for step, since in steps:
         if opset >= since:
             graph = Graph(proto)
@@ -68,30 +68,6 @@ def products(graph):
         x = flat.input[0]
         if flat.op_type == "Reshape" and graph.is_shape_of(last.input[1], x, weight.shape[1]):
             yield last, [graph.node("MatMul", [x, node.input[1]], last.output)]
-
-
-def dense(graph):
-    """Dense layers with a bias as `Gemm`, whose inputs have two axes.
-
-    ONNX Runtime would merge a sum behind a `MatMul` with the GELU behind it, which is slower.
-    """
-    for node in graph.of("MatMul"):
-        weight, shape = graph.constants.get(node.input[1]), graph.shapes.get(node.input[0], ())
-        last = graph.only_taker(node, "Add")
-        if weight is None or weight.ndim != 2 or len(shape) < 3 or None in shape[1:] or not last:
-            continue
-        size, dim = weight.shape
-        bias = next((x for x in last.input if np.shape(graph.constants.get(x)) == (dim,)), None)
-        if bias is None:
-            continue
-        (name,) = last.output
-        flat, result = f"{name}/flat", f"{name}/flat_result"
-        nodes = [
-            graph.reshape(node.input[0], (-1, size), flat),
-            graph.node("Gemm", [flat, node.input[1], bias], [result]),
-            graph.reshape(result, (-1, *shape[1:-1], dim), name),
-        ]
-        yield last, nodes
 
 
 def attention(graph):
@@ -167,11 +143,6 @@ class Graph:
             (node,) = found
             name = node.output[0]
         return node
-
-    def only_taker(self, node, kind):
-        """The node of this kind that alone takes a node's result; None if there is none."""
-        takers = self.takers.get(node.output[0], ())
-        return takers[0] if [taker.op_type for taker in takers] == [kind] else None
 
     def origin(self, name):
         """The tensor that a tensor is a reshape of, or the tensor itself."""
@@ -298,8 +269,9 @@ class Graph:
         if None in tensors or self.before(last.output[0], swapped) != product.output[0]:
             return None
         scale, scaled = 1.0, self.maker.get(tensors[0])
-        if scaled is not None and scaled.op_type == "Mul" and np.size(self.constant(scaled)) == 1:
-            scale = self.constant(scaled).item()
+        factor = None if scaled is None else self.constant(scaled)
+        if factor is not None and scaled.op_type == "Mul" and factor.size == 1:
+            scale = factor.item()
             tensors[0] = self.origin(self.variable(scaled))
         heads = query[-3]
         sizes = [(tokens, heads * dim) for tokens, dim in (query[-2:], key[:-3:-1], value[-2:])]
