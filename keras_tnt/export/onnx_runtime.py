@@ -58,8 +58,7 @@ def use_native(proto):
     Returns:
         The sizes of those that were found, each once.
     """
-    graph, found = Graph(proto), {}
-    pairs = []
+    graph, found, pairs = Graph(proto), {}, []
     for attended, tensors, scale, heads in attentions(graph):
         try:
             last, words, weights, sizes, epsilon = inner_transformer(
@@ -115,74 +114,103 @@ def inner_transformer(graph, attended, tensors, heads):
     Raises:
         NoMatch: if it is anything but norm, attention, MLP and residuals of words in float32.
     """
-
-    def maker(name, *kinds):
-        node = graph.maker.get(graph.origin(name))
-        if node is None or node.op_type not in kinds:
-            raise NoMatch
-        return node
-
-    def taker(node, *kinds):
-        nodes = [x for x in readers.get(node.output[0], ()) if x.op_type in kinds]
-        if len(nodes) != 1:
-            raise NoMatch
-        return nodes[0]
-
-    def other(node, name):
-        """The input of a sum or product beside this one, through reshapes."""
-        first, second = map(graph.origin, node.input)
-        if name not in (first, second):
-            raise NoMatch
-        return second if first == name else first
-
-    def constants(node, count):
-        """The constants behind a node's first input, the last of which may not be there."""
-        values = [graph.constants.get(name) for name in node.input[1:]]
-        if any(value is None or value.dtype != np.float32 for value in values):
-            raise NoMatch
-        return values + [None] * (count - len(values))
-
-    readers = {}
-    for node in graph.proto.graph.node:
-        if node.op_type != "Reshape":
-            for name in node.input:
-                readers.setdefault(graph.origin(name), []).append(node)
-
-    dense = "MatMul", "Gemm"
-    split = maker(tensors[0], "Split")
+    walk = Walk(graph)
+    split = walk.maker(tensors[0], "Split")
     if list(split.output) != tensors:
         raise NoMatch
-    qkv = maker(split.input[0], *dense)
-    norm_attention = maker(qkv.input[0], "LayerNormalization")
+    qkv = walk.maker(split.input[0], "Add", "MatMul")
+    if qkv.op_type == "Add":
+        qkv = walk.maker(graph.variable(qkv), "MatMul")
+    norm_attention = walk.maker(qkv.input[0], "LayerNormalization")
     words = norm_attention.input[0]
     shape = graph.shapes.get(words, ())
     if len(shape) != 4 or None in shape[1:] or shape[2] % native.LANES:
         raise NoMatch
-    origin = graph.maker.get(graph.origin(attended), split)
-    projection = taker(origin, *dense)
-    middle = taker(projection, "Add")
-    if other(middle, projection.output[0]) != graph.origin(words):
-        raise NoMatch
-    norm_mlp = taker(middle, "LayerNormalization")
-    fc1 = taker(norm_mlp, *dense)
-    gelu = taker(taker(taker(taker(fc1, "Div"), "Erf"), "Add"), "Mul")
-    fc2 = taker(gelu, *dense)
-    last = taker(fc2, "Add")
-    if other(last, fc2.output[0]) != middle.output[0]:
-        raise NoMatch
+    projection = walk.taker(graph.origin(attended), "MatMul")
+    middle = walk.residual(walk.biased(projection), graph.origin(words))
+    norm_mlp = walk.taker(middle, "LayerNormalization")
+    fc1 = walk.taker(norm_mlp.output[0], "MatMul")
+    hidden = walk.biased(fc1)
+    for kind in ("Div", "Erf", "Add", "Mul"):  # of which GELU is made
+        hidden = walk.taker(hidden, kind).output[0]
+    fc2 = walk.taker(hidden, "MatMul")
+    last = walk.residual(walk.biased(fc2), middle)
 
-    axes = {attributes_of(norm)["axis"] for norm in (norm_attention, norm_mlp)}
-    epsilons = {attributes_of(norm)["epsilon"] for norm in (norm_attention, norm_mlp)}
-    if len(axes) > 1 or len(epsilons) > 1:
+    axis, epsilon = walk.settings(norm_attention)
+    if walk.settings(norm_mlp) != (axis, epsilon):
         raise NoMatch
     weights = []
     for norm, layers in ((norm_attention, (qkv, projection)), (norm_mlp, (fc1, fc2))):
-        for value in constants(norm, 2):
-            value = np.zeros(1, "float32") if value is None else value
-            weights.append(np.broadcast_to(value, shape[2:]).T)
-        for layer in layers:
-            kernel, bias = constants(layer, 2)
-            weights += [kernel, np.zeros(kernel.shape[1], "float32") if bias is None else bias]
-    hidden = len(weights[-2])
-    sizes = native.sizes_of(*shape[2:], heads, hidden, across_words=axes == {-2})
-    return last, words, weights, sizes, epsilons.pop()
+        weights += walk.norm_weights(norm, shape[2:])
+        weights += [weight for layer in layers for weight in walk.dense_weights(layer)]
+    sizes = native.sizes_of(*shape[2:], heads, len(weights[-2]), across_words=axis == -2)
+    return graph.maker[last], words, weights, sizes, epsilon
+
+
+class Walk:
+    """Steps from node to node of a graph, as if reshapes were not there; any may raise NoMatch."""
+
+    def __init__(self, graph):
+        self.graph = graph
+        self.takers = {}
+        for node in graph.proto.graph.node:
+            if node.op_type != "Reshape":
+                for name in set(map(graph.origin, node.input)):
+                    self.takers.setdefault(name, []).append(node)
+
+    def maker(self, name, *kinds):
+        """The node of one of these kinds that makes a tensor."""
+        node = self.graph.maker.get(self.graph.origin(name))
+        if node is None or node.op_type not in kinds:
+            raise NoMatch
+        return node
+
+    def taker(self, name, kind):
+        """The one node of this kind that takes a tensor."""
+        found = [node for node in self.takers.get(name, ()) if node.op_type == kind]
+        if len(found) != 1:
+            raise NoMatch
+        return found[0]
+
+    def bias(self, product):
+        """The sum of a dense layer's product with its bias; None if it has none."""
+        found = self.takers.get(product.output[0], ())
+        sums = [
+            node
+            for node in found
+            if node.op_type == "Add" and self.graph.constant(node) is not None
+        ]
+        return sums[0] if len(found) == len(sums) == 1 else None
+
+    def biased(self, product):
+        """What a dense layer makes."""
+        return (self.bias(product) or product).output[0]
+
+    def residual(self, branch, residual):
+        """The sum of a branch and its residual."""
+        total = self.taker(branch, "Add")
+        if {branch, residual} != set(map(self.graph.origin, total.input)):
+            raise NoMatch
+        return total.output[0]
+
+    def settings(self, norm):
+        attributes = attributes_of(norm)
+        return attributes["axis"], attributes["epsilon"]
+
+    def norm_weights(self, norm, shape):
+        """Scale and bias of a norm, each `(dim, words)`."""
+        values = [self.constant(name) for name in norm.input[1:]]
+        values += [np.zeros(1, "float32")] * (2 - len(values))
+        return [np.broadcast_to(value, shape).T for value in values]
+
+    def dense_weights(self, product):
+        """Kernel and bias of a dense layer."""
+        kernel, total = self.constant(product.input[1]), self.bias(product)
+        bias = np.zeros(1, "float32") if total is None else self.graph.constant(total)
+        return [kernel, np.broadcast_to(bias, kernel.shape[1:])]
+
+    def constant(self, name):
+        value = self.graph.constants.get(name)
+        if value is None or value.dtype != np.float32:
+            raise NoMatch
+        return value
