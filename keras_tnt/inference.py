@@ -14,10 +14,13 @@ def compile_inference(model, max_batch=None):
 
     XLA compiles a program for each batch size. Sizes are rounded up to powers of two, so that
     batches of any size need few; each is compiled when first needed, which takes from seconds to a
-    minute. Inductor's program is for every size from two on, and there is one for single images; it
-    holds the weights packed, as a second copy. The function predicts with the model's weights as
-    they are at each call (on torch, other weights are another minute's compilation), and never
-    trains.
+    minute. Inductor's program is for every size; it holds the weights packed, as a second copy. The
+    function predicts with the model's weights as they are at each call (on torch, other weights are
+    another minute's compilation), and never trains.
+
+    On a CPU transformers among words, 16 or a multiple of it a patch, are C++ that the machine's
+    compiler makes for its processor (the variable CXX names another); where there is none, a
+    warning says so, and XLA takes its place.
 
     Args:
         model: a Keras model of one input.

@@ -65,7 +65,7 @@ def parse(arguments):
     )
     parser.add_argument("--no_saved_model", action="store_true", help="write ONNX alone")
     parser.add_argument("--onnx", help="path of an ONNX file to write as well")
-    parser.add_argument("--opset", type=int, help="of the ONNX file; default: 18")
+    parser.add_argument("--opset", type=int, help="of the ONNX file, 13 to 18 or 23; default: 18")
     parser.add_argument(
         "--precision", choices=("float32", "float16", "int8"), default="float32", help="of the ONNX"
     )

@@ -34,13 +34,13 @@ inline Vec load(const float* from) {
   return x;
 }
 
+// y where either is no number.
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
-inline Vec smaller(Vec x, Vec y) { return x < y ? x : y; }
 
 // e^x for x <= 0, within 2 units in the last place: e^x = 2^n e^r with |r| <= ln(2) / 2, and
 // Taylor's polynomial for e^r.
 inline Vec exp(Vec x) {
-  x = larger(x, all(-87.0f));
+  x = larger(all(-87.0f), x);
   const Vec shift = all(12582912.0f);  // 1.5 * 2^23: added and taken off, it rounds
   const Vec shifted = x * 1.44269504f + shift, n = shifted - shift;
   const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
