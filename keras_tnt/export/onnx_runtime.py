@@ -87,8 +87,8 @@ class NoMatch(Exception):
 def attentions(graph):
     """Each attention without a bias: (its result, query, key and value, scale, heads)."""
     for node in graph.of("Attention"):
-        if len(node.input) == 3:
-            attributes = attributes_of(node)
+        attributes = attributes_of(node)
+        if len(node.input) == 3 and {"scale", "q_num_heads"} <= set(attributes):
             tensors = [graph.origin(name) for name in node.input]
             yield node.output[0], tensors, attributes["scale"], attributes["q_num_heads"]
     for softmax in graph.of("Softmax"):
