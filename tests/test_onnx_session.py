@@ -5,7 +5,7 @@ import pytest
 
 import keras_tnt
 from keras_tnt.export.onnx_runtime import use_native
-from tests.test_export import OTHER, TINY, images_of, onnx, randomize, run_onnx
+from tests.test_export import OTHER, TINY, images_of, onnx, onnxruntime, randomize, run_onnx
 
 pytestmark = pytest.mark.one_backend
 
@@ -37,7 +37,7 @@ def test_a_session_computes_what_the_file_does(name, opset, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.ptp(expected))
 
     proto = onnx.load(path)
-    sizes = use_native(proto)
+    sizes = use_native(proto, "keras_tnt")
     nodes = [node.op_type for node in proto.graph.node]
     assert nodes.count("InnerTransformer") == count and len(sizes) == min(count, 1)
 
@@ -56,6 +56,14 @@ def test_without_a_compiler_a_file_runs_as_it_is(tmp_path, monkeypatch):
         session = keras_tnt.export.onnx_session(path)
     (found,) = session.run(["logits"], {"images": images})
     np.testing.assert_array_equal(found, run_onnx(path, images, "logits")[0])
+
+
+def test_options_open_more_than_one_file(tmp_path):
+    path, images = exported(tmp_path / "model.onnx", keras_tnt.TNT, TINY)
+    options = onnxruntime.SessionOptions()
+    first, second = (keras_tnt.export.onnx_session(path, options) for _ in range(2))
+    found, again = (session.run(["logits"], {"images": images}) for session in (first, second))
+    np.testing.assert_array_equal(found, again)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

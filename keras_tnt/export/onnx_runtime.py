@@ -1,5 +1,6 @@
 """An exported file in ONNX Runtime, its inner transformers in C++."""
 
+import itertools
 import os
 import tempfile
 
@@ -8,6 +9,9 @@ import numpy as np
 from keras_tnt import native
 from keras_tnt.export.onnx_fusion import Graph, attributes_of
 from keras_tnt.export.requirements import require
+
+# Options that open several files get an operator of each, which must differ by name.
+_sessions = itertools.count()
 
 
 def onnx_session(path, options=None):
@@ -42,8 +46,7 @@ def onnx_session(path, options=None):
     options = options or onnxruntime.SessionOptions()
     proto = onnx.load(path)
     with tempfile.TemporaryDirectory() as folder:
-        for sizes in use_native(proto):
-            domain = native.name_of(sizes)
+        for domain, sizes in use_native(proto, f"keras_tnt_{next(_sessions)}").items():
             library = native.build(folder, "onnxruntime.cpp", sizes, f'-DDOMAIN="{domain}"')
             if library is None:
                 return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
@@ -52,11 +55,11 @@ def onnx_session(path, options=None):
         return onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
 
 
-def use_native(proto):
+def use_native(proto, prefix):
     """Put our operator in the place of each inner transformer of a graph.
 
     Returns:
-        The sizes of those that were found, each once.
+        A dict from the operator's domain, which begins with the prefix, to its sizes.
     """
     graph, found, pairs = Graph(proto), {}, []
     for attended, tensors, scale, heads in attentions(graph):
@@ -68,7 +71,7 @@ def use_native(proto):
             continue
         if not np.isclose(scale, (sizes["DIM"] / heads) ** -0.5):
             continue
-        domain, (name,) = native.name_of(sizes), last.output
+        domain, (name,) = "_".join([prefix, *map(str, sizes.values())]), last.output
         inputs = [graph.add_constant(f"{name}/{i}", value) for i, value in enumerate(weights)]
         node = graph.node("InnerTransformer", [words, *inputs], [name], epsilon=epsilon)
         node.domain = domain
@@ -77,7 +80,7 @@ def use_native(proto):
             proto.opset_import.add(domain=domain, version=1)
             found[domain] = sizes
     graph.replace(pairs)
-    return list(found.values())
+    return found
 
 
 class NoMatch(Exception):
