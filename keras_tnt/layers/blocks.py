@@ -234,17 +234,12 @@ class TransformerBlock(ResidualBlock):
 
     def is_plain(self, bias, queries, training):
         """Whether this call is nothing but norms, self-attention, MLP and residuals in float32."""
+        plain = bias is None and queries is None and not training and not self.squeeze_excite
+        if not plain or type(self.attention) is not SelfAttention:
+            return False
         dense = self.attention.qkv, self.attention.projection, self.mlp.fc1, self.mlp.fc2
-        return (
-            bias is None
-            and queries is None
-            and not training
-            and not self.squeeze_excite
-            and type(self.attention) is SelfAttention
-            and all(
-                layer.compute_dtype == "float32" and layer.quantization_mode is None
-                for layer in dense
-            )
+        return all(
+            layer.compute_dtype == "float32" and layer.quantization_mode is None for layer in dense
         )
 
     def fused(self, x):
