@@ -92,7 +92,7 @@ def test_saved_model_and_onnx_agree_with_the_model(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [18, pytest.param(23, marks=pytest.mark.one_backend)])
 @pytest.mark.parametrize("name", SHALLOW)
 def test_onnx_of_each_family(name, opset, tmp_path):
     model = shallow(name)
