@@ -92,8 +92,14 @@ def test_saved_model_and_onnx_agree_with_the_model(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [18, pytest.param(23, marks=pytest.mark.one_backend)])
-@pytest.mark.parametrize("name", SHALLOW)
+@pytest.mark.parametrize(
+    ("name", "opset"),
+    [
+        *((name, 18) for name in SHALLOW),
+        # The others of opset 23 are below; this one has biases in its attention.
+        pytest.param("PyramidTNTTiny", 23, marks=pytest.mark.one_backend),
+    ],
+)
 def test_onnx_of_each_family(name, opset, tmp_path):
     model = shallow(name)
     randomize(model)
