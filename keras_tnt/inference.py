@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_tnt.layers.base import program_device
+from keras_tnt.layers.base import during, program_device
 
 
 def compile_inference(model, max_batch=None):
@@ -61,11 +61,8 @@ def compile_inference(model, max_batch=None):
             )
         tensor = ops.convert_to_tensor(images, dtype=dtype)
         pieces = ops.array_split(tensor, -(-images.shape[0] // max_batch))
-        token = program_device.set(device)
-        try:
+        with during(program_device, device):
             results = [program(piece) for piece in pieces]
-        finally:
-            program_device.reset(token)
         outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *results)
         if isinstance(images, np.ndarray):
             outputs = keras.tree.map_structure(ops.convert_to_numpy, outputs)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_tnt import weights as checkpoints
-from keras_tnt.layers.base import at_least_float32, projection, values_follow
+from keras_tnt.layers.base import at_least_float32, during, projection, values_follow
 
 POOLINGS = (None, "avg", "max", "token")
 # Arguments that change no weight.
@@ -158,11 +158,8 @@ def builder(function):
 
     @functools.wraps(function)
     def build(*args, **kwargs):
-        token = values_follow.set(False)
-        try:
+        with during(values_follow, False):
             return function(*args, **kwargs)
-        finally:
-            values_follow.reset(token)
 
     return build
 

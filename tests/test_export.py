@@ -128,7 +128,7 @@ def test_onnx_has_norms_and_gelus_that_runtimes_know(tmp_path):
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     fused = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert fused.count("Gelu") + fused.count("BiasGelu") == 2 and "Erf" not in fused
+    assert (fused.count("Gelu"), fused.count("BiasGelu")) == (0, 2) and "Erf" not in fused
 
 
 # How many attentions are one operator, and how many softmaxes are left: those of CaiT's talking

@@ -69,9 +69,9 @@ def use_native(proto, prefix):
             )
         except NoMatch:
             continue
-        if not np.isclose(scale, (sizes["DIM"] / heads) ** -0.5):
+        if not np.isclose(scale, (sizes.dim / heads) ** -0.5):
             continue
-        domain, (name,) = "_".join([prefix, *map(str, sizes.values())]), last.output
+        domain, (name,) = sizes.name(prefix), last.output
         inputs = [graph.add_constant(f"{name}/{i}", value) for i, value in enumerate(weights)]
         node = graph.node("InnerTransformer", [words, *inputs], [name], epsilon=epsilon)
         node.domain = domain
@@ -146,7 +146,7 @@ def inner_transformer(graph, attended, tensors, heads):
     for norm, layers in ((norm_attention, (qkv, projection)), (norm_mlp, (fc1, fc2))):
         weights += walk.norm_weights(norm, shape[2:])
         weights += [weight for layer in layers for weight in walk.dense_weights(layer)]
-    sizes = native.sizes_of(*shape[2:], heads, len(weights[-2]), across_words=axis == -2)
+    sizes = native.Sizes(*shape[2:], heads, hidden=len(weights[-2]), across_words=axis == -2)
     return graph.maker[last], words, weights, sizes, epsilon
 
 

@@ -15,6 +15,7 @@ from keras_tnt.layers.base import (
     CompositeLayer,
     TruncatedNormal,
     at_least_float32,
+    during,
     first_tokens,
     first_tokens_spec,
     projection,
@@ -32,11 +33,8 @@ def record_attention():
         A dict from a layer's path to its softmax, `(batch, ..., heads, queries, keys)`, filled
         while models are called eagerly.
     """
-    token = _recorded.set({})
-    try:
-        yield _recorded.get()
-    finally:
-        _recorded.reset(token)
+    with during(_recorded, {}) as recorded:
+        yield recorded
 
 
 def split_heads(x, num_heads):

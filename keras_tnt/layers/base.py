@@ -1,5 +1,6 @@
 """What every layer of this package that is made of other layers has in common."""
 
+import contextlib
 import contextvars
 import functools
 
@@ -11,6 +12,16 @@ values_follow = contextvars.ContextVar("values_follow", default=False)
 
 # What a program is being compiled for, "cpu" or another device; `keras_tnt.inference` sets it.
 program_device = contextvars.ContextVar("program_device", default=None)
+
+
+@contextlib.contextmanager
+def during(variable, value):
+    """Within the context, a context variable has this value."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")

@@ -10,6 +10,7 @@ from keras_tnt.layers.base import (
     first_tokens,
     first_tokens_spec,
     gelu,
+    program_device,
     projection,
 )
 from keras_tnt.layers.embedding import LegacyWordsToPatches, WordsToPatches
@@ -218,7 +219,9 @@ class TransformerBlock(ResidualBlock):
             self.excite.build(input_shape)
 
     def call(self, x, bias=None, queries=None, training=False):
-        fused = self.fused(x) if self.is_plain(bias, queries, training) else None
+        fused = None
+        if program_device.get() == "cpu" and self.is_plain(bias, queries, training):
+            fused = self.fused(x)
         if fused is not None:
             return fused(x, self.fused_weights(x.shape), self.epsilon)
         # Squeeze-and-excitation reads every token: then all are computed and the rest cut off.

@@ -11,29 +11,29 @@ import keras
 import numpy as np
 
 from keras_tnt import native
-from keras_tnt.layers.base import program_device
 
 
-def inner_transformer(words, **sizes):
+def inner_transformer(words, heads, hidden, across_words):
     """The C++ for these words.
 
     Args:
         words: `(batch, patches, words, dim)`, float32.
-        sizes: further ones, see `native.sizes_of`.
+        heads, hidden, across_words: see `native.Sizes`.
 
     Returns:
         A function (words, weights, epsilon) to words, weights as inner_transformer.h has them; None
-        outside of `compile_inference` on a CPU, and where there is no C++ for these words.
+        where there is no C++ for these words.
     """
-    if program_device.get() != "cpu" or len(words.shape) != 4 or words.shape[2] % native.LANES:
+    if len(words.shape) != 4 or words.shape[2] % native.LANES:
         return None
     calls = {"tensorflow": tensorflow_call, "jax": jax_call, "torch": torch_call}
-    return calls[keras.backend.backend()](*words.shape[2:], **sizes)
+    sizes = native.Sizes(*words.shape[2:], heads, hidden, across_words)
+    return calls[keras.backend.backend()](sizes)
 
 
-def torch_call(words, dim, heads, hidden, across_words):
+def torch_call(sizes):
     def call(words, weights, epsilon):
-        return torch_operator()(words, weights, heads, epsilon, across_words)
+        return torch_operator()(words, weights, sizes.heads, epsilon, sizes.across_words)
 
     return call
 
@@ -54,7 +54,8 @@ def torch_operator():
     ) -> torch.Tensor:
         words, weights = words.contiguous(), [weight.contiguous() for weight in weights]
         result = torch.empty_like(words)
-        function = torch_function(*words.shape[2:], heads, len(weights[-3]), across_words)
+        sizes = native.Sizes(*words.shape[2:], heads, len(weights[-3]), across_words)
+        function = torch_function(sizes)
         pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
         patches = words.shape[0] * words.shape[1]
         function(words.data_ptr(), result.data_ptr(), pointers, epsilon, patches)
@@ -68,11 +69,11 @@ def torch_operator():
 
 
 @functools.cache
-def torch_function(*sizes):
+def torch_function(sizes):
     from torch._inductor import config
     from torch._inductor.codecache import CppCodeCache
 
-    defined = [f"#define {name} {value}" for name, value in native.sizes_of(*sizes).items()]
+    defined = [f"#define {name} {value}" for name, value in sizes.definitions().items()]
     texts = [
         path.read_text(encoding="utf-8") for path in (native.HEADER, native.FOLDER / "torch.cpp")
     ]
@@ -92,11 +93,10 @@ def xla_library(sizes, include, *settings):
 
 
 @functools.cache
-def jax_call(*sizes, **more):
+def jax_call(sizes):
     import jax
 
-    sizes = native.sizes_of(*sizes, **more)
-    library, name = xla_library(sizes, jax.ffi.include_dir()), native.name_of(sizes)
+    library, name = xla_library(sizes, jax.ffi.include_dir()), sizes.name()
     if library is None:
         return None
     target = jax.ffi.pycapsule(library.inner_transformer)
@@ -110,12 +110,11 @@ def jax_call(*sizes, **more):
 
 
 @functools.cache
-def tensorflow_call(*sizes, **more):
+def tensorflow_call(sizes):
     import tensorflow as tf
     from tensorflow.compiler.tf2xla.python import xla
 
-    sizes = native.sizes_of(*sizes, **more)
-    name = native.name_of(sizes)
+    name = sizes.name()
     settings = f'-DNAME="{name}"', *tf.sysconfig.get_link_flags()
     if xla_library(sizes, tf.sysconfig.get_include(), *settings) is None:
         return None

@@ -4,6 +4,7 @@ import os
 import subprocess
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 HEADER = FOLDER / "inner_transformer.h"
@@ -11,27 +12,28 @@ HEADER = FOLDER / "inner_transformer.h"
 LANES = 16
 
 
-def sizes_of(words, dim, heads, hidden, across_words):
-    """What inner_transformer.h wants defined.
+class Sizes(NamedTuple):
+    """What inner_transformer.h wants defined: a program for each.
 
-    Args:
+    Attributes:
         words: of a patch; a multiple of `LANES`.
         dim: of a word.
         heads: of the attention.
         hidden: dimension of the MLP.
         across_words: whether norms run over all words of a patch.
     """
-    return {
-        "WORDS": words,
-        "DIM": dim,
-        "HEADS": heads,
-        "HIDDEN": hidden,
-        "ACROSS_WORDS": int(across_words),
-    }
 
+    words: int
+    dim: int
+    heads: int
+    hidden: int
+    across_words: bool
 
-def name_of(sizes):
-    return "_".join(["keras_tnt", *map(str, sizes.values())])
+    def definitions(self):
+        return {name.upper(): int(value) for name, value in self._asdict().items()}
+
+    def name(self, prefix="keras_tnt"):
+        return "_".join([prefix, *(str(int(value)) for value in self)])
 
 
 def build(folder, entry, sizes, *settings):
@@ -40,18 +42,18 @@ def build(folder, entry, sizes, *settings):
     Args:
         folder: where the library goes.
         entry: file of this folder by which it is called.
-        sizes: see `sizes_of`.
+        sizes: `Sizes`.
         settings: further arguments for the compiler.
 
     Returns:
         The library's path; None, with a warning, where it cannot be compiled.
     """
-    path = os.path.join(folder, f"{name_of(sizes)}.so")
+    path = os.path.join(folder, f"{sizes.name()}.so")
     command = [
         os.environ.get("CXX", "c++"),
         *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
         *("-shared", "-fPIC", "-w", "-o", path),
-        *(f"-D{name}={value}" for name, value in sizes.items()),
+        *(f"-D{name}={value}" for name, value in sizes.definitions().items()),
         *("-include", str(HEADER), str(FOLDER / entry)),
         *settings,
     ]
