@@ -196,6 +196,8 @@ class TransformerBlock(ResidualBlock):
     >>> keras_tnt.layers.TransformerBlock(num_heads=4)(np.ones((2, 17, 32))).shape
     """
 
+    part = "block"
+
     def __init__(self, num_heads, squeeze_excite=False, sample_axes=1, norm_axis=-1, **kwargs):
         super().__init__(num_heads, **kwargs)
         self.squeeze_excite = squeeze_excite
@@ -321,6 +323,8 @@ class TNTBlock(CompositeLayer):
         `(tokens, words)` of the same shapes.
     """
 
+    part = "block"
+
     def __init__(
         self, outer_heads, inner_heads, legacy=False, squeeze_excite=False, epsilon=1e-5, **kwargs
     ):
@@ -396,6 +400,8 @@ class ClassAttentionBlock(ResidualBlock):
     Returns:
         The same shape: the class tokens renewed, the patches unchanged.
     """
+
+    part = "class_block"
 
     def __init__(self, num_heads, queries=1, **kwargs):
         super().__init__(num_heads, **kwargs)

@@ -51,6 +51,8 @@ class PatchEmbedding(CompositeLayer):
         `(batch, height/patch_size * width/patch_size, dim)`, row by row.
     """
 
+    part = "stem"
+
     def __init__(self, patch_size, dim, data_format=None, **kwargs):
         super().__init__(**kwargs)
         self.patch_size = patch_size
@@ -96,6 +98,8 @@ class WordEmbedding(keras.layers.Layer):
     Returns:
         `(batch, patches, words, dim)`: patches row by row, in each its words row by row.
     """
+
+    part = "stem"
 
     kernel_size = 7
 
@@ -249,6 +253,8 @@ class LegacyWordsToPatches(WordsToPatches):
 class ClassToken(keras.layers.Layer):
     """Puts a learned token in front: `(batch, tokens, dim)` to `(batch, 1 + tokens, dim)`."""
 
+    part = "token"
+
     def build(self, input_shape):
         self.token = self.add_weight(
             name="token",
@@ -279,6 +285,8 @@ class PositionEmbedding(keras.layers.Layer):
     Call arguments:
         x: `(batch, ..., prefix_tokens + rows * columns, dim)`.
     """
+
+    part = "position"
 
     def __init__(self, grid, prefix_tokens=0, **kwargs):
         super().__init__(**kwargs)

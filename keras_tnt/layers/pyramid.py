@@ -96,6 +96,8 @@ class PyramidStem(CompositeLayer):
         `(batch, height/8 * width/8, 16, inner_dim)`, row by row.
     """
 
+    part = "stem"
+
     patch_size = 8
 
     def __init__(self, outer_dim, inner_dim, data_format=None, **kwargs):
@@ -152,6 +154,8 @@ class PyramidStem(CompositeLayer):
 
 class Merge(CompositeLayer):
     """What the two mergings share: LayerNorm, then a 3x3 convolution of stride 2."""
+
+    part = "merge"
 
     def __init__(self, dim, grid, epsilon=1e-5, **kwargs):
         super().__init__(**kwargs)
@@ -254,6 +258,8 @@ class RelativePosition(keras.layers.Layer):
     Returns:
         `(1, num_heads, rows * columns, rows/reduction * columns/reduction)`.
     """
+
+    part = "position"
 
     def __init__(self, num_heads, grid, reduction=1, **kwargs):
         super().__init__(**kwargs)
