@@ -45,9 +45,9 @@ class CompositeLayer(keras.layers.Layer):
     records those by path, so that a quantized model is saved and loaded as one.
     """
 
-    # Which part of a model this layer is where it stands at the model's top: "stem", "token",
-    # "position", "block", "class_block", "merge", or None. `keras_tnt.anatomy` reads it; a family of
-    # one's own declares it on layers of its own, of whatever base class.
+    # What this layer is to a model that calls it by itself: "stem", "token", "position", "block",
+    # "class_block", "merge", or None. `keras_tnt.anatomy` reads it; a family of one's own declares
+    # it on its own layers, whatever their base class.
     part = None
 
     def get_config(self):
