@@ -90,9 +90,9 @@ def recipe(directory, values):
     values = {"dataset": "folder", "data_dir": directory, "batch_size": 32, **values}
     settings = config.make("tnt_small", **values)
     source = sources.open_split(settings, held_out=False)
-    corrupt = data.Corrupt(source.size, 0.0)
-    share = data.Share(0, 1, 1)
-    return data.training_batches(source, settings, SIZE, FILL, 0, 0, 10_000, share, corrupt)
+    unreadable = data.UnreadableImages(source.size, 0.0)
+    share = data.WorkerShare(0, 1, 1)
+    return data.training_batches(source, settings, SIZE, FILL, 0, 0, 10_000, share, unreadable)
 
 
 def mix(batch):

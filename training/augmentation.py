@@ -393,7 +393,7 @@ def erasing_box(seed, probability, size, area=(0.02, 1 / 3), ratio=0.3):
     return tf.cast(tf.where(erased & tf.reduce_any(fits), box, tf.zeros_like(box)), tf.int32)
 
 
-def inside(boxes, size):
+def box_mask(boxes, size):
     """Which pixels lie in boxes (..., 4) of top, bottom, left, right: (..., height, width, 1)."""
     top, bottom, left, right = (boxes[..., i, None, None] for i in range(4))
     rows, columns = tf.range(size[0])[:, None], tf.range(size[1])[None, :]

@@ -12,18 +12,22 @@ import numpy as np
 import tensorflow as tf
 
 from training import augmentation
-from training.sources import SHUFFLE_BUFFER, Streamed, digits, open_sources, open_split
+from training.sources import Streamed
 
-__all__ = ["digits", "open_sources", "open_split"]
+# How many items of a streamed source are shuffled at once.
+SHUFFLE_BUFFER = 8192
+# How many images are worked on at once.
+READ_AHEAD = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """What part of each global batch this process feeds: worker `index` of `workers`.
+class WorkerShare:
+    """What part of each global batch this process feeds: its worker's columns of it.
 
     Args:
-        index, workers: this process, of so many.
-        replicas: devices, over all workers.
+        index: number of this process's worker, counted from 0.
+        workers: how many workers feed the devices together.
+        replicas: number of devices of all workers.
     """
 
     index: int
@@ -35,17 +39,17 @@ class Share:
         return slice(self.index * width, (self.index + 1) * width)
 
 
-class Corrupt:
+class UnreadableImages:
     """The images that could not be read: named once, counted, and no more than so many.
 
     Args:
-        size: number of images.
-        share: largest share of them.
+        size: number of images in the split.
+        largest_share: the largest share of them that may be unreadable, in [0, 1].
     """
 
-    def __init__(self, size, share):
+    def __init__(self, size, largest_share):
         self.size = size
-        self.limit = int(size * share)
+        self.limit = int(size * largest_share)
         self.names = set()
 
     def add(self, name):
@@ -84,7 +88,7 @@ def evaluation_order(batch_size, size):
     return order.reshape(steps, batch_size)
 
 
-def training_batches(source, config, size, fill, epoch, first_step, steps, share, corrupt):
+def training_batches(source, config, size, fill, epoch, first_step, steps, share, unreadable):
     """An epoch's batches from `first_step` on, one a replica at a time.
 
     Args:
@@ -95,8 +99,8 @@ def training_batches(source, config, size, fill, epoch, first_step, steps, share
         epoch: counted from 0.
         first_step: updates of this epoch that are done.
         steps: updates an epoch.
-        share: a `Share`.
-        corrupt: a `Corrupt`.
+        share: a `WorkerShare`.
+        unreadable: an `UnreadableImages`.
 
     Returns:
         A `tf.data.Dataset` of dicts: `image` uint8, `label`, `weight` (0 for what could not be
@@ -127,7 +131,7 @@ def training_batches(source, config, size, fill, epoch, first_step, steps, share
         places = np.arange(order.size).reshape(order.shape)
         columns = share.columns(config.batch_size)
         items = in_order(source, order[first_step:, columns], places[first_step:, columns])
-    dataset = batches(items, source, transform, config, share, corrupt, config.data_service)
+    dataset = batches(items, source, transform, config, share, unreadable, config.data_service)
     if config.augmentation == "keras_cv":
         classes = config.classes or source.classes
         dataset = dataset.map(keras_cv_augmentation(config, classes)).prefetch(tf.data.AUTOTUNE)
@@ -168,7 +172,7 @@ def keras_cv_augmentation(config, classes):
     return augment
 
 
-def evaluation_batches(source, config, size, share, corrupt):
+def evaluation_batches(source, config, size, share, unreadable):
     """Every image once, filled up with images of weight 0 to whole batches."""
 
     def transform(image, place):
@@ -185,7 +189,7 @@ def evaluation_batches(source, config, size, share, corrupt):
         order = evaluation_order(config.batch_size, source.size)
         order = order[:, share.columns(config.batch_size)]
         items = in_order(source, order, order)
-    return batches(items, source, transform, config, share, corrupt)
+    return batches(items, source, transform, config, share, unreadable)
 
 
 def repeat_within(items, distinct, repeats, size):
@@ -209,7 +213,7 @@ def in_order(source, order, places):
     return slices.map(item)
 
 
-def batches(items, source, transform, config, share, corrupt, service=""):
+def batches(items, source, transform, config, share, unreadable, service=""):
     """Batches for one replica each of what `transform(image, place)` makes of the items.
 
     Args:
@@ -226,7 +230,7 @@ def batches(items, source, transform, config, share, corrupt, service=""):
         dataset = items.map(finish, **parallel)
     else:
         dataset = items.interleave(
-            lambda *item: readable(item, finish, corrupt, in_process=not service),
+            lambda *item: image_or_black(item, finish, unreadable, in_process=not service),
             cycle_length=READ_AHEAD,
             block_length=1,
             **parallel,
@@ -238,11 +242,7 @@ def batches(items, source, transform, config, share, corrupt, service=""):
     return dataset.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
-# How many images are worked on at once.
-READ_AHEAD = 16
-
-
-def readable(item, finish, corrupt, in_process):
+def image_or_black(item, finish, unreadable, in_process):
     """A data set of one element: the image, or if it cannot be read a black one of weight 0."""
     good = tf.data.Dataset.from_tensors(item).map(finish)
     spec = good.element_spec
@@ -252,7 +252,7 @@ def readable(item, finish, corrupt, in_process):
         if in_process:
             counted = tf.cond(
                 counts,
-                lambda: tf.numpy_function(corrupt.add, [name], tf.float32, stateful=True),
+                lambda: tf.numpy_function(unreadable.add, [name], tf.float32, stateful=True),
                 lambda: 0.0,
             )
             element["weight"] = tf.ensure_shape(counted, [])

@@ -25,7 +25,7 @@ import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_tnt  # noqa: E402
-from training import checkpoint, data  # noqa: E402
+from training import checkpoint, sources  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -42,7 +42,7 @@ def main():
     status = subprocess.run([*train, f"--workdir={WORKDIR}"]).returncode
     if status:
         sys.exit(status)  # train.py has said why
-    _, (images, labels) = data.digits()
+    _, (images, labels) = sources.digits()
     model = keras.models.load_model(WORKDIR / "final.keras")
 
     print("\nExporting", flush=True)

@@ -80,13 +80,13 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     models.check_name(config.model)
     strategy = strategies.make(config)
     replicas = strategy.num_replicas_in_sync
-    share = data.Share(*strategies.worker(strategy), replicas)
+    share = data.WorkerShare(*strategies.worker(strategy), replicas)
     if config.batch_size % replicas:
         raise ValueError(f"--batch_size={config.batch_size} must be a multiple of {replicas}")
     source = sources.open_split(config, held_out=True)
     with strategy.scope():
         model = models.load(config, source.classes, run, weights, checkpoint)
-    corrupt = data.Corrupt(source.size, config.max_corrupt)
+    corrupt = data.UnreadableImages(source.size, config.max_corrupt)
     dataset = data.evaluation_batches(source, config, models.image_size(model), share, corrupt)
     step = steps_of.make_evaluation_step(strategy, model, model.output_shape[-1])
     if progress:

@@ -38,7 +38,7 @@ def train(config):
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     strategy = strategies.make(config)
-    share = data.Share(*strategies.worker(strategy), strategy.num_replicas_in_sync)
+    share = data.WorkerShare(*strategies.worker(strategy), strategy.num_replicas_in_sync)
     check_batch(config, strategy)
     training_source, held_out = sources.open_sources(config)
     classes = config.classes or training_source.classes
@@ -52,8 +52,8 @@ def train(config):
         optimizer = optimization.AdamW(model, config)
         teacher = models.build_teacher(config, model)
     size, fill = models.image_size(model), models.mean_colour(model)
-    corrupt = data.Corrupt(training_source.size, config.max_corrupt)
-    corrupt_held_out = data.Corrupt(held_out.size, config.max_corrupt)
+    corrupt = data.UnreadableImages(training_source.size, config.max_corrupt)
+    corrupt_held_out = data.UnreadableImages(held_out.size, config.max_corrupt)
     return Run(config, strategy, share, model, optimizer, teacher, steps, classes).go(
         lambda epoch, first: data.training_batches(
             training_source, config, size, fill, epoch, first, steps, share, corrupt
@@ -113,7 +113,7 @@ class Run:
         Args:
             training_batches: function (epoch, first step) to a `tf.data.Dataset`.
             evaluation_batches: function to one.
-            corrupt: `data.Corrupt` of both.
+            corrupt: `data.UnreadableImages` of both.
         """
         self.corrupt = corrupt
         devices = list(self.strategy.extended.worker_devices)

@@ -17,7 +17,7 @@ from training import augmentation
 DIGITS_SPLIT_SEED = 0
 IMAGENET_IMAGES = 1_281_167
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
-SHUFFLE_BUFFER = 8192
+# How many TFRecord files are read at once.
 READERS = 16
 
 

@@ -84,10 +84,10 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
         targets = soft_labels(batch["label"], classes, config.label_smoothing)
         if config.erasing and config.augmentation == "builtin":
             noise = tf.random.stateless_normal(tf.shape(images), seed)
-            erased = augmentation.inside(batch["erase"], size)
+            erased = augmentation.box_mask(batch["erase"], size)
             images = tf.where(erased, models.pixels(model, noise), images)
         if mixes(config):
-            box = augmentation.inside(tf.cast(mixing[1:], tf.int32), size)  # (h, w, 1)
+            box = augmentation.box_mask(tf.cast(mixing[1:], tf.int32), size)  # (h, w, 1)
             kept = mixing[0] * (1 - tf.cast(box, tf.float32))
             images = augmentation.mix_with_neighbours(images, kept)
             targets = augmentation.mix_with_neighbours(targets, tf.reduce_mean(kept))

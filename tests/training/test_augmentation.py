@@ -192,7 +192,7 @@ def test_mixing_does_not_depend_on_how_a_batch_is_divided():
 
 
 def test_a_box_covers_its_pixels():
-    mask = augmentation.inside(tf.constant([[1, 3, 0, 2], [0, 0, 0, 0]]), (4, 5)).numpy()
+    mask = augmentation.box_mask(tf.constant([[1, 3, 0, 2], [0, 0, 0, 0]]), (4, 5)).numpy()
     assert mask.shape == (2, 4, 5, 1)
     assert mask[0, 1:3, 0:2].all() and mask[0].sum() == 4 and not mask[1].any()
 

@@ -33,16 +33,16 @@ def collect(dataset):
     return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
 
 
-def train(source, values, epoch=0, first=0, steps=4, share=None, corrupt=None):
-    share = share or data.Share(0, 1, 1)
-    corrupt = corrupt or data.Corrupt(source.size, 1.0)
-    return data.training_batches(source, values, SIZE, FILL, epoch, first, steps, share, corrupt)
+def train(source, values, epoch=0, first=0, steps=4, share=None, unreadable=None):
+    share = share or data.WorkerShare(0, 1, 1)
+    unreadable = unreadable or data.UnreadableImages(source.size, 1.0)
+    return data.training_batches(source, values, SIZE, FILL, epoch, first, steps, share, unreadable)
 
 
-def evaluation(source, values, share=None, corrupt=None):
-    share = share or data.Share(0, 1, 1)
+def evaluation(source, values, share=None, unreadable=None):
+    share = share or data.WorkerShare(0, 1, 1)
     return data.evaluation_batches(
-        source, values, SIZE, share, corrupt or data.Corrupt(source.size, 1.0)
+        source, values, SIZE, share, unreadable or data.UnreadableImages(source.size, 1.0)
     )
 
 
@@ -61,13 +61,13 @@ def test_a_folder_s_broken_images_are_named_counted_and_weigh_nothing(folder, ca
     root, broken = folder
     source = sources.open_split(folder_config(root), held_out=True)
     assert (source.size, source.classes) == (31, 7)
-    corrupt = data.Corrupt(source.size, 0.2)
-    seen = collect(evaluation(source, folder_config(root), corrupt=corrupt))
+    unreadable = data.UnreadableImages(source.size, 0.2)
+    seen = collect(evaluation(source, folder_config(root), unreadable=unreadable))
     assert seen["weight"].sum() == 31 - 3
-    assert sorted(corrupt.names) == sorted(broken["val"])
+    assert sorted(unreadable.names) == sorted(broken["val"])
     printed = capsys.readouterr().out
     assert all(printed.count(name) == 1 for name in broken["val"])
-    corrupt.check()
+    unreadable.check()
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -75,7 +75,7 @@ def test_evaluation_shows_each_image_once_whatever_the_devices(folder, replicas)
     root, _ = folder
     values = folder_config(root, batch_size=8)
     source = sources.open_split(values, held_out=True)
-    seen = collect(evaluation(source, values, data.Share(0, 1, replicas)))
+    seen = collect(evaluation(source, values, data.WorkerShare(0, 1, replicas)))
     assert len(seen["weight"]) == 32
     counted = seen["label"][seen["weight"] > 0]
     expected = [label for i, label in enumerate(np.arange(31) % 7) if i not in (8, 13, 20)]
@@ -97,10 +97,10 @@ def test_too_many_broken_images_are_an_error(folder):
     root, _ = folder
     values = folder_config(root, max_corrupt=0.05)
     source = sources.open_split(values, held_out=True)
-    corrupt = data.Corrupt(source.size, values.max_corrupt)
-    collect(evaluation(source, values, corrupt=corrupt))
+    unreadable = data.UnreadableImages(source.size, values.max_corrupt)
+    collect(evaluation(source, values, unreadable=unreadable))
     with pytest.raises(ValueError, match="3 of 31 images cannot be read, more than --max_corrupt"):
-        corrupt.check()
+        unreadable.check()
 
 
 def test_a_held_out_class_unknown_to_training_is_an_error(tmp_path):
@@ -147,14 +147,14 @@ def test_workers_divide_the_held_out_records_among_them(records, workers):
     values = record_config(records)
     source = sources.open_split(values, held_out=True)
     assert source.size == 33
-    corrupt = data.Corrupt(33, 1.0)
-    shares = [data.Share(i, workers, workers) for i in range(workers)]
-    seen = [collect(evaluation(source, values, share, corrupt)) for share in shares]
+    unreadable = data.UnreadableImages(33, 1.0)
+    shares = [data.WorkerShare(i, workers, workers) for i in range(workers)]
+    seen = [collect(evaluation(source, values, share, unreadable)) for share in shares]
     assert len({len(s["weight"]) for s in seen}) == 1
     labels = np.concatenate([s["label"][s["weight"] > 0] for s in seen])
     expected = [i % 4 for i in range(33) if i != 17]
     assert np.bincount(labels).tolist() == np.bincount(expected).tolist()
-    assert len(corrupt.names) == 1 and "record 6" in min(corrupt.names)
+    assert len(unreadable.names) == 1 and "record 6" in min(unreadable.names)
 
 
 @pytest.mark.parametrize("kind", ["records", "folder"])
@@ -209,7 +209,9 @@ def test_workers_and_replicas_see_the_batches_that_one_device_sees(folder):
     values = folder_config(root, min_crop=0.3)
     source = sources.open_split(values, held_out=False)
     whole = collect(train(source, values))["image"].reshape(4, 8, 32, 32, 3)
-    halves = [collect(train(source, values, share=data.Share(i, 2, 4)))["image"] for i in (0, 1)]
+    halves = [
+        collect(train(source, values, share=data.WorkerShare(i, 2, 4)))["image"] for i in (0, 1)
+    ]
     halves = [half.reshape(4, 4, 32, 32, 3) for half in halves]
     np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
 
@@ -233,7 +235,7 @@ def test_imagenet_is_evaluated_image_by_image(imagenet, workers):
     values = imagenet_config(imagenet)
     source = sources.open_split(values, held_out=True)
     assert (source.size, source.classes) == (23, 1000)
-    shares = [data.Share(i, workers, workers) for i in range(workers)]
+    shares = [data.WorkerShare(i, workers, workers) for i in range(workers)]
     seen = [collect(evaluation(source, values, share)) for share in shares]
     labels = np.concatenate([s["label"][s["weight"] > 0] for s in seen])
     assert sorted(labels) == sorted(37 * i % 1000 for i in range(23))

@@ -17,8 +17,8 @@ from training import config, data, sources
 values = config.make("digits", augmentation="keras_cv", randaugment=True, mixup=0.8, cutmix=1.0,
                      erasing=0.25, batch_size=8)
 source, _ = sources.open_sources(values)
-share, corrupt = data.Share(0, 1, 1), data.Corrupt(source.size, 1.0)
-batches = data.training_batches(source, values, (32, 32), (0, 0, 0), 0, 0, 1, share, corrupt)
+share, unreadable = data.WorkerShare(0, 1, 1), data.UnreadableImages(source.size, 1.0)
+batches = data.training_batches(source, values, (32, 32), (0, 0, 0), 0, 0, 1, share, unreadable)
 (batch,) = batches
 assert batch["image"].shape == (8, 32, 32, 3) and batch["label"].shape == (8, 10)
 print(batch["label"].numpy().sum())
