@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from training import augmentation, config, data, sources  # noqa: E402
-from training import step as steps_of  # noqa: E402
+from training import augmentation, configuration, data, sources, step_functions  # noqa: E402
 
 SIZE = (224, 224)
 FILL = (128, 128, 128)
@@ -88,7 +87,7 @@ def measure(directory, arguments):
 def recipe(directory, values):
     """Batches of 32 of tnt_small's recipe with some values changed."""
     values = {"dataset": "folder", "data_dir": directory, "batch_size": 32, **values}
-    settings = config.make("tnt_small", **values)
+    settings = configuration.make("tnt_small", **values)
     source = sources.open_split(settings, held_out=False)
     unreadable = data.UnreadableImages(source.size, 0.0)
     share = data.WorkerShare(0, 1, 1)
@@ -97,8 +96,8 @@ def recipe(directory, values):
 
 def mix(batch):
     """What the training step does to a batch, for tnt_small's recipe."""
-    settings = config.make("tnt_small")
-    mixing = tf.constant(steps_of.draw_mixing(settings, 0, SIZE, 0))
+    settings = configuration.make("tnt_small")
+    mixing = tf.constant(step_functions.draw_mixing(settings, 0, SIZE, 0))
     images = tf.cast(batch["image"], tf.float32)
     noise = tf.random.stateless_normal(tf.shape(images), [0, 0])
     images = tf.where(augmentation.inside(batch["erase"], SIZE), noise, images)

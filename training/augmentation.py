@@ -123,7 +123,7 @@ def training_image(image, seed, config, size, fill):
     Args:
         image: uint8 (height, width, 3), or bytes.
         seed: int64 (2,).
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
         size: (height, width) of the result.
         fill: colour that geometric ops fill in with.
 

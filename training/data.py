@@ -93,7 +93,7 @@ def training_batches(source, config, size, fill, epoch, first_step, steps, share
 
     Args:
         source: an `Indexed` or `Streamed` source.
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
         size: (height, width) that the model takes.
         fill: colour that geometric augmentation fills in with.
         epoch: counted from 0.

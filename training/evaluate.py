@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags  # noqa: E402
 
-from training import config as configuration  # noqa: E402
+from training import configuration  # noqa: E402
 
 SHARED = (
     *("model", "image_size", "dataset", "data_dir", "label_offset", "classes", "max_corrupt"),
@@ -62,7 +62,8 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     """Top-1, top-5 and loss of a model.
 
     Args:
-        given: values of a `training.config.Config` that differ from the run's, or the defaults.
+        given: fields of a `training.configuration.Config` that differ from the run's, or from
+            the defaults.
         run: directory of a run.
         weights: what to evaluate in place of a run's weights.
         checkpoint: which of a run's weights: "final", "final_ema" or "best".
@@ -71,8 +72,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     Returns:
         A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, `corrupt`.
     """
-    from training import data, models, sources, strategies
-    from training import step as steps_of
+    from training import data, models, sources, step_functions, strategies
 
     config = make_config(given, run)
     if not weights and not run:
@@ -88,10 +88,10 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
         model = models.load(config, source.classes, run, weights, checkpoint)
     corrupt = data.UnreadableImages(source.size, config.max_corrupt)
     dataset = data.evaluation_batches(source, config, models.image_size(model), share, corrupt)
-    step = steps_of.make_evaluation_step(strategy, model, model.output_shape[-1])
+    step = step_functions.make_evaluation_step(strategy, model, model.output_shape[-1])
     if progress:
         step = reporting(step, -(-source.size // config.batch_size))
-    result = steps_of.evaluate(strategy, step, dataset)
+    result = step_functions.evaluate(strategy, step, dataset)
     corrupt.check()
     return {**result, "corrupt": len(corrupt.names)}
 

@@ -9,8 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training import data, models, optimization, report, sources, strategies
-from training import step as steps_of
+from training import data, models, optimization, report, sources, step_functions, strategies
 from training.checkpoint import Checkpoints
 
 
@@ -22,7 +21,7 @@ def train(config):
     """Train as a configuration says, or go on with the run in its directory.
 
     Args:
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
 
     Returns:
         A dict: `accuracy`, `top5_accuracy` and `loss` on the held-out images, `step`, `files`.
@@ -66,12 +65,12 @@ def train(config):
 def check_batch(config, strategy):
     """Raise a ValueError if devices and parts do not divide the batch."""
     parts = strategy.num_replicas_in_sync * config.accumulation
-    unit = parts * 2 if steps_of.mixes(config) else parts
+    unit = parts * 2 if step_functions.mixes(config) else parts
     if config.batch_size % unit:
         raise ValueError(
             f"--batch_size={config.batch_size} must be a multiple of {unit}: "
             f"{strategy.num_replicas_in_sync} devices, --accumulation={config.accumulation}"
-            + (", and mixing takes images two by two" if steps_of.mixes(config) else "")
+            + (", and mixing takes images two by two" if step_functions.mixes(config) else "")
         )
 
 
@@ -90,10 +89,10 @@ class Run:
         self.classes = classes
         self.workdir = Path(config.workdir)
         self.size = models.image_size(model)
-        self.train_step = steps_of.make_train_step(
+        self.train_step = step_functions.make_train_step(
             strategy, model, optimizer, config, classes, teacher
         )
-        self.evaluation_step = steps_of.make_evaluation_step(strategy, model, classes)
+        self.evaluation_step = step_functions.make_evaluation_step(strategy, model, classes)
         # A training step costs three forward passes: one forward, two backward.
         peak = models.peak_tflops(config) * 1e12
         peak_images = peak / (3 * models.forward_flops(model)) if peak else 0.0
@@ -170,7 +169,7 @@ class Run:
             return False
         rate = optimization.learning_rate(self.config, step, self.steps)
         arguments = (float(step), rate, float(self.terminated))
-        mixing = steps_of.draw_mixing(self.config, step, self.size, step // self.steps)
+        mixing = step_functions.draw_mixing(self.config, step, self.size, step // self.steps)
         loss, norm, stop = self.train_step(batch, *(tf.constant(x) for x in (*arguments, mixing)))
         self.pending.append((step, loss, norm))
         self.reporter.steps += 1
@@ -213,7 +212,7 @@ class Run:
         return best
 
     def evaluate_once(self, evaluation_batches):
-        results = steps_of.evaluate(self.strategy, self.evaluation_step, evaluation_batches())
+        results = step_functions.evaluate(self.strategy, self.evaluation_step, evaluation_batches())
         self.check_images()
         return results
 

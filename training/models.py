@@ -53,7 +53,7 @@ def build(config, classes):
     """The model of a configuration, on pixels in [0, 255], in its precision.
 
     Args:
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
         classes: number of classes.
 
     Returns:

@@ -15,7 +15,7 @@ def learning_rate(config, step, steps_per_epoch):
     """The rate of update `step`: linear warm-up, then a cosine to the minimum, a value an update.
 
     Args:
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
         step: updates made before.
         steps_per_epoch: updates an epoch.
 
@@ -64,7 +64,7 @@ class AdamW:
 
     Args:
         model: the `keras.Model` to train.
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
     """
 
     epsilon = 1e-8

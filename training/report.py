@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_tnt
-from training import config as configuration
+from training import configuration
 from training.checkpoint import read_metrics, write_aside
 
 
@@ -74,7 +74,7 @@ class Reporter:
     """Writes reports, from one process of a run.
 
     Args:
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
         total_steps, steps_per_epoch: updates of the run and of an epoch.
         replicas: number of devices.
         active: whether this process reports.

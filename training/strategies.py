@@ -13,7 +13,7 @@ def make(config):
     """Set up devices and make the strategy.
 
     Args:
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
 
     Returns:
         A `tf.distribute.Strategy`.

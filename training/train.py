@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags, logging  # noqa: E402
 
-from training import config as configuration  # noqa: E402
+from training import configuration  # noqa: E402
 
 configuration.define_flags()
 flags.adopt_module_key_flags(configuration)

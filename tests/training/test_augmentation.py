@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
-from training import augmentation, config
+from training import augmentation, configuration
 
 FILL = (124, 116, 104)
 
@@ -198,7 +198,7 @@ def test_a_box_covers_its_pixels():
 
 
 def test_an_image_s_augmentation_is_a_function_of_its_seed():
-    values = config.make(
+    values = configuration.make(
         "digits", min_crop=0.3, flip=True, shift=2, randaugment=False, color_jitter=0.4
     )
     image = tf.constant(picture())

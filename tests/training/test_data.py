@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tests.training.pictures import class_folders, jpeg, prepare_imagenet
-from training import config, data, sources
+from training import configuration, data, sources
 
 SIZE = (32, 32)
 FILL = (128, 128, 128)
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 def folder_config(root, **values):
-    return config.make(
+    return configuration.make(
         "digits",
         **{"dataset": "folder", "data_dir": str(root), "batch_size": 8, "max_corrupt": 0.2}
         | values,
@@ -178,7 +178,7 @@ def test_an_epoch_gone_on_with_in_the_middle_shows_the_same_images(request, kind
 
 
 def test_an_epoch_shows_each_image_once_in_an_order_of_its_own():
-    values = config.make("digits", batch_size=10)
+    values = configuration.make("digits", batch_size=10)
     orders = [data.training_order(values, 100, 10, epoch) for epoch in (0, 1)]
     assert all(sorted(order.reshape(-1)) == list(range(100)) for order in orders)
     assert (orders[0] != orders[1]).any()
@@ -186,7 +186,7 @@ def test_an_epoch_shows_each_image_once_in_an_order_of_its_own():
 
 
 def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each_in_one_batch():
-    values = config.make("digits", batch_size=12, repeats=3)
+    values = configuration.make("digits", batch_size=12, repeats=3)
     order = data.training_order(values, 120, 10, 0)
     assert order.shape == (10, 12)
     assert len(set(order.reshape(-1))) == 40

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from training import checkpoint, config, evaluate, loop, plot
-from training import step as steps_of
+from training import checkpoint, configuration, evaluate, loop, plot, step_functions
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -25,7 +24,7 @@ def short(workdir, **values):
     """A run of two epochs of four updates."""
     defaults = {"epochs": 2, "steps_per_epoch": 4, "batch_size": 8, "deterministic": False}
     quiet = {"tensorboard": False, "evaluate_epochs": 2, "checkpoint_steps": 2}
-    return config.make("digits", workdir=str(workdir), **{**defaults, **quiet, **values})
+    return configuration.make("digits", workdir=str(workdir), **{**defaults, **quiet, **values})
 
 
 def final_state(workdir, step=8):
@@ -155,7 +154,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_same_weights_are_reached(
 
 
 def test_a_nan_rolls_back_and_the_batch_is_skipped(tiny, tmp_path, monkeypatch, capsys):
-    make = steps_of.make_train_step
+    make = step_functions.make_train_step
 
     def poisoned(*arguments):
         step = make(*arguments)
@@ -167,7 +166,7 @@ def test_a_nan_rolls_back_and_the_batch_is_skipped(tiny, tmp_path, monkeypatch, 
 
         return train_step
 
-    monkeypatch.setattr(steps_of, "make_train_step", poisoned)
+    monkeypatch.setattr(step_functions, "make_train_step", poisoned)
     result = loop.train(short(tmp_path, checkpoint_steps=2))
     printed = capsys.readouterr().out
     assert "the loss of step 5 was nan" in printed and "back to step 4" in printed

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from training import config, models
+from training import configuration, models
 
 ROOT = Path(__file__).parent.parent.parent
 
 KERAS_CV = """
-from training import config, data, sources
-values = config.make("digits", augmentation="keras_cv", randaugment=True, mixup=0.8, cutmix=1.0,
-                     erasing=0.25, batch_size=8)
+from training import configuration, data, sources
+values = configuration.make("digits", augmentation="keras_cv", randaugment=True, mixup=0.8,
+                            cutmix=1.0, erasing=0.25, batch_size=8)
 source, _ = sources.open_sources(values)
 share, unreadable = data.WorkerShare(0, 1, 1), data.UnreadableImages(source.size, 1.0)
 batches = data.training_batches(source, values, (32, 32), (0, 0, 0), 0, 0, 1, share, unreadable)
@@ -40,8 +40,8 @@ def test_normalised_noise_comes_back_as_pixels():
 
 
 def test_the_peak_is_what_was_given_and_unknown_on_a_cpu():
-    assert models.peak_tflops(config.make("digits", peak_tflops=3.5)) == 3.5
-    assert models.peak_tflops(config.make("digits")) == 0
+    assert models.peak_tflops(configuration.make("digits", peak_tflops=3.5)) == 3.5
+    assert models.peak_tflops(configuration.make("digits")) == 0
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_a_checkpoint_of_other_classes_gives_all_but_its_head(tmp_path):
     keras_tnt.save_checkpoint(donor, tmp_path / "donor.safetensors")
     values = {"model": "deit_tiny", "distilled": True, "image_size": 64}
     weights = str(tmp_path / "donor.safetensors")
-    model = models.build(config.make("digits", weights=weights, **values), classes=7)
+    model = models.build(configuration.make("digits", weights=weights, **values), classes=7)
     assert model.output_shape == (None, 7)
     theirs = {v.path: v.numpy() for v in donor.weights}
     same = {v.path for v in model.weights if np.array_equal(v.numpy(), theirs[v.path])}
@@ -77,9 +77,11 @@ def test_a_teacher_has_its_public_weights(monkeypatch):
     monkeypatch.setattr(models, "builders", lambda: {"deit_tiny": deit_tiny})
     student = models.tnt_digits(depth=1)
     teacher = models.build_teacher(
-        config.make("digits", distill="soft", teacher="deit_tiny"), student
+        configuration.make("digits", distill="soft", teacher="deit_tiny"), student
     )
     assert asked == ["imagenet"]
     assert teacher(np.zeros((2, 32, 32, 3), "float32")).shape == (2, 10)
     with pytest.raises(ValueError, match="--teacher: there is no 'deit_huge'"):
-        models.build_teacher(config.make("digits", distill="soft", teacher="deit_huge"), student)
+        models.build_teacher(
+            configuration.make("digits", distill="soft", teacher="deit_huge"), student
+        )

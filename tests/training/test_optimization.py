@@ -8,27 +8,27 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training import config, models, optimization, recipes
+from training import configuration, models, optimization, recipes
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "cosine_schedule.json"
 
 
 def test_the_schedule_runs_through_the_published_one():
     expected = json.loads(GOLDEN.read_text())["lr"]
-    values = config.make("tnt_small")
+    values = configuration.make("tnt_small")
     rates = [optimization.learning_rate(values, 1251 * epoch, 1251) for epoch in range(300)]
     np.testing.assert_allclose(rates, expected[:300], rtol=1e-6)
 
 
 def test_the_rate_changes_with_every_update():
-    values = config.make("tnt_small")
+    values = configuration.make("tnt_small")
     rates = [optimization.learning_rate(values, step, 100) for step in range(1000)]
     assert len(set(rates)) == 1000
 
 
 def test_the_rate_scales_with_the_batch():
     rates = [
-        optimization.learning_rate(config.make("tnt_small", batch_size=size), 600, 100)
+        optimization.learning_rate(configuration.make("tnt_small", batch_size=size), 600, 100)
         for size in (512, 1024)
     ]
     # The minimum does not scale.
@@ -51,7 +51,7 @@ def test_kernels_alone_decay(model):
 
 
 def test_layers_learn_slower_the_earlier_they_stand(model):
-    values = config.make("digits", layer_decay=0.5)
+    values = configuration.make("digits", layer_decay=0.5)
     rates = dict(
         zip(
             [v.path for v in model.trainable_variables],
@@ -90,7 +90,7 @@ def test_adamw_takes_keras_s_steps():
         for _ in range(5)
     ]
     ours, theirs = dense(), dense()
-    updates(ours, config.make("digits", weight_decay=0.1, beta_2=0.999), gradients)
+    updates(ours, configuration.make("digits", weight_decay=0.1, beta_2=0.999), gradients)
     reference = keras.optimizers.AdamW(1e-2, weight_decay=0.1, epsilon=1e-8)
     reference.exclude_from_weight_decay(var_names=["bias"])
     for step in gradients:
@@ -103,8 +103,8 @@ def test_gradients_are_clipped_to_their_global_norm():
     gradients = [[np.full((3, 2), 30.0, "float32"), np.full(2, -40.0, "float32")]]
     norm = np.float32(np.sqrt(6 * 900 + 2 * 1600))
     scaled = [[g / norm for g in gradients[0]]]
-    clipped = updates(dense(), config.make("digits", clip_norm=1.0), gradients)
-    expected = updates(dense(), config.make("digits"), scaled)
+    clipped = updates(dense(), configuration.make("digits", clip_norm=1.0), gradients)
+    expected = updates(dense(), configuration.make("digits"), scaled)
     for one, other in zip(clipped.means, expected.means, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
@@ -113,7 +113,7 @@ def test_the_average_follows_the_weights_and_is_put_in_their_place_for_a_while()
     model = dense()
     start = model.get_weights()
     gradients = [[np.ones((3, 2), "float32"), np.ones(2, "float32")]]
-    optimizer = updates(model, config.make("digits", ema=0.9), gradients)
+    optimizer = updates(model, configuration.make("digits", ema=0.9), gradients)
     trained = model.get_weights()
     with optimizer.averaged():
         for value, first, last in zip(model.get_weights(), start, trained, strict=True):
@@ -128,7 +128,7 @@ def test_the_average_follows_the_weights_and_is_put_in_their_place_for_a_while()
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_is_one_that_can_be_run(name):
     recipe = recipes.get(name)
-    values = config.make(name, data_dir="images")
+    values = configuration.make(name, data_dir="images")
     assert values.model in models.builders()
     assert values.teacher in {"", *models.builders()}
     assert recipe.source and recipe.result
@@ -157,9 +157,9 @@ def test_every_variant_has_a_recipe():
 )
 def test_a_value_that_cannot_be_is_named(values, message):
     with pytest.raises(ValueError, match=message):
-        config.make("digits", **values)
+        configuration.make("digits", **values)
 
 
 def test_an_unknown_recipe_is_answered_with_the_list():
     with pytest.raises(ValueError, match="there is no 'tnt'.*tnt_small"):
-        config.make("tnt")
+        configuration.make("tnt")

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Values for a `training.config.Config`, and what they are for.
+    """Values for a `training.configuration.Config`, and what they are for.
 
     Args:
         command: how to run it, on what the result was published for.

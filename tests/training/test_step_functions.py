@@ -6,8 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_tnt.layers import Dropout, StochasticDepth
-from training import config, models, optimization
-from training import step as steps_of
+from training import configuration, models, optimization, step_functions
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -36,11 +35,11 @@ def plain(strategy):
 def train(strategy, updates=2, teach=None, **values):
     """Losses and weights by path of some updates from a fixed start."""
     keras.utils.set_random_seed(0)
-    values = config.make("digits", batch_size=8, **values)
+    values = configuration.make("digits", batch_size=8, **values)
     with strategy.scope():
         model = models.build(values, 10)
         optimizer = optimization.AdamW(model, values)
-    step = steps_of.make_train_step(strategy, model, optimizer, values, 10, teach)
+    step = step_functions.make_train_step(strategy, model, optimizer, values, 10, teach)
     each = values.batch_size // strategy.num_replicas_in_sync
 
     def dataset(context):
@@ -50,7 +49,7 @@ def train(strategy, updates=2, teach=None, **values):
 
     losses = []
     for i, piece in enumerate(strategy.distribute_datasets_from_function(dataset)):
-        mixing = steps_of.draw_mixing(values, i, (32, 32), 0)
+        mixing = step_functions.draw_mixing(values, i, (32, 32), 0)
         arguments = (tf.constant(x) for x in (float(i), 1e-3, 0.0, mixing))
         loss, norm, stop = step(piece, *arguments)
         losses.append(float(loss))
@@ -152,11 +151,11 @@ def test_the_teacher_teaches_the_distillation_head(one_device):
 
 
 def test_mixing_is_a_function_of_seed_and_step_and_keeps_the_box_in_the_image():
-    values = config.make("digits", mixup=0.8, cutmix=1.0, epochs=4, mix_off_epochs=1)
-    draws = np.array([steps_of.draw_mixing(values, i, (32, 48), 0) for i in range(200)])
-    np.testing.assert_array_equal(draws[7], steps_of.draw_mixing(values, 7, (32, 48), 0))
+    values = configuration.make("digits", mixup=0.8, cutmix=1.0, epochs=4, mix_off_epochs=1)
+    draws = np.array([step_functions.draw_mixing(values, i, (32, 48), 0) for i in range(200)])
+    np.testing.assert_array_equal(draws[7], step_functions.draw_mixing(values, 7, (32, 48), 0))
     cut = draws[:, 0] == 1
     assert 0.35 < cut.mean() < 0.65
     assert draws[:, 1:].min() >= 0 and draws[:, 2].max() <= 32 and draws[:, 4].max() <= 48
-    last = steps_of.draw_mixing(values, 7, (32, 48), epoch=3)
+    last = step_functions.draw_mixing(values, 7, (32, 48), epoch=3)
     np.testing.assert_array_equal(last, [1, 0, 0, 0, 0])

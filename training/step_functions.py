@@ -23,7 +23,7 @@ def draw_mixing(config, step, size, epoch):
     """What mixup or cutmix does to the batch of update `step`: a function of (seed, step).
 
     Args:
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
         step: updates made before.
         size: (height, width) of the images.
         epoch: counted from 0.
@@ -61,7 +61,7 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
         strategy: a `tf.distribute.Strategy`.
         model: the `keras.Model`, on pixels.
         optimizer: a `training.optimization.AdamW`.
-        config: a `training.config.Config`.
+        config: a `training.configuration.Config`.
         classes: number of classes.
         teacher: function from pixels to a teacher's logits; with it, the last head learns from it.
 
