@@ -105,7 +105,7 @@ def DeiT(
             stochastic_depth=stochastic_depth * i / max(depth - 1, 1),
             epsilon=EPSILON,
             name=f"block_{i}",
-        )(tokens, queries=prefix_tokens if reads_tokens_only and i == depth - 1 else None)
+        )(tokens, first_tokens=prefix_tokens if reads_tokens_only and i == depth - 1 else None)
     tokens = LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
 
     # === Output ===

@@ -157,7 +157,7 @@ def TNT(
     reads_tokens_only = tokens_in_blocks and (include_top or pooling == "token")
     for i in range(depth):
         common = {**transformer, "stochastic_depth": stochastic_depth * i / max(depth - 1, 1)}
-        queries = prefix_tokens if reads_tokens_only and i == depth - 1 else None
+        first_tokens = prefix_tokens if reads_tokens_only and i == depth - 1 else None
         if i in inner_blocks:
             tokens, words = TNTBlock(
                 outer_heads,
@@ -166,11 +166,11 @@ def TNT(
                 squeeze_excite=squeeze_excite,
                 name=f"block_{i}",
                 **common,
-            )(tokens, words, queries=queries)
+            )(tokens, words, first_tokens=first_tokens)
         else:
             tokens = TransformerBlock(
                 outer_heads, squeeze_excite=squeeze_excite, name=f"block_{i}", **common
-            )(tokens, queries=queries)
+            )(tokens, first_tokens=first_tokens)
 
     # === Class attention ===
     if class_attention_depth:

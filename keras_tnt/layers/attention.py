@@ -16,9 +16,9 @@ from keras_tnt.layers.base import (
     TruncatedNormal,
     at_least_float32,
     during,
-    first_tokens,
-    first_tokens_spec,
     projection,
+    take_first,
+    take_first_spec,
 )
 from keras_tnt.layers.regularization import Dropout
 
@@ -97,13 +97,13 @@ class Attention(CompositeLayer):
         share = ops.exp(scores - ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True)))
         return share, ops.sum(share, axis=-1, keepdims=True)
 
-    def attend(self, query, key, value, bias=None, queries=None, training=False):
-        """Attend, read only the first `queries` tokens if told so, and project."""
+    def attend(self, query, key, value, bias=None, first_tokens=None, training=False):
+        """Attend, of the first tokens alone if told so, and project."""
         recorded = _recorded.get()
         if recorded is not None:
             recorded[self.path] = self.attention(query, key, bias)
-        query = first_tokens(query, queries)
-        bias = None if bias is None else first_tokens(bias, queries)
+        query = take_first(query, first_tokens)
+        bias = None if bias is None else take_first(bias, first_tokens)
         if self.divides_last and keras.backend.backend() == "jax":
             attention, total = self.undivided_attention(query, key, bias)
         else:
@@ -112,7 +112,7 @@ class Attention(CompositeLayer):
         x = ops.matmul(attention, value)
         if total is not None:
             x /= ops.cast(total, x.dtype)
-        x = merge_heads(x)  # (b, ..., queries, dim)
+        x = merge_heads(x)  # (b, ..., tokens, dim)
         return self.drop(self.projection(x), training=training)
 
     def mix_scores(self, scores):
@@ -145,10 +145,10 @@ class SelfAttention(Attention):
         x: `(batch, tokens, dim)`, or `(batch, patches, words, dim)` for words within patches.
         bias: if given, added to the scores; of a shape that fits `(batch, ..., num_heads, tokens,
             tokens)`.
-        queries: if given, only the first so many tokens are computed; the result is exact.
+        first_tokens: if given, only the first so many tokens are computed; the result is exact.
 
     Returns:
-        `(batch, ..., queries or tokens, dim)`.
+        `(batch, ..., first_tokens or tokens, dim)`.
 
     Example:
 
@@ -161,17 +161,19 @@ class SelfAttention(Attention):
         self.build_output(dim)
         self.qkv.build(input_shape)
 
-    def call(self, x, bias=None, queries=None, training=False):
+    def call(self, x, bias=None, first_tokens=None, training=False):
         query, key, value = (
             split_heads(part, self.num_heads) for part in ops.split(self.qkv(x), 3, axis=-1)
         )
-        return self.attend(query, key, value, bias=bias, queries=queries, training=training)
+        return self.attend(
+            query, key, value, bias=bias, first_tokens=first_tokens, training=training
+        )
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def compute_output_spec(self, x, bias=None, queries=None, training=False):
-        return first_tokens_spec(x, queries, self.compute_dtype)
+    def compute_output_spec(self, x, bias=None, first_tokens=None, training=False):
+        return take_first_spec(x, first_tokens, self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -228,18 +230,18 @@ class ClassAttention(Attention):
 
     Args:
         num_heads, qkv_bias, attention_dropout, dropout: as `SelfAttention` has them.
-        queries: how many tokens in front ask: 1, or 2 with a distillation token.
+        class_tokens: how many tokens in front ask: 1, or 2 with a distillation token.
 
     Call arguments:
         x: `(batch, tokens, dim)`, class tokens first.
 
     Returns:
-        `(batch, queries, dim)`.
+        `(batch, class_tokens, dim)`.
     """
 
-    def __init__(self, num_heads, queries=1, **kwargs):
+    def __init__(self, num_heads, class_tokens=1, **kwargs):
         super().__init__(num_heads, **kwargs)
-        self.queries = queries
+        self.class_tokens = class_tokens
 
     def build(self, input_shape):
         dim = input_shape[-1]
@@ -250,14 +252,14 @@ class ClassAttention(Attention):
         self.kv.build(input_shape)
 
     def call(self, x, training=False):
-        query = split_heads(self.query(x[:, : self.queries]), self.num_heads)
+        query = split_heads(self.query(x[:, : self.class_tokens]), self.num_heads)
         key, value = (
             split_heads(part, self.num_heads) for part in ops.split(self.kv(x), 2, axis=-1)
         )
         return self.attend(query, key, value, training=training)
 
     def compute_output_shape(self, input_shape):
-        return (input_shape[0], self.queries, input_shape[-1])
+        return (input_shape[0], self.class_tokens, input_shape[-1])
 
     def get_config(self):
-        return {**super().get_config(), "queries": self.queries}
+        return {**super().get_config(), "class_tokens": self.class_tokens}

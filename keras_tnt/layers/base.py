@@ -14,6 +14,11 @@ values_follow = contextvars.ContextVar("values_follow", default=False)
 program_device = contextvars.ContextVar("program_device", default=None)
 
 
+def without_initial_values():
+    """Within the context, layers draw no initial values: all will be filled from a file."""
+    return during(values_follow, True)
+
+
 @contextlib.contextmanager
 def during(variable, value):
     """Within the context, a context variable has this value."""
@@ -100,14 +105,14 @@ def projection(units, use_bias=True, *, dtype, name):
     )
 
 
-def first_tokens(x, queries):
-    """The first `queries` tokens of x, or all; a slice of all would be a copy in ONNX Runtime."""
-    return x if queries is None else x[..., :queries, :]
+def take_first(x, count):
+    """The first `count` tokens of x, or all; a slice of all would be a copy in ONNX Runtime."""
+    return x if count is None else x[..., :count, :]
 
 
-def first_tokens_spec(x, queries, dtype):
-    """The symbolic result of a layer that computes the first `queries` tokens of x, or all."""
-    return keras.KerasTensor((*x.shape[:-2], queries or x.shape[-2], x.shape[-1]), dtype=dtype)
+def take_first_spec(x, count, dtype):
+    """The symbolic result of a layer that computes the first `count` tokens of x, or all."""
+    return keras.KerasTensor((*x.shape[:-2], count or x.shape[-2], x.shape[-1]), dtype=dtype)
 
 
 def at_least_float32(dtype):

@@ -7,11 +7,11 @@ from keras_tnt.layers.attention import ClassAttention, SelfAttention, TalkingHea
 from keras_tnt.layers.base import (
     CompositeLayer,
     LayerNormalization,
-    first_tokens,
-    first_tokens_spec,
     gelu,
     program_device,
     projection,
+    take_first,
+    take_first_spec,
 )
 from keras_tnt.layers.embedding import LegacyWordsToPatches, WordsToPatches
 from keras_tnt.layers.fused import inner_transformer
@@ -186,10 +186,10 @@ class TransformerBlock(ResidualBlock):
     Call arguments:
         x: `(batch, tokens, dim)`, or `(batch, patches, words, dim)`.
         bias: if given, added to the attention's scores.
-        queries: if given, only the first so many tokens are computed; the result is exact.
+        first_tokens: if given, only the first so many tokens are computed; the result is exact.
 
     Returns:
-        `(batch, ..., queries or tokens, dim)`.
+        `(batch, ..., first_tokens or tokens, dim)`.
 
     Example:
 
@@ -220,26 +220,26 @@ class TransformerBlock(ResidualBlock):
             )
             self.excite.build(input_shape)
 
-    def call(self, x, bias=None, queries=None, training=False):
+    def call(self, x, bias=None, first_tokens=None, training=False):
         fused = None
-        if program_device.get() == "cpu" and self.is_plain(bias, queries, training):
+        if program_device.get() == "cpu" and self.is_plain(bias, first_tokens, training):
             fused = self.fused(x)
         if fused is not None:
             return fused(x, self.fused_weights(x.shape), self.epsilon)
         # Squeeze-and-excitation reads every token: then all are computed and the rest cut off.
-        computed = None if self.squeeze_excite else queries
+        computed = None if self.squeeze_excite else first_tokens
         attended = self.attention(
-            self.norm_attention(x), bias=bias, queries=computed, training=training
+            self.norm_attention(x), bias=bias, first_tokens=computed, training=training
         )
-        x = self.add_branch("attention", first_tokens(x, computed), attended, training)
+        x = self.add_branch("attention", take_first(x, computed), attended, training)
         hidden = self.mlp(self.norm_mlp(x), training=training)
         if self.squeeze_excite:
             hidden = self.excite(hidden)
-        return first_tokens(self.add_branch("mlp", x, hidden, training), queries)
+        return take_first(self.add_branch("mlp", x, hidden, training), first_tokens)
 
-    def is_plain(self, bias, queries, training):
+    def is_plain(self, bias, first_tokens, training):
         """Whether this call is nothing but norms, self-attention, MLP and residuals in float32."""
-        plain = bias is None and queries is None and not training and not self.squeeze_excite
+        plain = bias is None and first_tokens is None and not training and not self.squeeze_excite
         if not plain or type(self.attention) is not SelfAttention:
             return False
         dense = self.attention.qkv, self.attention.projection, self.mlp.fc1, self.mlp.fc2
@@ -279,8 +279,8 @@ class TransformerBlock(ResidualBlock):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def compute_output_spec(self, x, bias=None, queries=None, training=False):
-        return first_tokens_spec(x, queries, self.compute_dtype)
+    def compute_output_spec(self, x, bias=None, first_tokens=None, training=False):
+        return take_first_spec(x, first_tokens, self.compute_dtype)
 
     def get_config(self):
         return {
@@ -317,7 +317,7 @@ class TNTBlock(CompositeLayer):
         tokens: `(batch, prefix + patches, outer_dim)`, class and distillation token in front.
         words: `(batch, patches, words, inner_dim)`.
         bias: if given, added to the scores of the outer attention.
-        queries: if given, only the first so many tokens are computed; the result is exact.
+        first_tokens: if given, only the first so many tokens are computed; the result is exact.
 
     Returns:
         `(tokens, words)` of the same shapes.
@@ -360,18 +360,18 @@ class TNTBlock(CompositeLayer):
         self.words_to_patches.build(words_shape)
         self.outer.build(tokens_shape)
 
-    def call(self, tokens, words, bias=None, queries=None, training=False):
+    def call(self, tokens, words, bias=None, first_tokens=None, training=False):
         words = self.inner(words, training=training)
         patches = self.words_to_patches(words)  # (b, patches, outer_dim)
         tokens = tokens + ops.pad(patches, [[0, 0], [self.prefix_tokens, 0], [0, 0]])
-        return self.outer(tokens, bias=bias, queries=queries, training=training), words
+        return self.outer(tokens, bias=bias, first_tokens=first_tokens, training=training), words
 
     def compute_output_shape(self, tokens_shape, words_shape):
         return tokens_shape, words_shape
 
-    def compute_output_spec(self, tokens, words, bias=None, queries=None, training=False):
+    def compute_output_spec(self, tokens, words, bias=None, first_tokens=None, training=False):
         dtype = self.compute_dtype
-        return first_tokens_spec(tokens, queries, dtype), first_tokens_spec(words, None, dtype)
+        return take_first_spec(tokens, first_tokens, dtype), take_first_spec(words, None, dtype)
 
     def get_config(self):
         return {
@@ -390,12 +390,12 @@ class ClassAttentionBlock(ResidualBlock):
     """The class token reads the patches, which stay as they are (CaiT, section 3).
 
     Args:
-        queries: how many class tokens read: 1, or 2 with a distillation token.
+        class_tokens: how many class tokens read: 1, or 2 with a distillation token.
         num_heads, mlp_ratio, qkv_bias, dropout, attention_dropout, stochastic_depth, layer_scale,
             epsilon: as `TransformerBlock` has them.
 
     Call arguments:
-        x: `(batch, queries + patches, dim)`.
+        x: `(batch, class_tokens + patches, dim)`.
 
     Returns:
         The same shape: the class tokens renewed, the patches unchanged.
@@ -403,20 +403,22 @@ class ClassAttentionBlock(ResidualBlock):
 
     part = "class_block"
 
-    def __init__(self, num_heads, queries=1, **kwargs):
+    def __init__(self, num_heads, class_tokens=1, **kwargs):
         super().__init__(num_heads, **kwargs)
-        self.queries = queries
+        self.class_tokens = class_tokens
 
     def build(self, input_shape):
         self.build_branch("attention", input_shape)
-        self.attention = ClassAttention(queries=self.queries, **self.attention_arguments())
+        self.attention = ClassAttention(
+            class_tokens=self.class_tokens, **self.attention_arguments()
+        )
         self.attention.build(input_shape)
         self.build_branch("mlp", input_shape)
         self.mlp = MLP(self.mlp_ratio, self.dropout, dtype=self.dtype_policy, name="mlp")
         self.mlp.build(input_shape)
 
     def call(self, x, training=False):
-        token, patches = x[:, : self.queries], x[:, self.queries :]
+        token, patches = x[:, : self.class_tokens], x[:, self.class_tokens :]
         attended = self.attention(self.norm_attention(x), training=training)
         token = self.add_branch("attention", token, attended, training)
         hidden = self.mlp(self.norm_mlp(token), training=training)
@@ -427,4 +429,4 @@ class ClassAttentionBlock(ResidualBlock):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "queries": self.queries}
+        return {**super().get_config(), "class_tokens": self.class_tokens}

@@ -14,8 +14,8 @@ from keras_tnt.layers.base import (
     CompositeLayer,
     LayerNormalization,
     TruncatedNormal,
-    first_tokens_spec,
     projection,
+    take_first_spec,
 )
 from keras_tnt.layers.blocks import TNTBlock, TransformerBlock
 from keras_tnt.layers.embedding import channels_last, cut, image_size, resampling_matrix
@@ -343,10 +343,10 @@ class ReducedAttention(Attention):
     Call arguments:
         x: `(batch, rows * columns, dim)`.
         bias: if given, added to the scores, `(1, num_heads, patches, pooled patches)`.
-        queries: if given, only the first so many patches are computed; the result is exact.
+        first_tokens: if given, only the first so many patches are computed; the result is exact.
 
     Returns:
-        `(batch, queries or rows * columns, dim)`.
+        `(batch, first_tokens or rows * columns, dim)`.
     """
 
     def __init__(self, num_heads, grid, reduction=1, epsilon=1e-5, **kwargs):
@@ -377,19 +377,21 @@ class ReducedAttention(Attention):
         x = ops.reshape(x, (-1, rows, size, columns, size, dim))  # (b, r/s, s, q/s, s, c)
         return ops.reshape(ops.mean(x, axis=(2, 4)), (-1, rows * columns, dim))  # (b, r/s*q/s, c)
 
-    def call(self, x, bias=None, queries=None, training=False):
+    def call(self, x, bias=None, first_tokens=None, training=False):
         pooled = self.norm(self.reduce(self.pool(x))) if self.reduction > 1 else x
         query = split_heads(self.query(x), self.num_heads)
         key, value = (
             split_heads(part, self.num_heads) for part in ops.split(self.kv(pooled), 2, axis=-1)
         )
-        return self.attend(query, key, value, bias=bias, queries=queries, training=training)
+        return self.attend(
+            query, key, value, bias=bias, first_tokens=first_tokens, training=training
+        )
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def compute_output_spec(self, x, bias=None, queries=None, training=False):
-        return first_tokens_spec(x, queries, self.compute_dtype)
+    def compute_output_spec(self, x, bias=None, first_tokens=None, training=False):
+        return take_first_spec(x, first_tokens, self.compute_dtype)
 
     def get_config(self):
         return {

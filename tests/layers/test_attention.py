@@ -64,21 +64,25 @@ def test_words_attend_within_their_own_patch_alone():
     assert_equal(layer(words), alone)
 
 
-@pytest.mark.parametrize("queries", [1, 2])
-def test_the_first_queries_alone_are_what_they_are_among_all(queries):
+@pytest.mark.parametrize("first_tokens", [1, 2])
+def test_the_first_tokens_alone_are_what_they_are_among_all(first_tokens):
     layer = SelfAttention(num_heads=3)
     x = normal((2, 5, 12))
-    assert_equal(compute(layer, x, queries=queries), compute(layer, x)[:, :queries])
-    check_layer(SelfAttention, (2, 5, 12), num_heads=3, call={"queries": queries}, **ALONE)
+    assert_equal(compute(layer, x, first_tokens=first_tokens), compute(layer, x)[:, :first_tokens])
+    check_layer(
+        SelfAttention, (2, 5, 12), num_heads=3, call={"first_tokens": first_tokens}, **ALONE
+    )
 
 
-@pytest.mark.parametrize("queries", [1, 2])
-def test_class_attention_meets_what_keras_users_expect(queries):
-    check_layer(ClassAttention, (2, 5, 12), num_heads=3, queries=queries, qkv_bias=True, **ALONE)
+@pytest.mark.parametrize("class_tokens", [1, 2])
+def test_class_attention_meets_what_keras_users_expect(class_tokens):
+    check_layer(
+        ClassAttention, (2, 5, 12), num_heads=3, class_tokens=class_tokens, qkv_bias=True, **ALONE
+    )
 
 
 def test_class_attention_is_the_paper_s_equation():
-    layer = ClassAttention(num_heads=3, queries=2)
+    layer = ClassAttention(num_heads=3, class_tokens=2)
     x = 5 * normal((1, 7, 12))
     layer.build(x.shape)
     layer.set_weights([normal(w.shape, seed=i) / 3 for i, w in enumerate(layer.get_weights())])

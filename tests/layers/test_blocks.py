@@ -56,10 +56,10 @@ def test_talking_head_block_meets_what_keras_users_expect():
 
 
 @pytest.mark.parametrize("squeeze_excite", [False, True])
-def test_the_first_queries_alone_are_what_they_are_among_all(squeeze_excite):
+def test_the_first_tokens_alone_are_what_they_are_among_all(squeeze_excite):
     layer = TransformerBlock(num_heads=2, squeeze_excite=squeeze_excite, layer_scale=0.5)
     x = normal(TOKENS)
-    assert_equal(compute(layer, x, queries=2), compute(layer, x)[:, :2])
+    assert_equal(compute(layer, x, first_tokens=2), compute(layer, x)[:, :2])
 
 
 @pytest.mark.parametrize(
@@ -86,28 +86,33 @@ def test_tnt_block_adds_words_to_their_patches_and_leaves_prefix_tokens_alone(pr
     assert_close(added[:, prefix_tokens:], inner, 1e-5)
 
 
-def test_tnt_block_computes_the_first_queries_exactly_and_all_words():
+def test_tnt_block_computes_the_first_tokens_exactly_and_all_words():
     block = TNTBlock(outer_heads=4, inner_heads=2)
     tokens, words = normal(TOKENS), normal(WORDS)
-    first, first_words = compute(block, tokens, words, queries=1)
+    first, first_words = compute(block, tokens, words, first_tokens=1)
     every, every_words = compute(block, tokens, words)
     assert_equal(first, every[:, :1])
     assert_equal(first_words, every_words)
 
 
-@pytest.mark.parametrize("queries", [1, 2])
-def test_class_attention_block_meets_what_keras_users_expect(queries):
+@pytest.mark.parametrize("class_tokens", [1, 2])
+def test_class_attention_block_meets_what_keras_users_expect(class_tokens):
     check_layer(
-        ClassAttentionBlock, TOKENS, num_heads=2, queries=queries, layer_scale=0.1, **RANDOM
+        ClassAttentionBlock,
+        TOKENS,
+        num_heads=2,
+        class_tokens=class_tokens,
+        layer_scale=0.1,
+        **RANDOM,
     )
 
 
-@pytest.mark.parametrize("queries", [1, 2])
-def test_class_attention_block_renews_class_tokens_and_no_patch(queries):
+@pytest.mark.parametrize("class_tokens", [1, 2])
+def test_class_attention_block_renews_class_tokens_and_no_patch(class_tokens):
     x = normal(TOKENS)
-    output = compute(ClassAttentionBlock(num_heads=2, queries=queries), x)
-    assert np.array_equal(output[:, queries:], x[:, queries:])
-    assert np.all(np.any(output[:, :queries] != x[:, :queries], axis=-1))
+    output = compute(ClassAttentionBlock(num_heads=2, class_tokens=class_tokens), x)
+    assert np.array_equal(output[:, class_tokens:], x[:, class_tokens:])
+    assert np.all(np.any(output[:, :class_tokens] != x[:, :class_tokens], axis=-1))
 
 
 @pytest.mark.parametrize("training", [False, True])
