@@ -1,12 +1,12 @@
 """Images as the public weights were evaluated on them, and names for what the models predict."""
 
 import functools
-import io
 import os
 from pathlib import Path
 
 import numpy as np
 
+from keras_tnt.images import convert, evaluation_crop, open_picture
 from keras_tnt.weights.names import FAMILIES, family
 
 # The share of the resized image's side that the crop keeps, by family (timm's configurations).
@@ -28,7 +28,9 @@ def load_image(image, model):
     on), rounded down, and cropped in the center.
 
     Args:
-        image: path or bytes of an image file that Pillow reads, a `PIL.Image`, or an array
+        image: path or bytes of a JPEG, PNG, WebP, GIF or BMP file within the limits that
+            `keras_tnt.images` names (268 MB, 65,535 pixels a side, 67,108,864 in all); a
+            `PIL.Image`, in which way every other format that Pillow reads can be given; or an array
             `(height, width)` or `(height, width, 1, 3 or 4)` of values in [0, 255].
         model: the model that is to see the image; tells size, channels and their place.
 
@@ -39,17 +41,22 @@ def load_image(image, model):
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if Pillow is not installed.
-        ValueError: if it is no image.
+        ValueError: if it is no image that is read; the message names the file.
+        MemoryError: if there is none to read it.
 
     Example:
 
     >>> image = keras_tnt.load_image("cat.jpg", model)
     >>> keras_tnt.decode_predictions(model.predict(image[None]))
     """
+    return evaluation_pixels(open_picture(image), model)
+
+
+def evaluation_pixels(picture, model):
+    """The evaluation crop of a `PIL.Image` as the array that `load_image` returns."""
     height, width, channels, channels_first = input_layout(model)
-    picture = convert(open_picture(image), channels)
-    picture = center_crop(resize(picture, *resized_sides(model)), height, width)
-    pixels = np.reshape(np.asarray(picture, "float32"), (height, width, channels))
+    crop = evaluation_crop(convert(picture, channels), (height, width), resized_sides(model))
+    pixels = np.reshape(np.asarray(crop, "float32"), (height, width, channels))
     return np.moveaxis(pixels, -1, 0) if channels_first else pixels
 
 
@@ -62,10 +69,14 @@ def load_images(images, model):
 
     Returns:
         float32 array `(batch, height, width, channels)` in [0, 255].
+
+    Raises:
+        As `load_image`; of bytes the message tells the place in the batch, from 0.
     """
     if isinstance(images, str | bytes | os.PathLike):
         raise ValueError("`images` must be a list. For one image there is load_image.")
-    return np.stack([load_image(image, model) for image in images])
+    pictures = (open_picture(image, f"{place} of the batch") for place, image in enumerate(images))
+    return np.stack([evaluation_pixels(picture, model) for picture in pictures])
 
 
 def input_layout(model):
@@ -88,78 +99,6 @@ def resized_sides(model):
     height, width = input_layout(model)[:2]
     share = 1.0 if min(height, width) >= WHOLE.get(kind, np.inf) else CROPS[kind]
     return tuple(int(side / share) for side in (height, width))
-
-
-def open_picture(image):
-    """A `PIL.Image`, upright."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError(
-            'Reading images needs Pillow. Install it with `pip install "keras-tnt[images]"`.'
-        ) from error
-    if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image)
-    if isinstance(image, str | os.PathLike):
-        if not os.path.isfile(image):
-            raise FileNotFoundError(f"There is no image file '{os.fspath(image)}'.")
-        name, file = f"'{os.fspath(image)}'", image
-    elif isinstance(image, bytes | bytearray | memoryview):
-        name, file = f"The {len(image)} bytes given", io.BytesIO(image)
-    else:
-        return from_array(np.asarray(image))
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
-
-
-def from_array(array):
-    from PIL import Image
-
-    if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
-        raise ValueError(
-            "An image array must be (height, width) or (height, width, 1, 3 or 4). Received: shape "
-            f"{array.shape}" + (". For a batch there is load_images." if array.ndim == 4 else "")
-        )
-    if array.dtype != "uint8":
-        array = np.clip(np.round(array.astype("float32")), 0, 255).astype("uint8")
-    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
-
-
-def convert(picture, channels):
-    """To the colors that a model of so many channels takes."""
-    if channels not in (1, 3):
-        raise ValueError(
-            f"Images have 1 or 3 channels, the model takes {channels}: prepare its input yourself."
-        )
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-        picture = from_array(np.asarray(picture, "float32") / 257)
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB" if channels == 3 else "L")
-
-
-def resize(picture, height, width):
-    """Bicubic, in proportion, until the picture just covers `height` x `width`."""
-    from PIL import Image
-
-    if height * picture.width >= width * picture.height:
-        size = (int(height * picture.width / picture.height), height)
-    else:
-        size = (width, int(width * picture.height / picture.width))
-    # The width first, whatever order Pillow would take: it rounds to 8 bits in between, and an
-    # exported model's graph resizes in this order.
-    wide = picture.resize((size[0], picture.height), Image.Resampling.BICUBIC)
-    return wide.resize(size, Image.Resampling.BICUBIC)
-
-
-def center_crop(picture, height, width):
-    # Halves are rounded to even, as in torchvision, whose crop accuracies were measured with.
-    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
-    return picture.crop((left, top, left + width, top + height))
 
 
 # === Predictions ===

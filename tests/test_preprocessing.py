@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import tracemalloc
 
 import keras
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image, ImageOps
 
 import keras_tnt
-from keras_tnt import preprocessing
+from keras_tnt import images, preprocessing
+from tests import hostile_images
 
 SIZES = [(500, 375), (375, 500), (240, 240), (61, 48), (1000, 90), (33, 257)]
 
@@ -205,9 +207,9 @@ def test_a_batch_is_the_images_one_by_one(model):
     ("given", "error", "message"),
     [
         ("no/such.jpg", FileNotFoundError, "no image file 'no/such.jpg'"),
-        (__file__, ValueError, "cannot be read as an image"),
-        (b"", ValueError, "The 0 bytes given cannot be read"),
-        (encoded(picture(), "JPEG")[:2000], ValueError, "cannot be read as an image.*truncated"),
+        (__file__, ValueError, "Image '.*test_preprocessing.py' cannot be read: JPEG, PNG, WebP,"),
+        (b"", ValueError, "Image what is given, 0 bytes, cannot be read"),
+        (encoded(picture(), "JPEG")[:2000], ValueError, "2000 bytes, cannot be read: .*truncated"),
         (np.zeros((2, 8, 8, 3)), ValueError, r"shape \(2, 8, 8, 3\). For a batch .* load_images"),
         (np.zeros((8, 8, 5)), ValueError, r"shape \(8, 8, 5\)"),
     ],
@@ -215,6 +217,137 @@ def test_a_batch_is_the_images_one_by_one(model):
 def test_what_is_no_image_is_said(given, error, message, model):
     with pytest.raises(error, match=message):
         keras_tnt.load_image(given, model)
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "EPS"),
+        (b"II*\0", "TIFF"),
+        (b"\0\0\0\x1cftypavif", "AVIF"),
+        (b"DDS |", "DDS"),
+        (b"P6\n9 9 255\n", "PNM"),
+    ],
+)
+def test_other_formats_are_refused_by_name_and_no_program_is_started(
+    start, name, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
+    path = tmp_path / "image"
+    path.write_bytes(start + bytes(2000))
+    with pytest.raises(ValueError, match=f"image' cannot be read: its format, {name}, is not read"):
+        keras_tnt.load_image(path, model)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP, extended"])
+def test_what_claims_to_be_too_large_is_refused_before_anything_is_allocated(kind, model):
+    for sides in ((13_000, 13_000), (65_535, 65_535)):
+        data = hostile_images.claiming(kind, *sides)
+        with pytest.raises(
+            ValueError, match=rf"cannot be read: .*{sides[0]:,} x {sides[1]:,}|bomb"
+        ):
+            keras_tnt.load_image(data, model)
+
+
+def test_a_file_of_too_many_bytes_is_refused(model, tmp_path, monkeypatch):
+    path = tmp_path / "image.png"
+    picture((20, 30)).save(path)
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="image.png' cannot be read: it has 0 MB"):
+        keras_tnt.load_image(path, model)
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (7, 20_011), (20_011, 7)])
+def test_of_a_strip_no_more_is_resized_than_is_shown(size, model):
+    tracemalloc.start()
+    crop = keras_tnt.load_image(hostile_images.png(*size, color=2), model)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert crop.shape == (64, 64, 3) and not crop.any()
+    assert peak < 50e6
+
+
+@pytest.mark.parametrize("size", [(3, 401), (401, 3), (5, 64), (50, 47), (1, 90)])
+def test_the_part_of_a_strip_is_bit_by_bit_pillows(size, model, monkeypatch):
+    image = picture(size)
+    wanted = keras_tnt.load_image(image, model)
+    monkeypatch.setattr(images, "MAX_PIXELS", 0)  # as if it were too large when it is resized
+    np.testing.assert_array_equal(keras_tnt.load_image(image, model), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_picture_whose_exif_is_damaged_is_taken_as_it_lies(model):
+    for damaged in (b"Exif\0\0MM\0*\xff\xff\xff\x08\0\x01", b"Exif\0\0II*\0", b"Exif\0\0"):
+        data = encoded(picture(), "JPEG", exif=damaged)
+        assert_same_pixels(
+            keras_tnt.load_image(data, model), expected(Image.open(io.BytesIO(data)))
+        )
+
+
+def test_of_an_animation_the_first_frame_is_shown(model):
+    for kind in hostile_images.ANIMATED:
+        data = hostile_images.animated(kind)
+        first = Image.open(io.BytesIO(data)).convert("RGB")
+        assert_same_pixels(keras_tnt.load_image(data, model), expected(first))
+
+
+def test_no_memory_is_not_no_image(model, monkeypatch):
+    def none_left(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", none_left)
+    with pytest.raises(MemoryError):
+        keras_tnt.load_image(encoded(picture(), "PNG"), model)
+
+
+def test_an_image_of_a_batch_is_told_by_its_place(model):
+    good = encoded(picture(), "PNG")
+    with pytest.raises(ValueError, match="Image 1 of the batch cannot be read"):
+        keras_tnt.load_images([good, b"nonsense", good], model)
+
+
+# Run by itself, so that a crash or the lack of memory is no more than a test that fails.
+SWEEP = """
+import resource, sys
+import numpy as np
+import keras_tnt
+from tests import hostile_images
+from tests.test_preprocessing import tiny
+model = tiny()
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+limit = used + EXTRA
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+read = refused = 0
+for number, data in enumerate(hostile_images.sweep(0, COUNT)):
+    try:
+        pixels = keras_tnt.load_image(data, model)
+    except ValueError as error:
+        assert str(error).startswith(f"Image what is given, {len(data)} bytes, cannot be read: ")
+        refused += 1
+    except BaseException:
+        print("image", number, file=sys.stderr)
+        raise
+    else:
+        assert pixels.shape == (64, 64, 3) and np.isfinite(pixels).all()
+        read += 1
+print("read", read, "refused", refused)
+"""
+
+
+@pytest.mark.one_backend
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_whatever_the_bytes_an_image_is_read_or_refused_within_a_gibibyte():
+    count = hostile_images.number_of(300)
+    code = SWEEP.replace("EXTRA", "2**30").replace("COUNT", str(count))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    read, refused = map(int, done.stdout.split()[1::2])
+    print(done.stdout)
+    assert read + refused == count
+    assert min(read, refused) > count // 5
 
 
 def test_one_path_is_no_batch(model):
@@ -231,8 +364,8 @@ def test_without_pillow_the_extra_is_named():
     code = """
 import sys
 sys.modules["PIL"] = None
-from keras_tnt import preprocessing
-preprocessing.open_picture("cat.jpg")
+from keras_tnt import images
+images.open_picture("cat.jpg")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert 'pip install "keras-tnt[images]"' in result.stderr

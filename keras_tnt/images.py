@@ -1,0 +1,304 @@
+"""Images: the formats that are read, the limits that they keep to, and the evaluation crop.
+
+Formats and limits hold in Python, where Pillow reads, and in an exported model's graph
+(`keras_tnt.export.image`), where TensorFlow does. Both read what an image says of itself first, and
+decode nothing that claims to be larger than the limits.
+"""
+
+import dataclasses
+import io
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+# The limits of an image: bytes of the file, pixels a side and in all. A file of the largest size
+# takes up to 1.5 GiB while it is read.
+MAX_BYTES = 2**28
+MAX_SIDE = 65_535
+MAX_PIXELS = 2**26
+
+# The weights of red, green and blue in Pillow's grey, in 1/65536.
+GREY = (19595, 38470, 7471)
+
+# === Formats ===
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format that is read.
+
+    Attributes:
+        name: Pillow's.
+        signature: bytes by the place where they stand.
+        sides: function of `read(start, count, big=False, signed=False)`, which gives the integer
+            that stands somewhere in the file, to (width, height), integers or tensors as `read`
+            gives them; None where they stand at no fixed place.
+    """
+
+    name: str
+    signature: dict
+    sides: Callable | None
+
+
+FORMATS = (
+    Format("JPEG", {0: b"\xff\xd8\xff"}, None),
+    Format(
+        "PNG",
+        {0: b"\x89PNG\r\n\x1a\n"},
+        lambda read: (read(16, 4, big=True), read(20, 4, big=True)),
+    ),
+    Format("GIF", {0: b"GIF8"}, lambda read: (read(6, 2), read(8, 2))),
+    # The height of one that is written from the top on is negative.
+    Format("BMP", {0: b"BM"}, lambda read: (read(18, 4), abs(read(22, 4, signed=True)))),
+    Format(
+        "WEBP",
+        {0: b"RIFF", 8: b"WEBPVP8 "},
+        lambda read: (read(26, 2) % 2**14, read(28, 2) % 2**14),
+    ),
+    Format(
+        "WEBP",
+        {0: b"RIFF", 8: b"WEBPVP8L"},
+        lambda read: (read(21, 4) % 2**14 + 1, read(21, 4) // 2**14 % 2**14 + 1),
+    ),
+    Format("WEBP", {0: b"RIFF", 8: b"WEBPVP8X"}, lambda read: (read(24, 3) + 1, read(27, 3) + 1)),
+)
+
+# What is told by its name when it is refused.
+OTHERS = {
+    "EPS": ({0: b"%!PS"}, {0: b"\xc5\xd0\xd3\xc6"}),
+    "PDF": ({0: b"%PDF"},),
+    "SVG or another XML file": ({0: b"<svg"}, {0: b"<?xml"}),
+    "TIFF": ({0: b"II*\0"}, {0: b"MM\0*"}),
+    "AVIF": ({4: b"ftypavi"},),
+    "HEIC": ({4: b"ftyphei"}, {4: b"ftyphev"}, {4: b"ftypmif"}, {4: b"ftypmsf"}),
+    "JPEG 2000": ({4: b"jP  "}, {0: b"\xff\x4f\xff\x51"}),
+    "JPEG XL": ({4: b"JXL "}, {0: b"\xff\x0a"}),
+    "Photoshop file": ({0: b"8BPS"},),
+    "DDS": ({0: b"DDS "},),
+    "icon": ({0: b"\0\0\1\0"},),
+    "PNM": tuple({0: b"P%d" % kind} for kind in range(1, 8)),
+}
+
+READ = (
+    f"JPEG, PNG, WebP, GIF and BMP are read, of up to {MAX_BYTES / 1e6:,.0f} MB, {MAX_SIDE:,} "
+    f"pixels a side and {MAX_PIXELS:,} pixels in all"
+)
+
+
+def has(data, signature):
+    return all(data.startswith(part, place) for place, part in signature.items())
+
+
+def check_header(data):
+    """The `Format` of an image file, if what it says of itself lies within the limits.
+
+    Raises:
+        ValueError: if it does not, or if it is of no format that is read.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has {len(data) / 1e6:,.0f} MB. {READ}")
+    found = next((format for format in FORMATS if has(data, format.signature)), None)
+    if found is None:
+        other = [
+            name for name, signatures in OTHERS.items() if any(has(data, s) for s in signatures)
+        ]
+        raise ValueError(f"its format, {other[0]}, is not read. {READ}" if other else READ)
+    if found.sides:
+        check_sides(*found.sides(integers_of(data)))
+    return found
+
+
+def integers_of(data):
+    def read(start, count, big=False, signed=False):
+        order = "big" if big else "little"
+        return int.from_bytes(data[start : start + count], order, signed=signed)
+
+    return read
+
+
+def check_sides(width, height):
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ValueError(f"it has {width:,} x {height:,} pixels. {READ}")
+
+
+# === Reading ===
+
+
+def open_picture(image, name=None):
+    """A `PIL.Image`, upright.
+
+    Args:
+        image: what `keras_tnt.load_image` takes.
+        name: what errors call it; None: the file's path, or that it is bytes.
+
+    Raises:
+        As `keras_tnt.load_image`.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            'Reading images needs Pillow. Install it with `pip install "keras-tnt[images]"`.'
+        ) from error
+    if isinstance(image, Image.Image):
+        return upright(image)
+    if isinstance(image, str | os.PathLike):
+        path = os.fspath(image)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"There is no image file {path!r}.")
+        with open(path, "rb") as file:
+            # A byte more than is allowed tells that there are too many.
+            return decode(file.read(MAX_BYTES + 1), repr(path))
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode(bytes(image), name or f"what is given, {len(image)} bytes,")
+    return from_array(np.asarray(image))
+
+
+def decode(data, name):
+    """The picture in a file's bytes."""
+    from PIL import Image
+
+    try:
+        format = check_header(data)
+        with Image.open(io.BytesIO(data), formats=[format.name]) as picture:
+            check_sides(*picture.size)
+            picture.load()
+            return upright(picture)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the decoders of broken files come to
+        if "out of memory" in str(error):
+            raise MemoryError(f"There is no memory to read {name}.") from error
+        raise ValueError(f"Image {name} cannot be read: {error}") from error
+
+
+def upright(picture):
+    """Turn a picture as its EXIF data asks; as it lies, if those are damaged."""
+    from PIL import ExifTags, Image
+
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
+    except Exception:
+        orientation = None
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    return picture.transpose(turns[orientation]) if orientation in turns else picture
+
+
+def from_array(array):
+    from PIL import Image
+
+    if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            "An image array must be (height, width) or (height, width, 1, 3 or 4). Received: shape "
+            f"{array.shape}" + (". For a batch there is load_images." if array.ndim == 4 else "")
+        )
+    if array.dtype != "uint8":
+        array = np.clip(np.round(array.astype("float32")), 0, 255).astype("uint8")
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+
+
+def convert(picture, channels):
+    """To the colors that a model of so many channels takes."""
+    if channels not in (1, 3):
+        raise ValueError(
+            f"Images have 1 or 3 channels, the model takes {channels}: prepare its input yourself."
+        )
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        picture = from_array(np.asarray(picture, "float32") / 257)
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB" if channels == 3 else "L")
+
+
+# === The evaluation crop ===
+
+
+def evaluation_crop(picture, size, covered):
+    """Resize a picture in proportion, bicubic, until it just covers a size; cut out its middle.
+
+    Args:
+        picture: a `PIL.Image` of mode RGB or L.
+        size: (height, width) of the result.
+        covered: (height, width) that the resized picture covers.
+
+    Returns:
+        A `PIL.Image`.
+    """
+    from PIL import Image
+
+    (height, width), (rows, columns) = size, covering(picture.size, covered)
+    # The width first, whatever order Pillow would take: it rounds to 8 bits in between, and an
+    # exported model's graph resizes in this order.
+    picture = stretch(picture, columns, middle(columns, width), width)
+    picture = picture.transpose(Image.Transpose.TRANSPOSE)
+    picture = stretch(picture, rows, middle(rows, height), height)
+    return picture.transpose(Image.Transpose.TRANSPOSE)
+
+
+def covering(size, covered):
+    """(rows, columns) of an image of `size`, (width, height), that covers (height, width)."""
+    (width, height), (covered_height, covered_width) = size, covered
+    if covered_height * width >= covered_width * height:
+        return covered_height, int(covered_height * width / height)
+    return int(covered_width * height / width), covered_width
+
+
+def middle(whole, part):
+    # Halves are rounded to even, as in torchvision, whose crop accuracies were measured with.
+    return round((whole - part) / 2)
+
+
+def stretch(picture, columns, first, count):
+    """Columns `first` to `first + count` of a picture resized to so many columns."""
+    from PIL import Image
+
+    if columns <= picture.width or columns * picture.height <= MAX_PIXELS:
+        stretched = picture.resize((columns, picture.height), Image.Resampling.BICUBIC)
+        return stretched.crop((first, 0, first + count, picture.height))
+    return Image.fromarray(stretch_part(np.asarray(picture), columns, first, count))
+
+
+def stretch_part(pixels, columns, first, count):
+    """As `stretch`, without the columns that are not asked for: bit by bit what Pillow gives.
+
+    Args:
+        pixels: uint8 array (height, width) or (height, width, channels).
+        columns: more than the array has.
+        first, count: the columns asked for.
+
+    Returns:
+        uint8 array (height, count) or (height, count, channels).
+    """
+    width = pixels.shape[1]
+    centers = (np.arange(first, first + count) + 0.5) * (width / columns)
+    starts = np.maximum(centers - 1.5, 0).astype(int)
+    ends = np.minimum((centers + 2.5).astype(int), width)
+    places = starts[:, None] + np.arange(5)
+    weights = np.where(places < ends[:, None], cubic(places - centers[:, None] + 0.5), 0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    # In 22 bits behind the point, rounded away from zero.
+    weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)).astype("int32")
+    weights = weights.reshape(count, 5, *[1] * (pixels.ndim - 2))
+    total = np.full((len(pixels), count, *pixels.shape[2:]), 2**21, "int32")
+    for tap in range(5):
+        total += pixels[:, np.minimum(places[:, tap], width - 1)] * weights[:, tap]
+    return np.clip(total >> 22, 0, 255).astype("uint8")
+
+
+def cubic(x):
+    """Keys' kernel with a = -0.5."""
+    x = np.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
