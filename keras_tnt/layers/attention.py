@@ -6,7 +6,6 @@ patches, `(batch, patches, heads, words, head_dim)` for the words inside them.
 """
 
 import contextlib
-import contextvars
 
 import keras
 from keras import ops
@@ -16,13 +15,12 @@ from keras_tnt.layers.base import (
     TruncatedNormal,
     at_least_float32,
     during,
+    link_weights,
     projection,
     take_first,
     take_first_spec,
 )
 from keras_tnt.layers.regularization import Dropout
-
-_recorded = contextvars.ContextVar("recorded_attention", default=None)
 
 
 @contextlib.contextmanager
@@ -33,7 +31,14 @@ def record_attention():
         A dict from a layer's path to its softmax, `(batch, ..., heads, queries, keys)`, filled
         while models are called eagerly.
     """
-    with during(_recorded, {}) as recorded:
+    recorded = {}
+
+    def record(layer, weights):
+        if isinstance(layer, Attention):
+            recorded[layer.path] = weights
+        return weights
+
+    with during(link_weights, record):
         yield recorded
 
 
@@ -97,17 +102,24 @@ class Attention(CompositeLayer):
         share = ops.exp(scores - ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True)))
         return share, ops.sum(share, axis=-1, keepdims=True)
 
-    def attend(self, query, key, value, bias=None, first_tokens=None, training=False):
-        """Attend, of the first tokens alone if told so, and project."""
-        recorded = _recorded.get()
-        if recorded is not None:
-            recorded[self.path] = self.attention(query, key, bias)
+    def shares(self, query, key, bias=None, first_tokens=None):
+        """What the first tokens give each key, and its sums where it is not divided by them yet.
+
+        Who looks on sees the softmax of all tokens; what that returns is used.
+        """
+        look = link_weights.get()
+        if look is not None:
+            attention = look(self, self.attention(query, key, bias))
+            return self.mix_attention(take_first(attention, first_tokens)), None
         query = take_first(query, first_tokens)
         bias = None if bias is None else take_first(bias, first_tokens)
         if self.divides_last and keras.backend.backend() == "jax":
-            attention, total = self.undivided_attention(query, key, bias)
-        else:
-            attention, total = self.mix_attention(self.attention(query, key, bias)), None
+            return self.undivided_attention(query, key, bias)
+        return self.mix_attention(self.attention(query, key, bias)), None
+
+    def attend(self, query, key, value, bias=None, first_tokens=None, training=False):
+        """Attend, of the first tokens alone if told so, and project."""
+        attention, total = self.shares(query, key, bias, first_tokens)
         attention = self.attention_drop(ops.cast(attention, value.dtype), training=training)
         x = ops.matmul(attention, value)
         if total is not None:

@@ -13,6 +13,10 @@ values_follow = contextvars.ContextVar("values_follow", default=False)
 # What a program is being compiled for, "cpu" or another device; `keras_tnt.inference` sets it.
 program_device = contextvars.ContextVar("program_device", default=None)
 
+# A function (layer, weights) to weights that sees by how much each word and patch is read, and may
+# change it: an attention layer's softmax, and a one for each word that `WordsToPatches` reads.
+link_weights = contextvars.ContextVar("link_weights", default=None)
+
 
 def without_initial_values():
     """Within the context, layers draw no initial values: all will be filled from a file."""

@@ -4,7 +4,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_tnt.layers.base import CompositeLayer, LayerNormalization, TruncatedNormal, projection
+from keras_tnt.layers.base import (
+    CompositeLayer,
+    LayerNormalization,
+    TruncatedNormal,
+    link_weights,
+    projection,
+)
 
 
 def channels_last(images, data_format):
@@ -219,8 +225,17 @@ class WordsToPatches(CompositeLayer):
         _, patches, count, inner_dim = words.shape
         return ops.reshape(words, (-1, patches, count * inner_dim))  # (b, n, words*inner_dim)
 
+    def weigh(self, x, words):
+        """Each word of x, (b, n, words*inner_dim), by how much it is read: 1 unless changed."""
+        look = link_weights.get()
+        if look is None:
+            return x
+        weights = look(self, ops.ones_like(words[..., 0]))  # (b, n, words)
+        return x * ops.repeat(weights, words.shape[-1], axis=-1)
+
     def call(self, words):
-        return self.norm_patches(self.projection(self.norm_words(self.flatten(words))))
+        x = self.weigh(self.norm_words(self.flatten(words)), words)
+        return self.norm_patches(self.projection(x))
 
     def compute_output_shape(self, words_shape):
         return (*words_shape[:-2], self.dim)
@@ -246,7 +261,7 @@ class LegacyWordsToPatches(WordsToPatches):
         self.build_projection(words_shape)
 
     def call(self, words):
-        return self.projection(self.flatten(self.norm_words(words)))
+        return self.projection(self.weigh(self.flatten(self.norm_words(words)), words))
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")

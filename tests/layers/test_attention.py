@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_tnt.layers import ClassAttention, SelfAttention, TalkingHeadAttention
 from keras_tnt.layers.attention import HeadMixing, record_attention
+from keras_tnt.layers.base import during, link_weights
 from tests.checks import assert_close, assert_equal, check_layer, compute, normal
 
 # No norm stands before attention alone, so that large inputs are large logits.
@@ -50,10 +51,11 @@ def test_self_attention_is_the_paper_s_equation():
     layer.set_weights([normal(w.shape, seed=i) / 3 for i, w in enumerate(layer.get_weights())])
     heads = np.split(dense(layer.qkv, x[0]), 3, axis=-1)
     with record_attention() as recorded:
-        output = layer(x)
+        output_while_recorded = layer(x)
     mixed, weights = attention_by_hand(*heads, num_heads=3)
     expected = dense(layer.projection, mixed) + ops.convert_to_numpy(layer.projection.bias)
-    assert_close(output, expected[None], 1e-5)
+    assert_close(layer(x), expected[None], 1e-5)
+    assert_close(output_while_recorded, expected[None], 1e-5)
     assert_close(recorded[layer.path], weights[None], 1e-5)
 
 
@@ -126,6 +128,14 @@ def test_nothing_is_recorded_outside_the_context():
     recorded.clear()
     layer(normal((2, 5, 8)))
     assert not recorded
+
+
+@pytest.mark.parametrize("layer_class", [SelfAttention, ClassAttention, TalkingHeadAttention])
+def test_what_a_look_at_the_attention_returns_is_used(layer_class):
+    layer, x = layer_class(num_heads=2), normal((2, 5, 8))
+    with during(link_weights, lambda _, weights: 0 * weights):
+        nothing = ops.convert_to_numpy(layer(x))
+    assert not np.any(nothing) and np.any(ops.convert_to_numpy(layer(x)))
 
 
 def test_head_mixing_meets_what_keras_users_expect():

@@ -14,6 +14,7 @@ from keras_tnt.layers import (
     WordEmbedding,
     WordsToPatches,
 )
+from keras_tnt.layers.base import during, link_weights
 from keras_tnt.layers.embedding import resample_positions
 from tests import golden
 from tests.checks import assert_close, assert_equal, check_layer, compute, normal
@@ -129,6 +130,26 @@ def test_words_lie_side_by_side_in_a_patch_channel_minor():
     layer.projection.set_weights([np.eye(24), np.zeros(24)])
     normed = ops.convert_to_numpy(layer.norm_words(words))
     assert_equal(layer(words), normed.reshape((2, 3, 24)))
+
+
+@pytest.mark.parametrize("layer_class", [WordsToPatches, LegacyWordsToPatches])
+def test_a_word_of_no_weight_is_left_out_of_its_patch(layer_class):
+    layer, words = layer_class(dim=10), normal((2, 3, 4, 6))
+    plain = ops.convert_to_numpy(layer(words))
+    seen = []
+
+    def leave_out_the_second(_, weights):
+        seen.append(ops.convert_to_numpy(weights))
+        return ops.multiply(weights, np.array([1, 0, 1, 1], "float32"))
+
+    with during(link_weights, leave_out_the_second):
+        without = ops.convert_to_numpy(layer(words))
+    kernel = ops.convert_to_numpy(layer.projection.kernel).copy()
+    kernel[6:12] = 0
+    layer.projection.kernel.assign(kernel)
+    assert_equal(without, layer(words))
+    assert np.all(seen[0] == 1) and seen[0].shape == (2, 3, 4)
+    assert np.any(plain != without)
 
 
 def test_class_token_meets_what_keras_users_expect():
