@@ -25,7 +25,8 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_tnt  # noqa: E402
-from training import checkpoint, sources  # noqa: E402
+from keras_tnt.files import write_atomically  # noqa: E402
+from training import sources  # noqa: E402
 
 BATCH = 64
 SHIFT = 3  # pixels, in any direction
@@ -115,7 +116,7 @@ def run(name, build, digits, options, teacher, seed):
     accuracy = float(np.mean(model.predict(images, verbose=0).argmax(axis=-1) == labels))
     print(f"{name}, seed {seed}: {accuracy:.2%}, {time.perf_counter() - start:.0f} s", flush=True)
     model.save_weights(path)
-    checkpoint.write_aside(result, json.dumps({"accuracy": accuracy}).encode())
+    write_atomically(result, json.dumps({"accuracy": accuracy}))
     return accuracy
 
 
@@ -184,11 +185,10 @@ def report(rows, options):
             f"| {found['model']} | {found['parameters']:,} "
             f"| {found['mean']:.2%} ± {found['spread']:.2%} | {each} |"
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {"epochs": options.epochs, "seeds": options.seeds, "batch": BATCH}
     settings |= {"backend": keras.backend.backend(), "keras": keras.__version__}
     record = {"settings": settings, "rows": rows}
-    checkpoint.write_aside(options.out, json.dumps(record, indent=2).encode())
+    write_atomically(options.out, json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

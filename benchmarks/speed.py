@@ -24,8 +24,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training import checkpoint  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results"
 BASE = {"batch": 8, "image_size": 224, "depth": 12}
 PRECISIONS = ("float32", "bfloat16")
@@ -410,8 +408,9 @@ def report(rows, options):
 
 
 def write(path, record):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_aside(path, (json.dumps(record, indent=1) + "\n").encode())
+    from keras_tnt.files import write_atomically
+
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

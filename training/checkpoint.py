@@ -1,9 +1,10 @@
-"""All that a run needs to go on, in one file, written aside and renamed.
+"""All that a run needs to go on, in one file that is whole or not there.
 
 A file holds the tensors by name and, in its header, the step, what the loop has to remember, and a
 checksum over all of it. One that cannot be read is set aside, and the one before counts.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from keras_tnt.files import check_space, write_atomically
+
+NAME = "step_{:09d}.safetensors"
 PATTERN = re.compile(r"step_(\d+)\.safetensors")
 
 
@@ -21,15 +25,8 @@ class CorruptCheckpoint(Exception):
     """A checkpoint file that cannot be read whole."""
 
 
-def write_aside(path, data):
-    """Write bytes under a temporary name, then rename, so that the file is whole or not there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+class NoneReadable(ValueError):
+    """All checkpoints of a run are damaged."""
 
 
 def checksum(tensors, notes):
@@ -70,14 +67,14 @@ class Checkpoints:
             notes: what else to remember, for JSON.
             best: whether to keep a copy as `best.safetensors`.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: np.array(v.numpy()) for name, v in self.variables.items()}
         notes = json.dumps({"step": step, **notes})
         header = {"notes": notes, "checksum": checksum(tensors, notes)}
         data = save(tensors, metadata=header)
-        write_aside(self.directory / f"step_{step:09d}.safetensors", data)
+        check_space(self.directory, len(data) * (1 + best), f"The checkpoint of step {step}")
         if best:
-            write_aside(self.directory / "best.safetensors", data)
+            write_atomically(self.directory / "best.safetensors", data)
+        write_atomically(self.directory / NAME.format(step), data)
         for old in self.paths()[self.keep :]:
             old.unlink()
 
@@ -88,20 +85,67 @@ class Checkpoints:
             chief: whether this process sets aside what cannot be read.
 
         Returns:
-            The notes, with `step`; None without any checkpoint.
+            The notes, with `step`; None where no checkpoint was ever written.
+
+        Raises:
+            NoneReadable: if there are files, and all of them are damaged.
+            ValueError: if a file is whole and does not hold this model's state.
         """
+        damaged = {}
         for path in self.paths():
             try:
                 tensors, notes = read(path)
             except CorruptCheckpoint as error:
+                damaged[path] = error
+                continue
+            self.fill(tensors, path)
+            for other, error in damaged.items():
                 print(f"{error}. It is set aside; the checkpoint before it is used.", flush=True)
                 if chief:
-                    os.replace(path, path.with_suffix(".corrupt"))
-                continue
-            for name, variable in self.variables.items():
-                variable.assign(tensors[name])
+                    os.replace(other, other.with_suffix(".corrupt"))
             return notes
+        left = sorted(path.name for path in self.directory.glob("*.*") if path.is_file())
+        if left:
+            raise NoneReadable(self.told(left))
         return None
+
+    def fill(self, tensors, path):
+        """Assign a file's tensors to the variables."""
+        different = [
+            name
+            for name, variable in self.variables.items()
+            if name not in tensors or tensors[name].shape != tuple(variable.shape)
+        ]
+        if different:
+            raise ValueError(
+                f"{path} does not hold the state of this model: {len(different)} of "
+                f"{len(self.variables)} tensors are missing or of another shape, first "
+                f"{different[0]!r}"
+            )
+        for name, variable in self.variables.items():
+            variable.assign(tensors[name])
+
+    def told(self, names):
+        """What there is when no checkpoint can be read, and what can be done."""
+        best = self.directory / "best.safetensors"
+        ways = ["--start_afresh to begin at step 0"]
+        with contextlib.suppress(CorruptCheckpoint):
+            step = read(best)[1]["step"]
+            ways.append(
+                f"cp {best} {self.directory / NAME.format(step)} to go on from the best weights, "
+                f"of step {step}"
+            )
+        return (
+            f"no checkpoint in {self.directory} can be read. There are: {', '.join(names)}. "
+            f"Give {', or '.join(ways)}"
+        )
+
+    def set_aside(self):
+        """Move the directory out of the way, whole."""
+        number = 1
+        while (aside := self.directory.with_name(f"checkpoints_damaged_{number}")).exists():
+            number += 1
+        os.replace(self.directory, aside)
 
 
 def read(path):
@@ -123,11 +167,19 @@ def read(path):
 
 
 def read_metrics(path):
-    """The reports of a `metrics.jsonl`; a last line that was cut off is left out."""
-    lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    """The reports of a `metrics.jsonl`, dicts with a `step`.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    reports = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+            report = json.loads(line)
+            whole = isinstance(report, dict) and isinstance(report.get("step"), int)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(f"{path} is damaged: line {number} is no report. Mend or remove it")
+        reports.append(report)
+    return reports

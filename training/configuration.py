@@ -4,8 +4,6 @@ A value is a flag's if one was given, else the recipe's, else the default here.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 
 from absl import flags
 
@@ -16,7 +14,7 @@ DATASETS = ("digits", "imagenet2012", "folder", "tfrecord", "synthetic")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-def option(default, help, choices=None, may_change=False):
+def option(default, help, choices=None, may_change=False, change=""):
     """A field of `Config`.
 
     Args:
@@ -24,8 +22,9 @@ def option(default, help, choices=None, may_change=False):
         help: the flag's help.
         choices: the allowed values.
         may_change: whether a run may be gone on with under another value.
+        change: the flag under which it may; "": none.
     """
-    metadata = {"help": help, "choices": choices, "may_change": may_change}
+    metadata = {"help": help, "choices": choices, "may_change": may_change, "change": change}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -37,6 +36,17 @@ class Config:
         "digits", "name of a recipe in training/recipes; flags override its values"
     )
     workdir: str = option("runs/train", "directory of the run", may_change=True)
+    change: bool = option(
+        False,
+        "go on with the run under other learning rates, clip_norm, weight_decay or precision",
+        may_change=True,
+    )
+    extend: bool = option(
+        False, "go on with the run to more --epochs, by their schedule", may_change=True
+    )
+    start_afresh: bool = option(
+        False, "begin at step 0 where all checkpoints of the run are damaged", may_change=True
+    )
 
     # === Model ===
     model: str = option("tnt_digits", "tnt_digits, or a model of keras_tnt, such as tnt_small")
@@ -65,7 +75,9 @@ class Config:
     cpu_devices: int = option(0, "split the CPU into so many logical devices; 0: leave it whole")
     tpu: str = option("", "name or address of the TPU, for --strategy=tpu", may_change=True)
     jit: str = option("auto", "compile the step with XLA; auto: on GPU", ("auto", "on", "off"))
-    precision: str = option("float32", "computation; weights stay float32", PRECISIONS)
+    precision: str = option(
+        "float32", "computation; weights stay float32", PRECISIONS, change="change"
+    )
     remat: bool = option(False, "recompute the blocks in the backward pass, to save memory")
     deterministic: bool = option(True, "bit-identical results, at some speed")
     peak_tflops: float = option(
@@ -73,23 +85,23 @@ class Config:
     )
 
     # === Length and optimisation ===
-    epochs: int = option(60, "passes over the training images")
+    epochs: int = option(60, "passes over the training images", change="extend")
     batch_size: int = option(128, "images per update, over all devices")
     seed: int = option(0, "of initial weights, order, augmentation and dropout")
     accumulation: int = option(1, "parts that a device's batch is computed in, one after the other")
-    learning_rate: float = option(1e-3, "peak learning rate")
+    learning_rate: float = option(1e-3, "peak learning rate", change="change")
     learning_rate_batch: int = option(
         0, "batch size that --learning_rate is for, scaled linearly to yours; 0: no scaling"
     )
-    warmup_epochs: float = option(5.0, "epochs of linear warm-up")
-    warmup_learning_rate: float = option(1e-6, "where warm-up starts")
-    min_learning_rate: float = option(1e-5, "where the cosine ends")
-    weight_decay: float = option(0.05, "AdamW's, on kernels alone")
+    warmup_epochs: float = option(5.0, "epochs of linear warm-up", change="change")
+    warmup_learning_rate: float = option(1e-6, "where warm-up starts", change="change")
+    min_learning_rate: float = option(1e-5, "where the cosine ends", change="change")
+    weight_decay: float = option(0.05, "AdamW's, on kernels alone", change="change")
     beta_1: float = option(0.9, "AdamW's decay of the gradients' mean")
     beta_2: float = option(0.999, "AdamW's decay of the gradients' square")
-    clip_norm: float = option(0.0, "largest global norm of the gradients; 0: any")
+    clip_norm: float = option(0.0, "largest global norm of the gradients; 0: any", change="change")
     layer_decay: float = option(
-        1.0, "factor on the learning rate from each block to the one before"
+        1.0, "factor on the learning rate from each block to the one before", change="change"
     )
     ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
     label_smoothing: float = option(0.0, "share of the label spread over all classes")
@@ -207,20 +219,26 @@ def from_flags(values):
     return make(**given)
 
 
-def differences(config, path):
-    """What separates a configuration from the one recorded in a `config.json`.
+def differences(config, recorded):
+    """What separates a configuration from a recorded one.
 
     Args:
         config: a `Config`.
-        path: of the file.
+        recorded: dict of the fields of another.
 
     Returns:
-        Lines `--name: recorded -> given`, without the values that may change.
+        Dict from name to (recorded, given), without the values that may change.
     """
-    recorded = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
-    return [
-        f"--{name}: {recorded.get(name, field.default)!r} -> {getattr(config, name)!r}"
+    old = {name: recorded.get(name, field.default) for name, field in FIELDS.items()}
+    return {
+        name: (old[name], getattr(config, name))
         for name, field in FIELDS.items()
-        if not field.metadata["may_change"]
-        and recorded.get(name, field.default) != getattr(config, name)
-    ]
+        if not field.metadata["may_change"] and old[name] != getattr(config, name)
+    }
+
+
+def change_flag(name, old, new):
+    """The flag under which a run may be gone on with after a change of a value; "": none."""
+    if name == "epochs" and new < old:
+        return ""
+    return FIELDS[name].metadata["change"]

@@ -6,6 +6,7 @@ Everything lies in runs/demo and savedmodels/tnt_digits afterwards; summary.json
 well. Started again it goes on where it was.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -25,7 +26,8 @@ import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_tnt  # noqa: E402
-from training import checkpoint, sources  # noqa: E402
+from keras_tnt.files import write_atomically  # noqa: E402
+from training import sources  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -37,6 +39,7 @@ ROUNDS = 7
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     # A process of its own: tf.distribute wants the devices before anything else touches them.
     train = [sys.executable, str(ROOT / "training" / "train.py"), "--recipe=digits"]
     status = subprocess.run([*train, f"--workdir={WORKDIR}"]).returncode
@@ -78,7 +81,7 @@ def main():
     }
     files = {name: os.path.relpath(path, ROOT) for name, path in files.items()}
     summary = {"accuracy": accuracy, "images_per_second": speed, "files": files}
-    checkpoint.write_aside(WORKDIR / "summary.json", json.dumps(summary, indent=2).encode())
+    write_atomically(WORKDIR / "summary.json", json.dumps(summary, indent=2))
     report(summary, len(images))
 
 

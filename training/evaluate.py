@@ -14,9 +14,9 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import app, flags  # noqa: E402
+from absl import flags  # noqa: E402
 
-from training import configuration  # noqa: E402
+from training import commands, configuration  # noqa: E402
 
 SHARED = (
     *("model", "image_size", "dataset", "data_dir", "label_offset", "classes", "max_corrupt"),
@@ -32,21 +32,11 @@ flags.DEFINE_string(
 flags.DEFINE_bool("json", False, "print the result as one JSON object, and nothing else")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"evaluate.py takes flags alone; what is {argv[1]!r}?")
+def main(arguments):
+    commands.refuse_arguments(arguments)
     given = {n: flags.FLAGS[n].value for n in SHARED if flags.FLAGS[n].value is not None}
-    try:
-        result = evaluate(
-            given,
-            flags.FLAGS.run,
-            flags.FLAGS.weights,
-            flags.FLAGS.checkpoint,
-            not flags.FLAGS.json,
-        )
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    asked = flags.FLAGS
+    result = evaluate(given, asked.run, asked.weights, asked.checkpoint, not asked.json)
     if flags.FLAGS.json:
         print(json.dumps(result))
     else:
@@ -55,7 +45,6 @@ def main(argv):
             f"{result['top5_accuracy']:.2%}, loss {result['evaluation_loss']:.4f}"
             + (f"; {result['corrupt']} could not be read" if result["corrupt"] else "")
         )
-    return 0
 
 
 def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
@@ -100,10 +89,11 @@ def make_config(given, run):
     """The run's configuration, or the defaults, with what is given."""
     values = {"dataset": "digits", "weights": ""}
     if run:
-        path = Path(run) / "config.json"
-        if not path.is_file():
+        from training import workdir
+
+        recorded = workdir.read_config(run)
+        if recorded is None:
             raise ValueError(f"--run={run} is no directory of a run: it holds no config.json")
-        recorded = json.loads(path.read_text(encoding="utf-8"))
         values = {k: v for k, v in recorded["config"].items() if k in configuration.FIELDS}
         values |= {"strategy": "one_device", "cpu_devices": 0, "accumulation": 1, "weights": ""}
         values |= {"distill": "none", "teacher": "", "classes": recorded["classes"]}
@@ -125,4 +115,4 @@ def reporting(step, steps):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

@@ -1,5 +1,6 @@
 """The training loop: one for every model, data set and strategy."""
 
+import contextlib
 import os
 import signal
 import time
@@ -9,12 +10,32 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training import data, models, optimization, report, sources, step_functions, strategies
-from training.checkpoint import Checkpoints
+from training import (
+    data,
+    models,
+    optimization,
+    report,
+    sources,
+    step_functions,
+    strategies,
+    workdir,
+)
+from training.checkpoint import Checkpoints, NoneReadable
+
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """The run was told to end before its last step; a checkpoint is written."""
+    """The run was told to end before its last step; a checkpoint is written.
+
+    Args:
+        step: the step it reached.
+        signal: number of the signal that told it.
+    """
+
+    def __init__(self, step, signal):
+        super().__init__(f"stopped at step {step}; the same command goes on from there")
+        self.signal = signal
 
 
 def train(config):
@@ -28,17 +49,25 @@ def train(config):
 
     Raises:
         ValueError: for what cannot be, before any long work.
-        Stopped: after SIGTERM, with a checkpoint written.
+        Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
+        OSError: if the disk is full; the last checkpoint is whole.
         RuntimeError: if the loss blew up more than `max_rollbacks` times.
     """
     models.check_name(config.model)
-    report.check_workdir(config)
+    workdir.check_config(config)
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     strategy = strategies.make(config)
     share = data.WorkerShare(*strategies.worker(strategy), strategy.num_replicas_in_sync)
     check_batch(config, strategy)
+    with workdir.held(config.workdir) if share.index == 0 else contextlib.nullcontext():
+        return train_held(config, strategy, share)
+
+
+def train_held(config, strategy, share):
+    """Train in a directory that no other trainer writes to."""
+    changes = workdir.check_config(config)
     training_source, held_out = sources.open_sources(config)
     classes = config.classes or training_source.classes
     steps = config.steps_per_epoch or training_source.size // config.batch_size
@@ -53,12 +82,14 @@ def train(config):
     size, fill = models.image_size(model), models.mean_colour(model)
     corrupt = data.UnreadableImages(training_source.size, config.max_corrupt)
     corrupt_held_out = data.UnreadableImages(held_out.size, config.max_corrupt)
-    return Run(config, strategy, share, model, optimizer, teacher, steps, classes).go(
+    run = Run(config, strategy, share, model, optimizer, teacher, steps, classes)
+    return run.go(
         lambda epoch, first: data.training_batches(
             training_source, config, size, fill, epoch, first, steps, share, corrupt
         ),
         lambda: data.evaluation_batches(held_out, config, size, share, corrupt_held_out),
         (corrupt, corrupt_held_out),
+        changes,
     )
 
 
@@ -104,33 +135,61 @@ class Run:
         )
         self.notes = {"skipped": [], "rollbacks": 0, "best": -1.0, "results": {}}
         self.pending = []  # (step, loss, gradient norm) since the last look
-        self.terminated = False
+        self.told_to_end = 0  # the number of the signal
 
-    def go(self, training_batches, evaluation_batches, corrupt):
+    def go(self, training_batches, evaluation_batches, corrupt, changes):
         """Run to the end and write the results.
 
         Args:
             training_batches: function (epoch, first step) to a `tf.data.Dataset`.
             evaluation_batches: function to one.
             corrupt: `data.UnreadableImages` of both.
+            changes: what is changed in a run that is gone on with, of `workdir.check_config`.
         """
         self.corrupt = corrupt
-        devices = list(self.strategy.extended.worker_devices)
-        if self.chief:
-            report.write_config(self.config, self.strategy, devices, self.classes)
-        step = self.restore()
+        step = self.start(changes)
         self.saved_at = time.monotonic()
         report_steps = self.config.report_steps or min(100, self.steps)
-        old_handler = signal.signal(signal.SIGTERM, self.on_terminate)
+        old_handlers = {number: signal.signal(number, self.on_signal) for number in END_SIGNALS}
         try:
             while step < self.total:
                 step = self.epoch(step, training_batches, evaluation_batches, report_steps)
         finally:
-            signal.signal(signal.SIGTERM, old_handler)
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
         return self.finish(step)
 
-    def on_terminate(self, number, frame):
-        self.terminated = True
+    def on_signal(self, number, frame):
+        """End after this update; a second signal ends the process at once."""
+        self.told_to_end = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def start(self, changes):
+        """Begin the run, or go on with it; returns the step."""
+        try:
+            step = self.restore()
+        except NoneReadable:
+            if not self.config.start_afresh:
+                raise
+            if self.chief:
+                self.checkpoints.set_aside()
+            step = None
+        if step is None and self.reporter.lines and not self.config.start_afresh:
+            raise ValueError(
+                f"{self.workdir} holds reports up to step {self.reporter.lines[-1]['step']} and no "
+                "checkpoint. Give another --workdir, or --start_afresh to begin at step 0"
+            )
+        if changes:
+            self.notes["rollbacks"] = 0
+        if self.chief:
+            devices = list(self.strategy.extended.worker_devices)
+            workdir.write_config(
+                self.config, self.strategy, devices, self.classes, changes, step or 0
+            )
+        if step is None:
+            self.reporter.go_on_from(0)
+            self.save(0)
+        return step or 0
 
     def epoch(self, step, training_batches, evaluation_batches, report_steps):
         """Go on to the end of the epoch, or back to a checkpoint; returns the step reached."""
@@ -148,7 +207,7 @@ class Run:
             stop = self.update(batch, step)
             step += 1
             ends = step % self.steps == 0
-            stop |= self.terminated and self.workers == 1
+            stop |= bool(self.told_to_end) and self.workers == 1
             due = self.checkpoint_due(step)
             if (ends or stop or due or step % report_steps == 0) and not self.healthy():
                 return self.roll_back(step)
@@ -160,7 +219,7 @@ class Run:
             if due or best or stop:
                 self.save(step, best)
             if stop and step < self.total:
-                raise Stopped(f"stopped at step {step}; the same command goes on from there")
+                raise Stopped(step, self.told_to_end or signal.SIGTERM)
         return step
 
     def update(self, batch, step):
@@ -168,7 +227,7 @@ class Run:
         if step in self.notes["skipped"]:
             return False
         rate = optimization.learning_rate(self.config, step, self.steps)
-        arguments = (float(step), rate, float(self.terminated))
+        arguments = (float(step), rate, float(self.told_to_end > 0))
         mixing = step_functions.draw_mixing(self.config, step, self.size, step // self.steps)
         loss, norm, stop = self.train_step(batch, *(tf.constant(x) for x in (*arguments, mixing)))
         self.pending.append((step, loss, norm))
@@ -233,11 +292,10 @@ class Run:
         self.saved_at = time.monotonic()
 
     def restore(self):
-        """Fill the state from the last good checkpoint; returns its step."""
+        """Fill the state from the last good checkpoint; returns its step, None without any."""
         notes = self.checkpoints.restore(self.chief)
         if notes is None:
-            self.save(0)
-            return 0
+            return None
         step = notes.pop("step")
         self.notes = {**notes, "skipped": sorted({*notes["skipped"], *self.notes["skipped"]})}
         self.pending = []
@@ -254,7 +312,8 @@ class Run:
         if rollbacks > self.config.max_rollbacks:
             raise RuntimeError(
                 f"{reason}, after {self.config.max_rollbacks} rollbacks (--max_rollbacks). A lower "
-                "--learning_rate, --clip_norm=1 or --precision=float32 may help."
+                "--learning_rate, --clip_norm=1 or --precision=float32 may help: --change goes on "
+                "with the run under another."
             )
         self.notes["skipped"] = [*self.notes["skipped"], bad]
         step = self.restore()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import app, flags  # noqa: E402
+from absl import flags  # noqa: E402
 
-from training.checkpoint import read_metrics  # noqa: E402
+from training import commands  # noqa: E402
 
 flags.DEFINE_string("output", "runs/comparison.png", "where the picture goes")
 
@@ -33,6 +33,8 @@ def plot(runs, output):
     Raises:
         ValueError: if a directory holds no run.
     """
+    from training.checkpoint import read_metrics
+
     reports = {}
     for run in runs:
         path = Path(run) / "metrics.jsonl"
@@ -40,6 +42,8 @@ def plot(runs, output):
             raise ValueError(f"{run} is no directory of a run: it holds no metrics.jsonl")
         reports[str(run)] = read_metrics(path)
     import matplotlib
+
+    from keras_tnt.files import replacing
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -56,24 +60,17 @@ def plot(runs, output):
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}")
-    figure.savefig(temporary, dpi=120, format=output.suffix.lstrip(".") or "png")
+    with replacing(output) as temporary:
+        figure.savefig(temporary, dpi=120, format=output.suffix.lstrip(".") or "png")
     pyplot.close(figure)
-    temporary.replace(output)
     return output
 
 
-def main(argv):
-    if len(argv) < 2:
-        raise app.UsageError("name one or more directories of runs")
-    try:
-        print(plot(argv[1:], flags.FLAGS.output))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(runs):
+    if not runs:
+        raise ValueError("name one or more directories of runs")
+    print(plot(runs, flags.FLAGS.output))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

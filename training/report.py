@@ -1,73 +1,14 @@
-"""What a run leaves to read: config.json, metrics.jsonl, TensorBoard events, lines."""
+"""What a run reports on its way: metrics.jsonl, TensorBoard events, lines."""
 
 import json
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
-import keras
-import numpy as np
 import tensorflow as tf
 
-import keras_tnt
-from training import configuration
-from training.checkpoint import read_metrics, write_aside
-
-
-def check_workdir(config):
-    """Raise a ValueError if the directory holds a run of another configuration."""
-    path = Path(config.workdir) / "config.json"
-    if path.exists():
-        different = configuration.differences(config, path)
-        if different:
-            raise ValueError(
-                f"{config.workdir} holds a run of another configuration:\n  "
-                + "\n  ".join(different)
-                + "\nGive another --workdir, or the same flags to go on with that run."
-            )
-
-
-def write_config(config, strategy, devices, classes):
-    """Record the whole truth of a run, unless it stands there from its first start."""
-    path = Path(config.workdir) / "config.json"
-    if path.exists():
-        return
-    record = {
-        "config": vars(config),
-        "command": sys.argv,
-        "classes": classes,
-        "versions": {
-            "python": sys.version.split()[0],
-            "keras": keras.__version__,
-            "tensorflow": tf.__version__,
-            "numpy": np.__version__,
-            "keras_tnt": keras_tnt.__version__,
-        },
-        "commit": commit(),
-        "strategy": type(strategy).__name__,
-        "devices": devices,
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, json.dumps(record, indent=2).encode())
-
-
-def commit():
-    """The repository's commit, with a `+` if files differ from it; None outside a repository."""
-    root = Path(__file__).parent.parent
-
-    def git(*arguments):
-        return subprocess.run(
-            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+from keras_tnt.files import write_atomically
+from training.checkpoint import read_metrics
 
 
 class Reporter:
@@ -89,6 +30,7 @@ class Reporter:
         self.active = active
         self.peak_images = peak_images
         self.path = Path(config.workdir) / "metrics.jsonl"
+        self.lines = read_metrics(self.path) if active and self.path.exists() else []
         self.board = None
         if active and config.tensorboard:
             self.board = tf.summary.create_file_writer(str(Path(config.workdir) / "tensorboard"))
@@ -103,9 +45,7 @@ class Reporter:
     def go_on_from(self, step):
         """Forget reports of steps that will be run again."""
         self.restart()
-        if self.active and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-            write_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.lines = [line for line in self.lines if line["step"] <= step]
 
     def training(self, step, loss, learning_rate, **extra):
         """Report on the steps since the last report."""
@@ -149,9 +89,8 @@ class Reporter:
     def write(self, step, **values):
         if not self.active:
             return
-        line = {"step": step, "epoch": step / self.steps_per_epoch, **values}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.lines.append({"step": step, "epoch": step / self.steps_per_epoch, **values})
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         if self.board:
             with self.board.as_default(step=step):
                 for name, value in values.items():

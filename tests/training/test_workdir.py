@@ -1,0 +1,164 @@
+"""The directory of a run: who holds it, what it records, and what is said when it is damaged."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+
+from training import checkpoint, configuration, workdir
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 12 of elsewhere", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_trainer_is_told_who_holds_the_directory_until_that_one_dies(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / workdir.LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ValueError, match="held by another trainer: process 12 of elsewhere"):
+            with workdir.held(tmp_path):
+                pass
+        holder.kill()
+    with workdir.held(tmp_path):
+        assert "process" in (tmp_path / workdir.LOCK).read_text()
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(workdir.fcntl, "lockf", refuse)
+    with workdir.held(tmp_path):
+        assert "cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["run", "run/checkpoints", "run/deeper/still"])
+def test_a_file_where_a_directory_has_to_be_is_named(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    if name == "run/checkpoints":
+        (tmp_path / name).write_text("")
+        asked, standing = tmp_path / "run", tmp_path / name
+    else:
+        (tmp_path / "run").rmdir()
+        (tmp_path / "run").write_text("")
+        asked, standing = tmp_path / name, tmp_path / "run"
+    with pytest.raises(ValueError, match=f"{standing} is a file"):
+        with workdir.held(asked):
+            pass
+
+
+# === The configuration ===
+
+
+@pytest.mark.parametrize("content", [b'{"config": {', b"\xff\xfe\x00", b"[]", b'{"config": 3}'])
+def test_a_damaged_config_json_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        workdir.read_config(tmp_path)
+
+
+def recorded(directory, **values):
+    config = configuration.make("digits", workdir=str(directory), **values)
+    (directory / "config.json").write_text(json.dumps({"config": vars(config)}))
+
+
+def test_a_change_is_refused_with_the_flag_that_allows_it(tmp_path):
+    recorded(tmp_path)
+    values = {"workdir": str(tmp_path), "learning_rate": 0.5, "epochs": 90}
+    refusal = r"--epochs: 60 -> 90\n  --learning_rate: 0.004 -> 0.5\n.*, or --change --extend to"
+    with pytest.raises(ValueError, match=refusal):
+        workdir.check_config(configuration.make("digits", **values))
+    with pytest.raises(ValueError, match=r"or --change to go on"):
+        workdir.check_config(configuration.make("digits", extend=True, **values))
+    config = configuration.make("digits", extend=True, change=True, **values)
+    changes = workdir.check_config(config)
+    assert changes == {"epochs": (60, 90), "learning_rate": (0.004, 0.5)}
+    workdir.write_config(config, None, [], 10, changes, step=7)
+    record = workdir.read_config(tmp_path)
+    assert record["config"]["learning_rate"] == 0.5 and record["changes"][0]["step"] == 7
+    assert workdir.check_config(config) == {}
+
+
+@pytest.mark.parametrize("values", [{"epochs": 30}, {"seed": 1}, {"model": "deit_tiny"}])
+def test_no_flag_makes_a_run_shorter_or_another(tmp_path, values):
+    recorded(tmp_path)
+    config = configuration.make("digits", workdir=str(tmp_path), change=True, extend=True, **values)
+    with pytest.raises(ValueError, match="Give another --workdir, or the same flags.*run.$"):
+        workdir.check_config(config)
+
+
+# === Checkpoints and reports ===
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Those of a run of three, the best among them of step 2."""
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", {"w": tf.Variable(0.0)}, keep=3)
+    for step in (1, 2, 3):
+        saved.variables["w"].assign(float(step))
+        saved.save(step, {}, best=step == 2)
+    return saved
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+def test_the_newest_whole_checkpoint_counts_and_damaged_ones_are_set_aside(checkpoints):
+    damage(checkpoints.paths()[0])
+    assert checkpoints.restore()["step"] == 2 and checkpoints.variables["w"].numpy() == 2
+    assert [path.name for path in checkpoints.directory.glob("*.corrupt")] == [
+        "step_000000003.corrupt"
+    ]
+
+
+def test_where_all_are_damaged_nothing_is_touched_and_what_there_is_is_said(checkpoints):
+    for path in checkpoints.paths():
+        damage(path)
+    before = sorted(checkpoints.directory.iterdir())
+    for _ in range(2):
+        with pytest.raises(checkpoint.NoneReadable) as refusal:
+            checkpoints.restore()
+    assert sorted(checkpoints.directory.iterdir()) == before
+    for said in ("step_000000001.safetensors", "best.safetensors", "--start_afresh", "of step 2"):
+        assert said in str(refusal.value)
+    damage(checkpoints.directory / "best.safetensors")
+    with pytest.raises(checkpoint.NoneReadable, match="--start_afresh to begin at step 0$"):
+        checkpoints.restore()
+    checkpoints.set_aside()
+    assert checkpoints.restore() is None
+    assert len(list((checkpoints.directory.parent / "checkpoints_damaged_1").iterdir())) == 4
+
+
+@pytest.mark.parametrize("variables", [{"w": [0.0], "v": 0.0}, {"w": [0.0]}])
+def test_a_checkpoint_without_a_tensor_of_the_model_is_named(checkpoints, variables):
+    checkpoints.variables = {name: tf.Variable(value) for name, value in variables.items()}
+    with pytest.raises(ValueError, match=r"step_000000003.safetensors does not hold .* first 'w'"):
+        checkpoints.restore()
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "lo', b"\xff", b"3", b'{"loss": 1.0}'])
+def test_a_damaged_metrics_jsonl_is_named_with_the_line(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2"):
+        checkpoint.read_metrics(path)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_nothing(checkpoints, monkeypatch):
+    free = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    before = sorted(checkpoints.directory.iterdir())
+    with pytest.raises(OSError, match="The checkpoint of step 4 takes .* the disk has 0.0 MB free"):
+        checkpoints.save(4, {})
+    assert sorted(checkpoints.directory.iterdir()) == before
+    assert checkpoints.restore()["step"] == 3

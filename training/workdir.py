@@ -1,0 +1,166 @@
+"""The directory of a run: held by one trainer, its configuration recorded and compared."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_tnt
+from keras_tnt.files import write_atomically
+from training import configuration
+
+CONFIG = "config.json"
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def held(workdir):
+    """A directory that no other trainer can take until the block ends or this process dies.
+
+    The lock is POSIX's, which network file systems keep for all of their hosts; the file that is
+    locked tells who holds it.
+
+    Args:
+        workdir: made if it does not exist.
+
+    Raises:
+        ValueError: if another process holds it, or if it cannot be a directory.
+    """
+    make_directory(workdir)
+    with open(Path(workdir) / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise ValueError(
+                f"--workdir={workdir} is held by another trainer: {file.read() or 'just begun'}"
+            ) from error
+        except OSError as error:
+            print(f"{workdir} cannot be locked ({error.strerror}): start no second trainer on it")
+        file.truncate(0)
+        file.write(
+            f"process {os.getpid()} of {socket.gethostname()}, since "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {' '.join(sys.argv)}"
+        )
+        file.flush()
+        yield
+
+
+def make_directory(workdir):
+    """Make the directory, or raise a ValueError that says which file stands in its place."""
+    for path in (Path(workdir), Path(workdir) / "checkpoints"):
+        standing = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not standing.is_dir():
+            raise ValueError(f"--workdir={workdir}: {standing} is a file, where a directory has to")
+    os.makedirs(workdir, exist_ok=True)
+
+
+def read_config(workdir):
+    """What `config.json` records of the run in a directory; None where there is none.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = Path(workdir) / CONFIG
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and isinstance(record.get("config"), dict):
+            return record
+        reason = "it holds no configuration"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = error
+    raise ValueError(f"{path} is damaged ({reason}): mend it, or give another --workdir")
+
+
+def check_config(config):
+    """Compare a configuration with that of the run that its directory holds.
+
+    Returns:
+        Dict from name to (recorded, given) of what is changed on request.
+
+    Raises:
+        ValueError: if anything else differs.
+    """
+    record = read_config(config.workdir)
+    if record is None:
+        return {}
+    different = configuration.differences(config, record["config"])
+    flags = {configuration.change_flag(name, *values) for name, values in different.items()}
+    missing = [flag for flag in flags if not (flag and getattr(config, flag))]
+    if missing:
+        lines = [f"--{name}: {old!r} -> {new!r}" for name, (old, new) in different.items()]
+        way = "Give another --workdir, or the same flags to go on with that run"
+        if all(missing):
+            named = " ".join(f"--{flag}" for flag in sorted(missing))
+            way += f", or {named} to go on with it under the new values"
+        raise ValueError(
+            f"{config.workdir} holds a run of another configuration:\n  "
+            + "\n  ".join(lines)
+            + f"\n{way}."
+        )
+    return different
+
+
+def write_config(config, strategy, devices, classes, changes, step):
+    """Record the whole truth of a run at its first start, and what is changed at a later one.
+
+    Args:
+        config: a `training.configuration.Config`.
+        strategy: a `tf.distribute.Strategy`.
+        devices: names of its devices.
+        classes: number of classes.
+        changes: of `check_config`.
+        step: the step that the run goes on from.
+    """
+    record, started = read_config(config.workdir), time.strftime("%Y-%m-%d %H:%M:%S")
+    if record is None:
+        record = {
+            "config": vars(config),
+            "command": sys.argv,
+            "classes": classes,
+            "versions": {
+                "python": sys.version.split()[0],
+                "keras": keras.__version__,
+                "tensorflow": tf.__version__,
+                "numpy": np.__version__,
+                "keras_tnt": keras_tnt.__version__,
+            },
+            "commit": commit(),
+            "strategy": type(strategy).__name__,
+            "devices": devices,
+            "started": started,
+        }
+    elif changes:
+        record["config"] |= {name: new for name, (_, new) in changes.items()}
+        change = {"step": step, "started": started, "command": sys.argv, "changed": changes}
+        record["changes"] = [*record.get("changes", []), change]
+    else:
+        return
+    write_atomically(Path(config.workdir) / CONFIG, json.dumps(record, indent=2))
+
+
+def commit():
+    """The repository's commit, with a `+` if files differ from it; None outside a repository."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
