@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-# The limits of an image: bytes of the file, pixels a side and in all. A file of the largest size
-# takes up to 1.5 GiB while it is read.
+# The limits of an image: bytes of the file, pixels a side and in all. What is as large as they
+# allow takes up to 1.1 GB while it is read.
 MAX_BYTES = 2**28
 MAX_SIDE = 65_535
 MAX_PIXELS = 2**26
@@ -151,7 +151,7 @@ def open_picture(image, name=None):
             # A byte more than is allowed tells that there are too many.
             return decode(file.read(MAX_BYTES + 1), repr(path))
     if isinstance(image, bytes | bytearray | memoryview):
-        return decode(bytes(image), name or f"what is given, {len(image)} bytes,")
+        return decode(bytes(image), name or f"The {len(image)} bytes given")
     return from_array(np.asarray(image))
 
 
@@ -170,7 +170,7 @@ def decode(data, name):
     except Exception as error:  # whatever the decoders of broken files come to
         if "out of memory" in str(error):
             raise MemoryError(f"There is no memory to read {name}.") from error
-        raise ValueError(f"Image {name} cannot be read: {error}") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def upright(picture):

@@ -75,7 +75,9 @@ def load_images(images, model):
     """
     if isinstance(images, str | bytes | os.PathLike):
         raise ValueError("`images` must be a list. For one image there is load_image.")
-    pictures = (open_picture(image, f"{place} of the batch") for place, image in enumerate(images))
+    pictures = (
+        open_picture(image, f"Image {place} of the batch") for place, image in enumerate(images)
+    )
     return np.stack([evaluation_pixels(picture, model) for picture in pictures])
 
 
