@@ -1,5 +1,7 @@
 """From images to words, patches and tokens, and where each of them stands."""
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -320,12 +322,12 @@ class PositionEmbedding(keras.layers.Layer):
 
     def can_resample(self, shape):
         """Whether a table of this shape, as `resample` takes it, holds another grid's positions."""
+        dim = self.table.shape[-1]
         if len(shape) == 4:
-            return shape[2] == self.table.shape[-1] and self.prefix_tokens == 0
+            return shape[2:] == (dim, 1) and min(shape) > 0 and self.prefix_tokens == 0
         tokens = shape[-2] - self.prefix_tokens
-        return (
-            shape[-1] == self.table.shape[-1] and tokens > 0 and round(tokens**0.5) ** 2 == tokens
-        )
+        is_square = tokens > 0 and round(tokens**0.5) ** 2 == tokens
+        return math.prod(shape[:-2]) == 1 and shape[-1] == dim and is_square
 
     def resample(self, table):
         """Fit the table of another grid to this layer's.

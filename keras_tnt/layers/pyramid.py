@@ -287,10 +287,11 @@ class RelativePosition(keras.layers.Layer):
 
     def can_resample(self, shape):
         """Whether a table of this shape, (1, heads, patches, pooled), is of a square grid."""
-        _, heads, patches, pooled = shape
+        one, heads, patches, pooled = shape
         side = round(patches**0.5)
         return (
-            heads == self.num_heads
+            one == 1
+            and heads == self.num_heads
             and side**2 == patches
             and (side // self.reduction) ** 2 == pooled > 0
         )

@@ -4,6 +4,7 @@ import os
 import re
 import uuid
 
+from keras_tnt.text import printable
 from keras_tnt.weights.files import SAFETENSORS, open_tensors
 from keras_tnt.weights.names import UNUSED, conventions, entries, family
 
@@ -28,10 +29,10 @@ def load_checkpoint(model, source, ema=False):
         The model.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        OSError: if there is no such file, or it may not be read.
         ImportError: if it takes torch to read the file, which is not installed.
         ValueError: if the file is damaged or would run code, or if its tensors do not fit the
-            model. The model is unchanged then.
+            model or are no finite numbers. The model is unchanged then.
 
     Example:
 
@@ -39,7 +40,13 @@ def load_checkpoint(model, source, ema=False):
     >>> keras_tnt.load_checkpoint(model, "tnt_s_patch16_224.safetensors")
     """
     file = open_tensors(source, ema)
-    for entry in match(model, file.shapes):
+    try:
+        matched = match(model, file.shapes)
+    except ValueError as error:
+        raise ValueError(f"'{file.path}': {error}") from error
+    # Everything is read once before anything is assigned, so that a bad tensor changes nothing.
+    file.check(name for entry in matched for name in entry.names)
+    for entry in matched:
         entry.assign(file.read(entry.names))
     return model
 
@@ -117,7 +124,7 @@ def differences(model, matched, wanted, shapes):
     ]
     missing = [f"missing: {name} {wanted[name]}" for name in wanted if name not in shapes]
     unused = [
-        f"unused: {name} {shapes[name]}"
+        f"unused: {printable(name)} {shapes[name]}"
         for name in shapes
         if name not in wanted and not UNUSED.search(name) and not is_top(model, name)
     ]
@@ -163,13 +170,13 @@ def causes(model, wanted, shapes):
 
 
 def size(shapes):
-    dim = shapes.get("norm.weight", ("?",))[-1]
+    dim = (shapes.get("norm.weight") or ("?",))[-1]
     blocks = {block[0] for block in map(re.compile(r"blocks\.\d+\.").match, shapes) if block}
     return f"dimension {dim}" + (f" and {len(blocks)} blocks" if blocks else "")
 
 
 def classes(shapes):
-    return shapes.get("head.weight", (None,))[0]
+    return (shapes.get("head.weight") or (None,))[0]
 
 
 def is_distilled(shapes):

@@ -3,15 +3,24 @@
 import argparse
 import os
 import pickle
+import re
+import stat
 import zipfile
 
 import numpy as np
+
+from keras_tnt.text import printable
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pth", ".pt", ".pth.tar", ".bin")
 # What training scripts nest a model's tensors under, and those of its moving average (EMA).
 PLAIN = ("model", "state_dict")
 EMA = ("model_ema", "state_dict_ema")
+# The types of weights, as safetensors and as torch call them.
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# What pickles of protocol 2, the only one of torch.save, begin with.
+PICKLE = b"\x80\x02"
+ENCRYPTED = 1  # in the flags of a zip archive's entry
 
 
 def open_tensors(path, ema=False):
@@ -24,11 +33,10 @@ def open_tensors(path, ema=False):
             the weights.
 
     Returns:
-        An object with `shapes`, a dict from each tensor's name to its shape, and `read(names)`,
-        which gives the values as a list of float arrays.
+        A `TensorFile`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        OSError: if there is no such file, or it may not be read.
         ImportError: if it takes torch to read it, which is not installed.
         ValueError: for another kind of file, a damaged one, and one that would run code.
     """
@@ -38,13 +46,20 @@ def open_tensors(path, ema=False):
             f"A checkpoint is a file that ends in {', '.join(SAFETENSORS + TORCH)}. "
             f"Received: '{path}'" + advice_on_keras_files(path)
         )
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no file '{path}'.")
+    check_readable(path)
     if path.endswith(SAFETENSORS):
         if ema:
             raise ValueError(f"'{path}' holds one set of weights: leave `ema` out.")
         return SafetensorsFile(path)
     return TorchFile(path, ema)
+
+
+def check_readable(path):
+    """Raise an OSError that says why, or a ValueError, if a path is no file that can be read."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # Opening a pipe would wait for its writer.
+        raise ValueError(f"'{path}' is a folder or a device, not a file.")
+    with open(path, "rb"):
+        pass
 
 
 def advice_on_keras_files(path):
@@ -53,18 +68,53 @@ def advice_on_keras_files(path):
     return ""
 
 
-class SafetensorsFile:
+class TensorFile:
+    """Tensors of a file by name.
+
+    Attributes:
+        path: of the file.
+        shapes: dict from each tensor's name to its shape.
+    """
+
+    def read(self, names):
+        """The values of tensors as a list of float arrays.
+
+        Raises:
+            ValueError: if one is no array of finite floating-point numbers.
+        """
+        return [self.read_one(name) for name in names]
+
+    def check(self, names):
+        """Read tensors one by one, keep none, and raise what `read` would."""
+        for name in names:
+            self.read_one(name)
+
+    def read_one(self, name):
+        if problem := self.problem(name):
+            raise self.unreadable(name, problem)
+        value = self.value(name)
+        value = np.asarray(value, "float64" if value.dtype == "float64" else "float32")
+        if not np.all(np.isfinite(value)):
+            raise self.unreadable(name, "holds NaN or infinity")
+        return value
+
+    def unreadable(self, name, problem):
+        return ValueError(
+            f"'{self.path}' cannot be loaded: tensor '{printable(name)}' {problem}. Weights are "
+            f"finite numbers of {', '.join(FLOATS.values())}."
+        )
+
+
+class SafetensorsFile(TensorFile):
     """A `.safetensors` file; what has been read of it does not stay in memory."""
 
     def __init__(self, path):
         self.path = path
         with self.open() as file:
-            names = {name: name for name in file.keys()}
-            self.names = without_module_prefix(names)
-            self.shapes = {
-                name: tuple(file.get_slice(stored).get_shape())
-                for name, stored in self.names.items()
-            }
+            self.names = without_module_prefix({name: name for name in file.keys()})
+            slices = {name: file.get_slice(stored) for name, stored in self.names.items()}
+            self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
 
     def open(self):
         from safetensors import SafetensorError, safe_open
@@ -73,51 +123,156 @@ class SafetensorsFile:
             return safe_open(self.path, framework="np")
         except SafetensorError as error:
             raise ValueError(
-                f"'{self.path}' is no whole .safetensors file ({error}). It may be truncated or "
-                "damaged: delete it, and fetch it again."
+                f"'{self.path}' is no whole .safetensors file ({printable(str(error))}). It may be "
+                "truncated or damaged: delete it, and fetch it again."
             ) from error
 
-    def read(self, names):
+    def problem(self, name):
+        dtype = self.dtypes[name]
+        return None if dtype in FLOATS else f"is of type {dtype}"
+
+    def value(self, name):
         # Opened anew each time: the pages of an open file that have been read count as memory of
         # the process.
         with self.open() as file:
-            return [as_float(file.get_tensor(self.names[name])) for name in names]
+            return file.get_tensor(self.names[name])
 
 
-class TorchFile:
+class TorchFile(TensorFile):
     """A file that `torch.save` wrote, of tensors alone."""
 
     def __init__(self, path, ema):
-        try:
-            import torch
-        except ImportError as error:
-            raise ImportError(
-                f"Reading '{path}' needs torch. Install it with "
-                '`pip install "keras-tnt[torch]"`, or convert the file to .safetensors.'
-            ) from error
-        try:
-            # The settings of a training run lie beside the weights in many files, and are no code.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(
-                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        self.path = path
+        content = choose(path, load_torch(path), ema)
+        import torch
+
+        tensors = {name: value for name, value in content.items() if torch.is_tensor(value)}
+        for name in tensors:
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"'{path}' cannot be loaded: the name of a tensor is {printable(name)}, which "
+                    "is no text."
                 )
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"'{path}' is refused: it is damaged, or holds more than tensors, and opening it "
-                "could run code of whoever made it. Convert it to .safetensors where you trust it."
-            ) from error
-        except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(
-                f"'{path}' cannot be read: {error}. It may be truncated or damaged: delete it, and "
-                "fetch it again."
-            ) from error
-        tensors = choose(path, content, ema)
-        tensors = {name: value for name, value in tensors.items() if torch.is_tensor(value)}
         self.tensors = without_module_prefix(tensors)
         self.shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
 
-    def read(self, names):
-        return [as_float(self.tensors[name].detach().float().numpy()) for name in names]
+    def problem(self, name):
+        import torch
+
+        tensor = self.tensors[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return f"is {str(tensor.layout).removeprefix('torch.')}, not dense"
+        if tensor.is_meta:
+            return "is on the device 'meta', where no values are"
+        if dtype not in FLOATS.values():
+            return f"is of type {dtype}"
+        # `expand` shows the same number at many places.
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return f"of shape {tuple(tensor.shape)} has fewer numbers in the file"
+        return None
+
+    def value(self, name):
+        return self.tensors[name].detach().float().resolve_neg().numpy()
+
+
+# === Files of torch.save ===
+
+
+def load_torch(path):
+    """What a file of `torch.save` holds, none of it code, its tensors mapped from the disk."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"Reading '{path}' needs torch. Install it with "
+            '`pip install "keras-tnt[torch]"`, or convert the file to .safetensors.'
+        ) from error
+    stored = check_torch_format(path)
+    claims = Claims(os.path.getsize(path))
+    try:
+        # The settings of a training run lie beside the weights in many files, and are no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(
+                path, map_location=claims.add, weights_only=True, mmap=stored is not None
+            )
+        if stored is not None and sorted(claims.sizes) != sorted(stored):
+            raise ValueError("its tensors claim other sizes than its entries have")
+        return content
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"'{path}' is refused: it is damaged, or holds more than tensors, and opening it "
+            "could run code of whoever made it. Convert it to .safetensors where you trust it."
+        ) from error
+    except Exception as error:  # A damaged pickle raises whatever its garbage leads to.
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def damaged(path, reason):
+    return ValueError(
+        f"'{path}' cannot be read: {printable(reason, longest=300)}. It may be truncated or "
+        "damaged: delete it, and fetch it again."
+    )
+
+
+class Claims:
+    """The bytes that a file claims for its tensors, each storage as torch comes to it."""
+
+    def __init__(self, room):
+        self.room = room
+        self.sizes = []
+
+    def add(self, storage, _):
+        """Leave a storage where it is, on the CPU; a file cannot hold more than its own size."""
+        size = storage.nbytes()
+        self.room -= size
+        if self.room < 0:
+            raise ValueError("its tensors claim more bytes than it has")
+        if size:
+            self.sizes.append(size)
+        return storage
+
+
+def check_torch_format(path):
+    """Check what can be checked before torch reads a file.
+
+    Returns:
+        The sizes of the stored tensors in bytes where the file is a zip archive; None where it is
+        of torch's older format.
+
+    Raises:
+        ValueError: if it is neither, or a damaged archive.
+    """
+    if zipfile.is_zipfile(path):
+        entries = check_archive(path)
+        return [e.file_size for e in entries if "/data/" in e.filename and e.file_size]
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if not start.startswith(PICKLE):
+        raise damaged(path, f"it is no file of torch.save, and begins with {start!r}")
+    return None
+
+
+def check_archive(path):
+    """The entries of a zip archive, each of them there once, uncompressed and undamaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = [entry.filename for entry in entries]
+            if len(set(names)) < len(names):
+                raise damaged(path, "two of its entries have the same name")
+            for entry in entries:
+                if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
+                    raise ValueError(
+                        f"'{path}' cannot be read: its entry '{printable(entry.filename)}' is "
+                        "compressed or encrypted. Unpack it and save it again as it was written."
+                    )
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise damaged(path, str(error) or type(error).__name__) from error
+    if wrong is not None:
+        raise damaged(path, f"the checksum of its entry '{wrong}' differs")
+    return entries
 
 
 def choose(path, content, ema):
@@ -143,11 +298,5 @@ def choose(path, content, ema):
 
 def without_module_prefix(tensors):
     """The same with the names that a model has before torch's DataParallel wraps it."""
-    prefix = "module."
-    while tensors and all(name.startswith(prefix) for name in tensors):
-        tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
-    return tensors
-
-
-def as_float(array):
-    return np.asarray(array, "float64" if array.dtype == "float64" else "float32")
+    start = min((re.match(r"(module\.)*", name).end() for name in tensors), default=0)
+    return {name[start:]: value for name, value in tensors.items()}

@@ -1,12 +1,13 @@
 """What `weights=` may be: found before a model is built, since it tells which model to build."""
 
 import dataclasses
-import json
 import os
 import re
 
+from keras_tnt.text import printable
 from keras_tnt.weights import hub
 from keras_tnt.weights.files import SAFETENSORS, TORCH
+from keras_tnt.weights.hub_config import LARGEST_FILE, parse_config
 from keras_tnt.weights.table import CHECKPOINTS, typed
 
 KERAS = (".weights.h5", ".keras")
@@ -162,36 +163,30 @@ def from_hub(given):
     repository, revision = match["repository"], match["revision"] or "main"
     source = Source(given, repository=repository, revision=revision, files=HUB_FILES)
     try:
-        path = hub.fetch(repository, "config.json", revision, renew=True)
+        path = hub.fetch(repository, "config.json", revision, renew=True, largest=LARGEST_FILE)
     except hub.MissingFile:
         return source
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
+    with open(path, "rb") as file:
+        config = parse_config(file.read(), given)
     return dataclasses.replace(source, **told_by(config, given))
 
 
 def told_by(config, given):
-    """What timm's config.json tells of the model."""
-    told = {}
-    pretrained = config.get("pretrained_cfg") or {}
-    architecture = (config.get("architecture") or "").partition(".")[0]
+    """What a `HubConfig` tells of the model."""
+    told = {"classes": config.classes}
     rows = {row.architecture: row for row in CHECKPOINTS}
-    if architecture in rows:
-        row = rows[architecture]
+    if config.architecture in rows:
+        row = rows[config.architecture]
         told |= {"model": row.model, "arguments": row.arguments, "size": (row.size, row.size)}
-    elif architecture:
+    elif config.architecture:
         raise ValueError(
-            f"{given!r} holds a '{architecture}'. keras_tnt reads these architectures of timm: "
-            f"{', '.join(rows)}."
+            f"{given!r} holds a '{printable(config.architecture)}'. keras_tnt reads these "
+            f"architectures of timm: {', '.join(rows)}."
         )
-    side = (config.get("model_args") or {}).get("img_size") or pretrained.get("input_size")
-    if side:
-        told["size"] = (side, side) if isinstance(side, int) else tuple(side[-2:])
-    classes = config.get("num_classes", pretrained.get("num_classes"))
-    if classes is not None:
-        told["classes"] = classes
-    if pretrained.get("mean") and pretrained.get("std"):
-        told["normalisation"] = (tuple(pretrained["mean"]), tuple(pretrained["std"]))
+    if config.size:
+        told["size"] = config.size
+    if config.mean and config.std:
+        told["normalisation"] = (config.mean, config.std)
     return told
 
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from keras_tnt.weights.files import open_tensors
+from tests.weights.conftest import unprivileged
 
 torch = pytest.importorskip("torch")
 
@@ -180,3 +182,129 @@ open_tensors(sys.argv[1])
         [sys.executable, "-c", code, path], capture_output=True, text=True, env=environment
     )
     assert 'pip install "keras-tnt[torch]"' in result.stderr
+
+
+# === What no file of weights holds ===
+
+
+def sparse(layout):
+    return torch.tensor(A).to_sparse() if layout == "coo" else torch.tensor(A).to_sparse_csr()
+
+
+UNREADABLE = {
+    "sparse": (lambda: sparse("coo"), "is sparse_coo, not dense"),
+    "compressed rows": (lambda: sparse("csr"), "is sparse_csr, not dense"),
+    "meta": (lambda: torch.empty(2, 3, device="meta"), "device 'meta'"),
+    "complex": (lambda: torch.ones(2, 3, dtype=torch.complex64), "is of type complex64"),
+    "float8": (lambda: torch.tensor(A).to(torch.float8_e4m3fn), "is of type float8_e4m3fn"),
+    "integers": (lambda: torch.tensor(A).to(torch.int8), "is of type int8"),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.tensor(A), 0.1, 0, torch.qint8),
+        "is of type qint8",
+    ),
+    "expanded": (lambda: torch.ones(1).expand(2**20, 2**20), "fewer numbers in the file"),
+    "NaN": (lambda: torch.tensor([1.0, float("nan")]), "holds NaN or infinity"),
+    "too large": (lambda: torch.tensor([1e300], dtype=torch.float64), "holds NaN or infinity"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_tensor_that_is_no_array_of_finite_numbers(kind, tmp_path):
+    make, message = UNREADABLE[kind]
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.tensor(A), "b\x1b[2J": make()}, path)
+    file = open_tensors(path)
+    file.check(["a"])
+    with pytest.raises(ValueError) as caught:
+        file.check(["a", "b\x1b[2J"])
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert r"'b\x1b[2J'" in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (A.astype(ml_dtypes.float8_e4m3fn), "is of type F8_E4M3"),
+        (A.astype("complex64"), "is of type C64"),
+        (A.astype("int64"), "is of type I64"),
+        (A + np.inf, "holds NaN or infinity"),
+    ],
+)
+def test_such_tensors_of_safetensors(array, message, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": array}, path)
+    with pytest.raises(ValueError, match=f"{path}.*'a' {message}"):
+        open_tensors(path).check(["a"])
+
+
+@pytest.mark.parametrize("key", [3, ("a", 1), b"a"])
+def test_a_name_that_is_no_text(key, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({key: torch.tensor(A)}, path)
+    with pytest.raises(ValueError, match=f"{path}.*is no text"):
+        open_tensors(path)
+
+
+def test_a_compressed_archive_is_not_read_as_if_it_were_none(tmp_path):
+    whole, path = tmp_path / "whole.pth", tmp_path / "weights.pth"
+    torch.save(tensors(a=np.zeros(1000, "float32")), whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ValueError, match=f"{path}.*compressed"):
+        open_tensors(path)
+
+
+def test_a_changed_byte_of_an_archive_is_noticed(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(tensors(a=np.full(1000, 3, "float32")), path)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(np.float32(3).tobytes(), np.float32(5).tobytes(), 1))
+    with pytest.raises(ValueError, match=f"{path}.*checksum.*data/0"):
+        open_tensors(path)
+
+
+def test_a_tensor_that_claims_more_than_its_entry_has(tmp_path):
+    whole, path = tmp_path / "whole.pth", tmp_path / "weights.pth"
+    torch.save(tensors(a=A, b=np.zeros(1000, "float32")), whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"four" if name.endswith("data/0") else old.read(name))
+    with pytest.raises(ValueError, match=f"{path}.*claim"):
+        open_tensors(path)
+
+
+def test_text_that_is_called_a_checkpoint(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=f"{path}.*is no file of torch.save.*version https"):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("size", [3, 500])
+def test_a_file_of_the_older_format_cut_off(size, tmp_path):
+    path = tmp_path / "weights.pth"
+    content = tensors(a=np.zeros(1000, "float32"))
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    os.truncate(path, size)
+    with pytest.raises(ValueError, match=f"{path}.*(damaged|truncated)"):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_a_file_that_may_not_be_read(ending, tmp_path):
+    path = tmp_path / f"weights{ending}"
+    path.write_bytes(b"")
+    path.chmod(0)
+    with unprivileged(), pytest.raises(PermissionError, match=f"weights{ending}"):
+        open_tensors(path)
+
+
+def test_a_folder_and_a_pipe(tmp_path):
+    (tmp_path / "folder.pth").mkdir()
+    os.mkfifo(tmp_path / "pipe.pth")
+    for name in ("folder.pth", "pipe.pth"):
+        with pytest.raises(ValueError, match=f"{name}' is a folder or a device"):
+            open_tensors(tmp_path / name)
