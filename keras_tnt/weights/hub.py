@@ -127,7 +127,7 @@ def download(repository, file, revision, sha256, largest, beat):
             cache.remember(revision, commit)
             cache.lacks(commit, file)
         raise
-    check_metadata(metadata, largest)
+    check_metadata(metadata, file, largest)
     path = cache.path("snapshots", metadata.commit_hash, *file.split("/"))
     if not os.path.exists(path):
         blob = cache.path("blobs", metadata.etag)
@@ -140,7 +140,7 @@ def download(repository, file, revision, sha256, largest, beat):
     return path
 
 
-def check_metadata(metadata, largest):
+def check_metadata(metadata, file, largest):
     """Raise if the names that the endpoint gives to a file are none, or the file is too large."""
     for what, name, allowed in (
         ("ETag", metadata.etag, PLAIN_NAME),
@@ -152,7 +152,7 @@ def check_metadata(metadata, largest):
                 "written. Check HF_ENDPOINT, and whether the network asks for a login."
             )
     if None not in (largest, metadata.size) and metadata.size > largest:
-        raise ValueError(f"it has {metadata.size:,} bytes, more than {largest:,}")
+        raise ValueError(f"'{file}' has {metadata.size:,} bytes, more than {largest:,}.")
 
 
 def transfer(url, file, metadata, sha256, blob, beat):

@@ -21,6 +21,8 @@ class Hub(http.server.ThreadingHTTPServer):
         size: the size to promise instead of the true one.
         stall: seconds to wait before the bytes of a file.
         status: HTTP status to give to everything.
+        headers: dict of headers that every answer has beside, or in place of, the usual ones.
+        endless: send more than was promised.
     """
 
     daemon_threads = True
@@ -29,7 +31,7 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.requests, self.etags = {}, [], {}
         self.cut = self.size = self.status = None
-        self.stall = 0
+        self.stall, self.headers, self.endless = 0, {}, False
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.lock = threading.Lock()
         self.hashes = {}
@@ -83,12 +85,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(hub.files[repository, file], with_body)
 
     def refuse(self, status, code=None):
-        self.send_response(status)
+        headers = {"Content-Length": "0"}
         if code:
-            self.send_header("X-Error-Code", code)
+            headers["X-Error-Code"] = code
         if code in ("RevisionNotFound", "EntryNotFound"):
-            self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", "0")
+            headers["X-Repo-Commit"] = COMMIT
+        self.begin(status, headers)
+
+    def begin(self, status, headers):
+        self.send_response(status)
+        for name, value in (headers | self.server.headers).items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
 
     def send(self, path, with_body):
@@ -97,14 +105,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = 0
         if requested := self.headers.get("Range"):
             start = int(requested.removeprefix("bytes=").partition("-")[0])
-        self.send_response(206 if start else 200)
+        headers = {
+            "ETag": f'"{hub.etag(path)}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+            "Content-Length": str(total - start),
+        }
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
-        self.send_header("ETag", f'"{hub.etag(path)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(total - start))
-        self.end_headers()
+            headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
+        if hub.endless and with_body:
+            headers |= {"Content-Length": None, "Connection": "close"}
+        self.begin(206 if start else 200, headers)
         if not with_body:
             return
         time.sleep(hub.stall)
@@ -114,4 +125,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while start < end and (chunk := content.read(min(1 << 20, end - start))):
                 self.wfile.write(chunk)
                 start += len(chunk)
-        self.close_connection = self.close_connection or start < total
+        if hub.endless:
+            self.wfile.write(bytes(1 << 20))
+        self.close_connection = self.close_connection or start < total or hub.endless

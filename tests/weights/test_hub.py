@@ -306,6 +306,119 @@ def test_two_processes_at_once_both_succeed(served, content, tmp_path):
     assert served.downloads() == 1
 
 
+# === An endpoint that is not trusted ===
+
+
+@pytest.fixture
+def surroundings(cache, tmp_path):
+    """What lies beside the cache, among it a file of the user's; the test may not change it."""
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+
+    def files():
+        outside = (path for path in tmp_path.rglob("*") if cache not in path.parents)
+        return {path: path.read_bytes() for path in outside if path.is_file()}
+
+    before = files()
+    yield tmp_path
+    assert files() == before
+
+
+NO_NAMES = ("", "..", "../../x", "a/b", "a\\b", "..%2f", "\x1b[2J", "a" * 300)
+
+
+@pytest.mark.parametrize("etag", [*NO_NAMES, "{outside}/mine.safetensors"])
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
+def test_an_etag_that_is_no_name(etag, header, served, cache, surroundings):
+    served.headers[header] = f'"{etag.format(outside=surroundings)}"'
+    if header == "X-Linked-Etag" and not etag:
+        served.headers["ETag"] = None
+    with fails(ConnectionError, served.url, "HF_ENDPOINT", cache=cache) as caught:
+        fetch()
+    assert str(caught.value).isprintable()
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("commit", [*NO_NAMES, "main", "5" * 39, "{outside}"])
+@pytest.mark.parametrize("file", [FILE, "none.safetensors"])
+def test_a_commit_that_is_none(commit, file, served, cache, surroundings):
+    served.headers["X-Repo-Commit"] = commit.format(outside=surroundings)
+    kind = ConnectionError if file == FILE else downloads.MissingFile
+    with fails(kind, cache=cache):
+        downloads.fetch(REPOSITORY, file)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    "revision",
+    ["", "..", "../../x", "/etc", "a//b", "a/../b", "a\0b", "a\nb", "\x1b[2J", "a" * 300],
+)
+def test_a_revision_that_is_none(revision, served, cache, surroundings):
+    with fails(ValueError, "cannot be the name of a revision", cache=cache) as caught:
+        fetch(revision=revision)
+    assert str(caught.value).isprintable()
+    assert served.requests == []
+
+
+@pytest.mark.parametrize("repository", ["../x", "a/..", "a/b/c", "/etc/passwd", "a/b\n", "a/\x1b"])
+def test_a_repository_that_is_none(repository, served, cache, surroundings):
+    with fails(ValueError, cache=cache):
+        downloads.fetch(repository, FILE)
+    assert served.requests == []
+
+
+def test_more_bytes_than_were_promised(served, cache, surroundings):
+    served.endless = True
+    with fails(ConnectionError, "sends more than the", "promised", cache=cache):
+        fetch()
+
+
+def test_a_file_larger_than_it_may_be(served, cache):
+    with fails(ValueError, "more than 1,000", cache=cache):
+        fetch(largest=1000)
+    assert served.downloads() == 0
+
+
+@pytest.mark.parametrize("kind", ["content", "folder"])
+def test_what_a_name_in_the_cache_leads_to_outside_is_left(kind, served, cache, tmp_path):
+    name = Path(fetch())
+    mine = tmp_path / "mine" / FILE
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine, and no checkpoint")
+    if kind == "content":
+        name.unlink()
+        name.symlink_to(mine)
+    else:
+        name.unlink()
+        name.parent.rmdir()
+        name.parent.symlink_to(mine.parent)
+    fetch()
+    assert mine.read_bytes() == b"mine, and no checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, "log in again"),
+        (403, "may not read it: ask its owner"),
+        (404, "check the name, and HF_ENDPOINT"),
+        (410, "Check HF_ENDPOINT"),
+        (429, "wait 7 seconds"),
+        (500, "Try again later"),
+        (504, "Try again later"),
+    ],
+)
+def test_each_status_says_what_to_do(status, words, served, cache):
+    served.status, served.headers["Retry-After"] = status, "7"
+    with fails(ConnectionError, f"answered {status}", FILE, REPOSITORY, words, cache=cache):
+        fetch()
+
+
+def test_a_gated_repository(served, cache):
+    served.status, served.headers["X-Error-Code"] = 403, "GatedRepo"
+    with fails(ValueError, "accept its terms at", cache=cache):
+        fetch()
+
+
 def test_the_double_serves_bytes_and_ranges(content):
     server = Hub()
     server.add(REPOSITORY, FILE, content)
