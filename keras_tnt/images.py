@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 # The limits of an image: bytes of the file, pixels a side and in all. What is as large as they
-# allow takes up to 1.1 GB while it is read.
+# allow takes up to 1.3 GB while it is read; in a graph, as many images at once as there are cores.
 MAX_BYTES = 2**28
 MAX_SIDE = 65_535
 MAX_PIXELS = 2**26

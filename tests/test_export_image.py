@@ -2,6 +2,8 @@
 
 import functools
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import keras_tnt
 from keras_tnt.export.image import load_images
 from keras_tnt.preprocessing import resized_sides
+from tests import hostile_images
 
 tf = pytest.importorskip("tensorflow")
 Image = pytest.importorskip("PIL.Image")
@@ -65,7 +68,11 @@ PICTURES = {
     "webp": encode(picture(90, 200), "WEBP"),
     "webp, transparent": encode(transparent(), "WEBP"),
     "gif": encode(picture(90, 200).quantize(64), "GIF"),
+    "gif, animated": hostile_images.animated("GIF"),
     "bmp": encode(picture(90, 200), "BMP"),
+    "webp, lossless": encode(picture(90, 200), "WEBP", lossless=True),
+    "strip": encode(picture(7, 2000), "PNG"),
+    "tall strip": encode(picture(2000, 7), "PNG"),
 }
 
 
@@ -117,3 +124,63 @@ def test_the_places_of_broken_images_are_told():
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"Places in the batch:\] \[1 3 4\]"):
         graph(tf.constant(batch))
     assert graph(tf.constant([], tf.string)).shape == (0, 64, 64, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP, extended"])
+def test_what_claims_to_be_too_large_is_refused_before_it_is_decoded(kind):
+    _, graph = model_and_graph((64, 64, 3))
+    large = [hostile_images.claiming(kind, side, side) for side in (13_000, 65_535)]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"67,108,864 pixels.*\] \[1 2\]"):
+        graph(tf.constant([PICTURES["png"], *large]))
+
+
+@pytest.mark.parametrize("sides", [(60_000, 1), (1, 60_000)])
+def test_of_a_strip_no_more_is_resized_than_is_shown(sides):
+    _, graph = model_and_graph((64, 64, 3))
+    crop = graph(tf.constant([hostile_images.png(*sides, color=2)])).numpy()
+    assert crop.shape == (1, 64, 64, 3) and not crop.any()
+
+
+# Run by itself, so that a decoder that ends the process is no more than a test that fails.
+SWEEP = """
+import resource, sys
+import numpy as np
+import tensorflow as tf
+from keras_tnt.export.image import load_images
+from tests import hostile_images
+graph = tf.function(
+    lambda encoded: load_images(encoded, (64, 64), (71, 71)),
+    input_signature=[tf.TensorSpec((None,), tf.string)],
+    autograph=False,
+)
+good = hostile_images.encoded(hostile_images.picture(np.random.default_rng(0)), "PNG")
+expected = graph(tf.constant([good])).numpy()[0]
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA, used + EXTRA))
+read = refused = 0
+files = [hostile_images.animated(kind) for kind in hostile_images.ANIMATED]
+files.extend(hostile_images.sweep(1, COUNT))
+for number, data in enumerate(files):
+    print("image", number, file=sys.stderr, flush=True)
+    try:
+        pixels = graph(tf.constant([good, data, good])).numpy()
+    except tf.errors.InvalidArgumentError as error:
+        assert "Places in the batch:] [1]" in error.message, error.message
+        refused += 1
+    else:
+        assert np.isfinite(pixels).all() and (pixels[[0, 2]] == expected).all()
+        read += 1
+print("read", read, "refused", refused)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_whatever_the_bytes_the_process_lives_and_the_place_is_told():
+    count = hostile_images.number_of(300)
+    code = SWEEP.replace("EXTRA", "2**30").replace("COUNT", str(count))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    read, refused = map(int, done.stdout.split()[1::2])
+    assert read + refused == count + len(hostile_images.ANIMATED)
+    assert min(read, refused) > count // 5

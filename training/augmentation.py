@@ -9,6 +9,8 @@ import math
 
 import tensorflow as tf
 
+from keras_tnt.export.image import decode, evaluation_crop, grey
+
 # === From a file, or an array, to an image of the model's size ===
 
 
@@ -27,12 +29,6 @@ def shape_of(image):
         lambda: tf.image.extract_jpeg_shape(image)[:2],
         lambda: tf.shape(decode(image))[:2],
     )
-
-
-def decode(data):
-    """Bytes of a PNG, GIF or BMP to an image; its first frame."""
-    image = tf.io.decode_image(data, channels=3, expand_animations=False)
-    return tf.ensure_shape(image, (None, None, 3))
 
 
 def cut(image, box):
@@ -101,20 +97,9 @@ def evaluation_image(image, crop, size):
     """
     if image.dtype != tf.string and crop == 1 and image.shape[:2] == tuple(size):
         return image
-    image = cut(image, whole(shape_of(image)))
-    height, width = tf.unstack(tf.shape(image)[:2])
-    target_height, target_width = (math.floor(side / crop) for side in size)
-    by_height = target_height * width >= target_width * height
-    resized = tf.cond(
-        by_height,
-        lambda: tf.stack([target_height, target_height * width // height]),
-        lambda: tf.stack([target_width * height // width, target_width]),
-    )
-    image = resize(image, resized)
-    top, left = (
-        tf.cast(tf.round(tf.cast(resized[i] - size[i], tf.float32) / 2), tf.int32) for i in (0, 1)
-    )
-    return tf.ensure_shape(tf.slice(image, [top, left, 0], [*size, 3]), (*size, 3))
+    image = decode(image) if image.dtype == tf.string else image
+    covered = [math.floor(side / crop) for side in size]
+    return tf.cast(evaluation_crop(image, size, covered), tf.uint8)
 
 
 def training_image(image, seed, config, size, fill):
@@ -177,13 +162,6 @@ def blend(degenerate, image, factor):
     """`factor` of the image and the rest of `degenerate`, cut to whole numbers in [0, 255]."""
     degenerate, image = tf.cast(degenerate, tf.float32), tf.cast(image, tf.float32)
     return tf.cast(tf.clip_by_value(degenerate + factor * (image - degenerate), 0, 255), tf.uint8)
-
-
-def grey(image):
-    """Luma (height, width, 1), in Pillow's fixed point."""
-    weights = tf.constant([19595, 38470, 7471])
-    luma = tf.reduce_sum(tf.cast(image, tf.int32) * weights, axis=-1, keepdims=True) + 0x8000
-    return tf.cast(tf.bitwise.right_shift(luma, 16), tf.uint8)
 
 
 def color(image, factor):
