@@ -29,6 +29,10 @@ class NoneReadable(ValueError):
     """All checkpoints of a run are damaged."""
 
 
+def step_of(path):
+    return int(PATTERN.fullmatch(path.name).group(1))
+
+
 def checksum(tensors, notes):
     total = zlib.crc32(notes.encode())
     for name in sorted(tensors):
@@ -53,30 +57,32 @@ class Checkpoints:
     def paths(self):
         """The files, newest first."""
         found = [p for p in self.directory.glob("step_*.safetensors") if PATTERN.fullmatch(p.name)]
-        return sorted(found, key=lambda p: -int(PATTERN.fullmatch(p.name).group(1)))
+        return sorted(found, key=step_of, reverse=True)
 
     def step(self):
         """The newest file's step; -1 without any."""
-        return max((int(PATTERN.fullmatch(p.name).group(1)) for p in self.paths()), default=-1)
+        return max(map(step_of, self.paths()), default=-1)
 
     def save(self, step, notes, best=False):
         """Write the state after `step` updates.
 
         Args:
             step: integer.
-            notes: what else to remember, for JSON.
+            notes: what else to remember, for JSON; `healthy` is the last step with a good loss.
             best: whether to keep a copy as `best.safetensors`.
         """
         tensors = {name: np.array(v.numpy()) for name, v in self.variables.items()}
-        notes = json.dumps({"step": step, **notes})
-        header = {"notes": notes, "checksum": checksum(tensors, notes)}
+        told = json.dumps({"step": step, **notes})
+        header = {"notes": told, "checksum": checksum(tensors, told)}
         data = save(tensors, metadata=header)
         check_space(self.directory, len(data) * (1 + best), f"The checkpoint of step {step}")
         if best:
             write_atomically(self.directory / "best.safetensors", data)
         write_atomically(self.directory / NAME.format(step), data)
-        for old in self.paths()[self.keep :]:
-            old.unlink()
+        # After a step that was left out the weights may be bad since an earlier one: all are kept.
+        if notes["healthy"] >= step - 1:
+            for old in self.paths()[self.keep :]:
+                old.unlink()
 
     def restore(self, chief=True):
         """Fill the variables from the newest checkpoint that can be read.
@@ -140,12 +146,18 @@ class Checkpoints:
             f"Give {', or '.join(ways)}"
         )
 
-    def set_aside(self):
-        """Move the directory out of the way, whole."""
+    def set_aside(self, after=None):
+        """Move the checkpoints after a step into a directory beside theirs; None: all, and best."""
         number = 1
-        while (aside := self.directory.with_name(f"checkpoints_damaged_{number}")).exists():
+        while (aside := self.directory.with_name(f"checkpoints_set_aside_{number}")).exists():
             number += 1
-        os.replace(self.directory, aside)
+        if after is None:
+            os.replace(self.directory, aside)
+            return
+        for path in self.paths():
+            if step_of(path) > after:
+                aside.mkdir(exist_ok=True)
+                os.replace(path, aside / path.name)
 
 
 def read(path):

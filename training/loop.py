@@ -133,7 +133,8 @@ class Run:
         self.checkpoints = Checkpoints(
             self.workdir / "checkpoints", models.state(model) | optimizer.state(), config.keep
         )
-        self.notes = {"skipped": [], "rollbacks": 0, "best": -1.0, "results": {}}
+        # "healthy" is the last step whose loss was: the weights that it was computed of are good.
+        self.notes = {"skipped": [], "rollbacks": 0, "healthy": -1, "best": -1.0, "results": {}}
         self.pending = []  # (step, loss, gradient norm) since the last look
         self.told_to_end = 0  # the number of the signal
 
@@ -247,6 +248,8 @@ class Run:
             for step, loss, norm in self.pending
             if not loss < limit or not (scaling or np.isfinite(norm))
         ]
+        if self.pending and not self.bad:
+            self.notes["healthy"] = self.pending[-1][0]
         return not self.bad
 
     def report(self, step):
@@ -297,6 +300,7 @@ class Run:
         if notes is None:
             return None
         step = notes.pop("step")
+        notes.setdefault("healthy", step - 1)
         self.notes = {**notes, "skipped": sorted({*notes["skipped"], *self.notes["skipped"]})}
         self.pending = []
         self.reporter.go_on_from(step)
@@ -310,6 +314,8 @@ class Run:
         loss, norm = next((loss, norm) for s, loss, norm in self.pending if s == bad)
         reason = f"the loss of step {bad} was {loss:.4g}, its gradient norm {norm:.4g}"
         if rollbacks > self.config.max_rollbacks:
+            if self.chief:
+                self.checkpoints.set_aside(after=self.notes["healthy"])
             raise RuntimeError(
                 f"{reason}, after {self.config.max_rollbacks} rollbacks (--max_rollbacks). A lower "
                 "--learning_rate, --clip_norm=1 or --precision=float32 may help: --change goes on "

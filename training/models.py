@@ -3,12 +3,14 @@
 import dataclasses
 import inspect
 import os
+import zipfile
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 import keras_tnt
+from keras_tnt.files import replacing, write_atomically
 from keras_tnt.teacher import Teacher
 from training.checkpoint import read
 
@@ -209,13 +211,15 @@ def save_final(model, config, classes, workdir, name="final"):
     values = {v.path: v.numpy() for v in model.weights}
     for variable in plain.weights:
         variable.assign(values[variable.path])
-    files = {}
-    for suffix, write in ((".keras", plain.save), (".weights.h5", plain.save_weights)):
-        temporary, path = (os.path.join(workdir, stem + suffix) for stem in (f".{name}", name))
-        write(temporary)
-        os.replace(temporary, path)
-        files[name + suffix] = path
-    return files
+    files = {suffix: os.path.join(workdir, name + suffix) for suffix in KERAS_FILES}
+    with replacing(files[".keras"]) as temporary:
+        plain.save(temporary)
+        # A .keras file holds the file of weights, written in memory. HDF5 itself, writing to a disk
+        # that is full, ends the process.
+        with zipfile.ZipFile(temporary) as archive:
+            weights = archive.read("model.weights.h5")
+    write_atomically(files[".weights.h5"], weights)
+    return {os.path.basename(path): path for path in files.values()}
 
 
 # Dense bfloat16 or tensor-core float16 peaks by the makers' data sheets, TFLOP/s.

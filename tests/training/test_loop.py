@@ -1,8 +1,10 @@
 """A run from beginning to end: what it leaves, how it is gone on with, what goes wrong."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -176,9 +178,40 @@ def test_a_nan_rolls_back_and_the_batch_is_skipped(tiny, tmp_path, monkeypatch, 
     assert notes["skipped"] == [5] and notes["rollbacks"] == 1
 
 
-def test_a_run_that_keeps_blowing_up_stops_with_the_reason(tiny, tmp_path):
-    with pytest.raises(RuntimeError, match=r"the loss of step .* after 1 rollbacks"):
-        loop.train(short(tmp_path, learning_rate=1e9, warmup_epochs=0.0, max_rollbacks=1))
+def test_a_run_that_keeps_blowing_up_stops_with_the_reason_and_goes_on_at_another_rate(
+    tiny, tmp_path
+):
+    values = {"warmup_epochs": 0.0, "max_rollbacks": 1}
+    with pytest.raises(RuntimeError, match=r"the loss of step .* after 1 rollbacks.*--change"):
+        loop.train(short(tmp_path, learning_rate=1e9, **values))
+    with pytest.raises(ValueError, match="--change to go on"):
+        loop.train(short(tmp_path, learning_rate=1e-3, **values))
+    assert loop.train(short(tmp_path, learning_rate=1e-3, change=True, **values))["step"] == 8
+    (change,) = json.loads((tmp_path / "config.json").read_text())["changes"]
+    assert change["changed"] == {"learning_rate": [1e9, 1e-3]}
+
+
+def test_a_finished_run_is_extended_by_the_longer_schedule(tiny, tmp_path):
+    from training import optimization
+
+    loop.train(short(tmp_path, warmup_epochs=0.0))
+    longer = {"warmup_epochs": 0.0, "epochs": 3}
+    assert loop.train(short(tmp_path, extend=True, **longer))["step"] == 12
+    last = checkpoint.read_metrics(tmp_path / "metrics.jsonl")[-2]
+    config = short(tmp_path, **longer)
+    assert last["learning_rate"] == optimization.learning_rate(config, 11, 4)
+
+
+def test_damaged_checkpoints_stop_a_run_until_it_is_told_to_begin_afresh(tiny, tmp_path):
+    loop.train(short(tmp_path))
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="--start_afresh"):
+        loop.train(short(tmp_path))
+    assert loop.train(short(tmp_path, start_afresh=True))["step"] == 8
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="reports up to step 8 and no checkpoint"):
+        loop.train(short(tmp_path))
 
 
 def train_command(workdir, *flags, **environment):
@@ -202,24 +235,86 @@ def finish(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["one_device", "mirrored"])
-def test_killed_and_started_again_it_ends_bit_identical(tmp_path, strategy):
-    flags = (f"--strategy={strategy}", "--cpu_devices=2")
-    finish(train_command(tmp_path / "undisturbed", *flags))
-    killed = tmp_path / "killed"
-    process = train_command(killed, *flags)
-    while not list(killed.glob("checkpoints/step_00000000[4-9].safetensors")):
+def test_ctrl_c_saves_and_a_second_trainer_is_refused_meanwhile(tmp_path):
+    process = train_command(tmp_path, "--epochs=1000")
+    while not list(tmp_path.glob("checkpoints/step_00000000[2-9].safetensors")):
         assert process.poll() is None, process.stdout.read()[-3000:]
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    # What a kill in the middle of writing would leave, were files not renamed into place.
-    newest = max(killed.glob("checkpoints/step_*.safetensors"))
-    newest.with_name("step_000000011.safetensors").write_bytes(newest.read_bytes()[:5000])
-    output = finish(train_command(killed, *flags))
-    assert "set aside" in output and re.search("going on from the checkpoint of step", output)
-    last = [final_state(run, 12) for run in (tmp_path / "undisturbed", killed)]
-    assert_identical(*last)
+        time.sleep(0.05)
+    second = train_command(tmp_path, "--epochs=1000")
+    output, _ = second.communicate(timeout=500)
+    assert second.returncode == 2 and f"held by another trainer: process {process.pid}" in output
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 130 and "Traceback" not in output
+    (step,) = re.findall(r"^stopped at step (\d+); the same command goes on", output, re.M)
+    assert checkpoint.read(tmp_path / "checkpoints" / checkpoint.NAME.format(int(step)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["one_device", "mirrored"])
+def test_killed_at_random_moments_a_run_ends_bit_identical(tmp_path, strategy):
+    """KERAS_TNT_KILLS says how often it is killed."""
+    kills = os.environ.get("KERAS_TNT_KILLS", "2")
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.training.killing", str(tmp_path), strategy, kills],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
+    assert result.returncode == 0, result.stderr[-2000:] + logs
+    assert json.loads(result.stdout)["killed"] == int(kills)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a disk of so many bytes, or changes its size; returns where it is."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size):
+        remount = "remount," if os.path.ismount(disk) else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{remount}size={size}", "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no disk can be mounted here")
+        return disk
+
+    yield mount
+    if os.path.ismount(disk):
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_what_is_whole_and_the_run_goes_on_when_there_is_room(
+    tiny, tmp_path, small_disk
+):
+    """KERAS_TNT_DISK_SIZES says how many amounts of free space are tried."""
+    loop.train(short(tmp_path / "whole"))
+    needed = sum(p.stat().st_blocks * 512 for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    # The last checkpoint stands beside the two before it, and each of the results for a while.
+    sizes = np.linspace(8192, 2 * needed, int(os.environ.get("KERAS_TNT_DISK_SIZES", "3")))
+    for number, size in enumerate(sizes):
+        workdir = small_disk(int(size)) / str(number)
+        full = False
+        try:
+            loop.train(short(workdir))
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            assert full, error
+        left = [path for path in workdir.rglob("*") if path.is_file()]
+        assert not [path for path in left if ".writing-" in str(path)]
+        for path in left:
+            if path.suffix == ".safetensors":
+                checkpoint.read(path)
+            elif path.suffix == ".keras":
+                keras.models.load_model(path)
+        if (workdir / "metrics.jsonl").exists():
+            checkpoint.read_metrics(workdir / "metrics.jsonl")
+        small_disk(10 * needed)
+        loop.train(short(workdir))
+        assert_identical(final_state(tmp_path / "whole"), final_state(workdir))
+        print(f"{size:.0f} bytes: {'full' if full else 'enough'}")
+        shutil.rmtree(workdir)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def checkpoints(tmp_path):
     saved = checkpoint.Checkpoints(tmp_path / "checkpoints", {"w": tf.Variable(0.0)}, keep=3)
     for step in (1, 2, 3):
         saved.variables["w"].assign(float(step))
-        saved.save(step, {}, best=step == 2)
+        saved.save(step, {"healthy": step - 1}, best=step == 2)
     return saved
 
 
@@ -136,7 +136,7 @@ def test_where_all_are_damaged_nothing_is_touched_and_what_there_is_is_said(chec
         checkpoints.restore()
     checkpoints.set_aside()
     assert checkpoints.restore() is None
-    assert len(list((checkpoints.directory.parent / "checkpoints_damaged_1").iterdir())) == 4
+    assert len(list((checkpoints.directory.parent / "checkpoints_set_aside_1").iterdir())) == 4
 
 
 @pytest.mark.parametrize("variables", [{"w": [0.0], "v": 0.0}, {"w": [0.0]}])
@@ -159,6 +159,6 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_nothing(checkpoints, 
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     before = sorted(checkpoints.directory.iterdir())
     with pytest.raises(OSError, match="The checkpoint of step 4 takes .* the disk has 0.0 MB free"):
-        checkpoints.save(4, {})
+        checkpoints.save(4, {"healthy": 3})
     assert sorted(checkpoints.directory.iterdir()) == before
     assert checkpoints.restore()["step"] == 3
