@@ -1,6 +1,8 @@
 """What a run reports on its way: metrics.jsonl, TensorBoard events, lines."""
 
+import errno
 import json
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -92,10 +94,14 @@ class Reporter:
         self.lines.append({"step": step, "epoch": step / self.steps_per_epoch, **values})
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         if self.board:
-            with self.board.as_default(step=step):
-                for name, value in values.items():
-                    tf.summary.scalar(name, value)
-            self.board.flush()
+            try:
+                with self.board.as_default(step=step):
+                    for name, value in values.items():
+                        tf.summary.scalar(name, value)
+                self.board.flush()
+            except tf.errors.ResourceExhaustedError as error:
+                reason = os.strerror(errno.ENOSPC)
+                raise OSError(errno.ENOSPC, reason, str(self.path.parent)) from error
 
     def say(self, text):
         if self.active:

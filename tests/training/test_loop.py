@@ -289,7 +289,7 @@ def test_a_full_disk_leaves_what_is_whole_and_the_run_goes_on_when_there_is_room
     tiny, tmp_path, small_disk
 ):
     """KERAS_TNT_DISK_SIZES says how many amounts of free space are tried."""
-    loop.train(short(tmp_path / "whole"))
+    loop.train(short(tmp_path / "whole", tensorboard=True))
     needed = sum(p.stat().st_blocks * 512 for p in (tmp_path / "whole").rglob("*") if p.is_file())
     # The last checkpoint stands beside the two before it, and each of the results for a while.
     sizes = np.linspace(8192, 2 * needed, int(os.environ.get("KERAS_TNT_DISK_SIZES", "3")))
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_what_is_whole_and_the_run_goes_on_when_there_is_room
         workdir = small_disk(int(size)) / str(number)
         full = False
         try:
-            loop.train(short(workdir))
+            loop.train(short(workdir, tensorboard=True))
         except OSError as error:
             full = error.errno == errno.ENOSPC
             assert full, error
@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_what_is_whole_and_the_run_goes_on_when_there_is_room
         if (workdir / "metrics.jsonl").exists():
             checkpoint.read_metrics(workdir / "metrics.jsonl")
         small_disk(10 * needed)
-        loop.train(short(workdir))
+        loop.train(short(workdir, tensorboard=True))
         assert_identical(final_state(tmp_path / "whole"), final_state(workdir))
         print(f"{size:.0f} bytes: {'full' if full else 'enough'}")
         shutil.rmtree(workdir)
