@@ -1,28 +1,29 @@
-"""Transformer-in-Transformer image models for Keras 3."""
+"""Transformer-in-Transformer image models for Keras 3.
 
-from keras_tnt import cait, deit, distillation, export, inspection, layers, pyramid_tnt, tnt
-from keras_tnt.cait import (
-    CaiT,
-    CaiTM36,
-    CaiTM48,
-    CaiTS24,
-    CaiTS36,
-    CaiTXS24,
-    CaiTXXS24,
-    CaiTXXS36,
-)
-from keras_tnt.deit import DeiT, DeiTBase, DeiTSmall, DeiTTiny
+The function of every builder and variant, `keras_tnt.TNT`, `keras_tnt.TNTSmall` and so on, is an
+attribute of this package by the registry: a variant is a row in its family's file.
+"""
+
+# The order of the families is that of every listing.
+from keras_tnt import tnt, pyramid_tnt, deit, cait  # isort: skip
+from keras_tnt import building, distillation, export, inspection, layers, registry
+from keras_tnt.anatomy import anatomy, class_names
+from keras_tnt.building import register_family
 from keras_tnt.distillation import Distiller
 from keras_tnt.inference import compile_inference
 from keras_tnt.preprocessing import decode_predictions, load_image, load_images
-from keras_tnt.pyramid_tnt import (
-    PyramidTNT,
-    PyramidTNTBase,
-    PyramidTNTMedium,
-    PyramidTNTSmall,
-    PyramidTNTTiny,
-)
-from keras_tnt.tnt import TNT, TNTBase, TNTSmall, TNTTiny
-from keras_tnt.weights import list_weights, load_checkpoint, save_checkpoint
+from keras_tnt.pretrained import list_weights, load_checkpoint, save_checkpoint
+from keras_tnt.registry import create_model, list_models
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name):
+    functions = registry.functions()
+    if name not in functions:
+        raise AttributeError(f"module 'keras_tnt' has no attribute {name!r}")
+    return functions[name]
+
+
+def __dir__():
+    return sorted({*globals(), *registry.functions()})

@@ -20,11 +20,8 @@ def main(arguments=None):
 
     import keras_tnt
 
-    models = variants(keras_tnt)
-    if options.model not in models:
-        return fail(f"There is no model {options.model!r}. There are: {', '.join(models)}.")
     try:
-        model = models[options.model](weights=options.weights)
+        model = keras_tnt.create_model(options.model, weights=options.weights)
     except (ValueError, OSError, ImportError) as error:
         return fail(str(error))
     results, status = [], 0
@@ -59,16 +56,6 @@ def parser():
     result.add_argument("--top", type=int, default=5, help="how many classes to name")
     result.add_argument("--json", action="store_true", help="print JSON")
     return result
-
-
-def variants(package):
-    """The functions of `package` that build a model of a published size, by name."""
-    families = ("TNT", "PyramidTNT", "DeiT", "CaiT")
-    return {
-        name: function
-        for name, function in vars(package).items()
-        if name.startswith(families) and name not in families
-    }
 
 
 def name(scores, top):

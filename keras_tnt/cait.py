@@ -4,7 +4,7 @@ Deep: LayerScale keeps many blocks trainable. The patches attend among themselve
 heads and without a class token, which reads them in a few class-attention blocks at the end.
 """
 
-from keras_tnt import model as parts
+from keras_tnt import building
 from keras_tnt.layers import (
     ClassAttentionBlock,
     ClassToken,
@@ -14,52 +14,73 @@ from keras_tnt.layers import (
     TalkingHeadBlock,
 )
 from keras_tnt.layers.base import LayerNormalization
+from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, Variant
+from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
-MEAN, STD = parts.IMAGENET_MEAN, parts.IMAGENET_STD
+IMAGE = ImageTransform(IMAGENET_MEAN, IMAGENET_STD, crop=1.0)
 EPSILON = 1e-6
 
-SOURCE = "Table 5 of arXiv 2103.17239"
+XXS = {"embed_dim": 192, "num_heads": 4, "layer_scale": 1e-5}
+S = {"embed_dim": 384, "num_heads": 8}
+M = {"embed_dim": 768, "num_heads": 16, "layer_scale": 1e-6}
 VARIANTS = {
-    "cait_xxs24": {"embed_dim": 192, "depth": 24, "num_heads": 4, "layer_scale": 1e-5},
-    "cait_xxs36": {"embed_dim": 192, "depth": 36, "num_heads": 4, "layer_scale": 1e-5},
-    "cait_xs24": {"embed_dim": 288, "depth": 24, "num_heads": 6, "layer_scale": 1e-5},
-    "cait_s24": {"embed_dim": 384, "depth": 24, "num_heads": 8, "layer_scale": 1e-5},
-    "cait_s36": {"embed_dim": 384, "depth": 36, "num_heads": 8, "layer_scale": 1e-6},
-    "cait_m36": {"embed_dim": 768, "depth": 36, "num_heads": 16, "layer_scale": 1e-6},
-    "cait_m48": {"embed_dim": 768, "depth": 48, "num_heads": 16, "layer_scale": 1e-6},
+    "cait_xxs24": Variant({**XXS, "depth": 24}),
+    "cait_xxs36": Variant({**XXS, "depth": 36}),
+    "cait_xs24": Variant({"embed_dim": 288, "num_heads": 6, "layer_scale": 1e-5, "depth": 24}, 384),
+    "cait_s24": Variant({**S, "layer_scale": 1e-5, "depth": 24}),
+    "cait_s36": Variant({**S, "layer_scale": 1e-6, "depth": 36}, 384),
+    "cait_m36": Variant({**M, "depth": 36}, 384),
+    "cait_m48": Variant({**M, "depth": 48}, 448),
 }
-SIZES = {"cait_xs24": 384, "cait_s36": 384, "cait_m36": 384, "cait_m48": 448}
 
 
-@parts.builder
+@building.builder
 def CaiT(
-    include_top=True,
-    include_preprocessing=True,
-    weights=None,
+    include_top: bool = True,
+    include_preprocessing: bool = True,
+    weights: str | None = None,
     input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=1000,
+    input_shape: tuple[int | None, int | None, int] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
     classifier_activation="softmax",
-    name="cait",
+    name: str = "cait",
     *,
-    patch_size=16,
-    embed_dim=192,
-    depth=24,
-    num_heads=4,
-    class_attention_depth=2,
-    mlp_ratio=4.0,
-    qkv_bias=True,
-    dropout=0.0,
-    attention_dropout=0.0,
-    stochastic_depth=0.0,
-    layer_scale=1e-5,
+    dtype=None,
+    class_names: list[str] | None = None,
+    patch_size: int = 16,
+    embed_dim: int = 192,
+    depth: int = 24,
+    num_heads: int = 4,
+    class_attention_depth: int = 2,
+    mlp_ratio: float = 4.0,
+    qkv_bias: bool = True,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
+    layer_scale: float | None = 1e-5,
 ):
     """Build a CaiT of any architecture, as a functional `keras.Model`.
 
     Args:
-        include_top, include_preprocessing, weights, input_tensor, input_shape, pooling, classes,
-            classifier_activation, name: as `keras_tnt.TNT` has them.
+        include_top: whether the model ends in the classifier.
+        include_preprocessing: whether the model takes pixels in [0, 255] and normalises them
+            itself; if not, `preprocess_input` does it outside.
+        weights: None (random), a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or
+            the path of a file.
+        input_tensor: Keras tensor to build upon.
+        input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
+            of `patch_size`, square or not. Default: 224x224, RGB.
+        pooling: without top. None: the feature map `(batch, height/patch_size, width/patch_size,
+            embed_dim)`; `"avg"`, `"max"` over the patches, `"token"` the class token:
+            `(batch, embed_dim)`.
+        classes: number of classes.
+        classifier_activation: activation of layer `predictions`; None: logits.
+        name: the model's name.
+        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`; None: Keras's
+            setting. Predictions are float32 or better.
+        class_names: names of the classes, which sets `classes`; they stay with the model when it is
+            saved, cloned or quantized, and `keras_tnt.class_names` gives them.
         patch_size: side of a patch, in pixels.
         embed_dim: dimension of a patch.
         depth: number of blocks over the patches.
@@ -84,15 +105,15 @@ def CaiT(
     >>> model.predict(np.zeros((1, 64, 64, 3))).shape
     (1, 10)
     """
-    parts.check_head(pooling, classes, classifier_activation)
-    parts.check_sizes(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    building.check_sizes(
+        patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+    )
     if class_attention_depth < 1:
         raise ValueError(
             "`class_attention_depth` must be at least 1: nothing else fills CaiT's class token. "
             f"Received: {class_attention_depth}. A transformer without is `keras_tnt.DeiT`."
         )
-    inputs, (height, width) = parts.image_input(input_tensor, input_shape, 224, patch_size)
-    weights = parts.fetch_weights(weights, classes if include_top else None)
+    inputs, (height, width) = building.image_input(input_tensor, input_shape, 224, patch_size)
     grid = (height // patch_size, width // patch_size)
     transformer = {
         "mlp_ratio": mlp_ratio,
@@ -101,55 +122,79 @@ def CaiT(
         "attention_dropout": attention_dropout,
         "layer_scale": layer_scale,
         "epsilon": EPSILON,
+        "dtype": dtype,
     }
 
     # === Patches among themselves ===
-    x = parts.normalise(inputs, MEAN, STD) if include_preprocessing else inputs
-    tokens = PatchEmbedding(patch_size, embed_dim, name="patch_embedding")(x)
-    tokens = PositionEmbedding(grid, name="patch_position")(tokens)
-    tokens = Dropout(dropout, name="position_drop")(tokens)
+    x = building.normalise(inputs, "cait", IMAGE, include_preprocessing, dtype)
+    tokens = PatchEmbedding(patch_size, embed_dim, dtype=dtype, name="patch_embedding")(x)
+    tokens = PositionEmbedding(grid, dtype=dtype, name="patch_position")(tokens)
+    tokens = Dropout(dropout, dtype=dtype, name="position_drop")(tokens)
     for i in range(depth):
         tokens = TalkingHeadBlock(
             num_heads, stochastic_depth=stochastic_depth, name=f"block_{i}", **transformer
         )(tokens)
 
     # === Class attention ===
-    tokens = ClassToken(name="class_token")(tokens)
+    tokens = ClassToken(dtype=dtype, name="class_token")(tokens)
     for i in range(class_attention_depth):
         tokens = ClassAttentionBlock(num_heads, name=f"class_block_{i}", **transformer)(tokens)
-    tokens = LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
+    tokens = LayerNormalization(epsilon=EPSILON, dtype=dtype, name="norm")(tokens)
 
     # === Output ===
     if include_top:
-        outputs = parts.classify([tokens[:, 0]], classes, classifier_activation)
+        vectors = building.read_tokens(tokens, 1, dtype)
+        outputs = building.classify(vectors, classes, classifier_activation, class_names, dtype)
     else:
-        outputs = parts.pool(tokens, grid, 1, pooling)
-    return parts.finish(inputs, outputs, name, weights)
+        outputs = building.pool(tokens, grid, 1, pooling, dtype)
+    return inputs, outputs
 
 
-def variant(name):
-    size = SIZES.get(name, 224)
-    return parts.variant(CaiT, name, SOURCE, size, weights="imagenet", **VARIANTS[name])
+preprocess_input = building.preprocessor(IMAGE)
 
 
-CaiTXXS24 = variant("cait_xxs24")
-CaiTXXS36 = variant("cait_xxs36")
-CaiTXS24 = variant("cait_xs24")
-CaiTS24 = variant("cait_s24")
-CaiTS36 = variant("cait_s36")
-CaiTM36 = variant("cait_m36")
-CaiTM48 = variant("cait_m48")
+# === What public checkpoints hold ===
 
+TIMM = building.TIMM_RESULTS
 
-def preprocess_input(x, data_format=None):
-    """Normalise pixels in [0, 255] by ImageNet's mean and deviation, for models built with
-    `include_preprocessing=False`.
+# Name on the hub, variant, what the variant is told, parameters, top-1, top-5, source.
+CHECKPOINTS = building.weights_of((
+    ("cait_xxs24_224.fb_dist_in1k", "CaiTXXS24", {}, 11_956_264, 78.4, 94.3, TIMM),
+    ("cait_xxs24_384.fb_dist_in1k", "CaiTXXS24", {}, 12_029_224, 81.0, 95.6, TIMM),
+    ("cait_xxs36_224.fb_dist_in1k", "CaiTXXS36", {}, 17_299_720, 79.7, 94.9, TIMM),
+    ("cait_xxs36_384.fb_dist_in1k", "CaiTXXS36", {}, 17_372_680, 82.2, 96.1, TIMM),
+    ("cait_xs24_384.fb_dist_in1k", "CaiTXS24", {}, 26_670_088, 84.1, 96.9, TIMM),
+    ("cait_s24_224.fb_dist_in1k", "CaiTS24", {}, 46_916_200, 83.4, 96.6, TIMM),
+    ("cait_s24_384.fb_dist_in1k", "CaiTS24", {}, 47_062_120, 85.0, 97.3, TIMM),
+    ("cait_s36_384.fb_dist_in1k", "CaiTS36", {}, 68_366_632, 85.5, 97.5, TIMM),
+    ("cait_m36_384.fb_dist_in1k", "CaiTM36", {}, 271_221_352, 86.1, 97.7, TIMM),
+    ("cait_m48_448.fb_dist_in1k", "CaiTM48", {}, 356_460_520, 86.5, 97.8, TIMM),
+))  # fmt: skip
 
-    Args:
-        x: array or tensor of images.
-        data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+# Our variable's or layer's path, timm's name, which is the original release's too.
+TENSOR_NAMES = (
+    ("patch_embedding/projection", "patch_embed.proj:patches"),
+    ("class_token/token", "cls_token"),
+    ("patch_position/table", "pos_embed"),
+    ("block_{}/norm_attention", "blocks.{}.norm1"),
+    ("block_{}/attention/qkv", "blocks.{}.attn.qkv"),
+    ("block_{}/attention/projection", "blocks.{}.attn.proj"),
+    ("block_{}/norm_mlp", "blocks.{}.norm2"),
+    ("block_{}/mlp/fc1", "blocks.{}.mlp.fc1"),
+    ("block_{}/mlp/fc2", "blocks.{}.mlp.fc2"),
+    ("block_{}/attention/mix_before", "blocks.{}.attn.proj_l"),
+    ("block_{}/attention/mix_after", "blocks.{}.attn.proj_w"),
+    ("block_{}/scale_attention/gamma", "blocks.{}.gamma_1"),
+    ("block_{}/scale_mlp/gamma", "blocks.{}.gamma_2"),
+    *CLASS_ATTENTION_NAMES,
+)
 
-    Returns:
-        Array or tensor of the same shape, in floating point.
-    """
-    return parts.standardise(x, MEAN, STD, data_format)
+building.register_family(
+    "cait",
+    CaiT,
+    variants=VARIANTS,
+    image=IMAGE,
+    tensor_names=TENSOR_NAMES,
+    checkpoints=CHECKPOINTS,
+    source="Table 5 of arXiv 2103.17239",
+)

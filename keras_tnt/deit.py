@@ -4,7 +4,7 @@ A plain vision transformer, and beside its class token a distillation token that
 teacher through a head of its own.
 """
 
-from keras_tnt import model as parts
+from keras_tnt import building
 from keras_tnt.layers import (
     ClassToken,
     Dropout,
@@ -13,46 +13,65 @@ from keras_tnt.layers import (
     TransformerBlock,
 )
 from keras_tnt.layers.base import LayerNormalization
+from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, Variant
 
-MEAN, STD = parts.IMAGENET_MEAN, parts.IMAGENET_STD
+# Larger images were evaluated without cropping.
+IMAGE = ImageTransform(IMAGENET_MEAN, IMAGENET_STD, crop=0.9, crops={384: 1.0})
 EPSILON = 1e-6
 
-SOURCE = "Table 1 of arXiv 2012.12877"
 VARIANTS = {
-    "deit_tiny": {"embed_dim": 192, "num_heads": 3},
-    "deit_small": {"embed_dim": 384, "num_heads": 6},
-    "deit_base": {"embed_dim": 768, "num_heads": 12},
+    "deit_tiny": Variant({"embed_dim": 192, "num_heads": 3}),
+    "deit_small": Variant({"embed_dim": 384, "num_heads": 6}),
+    "deit_base": Variant({"embed_dim": 768, "num_heads": 12}),
 }
 
 
-@parts.builder
+@building.builder
 def DeiT(
-    include_top=True,
-    include_preprocessing=True,
-    weights=None,
+    include_top: bool = True,
+    include_preprocessing: bool = True,
+    weights: str | None = None,
     input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=1000,
+    input_shape: tuple[int | None, int | None, int] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
     classifier_activation="softmax",
-    name="deit",
+    name: str = "deit",
     *,
-    patch_size=16,
-    embed_dim=384,
-    depth=12,
-    num_heads=6,
-    mlp_ratio=4.0,
-    qkv_bias=True,
-    dropout=0.0,
-    attention_dropout=0.0,
-    stochastic_depth=0.0,
-    distilled=False,
+    dtype=None,
+    class_names: list[str] | None = None,
+    patch_size: int = 16,
+    embed_dim: int = 384,
+    depth: int = 12,
+    num_heads: int = 6,
+    mlp_ratio: float = 4.0,
+    qkv_bias: bool = True,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
+    distilled: bool = False,
 ):
     """Build a DeiT of any architecture, as a functional `keras.Model`.
 
     Args:
-        include_top, include_preprocessing, weights, input_tensor, input_shape, pooling, classes,
-            classifier_activation, name: as `keras_tnt.TNT` has them.
+        include_top: whether the model ends in the classifier.
+        include_preprocessing: whether the model takes pixels in [0, 255] and normalises them
+            itself; if not, `preprocess_input` does it outside.
+        weights: None (random), a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or
+            the path of a file.
+        input_tensor: Keras tensor to build upon.
+        input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
+            of `patch_size`, square or not. Default: 224x224, RGB.
+        pooling: without top. None: the feature map `(batch, height/patch_size, width/patch_size,
+            embed_dim)`; `"avg"`, `"max"` over the patches, `"token"` the class token, of a
+            distilled model the mean of the two tokens: `(batch, embed_dim)`.
+        classes: number of classes.
+        classifier_activation: activation of layer `predictions`; None: logits.
+        name: the model's name.
+        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`; None: Keras's
+            setting. Predictions are float32 or better.
+        class_names: names of the classes, which sets `classes`; they stay with the model when it is
+            saved, cloned or quantized, and `keras_tnt.class_names` gives them.
         patch_size: side of a patch, in pixels.
         embed_dim: dimension of a patch.
         depth: number of blocks.
@@ -77,21 +96,21 @@ def DeiT(
     >>> model.predict(np.zeros((1, 64, 64, 3))).shape
     (1, 10)
     """
-    parts.check_head(pooling, classes, classifier_activation)
-    parts.check_sizes(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-    inputs, (height, width) = parts.image_input(input_tensor, input_shape, 224, patch_size)
-    weights = parts.fetch_weights(weights, classes if include_top else None)
+    building.check_sizes(
+        patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+    )
+    inputs, (height, width) = building.image_input(input_tensor, input_shape, 224, patch_size)
     grid = (height // patch_size, width // patch_size)
     prefix_tokens = 2 if distilled else 1
 
     # === Tokens ===
-    x = parts.normalise(inputs, MEAN, STD) if include_preprocessing else inputs
-    tokens = PatchEmbedding(patch_size, embed_dim, name="patch_embedding")(x)
+    x = building.normalise(inputs, "deit", IMAGE, include_preprocessing, dtype)
+    tokens = PatchEmbedding(patch_size, embed_dim, dtype=dtype, name="patch_embedding")(x)
     if distilled:
-        tokens = ClassToken(name="distillation_token")(tokens)
-    tokens = ClassToken(name="class_token")(tokens)
-    tokens = PositionEmbedding(grid, prefix_tokens, name="patch_position")(tokens)
-    tokens = Dropout(dropout, name="position_drop")(tokens)
+        tokens = ClassToken(dtype=dtype, name="distillation_token")(tokens)
+    tokens = ClassToken(dtype=dtype, name="class_token")(tokens)
+    tokens = PositionEmbedding(grid, prefix_tokens, dtype=dtype, name="patch_position")(tokens)
+    tokens = Dropout(dropout, dtype=dtype, name="position_drop")(tokens)
 
     # === Blocks ===
     reads_tokens_only = include_top or pooling == "token"
@@ -104,33 +123,60 @@ def DeiT(
             attention_dropout=attention_dropout,
             stochastic_depth=stochastic_depth * i / max(depth - 1, 1),
             epsilon=EPSILON,
+            dtype=dtype,
             name=f"block_{i}",
         )(tokens, first_tokens=prefix_tokens if reads_tokens_only and i == depth - 1 else None)
-    tokens = LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
+    tokens = LayerNormalization(epsilon=EPSILON, dtype=dtype, name="norm")(tokens)
 
     # === Output ===
     if include_top:
-        vectors = [tokens[:, i] for i in range(prefix_tokens)]
-        outputs = parts.classify(vectors, classes, classifier_activation)
+        vectors = building.read_tokens(tokens, prefix_tokens, dtype)
+        outputs = building.classify(vectors, classes, classifier_activation, class_names, dtype)
     else:
-        outputs = parts.pool(tokens, grid, prefix_tokens, pooling)
-    return parts.finish(inputs, outputs, name, weights)
+        outputs = building.pool(tokens, grid, prefix_tokens, pooling, dtype)
+    return inputs, outputs
 
 
-DeiTTiny = parts.variant(DeiT, "deit_tiny", SOURCE, weights="imagenet", **VARIANTS["deit_tiny"])
-DeiTSmall = parts.variant(DeiT, "deit_small", SOURCE, weights="imagenet", **VARIANTS["deit_small"])
-DeiTBase = parts.variant(DeiT, "deit_base", SOURCE, weights="imagenet", **VARIANTS["deit_base"])
+preprocess_input = building.preprocessor(IMAGE)
 
 
-def preprocess_input(x, data_format=None):
-    """Normalise pixels in [0, 255] by ImageNet's mean and deviation, for models built with
-    `include_preprocessing=False`.
+# === What public checkpoints hold ===
 
-    Args:
-        x: array or tensor of images.
-        data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+DIST, TIMM = {"distilled": True}, building.TIMM_RESULTS
 
-    Returns:
-        Array or tensor of the same shape, in floating point.
-    """
-    return parts.standardise(x, MEAN, STD, data_format)
+# Name on the hub, variant, what the variant is told, parameters, top-1, top-5, source.
+CHECKPOINTS = building.weights_of((
+    ("deit_tiny_patch16_224.fb_in1k", "DeiTTiny", {}, 5_717_416, 72.2, 91.1, TIMM),
+    ("deit_tiny_distilled_patch16_224.fb_in1k", "DeiTTiny", DIST, 5_910_800, 74.5, 91.9, TIMM),
+    ("deit_small_patch16_224.fb_in1k", "DeiTSmall", {}, 22_050_664, 79.8, 95.0, TIMM),
+    ("deit_small_distilled_patch16_224.fb_in1k", "DeiTSmall", DIST, 22_436_432, 81.2, 95.4, TIMM),
+    ("deit_base_patch16_224.fb_in1k", "DeiTBase", {}, 86_567_656, 82.0, 95.7, TIMM),
+    ("deit_base_distilled_patch16_224.fb_in1k", "DeiTBase", DIST, 87_338_192, 83.4, 96.5, TIMM),
+    ("deit_base_patch16_384.fb_in1k", "DeiTBase", {}, 86_859_496, 83.1, 96.4, TIMM),
+    ("deit_base_distilled_patch16_384.fb_in1k", "DeiTBase", DIST, 87_630_032, 85.4, 97.3, TIMM),
+))  # fmt: skip
+
+# Our variable's or layer's path, timm's name, which is the original release's too.
+TENSOR_NAMES = (
+    ("patch_embedding/projection", "patch_embed.proj:patches"),
+    ("class_token/token", "cls_token"),
+    ("distillation_token/token", "dist_token"),
+    ("patch_position/table", "pos_embed"),
+    ("block_{}/norm_attention", "blocks.{}.norm1"),
+    ("block_{}/attention/qkv", "blocks.{}.attn.qkv"),
+    ("block_{}/attention/projection", "blocks.{}.attn.proj"),
+    ("block_{}/norm_mlp", "blocks.{}.norm2"),
+    ("block_{}/mlp/fc1", "blocks.{}.mlp.fc1"),
+    ("block_{}/mlp/fc2", "blocks.{}.mlp.fc2"),
+)
+
+building.register_family(
+    "deit",
+    DeiT,
+    variants=VARIANTS,
+    image=IMAGE,
+    tensor_names=TENSOR_NAMES,
+    checkpoints=CHECKPOINTS,
+    telling_tensors=(building.DISTILLATION_TENSORS,),
+    source="Table 1 of arXiv 2012.12877",
+)

@@ -7,6 +7,7 @@ teacher teaches the distillation head; with one head, both teach it.
 import keras
 from keras import ops
 
+from keras_tnt.anatomy import anatomy, is_ours
 from keras_tnt.teacher import (
     Teacher,
     activation_of,
@@ -15,11 +16,10 @@ from keras_tnt.teacher import (
     last_layer,
     log,
 )
+from keras_tnt.weights.names import HEADS
 
 KINDS = ("hard", "soft")
 KL_REDUCTIONS = ("mean", "batchmean")
-
-HEADS = ("head", "head_distillation")
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -237,8 +237,8 @@ class Heads:
                 "The student must be a functional or Sequential model with one output. Received: "
                 f"'{student.name}' of type {type(student).__name__}"
             )
-        heads = [layer for layer in student._flatten_layers() if layer.name in HEADS]
-        own = [layer for layer in student.layers if layer.name in HEADS]
+        heads = student_heads(student)
+        own = [layer for layer in heads if layer in student.layers]
         if len(heads) == 2 and not own:
             raise ValueError(
                 f"Student '{student.name}' wraps a model with two heads, which hides them. Distill "
@@ -247,12 +247,20 @@ class Heads:
         last = last_layer(student)
         self.activation = activation_of(last) or keras.activations.linear
         self.names = HEADS[: max(len(own), 1)]
-        outputs = {layer.name: layer.output for layer in own}
-        if len(own) < 2:
+        if len(own) == 2:
+            outputs = {name: layer.output for name, layer in zip(HEADS, own, strict=True)}
+        else:
             outputs = {"head": student_logits(student, last)}
         self.network = keras.Model(
             student.inputs[0], {"predictions": student.outputs[0], **outputs}
         )
+
+
+def student_heads(student):
+    """The heads of a student: of a model of this package, or the layers that have their names."""
+    if is_ours(student):
+        return anatomy(student).heads
+    return tuple(layer for layer in student._flatten_layers() if layer.name in HEADS)
 
 
 def student_logits(student, last):

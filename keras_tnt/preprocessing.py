@@ -1,20 +1,12 @@
 """Images as the public weights were evaluated on them, and names for what the models predict."""
 
-import functools
 import os
-from pathlib import Path
 
 import numpy as np
 
+from keras_tnt.anatomy import anatomy, class_names
+from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.images import convert, evaluation_crop, open_picture
-from keras_tnt.weights.names import FAMILIES, family
-
-# The share of the resized image's side that the crop keeps, by family (timm's configurations).
-CROPS = {"tnt": 0.9, "pyramid_tnt": 0.9, "deit": 0.9, "cait": 1.0}
-# From this side on DeiT was evaluated without cropping.
-WHOLE = {"deit": 384}
-CLASSES = Path(__file__).parent / "imagenet_classes.txt"
-
 
 # === Images ===
 
@@ -25,7 +17,7 @@ def load_image(image, model):
     The image is turned upright where EXIF says so, converted to the model's channels (transparency
     is dropped), resized bicubic so that its shorter side is the model's side divided by the
     family's crop share (0.9 for TNT, PyramidTNT and DeiT, 1 for CaiT and for DeiT from 384 pixels
-    on), rounded down, and cropped in the center.
+    on; `keras_tnt.anatomy(model).image.crop`), rounded down, and cropped in the center.
 
     Args:
         image: path or bytes of a JPEG, PNG, WebP, GIF or BMP file within the limits that
@@ -54,10 +46,11 @@ def load_image(image, model):
 
 def evaluation_pixels(picture, model):
     """The evaluation crop of a `PIL.Image` as the array that `load_image` returns."""
-    height, width, channels, channels_first = input_layout(model)
-    crop = evaluation_crop(convert(picture, channels), (height, width), resized_sides(model))
-    pixels = np.reshape(np.asarray(crop, "float32"), (height, width, channels))
-    return np.moveaxis(pixels, -1, 0) if channels_first else pixels
+    wanted = sized_image(model)
+    size = (wanted.height, wanted.width)
+    crop = evaluation_crop(convert(picture, wanted.channels), size, wanted.covered_size())
+    pixels = np.reshape(np.asarray(crop, "float32"), (*size, wanted.channels))
+    return np.moveaxis(pixels, -1, 0) if wanted.data_format == "channels_first" else pixels
 
 
 def load_images(images, model):
@@ -81,50 +74,38 @@ def load_images(images, model):
     return np.stack([evaluation_pixels(picture, model) for picture in pictures])
 
 
-def input_layout(model):
-    """(height, width, channels, whether channels stand first) of the images a model takes."""
-    stems = [layer for layer in model._flatten_layers() if type(layer).__name__ in FAMILIES]
-    channels_first = any(getattr(s, "data_format", None) == "channels_first" for s in stems)
-    shape = model.input_shape[1:]
-    if len(shape) != 3 or None in shape:
+def sized_image(model):
+    """The `anatomy.Image` of a model that takes images of one size.
+
+    Raises:
+        ValueError: if it takes any size.
+    """
+    image = anatomy(model).image
+    if None in (image.height, image.width):
         raise ValueError(
-            f"`model` must take images of one size. Received: a model of input shape {shape}"
+            f"`model` must take images of one size. Received: a model of input shape "
+            f"{model.input_shape[1:]}"
         )
-    if channels_first:
-        return *shape[1:], shape[0], True
-    return *shape, False
-
-
-def resized_sides(model):
-    """(height, width) that images are resized to cover before the crop."""
-    kind = family(model)
-    height, width = input_layout(model)[:2]
-    share = 1.0 if min(height, width) >= WHOLE.get(kind, np.inf) else CROPS[kind]
-    return tuple(int(side / share) for side in (height, width))
+    return image
 
 
 # === Predictions ===
 
 
-@functools.cache
-def imagenet_classes():
-    """The 1,000 classes of ImageNet in the order of the models: (WordNet id, name) each."""
-    lines = CLASSES.read_text(encoding="utf-8").splitlines()
-    return tuple(tuple(line.split(" ", 1)) for line in lines)
-
-
-def decode_predictions(predictions, top=5):
-    """Name the classes that ImageNet models predict; works offline.
+def decode_predictions(predictions, top: int = 5, model=None):
+    """Name the classes that a model predicts; works offline.
 
     Args:
-        predictions: array or tensor `(batch, 1000)`, as `model.predict` gives it.
-        top: how many classes to name, likeliest first.
+        predictions: array or tensor `(batch, classes)`, as `model.predict` gives it.
+        top: how many classes to name, likeliest first; all, where there are fewer.
+        model: the model that predicted, whose class names are given; None: ImageNet's 1,000.
 
     Returns:
-        For each image a list of `(WordNet id, name, score)`.
+        For each image a list of `(WordNet id, name, score)`; of classes other than ImageNet's the
+        name stands in the id's place too.
 
     Raises:
-        ValueError: for predictions of another shape.
+        ValueError: for predictions of another shape, and a model without names.
 
     Example:
 
@@ -134,15 +115,25 @@ def decode_predictions(predictions, top=5):
     import keras
 
     predictions = keras.ops.convert_to_numpy(predictions)
-    names = imagenet_classes()
-    if predictions.ndim != 2 or predictions.shape[1] != len(names):
+    labels = imagenet_classes()
+    if model is not None:
+        names = class_names(model)
+        if names is None:
+            raise ValueError(
+                f"Model '{model.name}' has no names of its classes. Build it with class_names=, or "
+                "give it some by keras_tnt.reset_classifier."
+            )
+        if names != [name for _, name in labels]:
+            labels = [(name, name) for name in names]
+    if predictions.ndim != 2 or predictions.shape[1] != len(labels):
         raise ValueError(
-            f"`predictions` must have shape (batch, {len(names)}). Received: shape "
-            f"{predictions.shape}. Classes other than ImageNet's have names of your own."
+            f"`predictions` must have shape (batch, {len(labels)}). Received: shape "
+            f"{predictions.shape}. For classes other than ImageNet's say model=, the model that "
+            "predicted them."
         )
-    if not 1 <= top <= len(names):
-        raise ValueError(f"`top` must lie in 1 to {len(names)}. Received: {top}")
+    if top < 1 or (model is None and top > len(labels)):
+        raise ValueError(f"`top` must lie in 1 to {len(labels)}. Received: {top}")
     return [
-        [(*names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top]]
+        [(*labels[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top]]
         for scores in predictions
     ]

@@ -4,7 +4,7 @@ TNT in stages: a convolutional stem makes patches of 8x8 pixels, and between sta
 become one, of twice the dimension. There is no class token; the class is read off the mean patch.
 """
 
-from keras_tnt import model as parts
+from keras_tnt import building
 from keras_tnt.layers import (
     Dropout,
     MergePatches,
@@ -17,54 +17,81 @@ from keras_tnt.layers import (
 )
 from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.layers.pyramid import halve
+from keras_tnt.registry import ImageTransform, Variant
 
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+IMAGE = ImageTransform(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=0.9)
 EPSILON = 1e-5
 
-SOURCE = "Table 2 of arXiv 2201.00978"
-# image side, blocks by stage, dimensions and heads of stage 1
+
+def stages(depths, **first):
+    """An architecture of blocks by stage, and dimensions and heads of stage 1 as they grow."""
+    scaled = {key: tuple(value * factor for factor in (1, 2, 4, 4)) for key, value in first.items()}
+    return {"depths": depths, **scaled}
+
+
 VARIANTS = {
-    "pyramid_tnt_tiny": (192, (2, 6, 3, 2), 80, 5, 2, 1),
-    "pyramid_tnt_small": (256, (2, 8, 4, 2), 128, 8, 4, 2),
-    "pyramid_tnt_medium": (256, (2, 8, 6, 2), 192, 12, 4, 2),
-    "pyramid_tnt_base": (256, (2, 10, 6, 2), 256, 16, 4, 2),
+    "pyramid_tnt_tiny": Variant(
+        stages((2, 6, 3, 2), outer_dims=80, inner_dims=5, outer_heads=2, inner_heads=1), 192
+    ),
+    "pyramid_tnt_small": Variant(
+        stages((2, 8, 4, 2), outer_dims=128, inner_dims=8, outer_heads=4, inner_heads=2), 256
+    ),
+    "pyramid_tnt_medium": Variant(
+        stages((2, 8, 6, 2), outer_dims=192, inner_dims=12, outer_heads=4, inner_heads=2), 256
+    ),
+    "pyramid_tnt_base": Variant(
+        stages((2, 10, 6, 2), outer_dims=256, inner_dims=16, outer_heads=4, inner_heads=2), 256
+    ),
 }
 
 
-@parts.builder
+@building.builder
 def PyramidTNT(
-    include_top=True,
-    include_preprocessing=True,
-    weights=None,
+    include_top: bool = True,
+    include_preprocessing: bool = True,
+    weights: str | None = None,
     input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=1000,
+    input_shape: tuple[int | None, int | None, int] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
     classifier_activation="softmax",
-    name="pyramid_tnt",
+    name: str = "pyramid_tnt",
     *,
-    depths=(2, 8, 4, 2),
-    outer_dims=(128, 256, 512, 512),
-    inner_dims=(8, 16, 32, 32),
-    outer_heads=(4, 8, 16, 16),
-    inner_heads=(2, 4, 8, 8),
-    reductions=(4, 2, 1, 1),
-    mlp_ratio=4.0,
-    qkv_bias=False,
-    dropout=0.0,
-    attention_dropout=0.0,
-    stochastic_depth=0.0,
+    dtype=None,
+    class_names: list[str] | None = None,
+    depths: tuple[int, ...] = (2, 8, 4, 2),
+    outer_dims: tuple[int, ...] = (128, 256, 512, 512),
+    inner_dims: tuple[int, ...] = (8, 16, 32, 32),
+    outer_heads: tuple[int, ...] = (4, 8, 16, 16),
+    inner_heads: tuple[int, ...] = (2, 4, 8, 8),
+    reductions: tuple[int, ...] = (4, 2, 1, 1),
+    mlp_ratio: float = 4.0,
+    qkv_bias: bool = False,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
 ):
     """Build a PyramidTNT of any architecture, as a functional `keras.Model`.
 
     Args:
-        include_top, include_preprocessing, weights, input_tensor, classes, classifier_activation,
-            name: as `keras_tnt.TNT` has them.
+        include_top: whether the model ends in the classifier.
+        include_preprocessing: whether the model takes pixels in [0, 255] and normalises them
+            itself; if not, `preprocess_input` does it outside.
+        weights: None (random), a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or
+            the path of a file.
+        input_tensor: Keras tensor to build upon.
         input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
             of 8, square or not. Multiples of 64 halve evenly at every stage; elsewhere odd numbers
             of patches are rounded up. Default: 256x256, RGB.
         pooling: without top. None: the feature map `(batch, height/64, width/64, outer dimension)`
             of four stages; `"avg"`, `"max"` over the patches: `(batch, outer dimension)`.
+        classes: number of classes.
+        classifier_activation: activation of layer `predictions`; None: logits.
+        name: the model's name.
+        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`; None: Keras's
+            setting. Predictions are float32 or better.
+        class_names: names of the classes, which sets `classes`; they stay with the model when it is
+            saved, cloned or quantized, and `keras_tnt.class_names` gives them.
         depths: number of blocks by stage. The first of a stage has an inner transformer, and the
             second too where the stage has more than 6.
         outer_dims, inner_dims: dimensions of a patch and of a word by stage.
@@ -89,10 +116,9 @@ def PyramidTNT(
     >>> model.predict(np.zeros((1, 64, 64, 3))).shape
     (1, 10)
     """
-    parts.check_head(pooling, classes, classifier_activation, has_token=False)
+    building.check_pooling(pooling, (None, "avg", "max"))
     patch_size = PyramidStem.patch_size
-    inputs, size = parts.image_input(input_tensor, input_shape, 256, patch_size)
-    weights = parts.fetch_weights(weights, classes if include_top else None)
+    inputs, size = building.image_input(input_tensor, input_shape, 256, patch_size)
     grid = tuple(side // patch_size for side in size)
     grids = stage_grids(
         grid,
@@ -106,20 +132,20 @@ def PyramidTNT(
     rates = iter(stochastic_depth * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
 
     # === Stem ===
-    x = parts.normalise(inputs, MEAN, STD) if include_preprocessing else inputs
-    patches, words = PyramidStem(outer_dims[0], inner_dims[0], name="stem")(x)
-    words = PositionEmbedding((4, 4), name="word_position")(words)
-    patches = PositionEmbedding(grid, name="patch_position")(patches)
-    patches = Dropout(dropout, name="position_drop")(patches)
+    x = building.normalise(inputs, "pyramid_tnt", IMAGE, include_preprocessing, dtype)
+    patches, words = PyramidStem(outer_dims[0], inner_dims[0], dtype=dtype, name="stem")(x)
+    words = PositionEmbedding((4, 4), dtype=dtype, name="word_position")(words)
+    patches = PositionEmbedding(grid, dtype=dtype, name="patch_position")(patches)
+    patches = Dropout(dropout, dtype=dtype, name="position_drop")(patches)
 
     # === Stages ===
     for s, grid in enumerate(grids):
         if s > 0:
-            merged = {"grid": grids[s - 1], "epsilon": EPSILON}
+            merged = {"grid": grids[s - 1], "epsilon": EPSILON, "dtype": dtype}
             words = MergeWords(inner_dims[s], name=f"merge_words_{s - 1}", **merged)(words)
             patches = MergePatches(outer_dims[s], name=f"merge_patches_{s - 1}", **merged)(patches)
         bias = RelativePosition(
-            outer_heads[s], grid, reductions[s], name=f"stage_{s}_relative_position"
+            outer_heads[s], grid, reductions[s], dtype=dtype, name=f"stage_{s}_relative_position"
         )(patches)
         for i in range(depths[s]):
             block = {
@@ -131,6 +157,7 @@ def PyramidTNT(
                 "attention_dropout": attention_dropout,
                 "stochastic_depth": next(rates),
                 "epsilon": EPSILON,
+                "dtype": dtype,
                 "name": f"stage_{s}_block_{i}",
             }
             if i == 0 or (i == 1 and depths[s] > 6):
@@ -139,15 +166,15 @@ def PyramidTNT(
                 )
             else:
                 patches = ReducedBlock(outer_heads[s], **block)(patches, bias=bias)
-    patches = LayerNormalization(epsilon=EPSILON, name="norm")(patches)
+    patches = LayerNormalization(epsilon=EPSILON, dtype=dtype, name="norm")(patches)
 
     # === Output ===
     if include_top:
-        mean = parts.pool(patches, grid, 0, "avg")
-        outputs = parts.classify([mean], classes, classifier_activation)
+        mean = building.pool(patches, grid, 0, "avg", dtype)
+        outputs = building.classify([mean], classes, classifier_activation, class_names, dtype)
     else:
-        outputs = parts.pool(patches, grid, 0, pooling)
-    return parts.finish(inputs, outputs, name, weights)
+        outputs = building.pool(patches, grid, 0, pooling, dtype)
+    return inputs, outputs
 
 
 def stage_grids(grid, **by_stage):
@@ -160,7 +187,7 @@ def stage_grids(grid, **by_stage):
         )
     for key, values in by_stage.items():
         for value in values:
-            parts.check_sizes(**{key: value})
+            building.check_sizes(**{key: value})
     grids = [grid]
     while len(grids) < len(reductions):
         grids.append(tuple(map(halve, grids[-1])))
@@ -174,40 +201,62 @@ def stage_grids(grid, **by_stage):
     return grids
 
 
-def variant(name):
-    size, depths, outer_dim, inner_dim, outer_heads, inner_heads = VARIANTS[name]
-    return parts.variant(
-        PyramidTNT,
-        name,
-        SOURCE,
-        size,
-        depths=depths,
-        outer_dims=scaled(outer_dim),
-        inner_dims=scaled(inner_dim),
-        outer_heads=scaled(outer_heads),
-        inner_heads=scaled(inner_heads),
+preprocess_input = building.preprocessor(IMAGE)
+
+
+# === What released checkpoints hold ===
+
+# A path within a block, and the original release's name; timm has no PyramidTNT.
+BLOCK_NAMES = tuple(
+    (f"stage_{{}}_block_{{}}/{path}", f"stages.{{}}.blocks.{{}}.{name}")
+    for path, name in (
+        ("inner/norm_attention", "inner_norm1"),
+        ("inner/attention/qkv", "inner_attn.q|kv"),
+        ("inner/attention/projection", "inner_attn.proj"),
+        ("inner/norm_mlp", "inner_norm2"),
+        ("inner/mlp/fc1", "inner_mlp.fc1"),
+        ("inner/mlp/fc2", "inner_mlp.fc2"),
+        ("words_to_patches/norm_words", "proj_norm1"),
+        ("words_to_patches/projection", "proj"),
+        ("words_to_patches/norm_patches", "proj_norm2"),
+        ("outer/norm_attention", "outer_norm1"),
+        ("outer/attention/query", "outer_attn.q"),
+        ("outer/attention/reduce", "outer_attn.linear"),
+        ("outer/attention/norm", "outer_attn.norm"),
+        ("outer/attention/kv", "outer_attn.kv"),
+        ("outer/attention/projection", "outer_attn.proj"),
+        ("outer/norm_mlp", "outer_norm2"),
+        ("outer/mlp/fc1", "outer_mlp.fc1"),
+        ("outer/mlp/fc2", "outer_mlp.fc2"),
     )
+)
 
+TENSOR_NAMES = (
+    ("stem/common/convolution", "patch_embed.common_conv.0"),
+    ("stem/common/norm", "patch_embed.common_conv.1"),
+    ("stem/words/convolution", "patch_embed.inner_convs.0"),
+    ("stem/words/norm", "patch_embed.inner_convs.1"),
+    ("stem/patches1/convolution", "patch_embed.outer_convs.0"),
+    ("stem/patches1/norm", "patch_embed.outer_convs.1"),
+    ("stem/patches2/convolution", "patch_embed.outer_convs.3"),
+    ("stem/patches2/norm", "patch_embed.outer_convs.4"),
+    ("stem/patches3/convolution", "patch_embed.outer_convs.6"),
+    ("stem/patches3/norm", "patch_embed.outer_convs.7"),
+    ("word_position/table", "inner_pos"),
+    ("patch_position/table", "outer_pos"),
+    ("stage_{}_relative_position/table", "stages.{}.relative_pos"),
+    *BLOCK_NAMES,
+    ("merge_words_{}/norm", "word_merges.{}.norm"),
+    ("merge_words_{}/convolution", "word_merges.{}.conv.0"),
+    ("merge_patches_{}/norm", "sentence_merges.{}.norm"),
+    ("merge_patches_{}/convolution", "sentence_merges.{}.conv.0"),
+)
 
-def scaled(value):
-    """A dimension or number of heads of stage 1 as it grows over the stages."""
-    return tuple(value * factor for factor in (1, 2, 4, 4))
-
-
-PyramidTNTTiny = variant("pyramid_tnt_tiny")
-PyramidTNTSmall = variant("pyramid_tnt_small")
-PyramidTNTMedium = variant("pyramid_tnt_medium")
-PyramidTNTBase = variant("pyramid_tnt_base")
-
-
-def preprocess_input(x, data_format=None):
-    """Normalise pixels in [0, 255] to [-1, 1], for models built with `include_preprocessing=False`.
-
-    Args:
-        x: array or tensor of images.
-        data_format: where the channels stand; makes no difference to PyramidTNT.
-
-    Returns:
-        Array or tensor of the same shape, in floating point.
-    """
-    return parts.standardise(x, MEAN, STD, data_format)
+building.register_family(
+    "pyramid_tnt",
+    PyramidTNT,
+    variants=VARIANTS,
+    image=IMAGE,
+    tensor_names=TENSOR_NAMES,
+    source="Table 2 of arXiv 2201.00978",
+)

@@ -3,21 +3,15 @@
 import contextlib
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_tnt import cait, deit, pyramid_tnt, tnt
+from keras_tnt.anatomy import anatomy, is_ours
 from keras_tnt.layers.base import at_least_float32
 from keras_tnt.layers.embedding import resampling_matrix
-from keras_tnt.weights.names import family
+from keras_tnt.layers.ends import along_channels, scale_and_offset
 
 # What models take: images with this mean and deviation taken off, of pixels in [0, 1].
 PIXELS = ((0.0,) * 3, (1 / 255,) * 3)
-NORMALISATIONS = {
-    family.__name__.rpartition(".")[2]: (family.MEAN, family.STD)
-    for family in (tnt, pyramid_tnt, deit, cait)
-}
-
 # The matrix products that resample rows and columns, by axis.
 RESAMPLE = {
     "channels_last": {1: "ij,bjwc->biwc", 2: "ij,bhjc->bhic"},
@@ -89,28 +83,30 @@ def conversion(student, teacher):
     given, wanted = normalisation(student), normalisation(teacher)
     if given is None or wanted is None or given == wanted:
         return lambda images: images
-    axis = channels_axis()
-    values = np.array([*given, *wanted])
-    if student.input_shape[axis] != 3:
-        values = values.mean(axis=1, keepdims=True)
-    shape = (-1, 1, 1) if axis == 1 else (-1,)
-    mean, std, new_mean, new_std = (np.reshape(v, shape) for v in values)
-    scale, offset = std / new_std, (mean - new_mean) / new_std
+    layout = keras.config.image_data_format()
+    channels = student.input_shape[channels_axis()]
+    (scale, offset), (new_scale, new_offset) = (
+        [along_channels(x, layout) for x in scale_and_offset(*taken, channels)]
+        for taken in (given, wanted)
+    )
+    # Back to pixels in [0, 255], and from there to what the teacher takes.
+    factor = new_scale / scale
+    shift = new_offset - offset * factor
 
     def convert(images):
-        return images * ops.cast(scale, images.dtype) + ops.cast(offset, images.dtype)
+        return images * ops.cast(factor, images.dtype) + ops.cast(shift, images.dtype)
 
     return convert
 
 
 def normalisation(model):
     """(mean, std) by which a model's input is pixels in [0, 1] normalised; None: unknown."""
+    if is_ours(model):
+        image = anatomy(model).image
+        return PIXELS if image.normalises else (image.mean, image.std)
     if any(isinstance(layer, keras.layers.Rescaling) for layer in model._flatten_layers()):
         return PIXELS
-    try:
-        return NORMALISATIONS[family(model)]
-    except ValueError:
-        return None
+    return None
 
 
 def resizing(student, teacher):

@@ -5,7 +5,7 @@ words". In every block an inner transformer attends among the words of each patc
 added to the patch, and an outer transformer attends among the patches.
 """
 
-from keras_tnt import model as parts
+from keras_tnt import building
 from keras_tnt.layers import (
     ClassAttentionBlock,
     ClassToken,
@@ -18,48 +18,51 @@ from keras_tnt.layers import (
     WordsToPatches,
 )
 from keras_tnt.layers.base import LayerNormalization
+from keras_tnt.registry import ImageTransform, Variant
+from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+IMAGE = ImageTransform(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=0.9)
 EPSILON = 1e-5
 
-SOURCE = "Table 1 of arXiv 2103.00112"
 VARIANTS = {
-    "tnt_tiny": {"outer_dim": 192, "inner_dim": 12, "outer_heads": 3, "inner_heads": 2},
-    "tnt_small": {"outer_dim": 384, "inner_dim": 24, "outer_heads": 6, "inner_heads": 4},
-    "tnt_base": {"outer_dim": 640, "inner_dim": 40, "outer_heads": 10, "inner_heads": 4},
+    "tnt_tiny": Variant({"outer_dim": 192, "inner_dim": 12, "outer_heads": 3, "inner_heads": 2}),
+    "tnt_small": Variant({"outer_dim": 384, "inner_dim": 24, "outer_heads": 6, "inner_heads": 4}),
+    "tnt_base": Variant({"outer_dim": 640, "inner_dim": 40, "outer_heads": 10, "inner_heads": 4}),
 }
 
 
-@parts.builder
+@building.builder
 def TNT(
-    include_top=True,
-    include_preprocessing=True,
-    weights=None,
+    include_top: bool = True,
+    include_preprocessing: bool = True,
+    weights: str | None = None,
     input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=1000,
+    input_shape: tuple[int | None, int | None, int] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
     classifier_activation="softmax",
-    name="tnt",
+    name: str = "tnt",
     *,
-    patch_size=16,
-    inner_stride=4,
-    depth=12,
-    outer_dim=384,
-    inner_dim=24,
-    outer_heads=6,
-    inner_heads=4,
-    mlp_ratio=4.0,
-    qkv_bias=False,
-    dropout=0.0,
-    attention_dropout=0.0,
-    stochastic_depth=0.0,
-    squeeze_excite=False,
-    inner_blocks=None,
-    legacy=False,
-    distilled=False,
-    layer_scale=None,
-    class_attention_depth=0,
+    dtype=None,
+    class_names: list[str] | None = None,
+    patch_size: int = 16,
+    inner_stride: int = 4,
+    depth: int = 12,
+    outer_dim: int = 384,
+    inner_dim: int = 24,
+    outer_heads: int = 6,
+    inner_heads: int = 4,
+    mlp_ratio: float = 4.0,
+    qkv_bias: bool = False,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
+    squeeze_excite: bool = False,
+    inner_blocks: tuple[int, ...] | None = None,
+    legacy: bool = False,
+    distilled: bool = False,
+    layer_scale: float | None = None,
+    class_attention_depth: int = 0,
 ):
     """Build a TNT of any architecture, as a functional `keras.Model`.
 
@@ -78,6 +81,10 @@ def TNT(
         classes: number of classes.
         classifier_activation: activation of layer `predictions`; None: logits.
         name: the model's name.
+        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`; None: Keras's
+            setting. Predictions are float32 or better.
+        class_names: names of the classes, which sets `classes`; they stay with the model when it is
+            saved, cloned or quantized, and `keras_tnt.class_names` gives them.
         patch_size: side of a patch, in pixels.
         inner_stride: side of a word, in pixels; divides `patch_size`.
         depth: number of blocks.
@@ -110,8 +117,7 @@ def TNT(
     >>> model.predict(np.zeros((1, 64, 64, 3))).shape
     (1, 10)
     """
-    parts.check_head(pooling, classes, classifier_activation)
-    parts.check_sizes(
+    building.check_sizes(
         patch_size=patch_size,
         inner_stride=inner_stride,
         depth=depth,
@@ -121,8 +127,7 @@ def TNT(
         inner_heads=inner_heads,
     )
     inner_blocks = check_inner_blocks(inner_blocks, depth)
-    inputs, (height, width) = parts.image_input(input_tensor, input_shape, 224, patch_size)
-    weights = parts.fetch_weights(weights, classes if include_top else None)
+    inputs, (height, width) = building.image_input(input_tensor, input_shape, 224, patch_size)
     grid = (height // patch_size, width // patch_size)
     side = patch_size // inner_stride
     prefix_tokens = 2 if distilled else 1
@@ -133,25 +138,26 @@ def TNT(
         "attention_dropout": attention_dropout,
         "layer_scale": layer_scale,
         "epsilon": EPSILON,
+        "dtype": dtype,
     }
 
     # === Words and patches ===
-    x = parts.normalise(inputs, MEAN, STD) if include_preprocessing else inputs
+    x = building.normalise(inputs, "tnt", IMAGE, include_preprocessing, dtype)
     stem = LegacyWordEmbedding if legacy else WordEmbedding
-    words = stem(inner_dim, patch_size, inner_stride, name="word_embedding")(x)
-    words = PositionEmbedding((side, side), name="word_position")(words)
-    tokens = WordsToPatches(outer_dim, epsilon=EPSILON, name="patch_embedding")(words)
+    words = stem(inner_dim, patch_size, inner_stride, dtype=dtype, name="word_embedding")(x)
+    words = PositionEmbedding((side, side), dtype=dtype, name="word_position")(words)
+    tokens = WordsToPatches(outer_dim, epsilon=EPSILON, dtype=dtype, name="patch_embedding")(words)
 
     def add_class_tokens(tokens):
         if distilled:
-            tokens = ClassToken(name="distillation_token")(tokens)
-        return ClassToken(name="class_token")(tokens)
+            tokens = ClassToken(dtype=dtype, name="distillation_token")(tokens)
+        return ClassToken(dtype=dtype, name="class_token")(tokens)
 
     tokens_in_blocks = 0 if class_attention_depth else prefix_tokens
     if tokens_in_blocks:
         tokens = add_class_tokens(tokens)
-    tokens = PositionEmbedding(grid, tokens_in_blocks, name="patch_position")(tokens)
-    tokens = Dropout(dropout, name="position_drop")(tokens)
+    tokens = PositionEmbedding(grid, tokens_in_blocks, dtype=dtype, name="patch_position")(tokens)
+    tokens = Dropout(dropout, dtype=dtype, name="position_drop")(tokens)
 
     # === Blocks ===
     reads_tokens_only = tokens_in_blocks and (include_top or pooling == "token")
@@ -179,15 +185,15 @@ def TNT(
         tokens = ClassAttentionBlock(
             outer_heads, prefix_tokens, name=f"class_block_{i}", **transformer
         )(tokens)
-    tokens = LayerNormalization(epsilon=EPSILON, name="norm")(tokens)
+    tokens = LayerNormalization(epsilon=EPSILON, dtype=dtype, name="norm")(tokens)
 
     # === Output ===
     if include_top:
-        vectors = [tokens[:, i] for i in range(prefix_tokens)]
-        outputs = parts.classify(vectors, classes, classifier_activation)
+        vectors = building.read_tokens(tokens, prefix_tokens, dtype)
+        outputs = building.classify(vectors, classes, classifier_activation, class_names, dtype)
     else:
-        outputs = parts.pool(tokens, grid, prefix_tokens, pooling)
-    return parts.finish(inputs, outputs, name, weights)
+        outputs = building.pool(tokens, grid, prefix_tokens, pooling, dtype)
+    return inputs, outputs
 
 
 def check_inner_blocks(inner_blocks, depth):
@@ -202,19 +208,76 @@ def check_inner_blocks(inner_blocks, depth):
     return tuple(inner_blocks)
 
 
-TNTTiny = parts.variant(TNT, "tnt_tiny", SOURCE, **VARIANTS["tnt_tiny"])
-TNTSmall = parts.variant(TNT, "tnt_small", SOURCE, weights="imagenet", **VARIANTS["tnt_small"])
-TNTBase = parts.variant(TNT, "tnt_base", SOURCE, weights="imagenet", **VARIANTS["tnt_base"])
+preprocess_input = building.preprocessor(IMAGE)
 
 
-def preprocess_input(x, data_format=None):
-    """Normalise pixels in [0, 255] to [-1, 1], for models built with `include_preprocessing=False`.
+# === What public checkpoints hold ===
 
-    Args:
-        x: array or tensor of images.
-        data_format: where the channels stand; makes no difference to TNT.
+PAPER = "arXiv 2103.00112"
 
-    Returns:
-        Array or tensor of the same shape, in floating point.
-    """
-    return parts.standardise(x, MEAN, STD, data_format)
+# Name on the hub, variant, what the variant is told, parameters, top-1, top-5, source.
+CHECKPOINTS = building.weights_of((
+    ("tnt_s_patch16_224.in1k", "TNTSmall", {}, 23_768_584, 81.5, 95.7, PAPER),
+    ("tnt_s_legacy_patch16_224.in1k", "TNTSmall", {"legacy": True}, 23_755_336, 81.5, 95.7,
+     building.TIMM_RESULTS),
+    ("tnt_b_patch16_224.in1k", "TNTBase", {}, 65_428_680, 82.9, 96.3, PAPER),
+))  # fmt: skip
+
+# Our variable's or layer's path, timm's name, the original release's name.
+TENSOR_NAMES = (
+    ("word_embedding", "pixel_embed.proj", "patch_embed.proj"),
+    ("word_position/table", "pixel_pos:map", "inner_pos"),
+    ("patch_embedding/norm_words", "norm1_proj", "proj_norm1"),
+    ("patch_embedding/projection", "proj", "proj"),
+    ("patch_embedding/norm_patches", "norm2_proj", "proj_norm2"),
+    ("class_token/token", "cls_token", "cls_token"),
+    ("distillation_token/token", "dist_token", "dist_token"),
+    ("patch_position/table", "patch_pos", "outer_pos"),
+    ("block_{}/inner/norm_attention", "blocks.{}.norm_in", "blocks.{}.inner_norm1"),
+    ("block_{}/inner/attention/qkv", "blocks.{}.attn_in.qk|v", "blocks.{}.inner_attn.qk|v"),
+    (
+        "block_{}/inner/attention/projection",
+        "blocks.{}.attn_in.proj",
+        "blocks.{}.inner_attn.proj",
+    ),
+    ("block_{}/inner/scale_attention/gamma", "blocks.{}.gamma_1_in", "blocks.{}.inner_gamma_1"),
+    ("block_{}/inner/norm_mlp", "blocks.{}.norm_mlp_in", "blocks.{}.inner_norm2"),
+    ("block_{}/inner/mlp/fc1", "blocks.{}.mlp_in.fc1", "blocks.{}.inner_mlp.fc1"),
+    ("block_{}/inner/mlp/fc2", "blocks.{}.mlp_in.fc2", "blocks.{}.inner_mlp.fc2"),
+    ("block_{}/inner/scale_mlp/gamma", "blocks.{}.gamma_2_in", "blocks.{}.inner_gamma_2"),
+    ("block_{}/words_to_patches/norm_words", "blocks.{}.norm1_proj", "blocks.{}.proj_norm1"),
+    ("block_{}/words_to_patches/projection", "blocks.{}.proj", "blocks.{}.proj"),
+    ("block_{}/words_to_patches/norm_patches", "blocks.{}.norm2_proj", "blocks.{}.proj_norm2"),
+    ("block_{}/outer/norm_attention", "blocks.{}.norm_out", "blocks.{}.outer_norm1"),
+    ("block_{}/outer/attention/qkv", "blocks.{}.attn_out.qk|v", "blocks.{}.outer_attn.qk|v"),
+    (
+        "block_{}/outer/attention/projection",
+        "blocks.{}.attn_out.proj",
+        "blocks.{}.outer_attn.proj",
+    ),
+    ("block_{}/outer/scale_attention/gamma", "blocks.{}.gamma_1", "blocks.{}.outer_gamma_1"),
+    ("block_{}/outer/norm_mlp", "blocks.{}.norm_mlp", "blocks.{}.outer_norm2"),
+    ("block_{}/outer/mlp/fc1", "blocks.{}.mlp.fc1", "blocks.{}.outer_mlp.fc1"),
+    ("block_{}/outer/mlp/fc2", "blocks.{}.mlp.fc2", "blocks.{}.outer_mlp.fc2"),
+    ("block_{}/outer/scale_mlp/gamma", "blocks.{}.gamma_2", "blocks.{}.outer_gamma_2"),
+    ("block_{}/outer/excite/norm", "blocks.{}.se_layer.fc.0", "blocks.{}.se_layer.fc.0"),
+    ("block_{}/outer/excite/fc1", "blocks.{}.se_layer.fc.1", "blocks.{}.se_layer.fc.1"),
+    ("block_{}/outer/excite/fc2", "blocks.{}.se_layer.fc.3", "blocks.{}.se_layer.fc.3"),
+    *CLASS_ATTENTION_NAMES,
+)
+
+TELLING_TENSORS = (
+    building.DISTILLATION_TENSORS,
+    (r"blocks\.\d+\.proj\.bias", "legacy", "the biased projections of timm's first port"),
+)
+
+building.register_family(
+    "tnt",
+    TNT,
+    variants=VARIANTS,
+    image=IMAGE,
+    tensor_names=TENSOR_NAMES,
+    checkpoints=CHECKPOINTS,
+    telling_tensors=TELLING_TENSORS,
+    source="Table 1 of arXiv 2103.00112",
+)

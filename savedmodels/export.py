@@ -101,9 +101,10 @@ def load(options):
         return keras.models.load_model(final(options.run), compile=False), f"run {options.run}"
     if options.model.endswith(".keras"):
         return keras.models.load_model(options.model, compile=False), options.model
-    variants = variants_of(keras_tnt)
-    if options.model not in variants:
-        stop(f"--model: there is no {options.model!r}. There are {', '.join(variants)}")
+    try:
+        builder = keras_tnt.registry.find_model(options.model)
+    except ValueError as error:
+        stop(f"--model: {error}".removesuffix("."))
     settings = {}
     if options.weights:
         settings["weights"] = None if options.weights == "None" else options.weights
@@ -111,18 +112,8 @@ def load(options):
         settings["input_shape"] = (options.image_size, options.image_size, 3)
     if options.classes:
         settings["classes"] = options.classes
-    model = variants[options.model](**settings)
+    model = builder(**settings)
     return model, options.weights or f"the default of {options.model}"
-
-
-def variants_of(package):
-    """The functions of keras_tnt that build a model without being told its architecture."""
-    families = ("TNT", "PyramidTNT", "DeiT", "CaiT")
-    return {
-        name: getattr(package, name)
-        for name in sorted(dir(package))
-        if name.startswith(families) and name not in families
-    }
 
 
 def final(run):

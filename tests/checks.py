@@ -13,6 +13,8 @@ import numpy as np
 from keras import ops
 
 import keras_tnt
+from keras_tnt.pretrained import tensor_names
+from keras_tnt.weights import names as names_of_tensors
 from tests.golden import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -341,6 +343,15 @@ def assert_equal(actual, expected):
     """Assert that nested results agree to a few units in the last place."""
     for a, b in zip(keras.tree.flatten(actual), keras.tree.flatten(expected), strict=True):
         assert_close(a, b, 1e-6)
+
+
+# === Checkpoints ===
+
+
+def entries(model, convention=0):
+    """The entries of all variables of a model that a checkpoint holds."""
+    names = tensor_names(model)
+    return names_of_tensors.entries(model, names.table, names.prefix, convention)
 
 
 # === Variants for exports ===

@@ -317,8 +317,8 @@ def test_onnx_of_the_features_and_its_metadata(tmp_path):
     np.testing.assert_allclose(found, vectors.predict_on_batch(images), atol=1e-5)
     told = metadata_of(path)
     assert json.loads(told["labels"]) == LABELS
-    np.testing.assert_allclose(json.loads(told["mean"]), keras_tnt.deit.MEAN, atol=1e-5)
-    np.testing.assert_allclose(json.loads(told["std"]), keras_tnt.deit.STD, atol=1e-5)
+    np.testing.assert_allclose(json.loads(told["mean"]), keras_tnt.deit.IMAGE.mean, atol=1e-5)
+    np.testing.assert_allclose(json.loads(told["std"]), keras_tnt.deit.IMAGE.std, atol=1e-5)
     assert json.loads(told["image_size"]) == [32, 32]
     assert told["weights"] == "mine"
 

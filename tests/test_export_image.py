@@ -10,7 +10,6 @@ import pytest
 
 import keras_tnt
 from keras_tnt.export.image import load_images
-from keras_tnt.preprocessing import resized_sides
 from tests import hostile_images
 
 tf = pytest.importorskip("tensorflow")
@@ -82,8 +81,9 @@ def model_and_graph(shape):
         input_shape=shape, classes=7, outer_dim=16, inner_dim=8, depth=1, outer_heads=2,
         inner_heads=2,
     )  # fmt: skip
+    covered = keras_tnt.anatomy(model).image.covered_size()
     graph = tf.function(
-        lambda encoded: load_images(encoded, shape[:2], resized_sides(model), shape[2]),
+        lambda encoded: load_images(encoded, shape[:2], covered, shape[2]),
         input_signature=[tf.TensorSpec((None,), tf.string)],
         autograph=False,
     )

@@ -9,9 +9,16 @@ from safetensors.numpy import save_file
 import keras_tnt
 from keras_tnt.layers import PositionEmbedding, RelativePosition
 from keras_tnt.layers.embedding import resample_positions
-from keras_tnt.weights.names import entries
 from tests import golden
-from tests.checks import MODES, assert_equal, check_fresh_process, check_model, normal, predict
+from tests.checks import (
+    MODES,
+    assert_equal,
+    check_fresh_process,
+    check_model,
+    entries,
+    normal,
+    predict,
+)
 from tests.golden import assert_close
 
 BUILDERS = {
@@ -222,7 +229,7 @@ def test_grey_images_are_normalised_inside_and_outside_alike():
 def test_preprocessing_takes_arrays_and_tensors_of_either_layout(family):
     module = getattr(keras_tnt, family)
     last = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), "uint8")
-    mean, std = np.array(module.MEAN), np.array(module.STD)
+    mean, std = np.array(module.IMAGE.mean), np.array(module.IMAGE.std)
     expected = ((last / 255 - mean) / std).astype("float32")
     assert_equal(module.preprocess_input(last), expected)
     assert_equal(module.preprocess_input(last.astype("float32")), expected)

@@ -89,7 +89,7 @@ def test_an_image_that_cannot_be_read_keeps_no_other_from_being_classified(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model=ResNet50"], "There is no model 'ResNet50'. There are: .*TNTSmall"),
+        (["--model=ResNet50"], "There is no model 'ResNet50'. There are: .*tnt_small"),
         (["--weights=no/file"], "'no/file', which is no file"),
         (["--model=TNTTiny"], "no public weights of TNTTiny"),
         (["--top=0"], "--top must be 1 or more"),

@@ -66,7 +66,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     config = make_config(given, run)
     if not weights and not run:
         raise ValueError("give --run, or --model and --weights")
-    models.check_name(config.model)
+    models.find_builder(config.model)
     strategy = strategies.make(config)
     replicas = strategy.num_replicas_in_sync
     share = data.WorkerShare(*strategies.worker(strategy), replicas)

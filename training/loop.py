@@ -53,7 +53,7 @@ def train(config):
         OSError: if the disk is full; the last checkpoint is whole.
         RuntimeError: if the loss blew up more than `max_rollbacks` times.
     """
-    models.check_name(config.model)
+    models.find_builder(config.model)
     workdir.check_config(config)
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:

@@ -1,7 +1,6 @@
 """The models that the trainer can build, by name, and their logits."""
 
 import dataclasses
-import inspect
 import os
 import zipfile
 
@@ -10,7 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 import keras_tnt
+from keras_tnt import registry
 from keras_tnt.files import replacing, write_atomically
+from keras_tnt.layers.ends import scale_and_offset
 from keras_tnt.teacher import Teacher
 from training.checkpoint import read
 
@@ -34,21 +35,18 @@ def tnt_digits(classes=10, name="tnt_digits", **architecture):
     return keras_tnt.TNT(classes=classes, name=name, **(TNT_DIGITS | architecture))
 
 
-def builders():
-    """Every model function of keras_tnt by the name that it gives its models, and tnt_digits."""
-    found = {"tnt_digits": tnt_digits}
-    for function in vars(keras_tnt).values():
-        if inspect.isfunction(function):
-            parameters = inspect.signature(function).parameters
-            if {"include_top", "classifier_activation", "name"} <= set(parameters):
-                found[parameters["name"].default] = function
-    return found
+def find_builder(name, flag="--model"):
+    """The function that builds the model of a name.
 
-
-def check_name(name, flag="--model"):
-    """Raise a ValueError that lists the models if there is none of this name."""
-    if name not in builders():
-        raise ValueError(f"{flag}: there is no {name!r}. There are: {', '.join(builders())}")
+    Raises:
+        ValueError: naming the nearest if there is none.
+    """
+    if name == "tnt_digits":
+        return tnt_digits
+    try:
+        return registry.find_model(name)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def build(config, classes):
@@ -67,21 +65,18 @@ def build(config, classes):
     for name in ("stochastic_depth", "dropout", "distilled"):
         if getattr(config, name):
             arguments[name] = getattr(config, name)
-    builder, weights = builders()[config.model], config.weights or None
-    policy = config.precision if config.precision == "float32" else f"mixed_{config.precision}"
-    keras.config.set_dtype_policy(policy)
-    try:
-        if weights is None or classes == IMAGENET_CLASSES or weights.endswith(KERAS_FILES):
-            model = builder(classes=classes, weights=weights, **arguments)
-        else:
-            model = builder(classes=classes, weights=None, **arguments)
-            take_all_but_heads(model, builder(weights=weights, **arguments))
-    finally:
-        keras.config.set_dtype_policy("float32")
+    if config.precision != "float32":
+        arguments["dtype"] = f"mixed_{config.precision}"
+    builder, weights = find_builder(config.model), config.weights or None
+    if weights is None or classes == IMAGENET_CLASSES or weights.endswith(KERAS_FILES):
+        model = builder(classes=classes, weights=weights, **arguments)
+    else:
+        model = builder(classes=classes, weights=None, **arguments)
+        take_all_but_heads(model, builder(weights=weights, **arguments))
     if config.remat:
-        for layer in model.layers:
-            if "block" in layer.name:
-                rematerialise(layer)
+        found = keras_tnt.anatomy(model)
+        for layer in (*(block.layer for block in found.blocks), *found.class_blocks):
+            rematerialise(layer)
     return model
 
 
@@ -123,8 +118,7 @@ def build_teacher(config, student):
             raise ValueError(f"--teacher: there is no file {config.teacher!r}")
         model = keras.models.load_model(config.teacher, compile=False)
     else:
-        check_name(config.teacher, "--teacher")
-        model = builders()[config.teacher](weights="imagenet")
+        model = find_builder(config.teacher, "--teacher")(weights="imagenet")
     return Teacher(model, student, None, None)
 
 
@@ -160,15 +154,15 @@ def rematerialise(layer):
 
 def logits_model(model):
     """The same layers up to the heads: logits of the class head, and of the distillation head."""
-    names = {layer.name for layer in model.layers}
-    heads = [name for name in ("head", "head_distillation") if name in names]
-    return keras.Model(model.inputs, [model.get_layer(name).output for name in heads])
+    heads = keras_tnt.anatomy(model).heads
+    return keras.Model(model.inputs, [head.output for head in heads])
 
 
 def normalisation(model):
     """(scale, offset) that a model puts its pixels through, three values each."""
-    layer = model.get_layer("rescaling")
-    return (np.broadcast_to(np.array(x, "float32"), 3) for x in (layer.scale, layer.offset))
+    image = keras_tnt.anatomy(model).image
+    values = scale_and_offset(image.mean, image.std, 3)
+    return (np.broadcast_to(value.astype("float32"), 3) for value in values)
 
 
 def pixels(model, normalised):
@@ -186,9 +180,8 @@ def mean_colour(model):
 
 def image_size(model):
     """(height, width) that a model takes."""
-    shape = model.input_shape
-    first = keras.config.image_data_format() == "channels_first"
-    return tuple(shape[2:] if first else shape[1:3])
+    image = keras_tnt.anatomy(model).image
+    return image.height, image.width
 
 
 def state(model):

@@ -10,6 +10,8 @@ import math
 
 import tensorflow as tf
 
+from keras_tnt.anatomy import anatomy, is_ours
+
 
 def learning_rate(config, step, steps_per_epoch):
     """The rate of update `step`: linear warm-up, then a cosine to the minimum, a value an update.
@@ -41,20 +43,24 @@ def depths(model):
     """How deep each trainable variable lies: 0 before the first block, then block by block.
 
     Returns:
-        (list of integers, one a variable of `model.trainable_variables`; the head's depth).
+        (list of integers, one a variable of `model.trainable_variables`; the head's depth). All of
+        a model that has no anatomy is as deep as its head.
     """
-    layers, depth = {}, 0
-    for layer in model.layers:
-        blocks_and_beyond = "block" in layer.name or depth and "token" not in layer.name
-        if "block" in layer.name:
+    if not is_ours(model):
+        return [1] * len(model.trainable_variables), 1
+    found = anatomy(model)
+    places = [block.layer for block in found.blocks] + list(found.class_blocks)
+    head = len(places) + 1
+    # What stands between the blocks goes with the block before it; norm and heads are last, and
+    # tokens first, even where they enter behind the blocks.
+    depth, by_variable = 0, {}
+    for layer in found.model.layers:
+        if layer in places:
             depth += 1
-        elif blocks_and_beyond and layer.name in ("norm", "head", "head_distillation"):
-            layers.update({id(v): None for v in layer.trainable_variables})
-            continue
-        layers.update({id(v): depth if blocks_and_beyond else 0 for v in layer.trainable_variables})
-    head = depth + 1
-    found = [layers[id(v)] for v in model.trainable_variables]
-    return [head if place is None else place for place in found], head
+        last = layer is found.norm or layer in found.heads
+        place = head if last else 0 if layer in found.tokens else depth
+        by_variable |= {id(v): place for v in layer.trainable_variables}
+    return [by_variable[id(v)] for v in model.trainable_variables], head
 
 
 class AdamW:

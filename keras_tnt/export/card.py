@@ -4,9 +4,8 @@ import keras
 import numpy as np
 
 import keras_tnt
-from keras_tnt.export.network import all_layers
-from keras_tnt.preprocessing import imagenet_classes, input_layout, resized_sides
-from keras_tnt.teacher import PIXELS, normalisation
+from keras_tnt.anatomy import class_names
+from keras_tnt.preprocessing import sized_image
 
 
 def describe(model, network, labels=None, weights=None):
@@ -15,7 +14,7 @@ def describe(model, network, labels=None, weights=None):
     Args:
         model: what the user handed over.
         network: its `serving_network`.
-        labels: names of the classes; None: ImageNet's for 1000 classes, else numbers.
+        labels: names of the classes; None: the model's own, else numbers.
         weights: where the weights come from, in words.
 
     Returns:
@@ -25,20 +24,18 @@ def describe(model, network, labels=None, weights=None):
     Raises:
         ValueError: if there are not as many labels as classes.
     """
-    height, width, channels, channels_first = input_layout(model)
-    takes = normalisation(model)
-    mean, std = takes if takes not in (None, PIXELS) else inner_normalisation(model)
+    image = sized_image(model)
     return {
         "name": model.name,
         "weights": weights,
-        "input": "pixels in [0, 255]" if takes in (None, PIXELS) else "normalised",
-        "image_size": [height, width],
-        "resized_to_cover": list(resized_sides(model)),
-        "channels": channels,
-        "data_format": "channels_first" if channels_first else "channels_last",
-        "mean": mean,
-        "std": std,
-        "labels": class_names(network, labels),
+        "input": "pixels in [0, 255]" if image.normalises else "normalised",
+        "image_size": [image.height, image.width],
+        "resized_to_cover": list(image.covered_size()),
+        "channels": image.channels,
+        "data_format": image.data_format,
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "labels": label_names(model, network, labels),
         "made_with": f"keras_tnt {keras_tnt.__version__}, keras {keras.__version__}",
     }
 
@@ -49,27 +46,15 @@ def normalisation_of(card):
     return [x if card["channels"] == len(x) else x.mean(keepdims=True) for x in mean_and_std]
 
 
-def inner_normalisation(model):
-    """(mean, std) of the model's own rescaling of pixels in [0, 1]; of none, 0 and 1."""
-    for layer in all_layers(model):
-        if isinstance(layer, keras.layers.Rescaling):
-            std = 1 / (255 * np.asarray(layer.scale, dtype="float64"))
-            mean = -np.asarray(layer.offset, dtype="float64") * std
-            return [np.broadcast_to(x, (3,)).round(6).tolist() for x in (mean, std)]
-    return [0.0] * 3, [1.0] * 3
-
-
-def class_names(network, labels):
+def label_names(model, network, labels):
     """The names of the classes, one each; None for a model without a classifier."""
     if "probabilities" not in network.output:
         if labels is not None:
             raise ValueError(f"`labels` were given, but model '{network.name}' has no classifier.")
         return None
     classes = network.output["probabilities"].shape[-1]
-    if labels is None and classes == len(imagenet_classes()):
-        return [name for _, name in imagenet_classes()]
     if labels is None:
-        return [str(number) for number in range(classes)]
+        return class_names(model) or [str(number) for number in range(classes)]
     if isinstance(labels, str):
         raise ValueError(f"`labels` must be a list of names. Received: {labels!r}")
     labels = [str(label) for label in labels]

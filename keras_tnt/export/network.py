@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-HEADS = ("head", "head_distillation")
+from keras_tnt.anatomy import anatomy, is_ours
 
 
 def serving_network(model):
@@ -99,8 +99,8 @@ def named_outputs(model):
     if isinstance(last, keras.layers.Dense):
         logits, vectors = without_activation(last), [last.input]
     elif isinstance(last, keras.layers.Activation | keras.layers.Softmax):
-        layers = {layer.name: layer for layer in model.layers}
-        logits, vectors = last.input, [layers[name].input for name in HEADS if name in layers]
+        heads = anatomy(model).heads if is_ours(model) else ()
+        logits, vectors = last.input, [head.input for head in heads if head in model.layers]
     else:
         return {"features": output}
 

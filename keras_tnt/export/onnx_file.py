@@ -51,7 +51,7 @@ def onnx(
         precision: `"float32"`; `"float16"`: weights and arithmetic, but for softmax and the
             statistics of norms; `"int8"`: the weights of matrix products, whose inputs are
             quantized as they come.
-        labels: names of the classes; None: ImageNet's for 1000 classes, else numbers.
+        labels: names of the classes; None: the model's own, else numbers.
         weights: where the weights come from, for the metadata.
 
     Returns:

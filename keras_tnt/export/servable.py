@@ -48,7 +48,7 @@ def saved_model(model, directory, version=None, labels=None, *, signatures=None,
         model: a functional model of this package, or one built around it.
         directory: the model's directory, which a server polls for versions.
         version: positive integer that does not exist yet; None: the next free one.
-        labels: names of the classes; None: numbers, and ImageNet's names for 1000 classes.
+        labels: names of the classes; None: the model's own, else numbers.
         signatures: names of those wanted; None: all that the model can have.
         weights: where the weights come from, for the metadata.
 

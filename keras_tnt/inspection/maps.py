@@ -1,13 +1,10 @@
 """Attention maps and attention rollout."""
 
-import re
-
 import keras
 import numpy as np
 
+from keras_tnt.anatomy import anatomy
 from keras_tnt.layers.attention import record_attention
-
-PLAIN_BLOCK = re.compile(r"(^|/)(stage_\d+_)?block_\d+$")
 
 
 def attention_maps(model, images):
@@ -48,13 +45,21 @@ def attention_maps(model, images):
         model(images, training=False)
     if not recorded:
         raise ValueError(f"Model '{model.name}' has no attention layer of keras_tnt.")
-    return {block_name(path): keras.ops.convert_to_numpy(x) for path, x in recorded.items()}
+    names = attention_names(model)
+    return {names.get(path, path): keras.ops.convert_to_numpy(x) for path, x in recorded.items()}
 
 
-def block_name(path):
-    """A block's attention by its layer's path; a plain transformer block is an outer one."""
-    path = path.removesuffix("/attention")
-    return f"{path}/outer" if PLAIN_BLOCK.search(path) else path
+def attention_names(model):
+    """What each attention layer is called in the maps, by its path."""
+    names = {}
+    found = anatomy(model)
+    for block in found.blocks:
+        for kind, transformer in (("inner", block.inner), ("outer", block.outer)):
+            if transformer is not None:
+                names[f"{transformer.path}/attention"] = f"{block.name}/{kind}"
+    for layer in found.class_blocks:
+        names[f"{layer.path}/attention"] = layer.name.removeprefix(found.layer_prefix)
+    return names
 
 
 def attention_rollout(model, images):
@@ -77,14 +82,17 @@ def attention_rollout(model, images):
     >>> rollout = keras_tnt.inspection.attention_rollout(model, images)
     >>> heat = rollout[:, 0, 1:].reshape(-1, 14, 14)
     """
-    layers = {layer.path: layer for layer in model._flatten_layers()}
+    found = anatomy(model)
+    blocks = {
+        f"{block.name.removeprefix(found.layer_prefix)}/outer": block for block in found.blocks
+    }
     rollout, grid = None, None
     for key, value in attention_maps(model, images).items():
         if key.endswith("/inner"):
             continue
         step = value.mean(axis=1)  # (b, queries, keys)
-        block = layers[key.removesuffix("/outer")]
-        if hasattr(block, "grid"):
+        block = blocks.get(key)
+        if len(found.stages) > 1:
             pooled = tuple(side // block.reduction for side in block.grid)
             step = step @ means(block.grid, pooled, block.reduction)
             if grid not in (None, block.grid):

@@ -5,6 +5,7 @@ import os
 import keras
 import numpy as np
 
+from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.inspection.maps import attention_maps, attention_rollout
 
 COLOURS = ("#ff5964", "#35c4dc", "#7ac74f")
@@ -67,7 +68,8 @@ def plot_attention(model, image, path, patches=None):
     rows = 2 if inner else 1
     figure = Figure(figsize=(1.7 * (1 + len(heats)), 2.5 * rows), dpi=150, layout="constrained")
     parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]
-    draw_outer(parts[0], displayed(image), prediction(model, image), heats, frames)
+    reader = "class token" if anatomy(model).class_tokens else "mean patch"
+    draw_outer(parts[0], reader, displayed(image), prediction(model, image), heats, frames)
     if inner:
         draw_inner(parts[1], displayed(image), inner[-1][patches].mean(axis=1), frames)
     save(figure, path)
@@ -81,36 +83,29 @@ def class_attention(model, maps):
     """Each head's attention of the class token to the patches, (heads, rows, columns)."""
     key = [key for key in maps if not key.endswith("/inner")][-1]
     attention = maps[key][0]  # (heads, queries, keys)
-    block = find_layer(model, key.removesuffix("/outer"))
-    if hasattr(block, "grid"):
-        grid = tuple(side // block.reduction for side in block.grid)
-        patches = attention.mean(axis=1)
-    else:
-        grid = find_layer(model, "patch_position").grid
-        patches = attention[:, 0, -grid[0] * grid[1] :]
-    return np.reshape(patches, (-1, *grid))
+    found = anatomy(model)
+    last = found.blocks[-1]
+    grid = tuple(side // last.reduction for side in last.grid)
+    patches = attention[:, 0] if found.class_tokens else attention.mean(axis=1)
+    return np.reshape(patches[:, -grid[0] * grid[1] :], (-1, *grid))
 
 
 def class_rollout(model, image):
     """How much of each patch reaches the class token through all blocks, (rows, columns)."""
     rollout = attention_rollout(model, image[None])[0]
-    grid = find_layer(model, "patch_position").grid
-    patches = grid[0] * grid[1]
-    reached = rollout[0, -patches:] if rollout.shape[1] > patches else rollout.mean(axis=0)
-    return np.reshape(reached, grid)
+    found = anatomy(model)
+    reached = rollout[0] if found.class_tokens else rollout.mean(axis=0)
+    return np.reshape(reached[-found.grid[0] * found.grid[1] :], found.grid)
 
 
 def prediction(model, image):
     """The class that a classifier sees in the image, for a title."""
     outputs = keras.ops.convert_to_numpy(model(image[None], training=False))
-    if model.layers[-1].name != "predictions":
+    if anatomy(model).predictions is None:
         return "image"
-    return f"predicted\nclass {outputs[0].argmax()}, {outputs[0].max():.0%}"
-
-
-def find_layer(model, path):
-    """The layer of a model, or of one inside it, at a path."""
-    return next(layer for layer in model._flatten_layers() if layer.path == path)
+    names, best = class_names(model), outputs[0].argmax()
+    name = f"class {best}" if names is None else names[best]
+    return f"predicted\n{name}, {outputs[0].max():.0%}"
 
 
 def displayed(image):
@@ -127,8 +122,8 @@ def displayed(image):
 # === How ===
 
 
-def draw_outer(figure, pixels, title, heats, frames):
-    figure.suptitle("Outer attention: what the class token reads", fontsize=10)
+def draw_outer(figure, reader, pixels, title, heats, frames):
+    figure.suptitle(f"Outer attention: what the {reader} reads", fontsize=10)
     axes = figure.subplots(1, 1 + len(heats))
     show(axes[0], pixels, title)
     for axis, (name, heat) in zip(axes[1:], heats.items(), strict=True):

@@ -18,6 +18,12 @@ from keras_tnt.layers.embedding import (
     WordEmbedding,
     WordsToPatches,
 )
+from keras_tnt.layers.ends import (
+    ImageNormalization,
+    Predictions,
+    SelectToken,
+    SelectTokens,
+)
 from keras_tnt.layers.pyramid import (
     MergePatches,
     MergeWords,

@@ -7,7 +7,7 @@ import functools
 import keras
 from keras import ops
 
-# Whether all variables are about to be filled from a file; `keras_tnt.model` sets it.
+# Whether all variables are about to be filled from a file; `keras_tnt.building` sets it.
 values_follow = contextvars.ContextVar("values_follow", default=False)
 
 # What a program is being compiled for, "cpu" or another device; `keras_tnt.inference` sets it.

@@ -69,7 +69,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
     assert "holds no final.keras" in refused(f"--run={tmp_path}")
     assert "there is no file nowhere.keras" in refused("--model=nowhere.keras")
     assert "there is no file nowhere.txt" in refused("--model=TNTTiny", "--labels=nowhere.txt")
-    assert "There are CaiTM36, CaiTM48" in refused("--model=TNTHuge")
+    assert "There is no model 'TNTHuge'. There are: tnt_tiny" in refused("--model=TNTHuge")
     assert "leaves nothing to do" in refused("--model=TNTTiny", "--no_saved_model")
     assert "not allowed with argument" in refused("--model=TNTTiny", "--run=x")
     assert "invalid choice: 'int4'" in refused("--model=TNTTiny", "--precision=int4")

@@ -74,14 +74,15 @@ def test_a_teacher_has_its_public_weights(monkeypatch):
         asked.append(weights)
         return keras_tnt.DeiTTiny(weights=None, input_shape=(32, 32, 3), classes=10)
 
-    monkeypatch.setattr(models, "builders", lambda: {"deit_tiny": deit_tiny})
+    monkeypatch.setattr(models.registry, "find_model", {"deit_tiny": deit_tiny}.__getitem__)
     student = models.tnt_digits(depth=1)
     teacher = models.build_teacher(
         configuration.make("digits", distill="soft", teacher="deit_tiny"), student
     )
     assert asked == ["imagenet"]
     assert teacher(np.zeros((2, 32, 32, 3), "float32")).shape == (2, 10)
-    with pytest.raises(ValueError, match="--teacher: there is no 'deit_huge'"):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="--teacher: There is no model 'deit_huge'. Did you mean"):
         models.build_teacher(
             configuration.make("digits", distill="soft", teacher="deit_huge"), student
         )

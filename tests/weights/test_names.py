@@ -6,8 +6,9 @@ import keras
 import pytest
 
 import keras_tnt
-from keras_tnt.weights.names import UNUSED, entries
+from keras_tnt.weights.names import UNUSED
 from tests import golden
+from tests.checks import entries
 
 CHECKPOINTS = golden.checkpoints()
 

@@ -8,13 +8,13 @@ import pytest
 from safetensors import safe_open
 
 import keras_tnt
+from keras_tnt import registry
+from keras_tnt.pretrained import fetch, find
 from keras_tnt.weights import hub as downloads
-from keras_tnt.weights.source import fetch
-from keras_tnt.weights.table import CHECKPOINTS
 from tests import golden
 from tests.checks import BACKEND
 
-ROWS = {row.name: row for row in CHECKPOINTS}
+ROWS = {row.name: row for row in registry.checkpoints()}
 PUBLISHED = golden.checkpoints()
 # Name, and what one types beside the variant's name to get it.
 CASES = {
@@ -78,7 +78,7 @@ def test_imagenet_gives_the_logits_of_the_model_on_the_hub(name, hub, tmp_path):
         golden.assert_close(logits(model), logits(reference), 1e-6)
 
     hub.requests.clear()
-    assert Path(fetch(name).path).stat().st_size > 4e6
+    assert Path(fetch(find(name))).stat().st_size > 4e6
     assert hub.requests == []
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import keras_tnt
-from keras_tnt.weights.__main__ import BEGIN, END, with_table
-from keras_tnt.weights.table import CHECKPOINTS
+from keras_tnt import registry
+from keras_tnt.pretrained import BEGIN, END, with_table
 from tests import golden
 
+CHECKPOINTS = registry.checkpoints()
 pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parents[2]
 # Top-1 of the papers and of timm's evaluation, in percent.
@@ -58,12 +59,11 @@ def test_rows_name_variants_and_arguments_that_exist():
         assert getattr(keras_tnt, row.model).__name__ == row.model
 
 
-def test_the_list_prints_as_a_table(capsys):
+def test_the_list_shows_as_a_table_and_prints_nothing(capsys):
     rows = keras_tnt.list_weights()
     assert rows == list(CHECKPOINTS)
-    printed = capsys.readouterr().out
-    assert printed == f"{rows}\n"
-    lines = printed.splitlines()
+    assert capsys.readouterr().out == ""
+    lines = repr(rows).splitlines()
     assert len(lines) == 1 + len(CHECKPOINTS)
     assert lines[0].split() == ["weights", "model", "image", "parameters", "top-1", "top-5"]
     assert lines[1].split() == [
@@ -80,19 +80,20 @@ def test_the_list_of_one_model():
         "deit_base_patch16_384.fb_in1k",
         "deit_base_distilled_patch16_384.fb_in1k",
     ]
+    assert rows == keras_tnt.list_weights("deit_base") == keras_tnt.list_weights("deit_base_*")
     with pytest.raises(ValueError, match="no public weights of 'TNTTiny'. There are some of: TNTS"):
         keras_tnt.list_weights("TNTTiny")
 
 
 def test_the_readme_has_the_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == with_table(readme), "run `python -m keras_tnt.weights README.md`"
+    assert readme == with_table(readme), "run `python -m keras_tnt.pretrained README.md`"
 
 
 def test_the_command_writes_the_table_between_the_markers(tmp_path):
     file = tmp_path / "README.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    command = [sys.executable, "-m", "keras_tnt.weights"]
+    command = [sys.executable, "-m", "keras_tnt.pretrained"]
     subprocess.run([*command, file], check=True, cwd=ROOT)
     first, *table, last = file.read_text().splitlines()
     assert (first, last) == ("before", "after")

@@ -1,0 +1,313 @@
+"""What a built model is: its image, grid, blocks and heads, for whoever wants to look inside."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import keras
+
+from keras_tnt import registry
+from keras_tnt.imagenet import imagenet_classes
+from keras_tnt.layers import ImageNormalization, Predictions
+from keras_tnt.layers.ends import CHANNELS_AXIS
+from keras_tnt.weights.names import HEADS
+
+NORMALIZATION = "image_normalization"
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """The images that a model takes.
+
+    Attributes:
+        height, width: in pixels; None: any that the patches divide.
+        channels: number of channels.
+        data_format: `"channels_last"` or `"channels_first"`.
+        mean, std: by which pixels in [0, 1] are normalised, a value a channel.
+        normalises: whether the model does that itself. True: it takes pixels in [0, 255]; False:
+            it takes images that were normalised outside.
+        crop: share of the resized image's side that the evaluation crop shows.
+        interpolation: with which images are resized.
+    """
+
+    height: int | None
+    width: int | None
+    channels: int
+    data_format: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    normalises: bool
+    crop: float
+    interpolation: str
+
+    def covered_size(self) -> tuple[int, int]:
+        """(height, width) that an image is resized to cover before the centre crop."""
+        return int(self.height / self.crop), int(self.width / self.crop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A block over the patches.
+
+    Attributes:
+        layer: the block.
+        name: of the layer, without the model's prefix: "block_3", "stage_0_block_1".
+        number: its place among all blocks, from 0.
+        stage: its stage, from 0; of models without stages 0.
+        grid: (rows, columns) of its patches; None: as the image has them.
+        reduction: side of the squares of patches that are pooled for keys and values.
+        inner: its transformer among words; None: it has none.
+        outer: its transformer among patches.
+    """
+
+    layer: keras.layers.Layer
+    name: str
+    number: int
+    stage: int
+    grid: tuple[int, int] | None
+    reduction: int
+    inner: keras.layers.Layer | None
+    outer: keras.layers.Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
+    """What `anatomy` finds. Layers are given in the order of the forward pass.
+
+    Attributes:
+        family: name of the model's family.
+        model: the model of this package: the one that was asked, or the one inside it.
+        layer_prefix: what the names of its layers begin with.
+        entrance: its `ImageNormalization`.
+        image: the `Image`s that the asked model takes.
+        patch_size: side of a patch in pixels, as the stem makes them.
+        grid: (rows, columns) of the patches that the stem makes; None: as the image has them.
+        stem: the layer that makes words or patches of the image; None: the family names none.
+        tokens: the layers that put class and distillation token before the patches.
+        prefix_tokens: how many tokens stand before the patches in `blocks`.
+        class_tokens: how many tokens the heads read; 0: the mean patch.
+        positions: the layers that say where words and patches stand.
+        merges: the layers that make a stage's patches of the stage's before.
+        blocks: the blocks over the patches.
+        class_blocks: the class-attention blocks behind them.
+        norm: the norm before the heads; None: there is none.
+        heads: the `Dense` layers that give the logits of the class head and, where the model is
+            distilled, of the distillation head; without a top, of a classifier that wraps it.
+        predictions: the layer that makes predictions of logits; None: there is none.
+    """
+
+    family: str
+    model: keras.Model
+    layer_prefix: str
+    entrance: ImageNormalization
+    image: Image
+    patch_size: int | None
+    grid: tuple[int, int] | None
+    stem: keras.layers.Layer | None
+    tokens: tuple[keras.layers.Layer, ...]
+    prefix_tokens: int
+    class_tokens: int
+    positions: tuple[keras.layers.Layer, ...]
+    merges: tuple[keras.layers.Layer, ...]
+    blocks: tuple[Block, ...]
+    class_blocks: tuple[keras.layers.Layer, ...]
+    norm: keras.layers.Layer | None
+    heads: tuple[keras.layers.Layer, ...]
+    predictions: keras.layers.Layer | None
+
+    @property
+    def stages(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks by stage."""
+        count = self.blocks[-1].stage + 1 if self.blocks else 0
+        return tuple(tuple(b for b in self.blocks if b.stage == s) for s in range(count))
+
+
+def anatomy(model: keras.Model) -> Anatomy:
+    """What a model is.
+
+    Args:
+        model: a model built by this package, also loaded, cloned or quantized, or a functional or
+            Sequential model with one such model inside.
+
+    Returns:
+        An `Anatomy`.
+
+    Raises:
+        ValueError: if the model is not built from one of this package, or from several.
+
+    Example:
+
+    >>> found = keras_tnt.anatomy(keras_tnt.TNTSmall(weights=None))
+    >>> found.family, found.grid, len(found.blocks), found.image.crop
+    ('tnt', (14, 14), 12, 0.9)
+    """
+    core, entrance = find_core(model)
+    layers = list(core.layers)
+
+    def of_part(part):
+        return tuple(layer for layer in layers if getattr(layer, "part", None) == part)
+
+    image = describe_image(model, core, entrance)
+    stem = next(iter(of_part("stem")), None)
+    patch_size = getattr(stem, "patch_size", None)
+    grid = None
+    own = core.input_shape
+    if patch_size and len(own) == 4:
+        sides = own[2:] if entrance.data_format == "channels_first" else own[1:3]
+        grid = None if None in sides else tuple(side // patch_size for side in sides)
+    prefix = entrance.name.removesuffix(NORMALIZATION)
+    blocks = tuple(find_blocks(layers, prefix, grid))
+    tokens = of_part("token")
+    first_block = layers.index(blocks[0].layer) if blocks else len(layers)
+    heads, predictions = find_heads(model, core, prefix)
+    norms = [layer for layer in layers if layer.name == f"{prefix}norm"]
+    return Anatomy(
+        family=entrance.family,
+        model=core,
+        layer_prefix=prefix,
+        entrance=entrance,
+        image=image,
+        patch_size=patch_size,
+        grid=grid,
+        stem=stem,
+        tokens=tokens,
+        prefix_tokens=sum(layers.index(layer) < first_block for layer in tokens),
+        class_tokens=len(tokens),
+        positions=of_part("position"),
+        merges=of_part("merge"),
+        blocks=blocks,
+        class_blocks=of_part("class_block"),
+        norm=norms[0] if norms else None,
+        heads=heads,
+        predictions=predictions,
+    )
+
+
+def is_ours(model: keras.Model) -> bool:
+    """Whether `anatomy` can tell of a model."""
+    return len(list(find_entrances(model))) == 1
+
+
+def find_core(model) -> tuple[keras.Model, ImageNormalization]:
+    """The model of this package that a model is or has inside, and its first layer."""
+    found = list(find_entrances(model))
+    name = getattr(model, "name", repr(model))
+    if not found:
+        raise ValueError(f"Model '{name}' is not built from one of keras_tnt's.")
+    if len(found) > 1:
+        kinds = ", ".join(entrance.family for _, entrance in found)
+        raise ValueError(
+            f"Model '{name}' is built from several of keras_tnt's ({kinds}). Ask one of them."
+        )
+    return found[0]
+
+
+def find_entrances(model) -> Iterator[tuple[keras.Model, ImageNormalization]]:
+    for layer in getattr(model, "layers", ()):
+        if isinstance(layer, ImageNormalization):
+            yield model, layer
+        elif isinstance(layer, keras.Model):
+            yield from find_entrances(layer)
+
+
+def describe_image(model, core, entrance) -> Image:
+    """The images that a model takes; a wrapper may resize and normalise them before ours does."""
+    shape = model.input_shape
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        shape = core.input_shape
+    channels = shape[CHANNELS_AXIS[entrance.data_format]]
+    height, width = shape[2:] if entrance.data_format == "channels_first" else shape[1:3]
+    mean, std, normalises = entrance.mean, entrance.std, entrance.normalises
+    before = [x for x in model._flatten_layers() if isinstance(x, keras.layers.Rescaling)]
+    if before and not normalises:
+        mean, std = undo_rescaling(before[0])
+        normalises = True
+    crop = entrance.crop
+    if crop is None:
+        transform = registry.family(entrance.family).image
+        crop = transform.crop if None in (height, width) else transform.crop_at(height, width)
+    return Image(
+        height=height,
+        width=width,
+        channels=channels,
+        data_format=entrance.data_format,
+        mean=mean,
+        std=std,
+        normalises=normalises,
+        crop=crop,
+        interpolation=entrance.interpolation,
+    )
+
+
+def undo_rescaling(layer) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std), three values each, of a layer `pixels * scale + offset`."""
+    scale, offset = (
+        keras.ops.convert_to_numpy(x).astype("float64").ravel() for x in (layer.scale, layer.offset)
+    )
+    std = 1 / (255 * scale)
+    mean = -offset * std
+    return tuple(tuple(x.round(6).tolist()) * (3 // len(x) or 1) for x in (mean, std))
+
+
+def find_blocks(layers, prefix, grid) -> Iterator[Block]:
+    """The blocks in order. A stage begins where patches were merged since the last block."""
+    number = stage = 0
+    merged = False
+    for layer in layers:
+        part = getattr(layer, "part", None)
+        if part == "merge":
+            merged = True
+        elif part == "block":
+            stage += merged
+            merged = False
+            yield Block(
+                layer=layer,
+                name=layer.name.removeprefix(prefix),
+                number=number,
+                stage=stage,
+                grid=getattr(layer, "grid", grid),
+                reduction=getattr(layer, "reduction", 1),
+                inner=getattr(layer, "inner", None),
+                outer=getattr(layer, "outer", layer),
+            )
+            number += 1
+
+
+def find_heads(model, core, prefix):
+    """(the heads, the layer of the predictions or None): of our model, or of what wraps it."""
+    by_name = {layer.name: layer for layer in core.layers}
+    heads = tuple(by_name[prefix + name] for name in HEADS if prefix + name in by_name)
+    predictions = [layer for layer in core.layers if isinstance(layer, Predictions)]
+    if heads or core is model:
+        return heads, predictions[-1] if predictions else None
+    last = model.layers[-1]
+    activations = keras.layers.Activation | keras.layers.Softmax
+    if isinstance(last, activations) and len(model.layers) > 1:
+        previous = model.layers[-2]
+        return ((previous,) if isinstance(previous, keras.layers.Dense) else ()), last
+    return ((last,) if isinstance(last, keras.layers.Dense) else ()), None
+
+
+def class_names(model: keras.Model) -> list[str] | None:
+    """The names of the classes that a model predicts.
+
+    Args:
+        model: any Keras model; models of this package keep the names that they were built with.
+
+    Returns:
+        A list, one name a class; of a classifier of ImageNet's 1,000 classes that was given none,
+        ImageNet's. None if nothing is known of the classes.
+
+    Example:
+
+    >>> keras_tnt.class_names(keras_tnt.TNTTiny(class_names=["cat", "dog"]))
+    ['cat', 'dog']
+    """
+    for layer in reversed(list(model._flatten_layers())):
+        if isinstance(layer, Predictions) and layer.class_names is not None:
+            return list(layer.class_names)
+    if not is_ours(model):
+        return None
+    heads = anatomy(model).heads
+    if heads and heads[0].units == len(imagenet_classes()):
+        return [name for _, name in imagenet_classes()]
+    return None

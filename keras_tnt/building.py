@@ -1,0 +1,459 @@
+"""What the families' builders share: images in, predictions out, weights, public functions.
+
+A family's function goes from arguments to (inputs, outputs); `builder` makes of it the public
+function that checks what all families are told, builds the `keras.Model` and fills it with weights.
+`register_family` makes a family known, and with it the functions of its variants.
+"""
+
+import contextlib
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_tnt import pretrained, registry
+from keras_tnt.anatomy import NORMALIZATION
+from keras_tnt.layers import ImageNormalization, Predictions, SelectToken, SelectTokens
+from keras_tnt.layers.base import at_least_float32, projection, without_initial_values
+from keras_tnt.layers.ends import along_channels, scale_and_offset
+from keras_tnt.registry import Checkpoint, Family, ImageTransform, Variant
+from keras_tnt.weights.names import HEADS
+
+POOLINGS = (None, "avg", "max", "token")
+# results/results-imagenet.csv of the repository huggingface/pytorch-image-models.
+TIMM_RESULTS = "timm's results-imagenet.csv"
+# What tells a distilled model's file, for `register_family`.
+DISTILLATION_TENSORS = (
+    r"dist_token|head_dist\.weight",
+    "distilled",
+    "a distillation token",
+)
+# Arguments that change no weight.
+WITHOUT_WEIGHTS = ("dropout", "attention_dropout", "stochastic_depth", "dtype", "class_names")
+
+
+# === From an image ===
+
+
+def image_input(input_tensor, input_shape, default_size: int, divisor: int):
+    """The model's input, checked.
+
+    Args:
+        input_tensor: Keras tensor or array to build upon; None: a new input.
+        input_shape: (height, width, channels), or channels first by Keras's setting; None: square,
+            of `default_size`, RGB.
+        default_size: side in pixels without `input_shape`.
+        divisor: what height and width must be multiples of.
+
+    Returns:
+        `(tensor, (height, width))`.
+
+    Raises:
+        ValueError: for a shape that is no image's or that `divisor` does not divide.
+    """
+    channels_first = keras.config.image_data_format() == "channels_first"
+    if input_tensor is not None:
+        if not keras.utils.is_keras_tensor(input_tensor):
+            input_tensor = keras.Input(tensor=input_tensor)
+        shape = tuple(input_tensor.shape[1:])
+        if input_shape is not None and tuple(input_shape) != shape:
+            raise ValueError(
+                f"`input_shape` and `input_tensor` differ: {tuple(input_shape)} and {shape}. "
+                "Leave `input_shape` out."
+            )
+    elif input_shape is None:
+        size = (default_size, default_size)
+        shape = (3, *size) if channels_first else (*size, 3)
+    else:
+        shape = tuple(input_shape)
+
+    layout = "(channels, height, width)" if channels_first else "(height, width, channels)"
+    if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+        raise ValueError(f"`input_shape` must be three sizes {layout}. Received: {shape}")
+    size = shape[1:] if channels_first else shape[:2]
+    if any(side % divisor for side in size):
+        fitting = tuple(max(divisor, round(side / divisor) * divisor) for side in size)
+        raise ValueError(
+            f"Height and width must be multiples of {divisor}. Received: input_shape={shape}, read "
+            f"as {layout}. The nearest size that fits is {fitting[0]}x{fitting[1]}."
+        )
+    return keras.Input(shape=shape) if input_tensor is None else input_tensor, size
+
+
+def normalise(images, family: str, transform: ImageTransform, inside: bool, dtype=None):
+    """Images as the network takes them.
+
+    Args:
+        images: the model's input.
+        family: name of the family.
+        transform: of the family's images.
+        inside: whether the model takes pixels in [0, 255] and normalises them itself.
+        dtype: dtype or policy of the model.
+    """
+    return ImageNormalization(
+        family,
+        transform.mean,
+        transform.std,
+        inside,
+        interpolation=transform.interpolation,
+        dtype=dtype,
+        name=NORMALIZATION,
+    )(images)
+
+
+def preprocessor(transform: ImageTransform) -> Callable:
+    """A family's `preprocess_input`: what its models do inside, for those that do not."""
+
+    def preprocess_input(x, data_format: str | None = None):
+        """Normalise pixels in [0, 255], for models built with `include_preprocessing=False`.
+
+        Args:
+            x: array or tensor of images, `(batch, height, width, channels)` or one image, or
+                channels first.
+            data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+
+        Returns:
+            (x / 255 - mean) / std, array or tensor of the same shape, in floating point.
+        """
+        data_format = data_format or keras.config.image_data_format()
+        if isinstance(x, np.ndarray) and not np.issubdtype(x.dtype, np.floating):
+            x = x.astype(keras.config.floatx())
+        is_tensor = keras.ops.is_tensor(x)
+        if is_tensor and not keras.backend.is_float_dtype(x.dtype):
+            x = keras.ops.cast(x, keras.config.floatx())
+        channels = x.shape[-3 if data_format == "channels_first" else -1]
+        values = scale_and_offset(transform.mean, transform.std, channels)
+        scale, offset = (along_channels(value, data_format) for value in values)
+        if is_tensor:
+            scale, offset = (keras.ops.convert_to_tensor(v, x.dtype) for v in (scale, offset))
+            return x * scale + offset
+        return x * scale.astype(x.dtype) + offset.astype(x.dtype)
+
+    return preprocess_input
+
+
+# === To predictions or features ===
+
+
+def read_tokens(tokens, count: int, dtype=None) -> list:
+    """The first tokens of a sequence as vectors, which the heads read."""
+    names = ("class_vector", "distillation_vector")[:count]
+    return [SelectToken(i, dtype=dtype, name=name)(tokens) for i, name in enumerate(names)]
+
+
+def classify(vectors, classes, classifier_activation, class_names=None, dtype=None):
+    """The heads: `head` on the first vector, `head_distillation` on the second if there is one.
+
+    The prediction of two heads is the mean of their logits (DeiT's released code), then the
+    activation, in float32 or better.
+
+    Args:
+        vectors: one or two tensors (batch, dim).
+        classes: number of classes.
+        classifier_activation: activation of layer `predictions`; None: logits.
+        class_names: names of the classes, which stay with the model.
+        dtype: dtype or policy of the model.
+    """
+    logits = [
+        projection(classes, dtype=dtype, name=name)(vector)
+        for name, vector in zip(HEADS, vectors, strict=False)
+    ]
+    x = logits[0]
+    if len(logits) > 1:
+        x = keras.layers.Average(dtype=dtype, name="logits")(logits)
+    dtype = at_least_float32(x.dtype)
+    return Predictions(classifier_activation, class_names, dtype=dtype, name="predictions")(x)
+
+
+def pool(tokens, grid, prefix_tokens: int, pooling: str | None, dtype=None):
+    """Features of a model without its top, from (batch, prefix_tokens + rows * columns, dim)."""
+    common = {"data_format": "channels_last", "dtype": dtype}
+    if pooling == "token":
+        tokens = SelectTokens(0, prefix_tokens, dtype=dtype, name="class_tokens")(tokens)
+        return keras.layers.GlobalAveragePooling1D(name="token", **common)(tokens)
+    if prefix_tokens:
+        tokens = SelectTokens(prefix_tokens, dtype=dtype, name="patches")(tokens)
+    if pooling is None:
+        shape = (*grid, tokens.shape[-1])
+        return keras.layers.Reshape(shape, dtype=dtype, name="feature_map")(tokens)
+    layer = {
+        "avg": keras.layers.GlobalAveragePooling1D,
+        "max": keras.layers.GlobalMaxPooling1D,
+    }[pooling]
+    return layer(name=f"{pooling}_pool", **common)(tokens)
+
+
+# === Checks ===
+
+
+def check_sizes(**sizes) -> None:
+    """Raise an error that names the first of `sizes` that is no positive integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"`{name}` must be a positive integer. Received: {size!r}")
+
+
+def check_pooling(pooling, allowed=POOLINGS) -> None:
+    """Raise the error of `keras.applications` on an unknown pooling."""
+    if pooling not in allowed:
+        raise ValueError(
+            f"`pooling` must be one of {', '.join(map(repr, allowed))}. Received: {pooling!r}"
+        )
+
+
+def check_class_names(class_names) -> list[str] | None:
+    """Names of classes as a list.
+
+    Raises:
+        ValueError: if they are not a list of different names, each a line of text.
+    """
+    if class_names is None:
+        return None
+    if isinstance(class_names, str) or not hasattr(class_names, "__iter__"):
+        raise ValueError(f"`class_names` must be a list of names. Received: {class_names!r}")
+    names = list(class_names)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"Each of `class_names` must be a string. Received: {wrong[0]!r}")
+    wrong = [name for name in names if not name.strip() or len(name.splitlines()) != 1]
+    if wrong:
+        raise ValueError(f"A class name must be one line that is not blank. Received: {wrong[0]!r}")
+    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else 0
+    if twice:
+        raise ValueError(f"`class_names` must differ from each other. Received twice: {twice[0]!r}")
+    if not names:
+        raise ValueError("`class_names` must name at least one class. Received: []")
+    return names
+
+
+def count_classes(classes, class_names, given: bool) -> int:
+    """The number of classes that a model is told by number, by names, or by both."""
+    if class_names is None:
+        return classes
+    if given and classes != len(class_names):
+        raise ValueError(
+            f"`class_names` must name each class. Received: {len(class_names)} names for "
+            f"classes={classes}. Leave `classes` out."
+        )
+    return len(class_names)
+
+
+# === The public functions ===
+
+
+def builder(function: Callable) -> Callable:
+    """A family's public builder, of a function from arguments to (inputs, outputs).
+
+    The function is told everything that the builder is told; `weights` and `name` are the
+    builder's own. It draws no initial values where weights follow.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def build(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        class_names = check_class_names(given.arguments.get("class_names"))
+        told = "classes" in given.arguments
+        given.apply_defaults()
+        arguments = given.arguments
+        arguments["class_names"] = class_names
+        classes = count_classes(arguments["classes"], class_names, told)
+        check_sizes(classes=classes)
+        arguments["classes"] = classes
+        check_pooling(arguments["pooling"])
+        keras.activations.get(arguments["classifier_activation"])
+        source = pretrained.find(arguments["weights"])
+        if source is not None:
+            pretrained.check_classes(source, classes if arguments["include_top"] else None)
+        with without_initial_values() if source is not None else contextlib.nullcontext():
+            inputs, outputs = function(*given.args, **given.kwargs)
+        model = make_model(inputs, outputs, arguments["name"])
+        if source is not None:
+            pretrained.fill(model, source)
+        return model
+
+    build.__signature__ = signature.replace(return_annotation=keras.Model)
+    return build
+
+
+# Names of the layers that models of this package have been built of upon a tensor.
+_names_upon = weakref.WeakKeyDictionary()
+
+
+def make_model(inputs, outputs, name: str) -> keras.Model:
+    """The model from its input, which may be the output of other layers.
+
+    Where a name of our layers is taken, by layers that stand before ours or by another of our
+    models upon the same input, all names of ours begin with the model's.
+    """
+    sources = keras.utils.get_source_inputs(inputs)
+    ours = keras.Model(inputs, outputs).operations
+    ours = [each for each in ours if not isinstance(each, keras.layers.InputLayer)]
+    taken = set().union(*(_names_upon.get(source, ()) for source in sources))
+    if not any(inputs is source for source in sources):
+        taken |= {operation.name for operation in keras.Model(sources, inputs).operations}
+    prefix, number = "", 0
+    while taken & {prefix + each.name for each in ours}:
+        prefix = f"{name}_{number}_" if number else f"{name}_"
+        number += 1
+    for each in ours if prefix else ():
+        each.name = prefix + each.name
+    for source in sources:
+        _names_upon.setdefault(source, set()).update(each.name for each in ours)
+    return keras.Model(sources[0] if len(sources) == 1 else sources, outputs, name=name)
+
+
+def register_family(
+    name: str,
+    builder: Callable,
+    variants: Mapping[str, Variant],
+    image: ImageTransform,
+    tensor_names: tuple[tuple[str, ...], ...] = (),
+    checkpoints: tuple[Checkpoint, ...] = (),
+    telling_tensors: tuple[tuple[str, str, str], ...] = (),
+    source: str = "",
+) -> Family:
+    """Make a family of models known by name, as the families of this package are.
+
+    Its models are then listed by `list_models`, built by `create_model` and
+    `keras_tnt.<Function>`, and known to every function and command of this package.
+
+    Args:
+        name: such as "tnt"; the names of its variants begin with it and an underscore.
+        builder: the family's function, made by `keras_tnt.building.builder`.
+        variants: by name, a `keras_tnt.registry.Variant` each: its architecture, that is keyword
+            arguments of the builder, and the side of its images.
+        image: `keras_tnt.registry.ImageTransform`: mean, standard deviation, crop.
+        tensor_names: rows of (path of our variable or layer, name of the tensor in timm's
+            checkpoints, name in the original release), as `keras_tnt.weights.names` explains.
+        checkpoints: the public checkpoints, a `keras_tnt.registry.Checkpoint` each. Variants with
+            one have `weights="imagenet"` by default, others None.
+        telling_tensors: rows of (pattern of a tensor's name, argument of the builder, what the
+            tensor is in words): a file has such tensors just where the argument is true.
+        source: where the variants stand, for their docstrings.
+
+    Returns:
+        The `keras_tnt.registry.Family`.
+
+    Raises:
+        ValueError: if a name is taken or is no identifier in lower case.
+
+    Example:
+
+    >>> keras_tnt.register_family(
+    ...     "toynet",
+    ...     ToyNet,
+    ...     variants={"toynet_tiny": Variant({"depth": 2}, image_size=64)},
+    ...     image=ImageTransform(mean=(0.5,) * 3, std=(0.5,) * 3),
+    ... )
+    >>> keras_tnt.create_model("toynet_tiny")
+    """
+    family = Family(
+        name=name,
+        builder=builder,
+        variants=variants,
+        image=image,
+        tensor_names=tuple(tensor_names),
+        checkpoints=tuple(checkpoints),
+        telling_tensors=tuple(telling_tensors),
+        source=source,
+        make_variant=variant_function,
+    )
+    registry.add(family)
+    return family
+
+
+def variant_function(family: Family, variant: str) -> Callable:
+    """The function of a variant, in the manner of `keras.applications`."""
+    row, function_name = family.variants[variant], family.function_name(variant)
+    parameters = inspect.signature(family.builder).parameters
+    unknown = set(row.architecture) - set(parameters)
+    if unknown:
+        raise ValueError(
+            f"Variant '{variant}' has the argument {unknown.pop()!r}, which "
+            f"{family.builder.__name__} has not."
+        )
+    public = any(checkpoint.model == function_name for checkpoint in family.checkpoints)
+    own = {**row.architecture, "name": variant, "weights": "imagenet" if public else None}
+    signature = inspect.Signature(
+        [p.replace(default=own.get(p.name, p.default)) for p in parameters.values()],
+        return_annotation=keras.Model,
+    )
+    common = [p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    architecture = {
+        p.name: p.default for p in signature.parameters.values() if p.name not in common
+    }
+
+    def build(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        told = {k: v for k, v in given.items() if k in architecture and k not in WITHOUT_WEIGHTS}
+        shape, tensor = given.get("input_shape"), given.get("input_tensor")
+        size = (row.image_size, row.image_size)
+        found = pretrained.find_for(
+            given.get("weights", own["weights"]),
+            function_name,
+            told,
+            architecture,
+            image_sides(tensor, shape) or size,
+        )
+        arguments = {**row.architecture, "name": variant, **given, "weights": found}
+        if found is not None:
+            size = found.size or size
+            arguments = {**found.arguments, **arguments}
+            if found.classes and "classes" not in given and given.get("class_names") is None:
+                if given.get("include_top", True):
+                    arguments["classes"] = found.classes
+        if shape is None and tensor is None:
+            channels_first = keras.config.image_data_format() == "channels_first"
+            arguments["input_shape"] = (3, *size) if channels_first else (*size, 3)
+        return family.builder(**arguments)
+
+    build.__name__ = build.__qualname__ = function_name
+    build.__module__ = family.builder.__module__
+    build.__signature__ = signature
+    build.__doc__ = variant_docstring(family, row)
+    return build
+
+
+def variant_docstring(family: Family, row: Variant) -> str:
+    name = family.builder.__name__
+    listed = ", ".join(f"{key}={value!r}" for key, value in row.architecture.items())
+    where = f"{family.source}. " if family.source else ""
+    return f"""`keras_tnt.{name}` with {listed}.
+
+    {where}Takes {row.image_size}x{row.image_size} images by default.
+
+    Args:
+        weights: `"imagenet"`, for the public weights that fit the arguments and the image size; a
+            name of `keras_tnt.list_weights()`; `"hf://owner/repository"` for a checkpoint of timm's
+            on the Hugging Face hub, whose number of classes and image size become the defaults;
+            the path of a file (`.safetensors`, `.pth`, `.weights.h5`, `.keras`); or None (random).
+
+    All other arguments are those of `keras_tnt.{name}`, which explains them.
+
+    Returns:
+        A `keras.Model`.
+
+    Raises:
+        ValueError: for sizes that do not fit each other, unknown values, and weights of another
+            model.
+        OSError: if weights cannot be downloaded.
+    """
+
+
+def image_sides(input_tensor, input_shape) -> tuple[int, int] | None:
+    """(height, width) of the images as far as the arguments of a variant give it, or None."""
+    shape = input_shape if input_tensor is None else input_tensor.shape[1:]
+    if shape is None or len(shape) != 3 or not all(isinstance(side, int) for side in shape):
+        return None
+    channels_first = keras.config.image_data_format() == "channels_first"
+    return tuple(shape[1:]) if channels_first else tuple(shape[:2])
+
+
+def weights_of(rows: tuple[tuple[Any, ...], ...]) -> tuple[Checkpoint, ...]:
+    """`Checkpoint`s from rows of its leading attributes."""
+    return tuple(Checkpoint(*row) for row in rows)

@@ -1,0 +1,325 @@
+"""The families of models by name, and what is true of each of them.
+
+A family is one record, which its file states beside its builder. Whoever wants to know anything of
+a family asks here: nothing else in the package knows families by their names.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+PLUGINS = "KERAS_TNT_PLUGINS"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+    """How a family's images were prepared when its results were measured.
+
+    Attributes:
+        mean, std: by which pixels in [0, 1] are normalised, a value a channel.
+        crop: share of the resized image's side that the centre crop shows.
+        crops: the same for larger images, as {side in pixels from which on it holds: share}.
+        interpolation: with which images are resized.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop: float = 0.9
+    crops: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    interpolation: str = "bicubic"
+
+    def crop_at(self, height: int, width: int) -> float:
+        """The share that the crop of an image of this size shows."""
+        reached = [side for side in self.crops if side <= min(height, width)]
+        return self.crops[max(reached)] if reached else self.crop
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A published size of a family's models.
+
+    Attributes:
+        architecture: keyword arguments of the family's builder.
+        image_size: side of the images in pixels that it takes by default.
+    """
+
+    architecture: Mapping[str, Any]
+    image_size: int = 224
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A public checkpoint.
+
+    Attributes:
+        name: what `weights=` takes, and the name on the hub.
+        model: the variant's function, such as "TNTSmall", that the weights belong to.
+        arguments: what the variant is told beside its own architecture.
+        parameters: number of parameters, with 1000 classes.
+        top1, top5: published accuracy on ImageNet's validation images, in percent.
+        source: where that stands.
+        repository, file: where the weights lie on the hub; None: by timm's convention.
+        license: of the weights.
+        sha256: of the file; None where it is not known: the hub itself tells the sha256 of a file
+            of weights as its ETag.
+    """
+
+    name: str
+    model: str
+    arguments: Mapping[str, Any]
+    parameters: int
+    top1: float
+    top5: float
+    source: str
+    repository: str | None = None
+    file: str = "model.safetensors"
+    license: str = "Apache-2.0"
+    sha256: str | None = None
+
+    def __post_init__(self):
+        if self.repository is None:
+            object.__setattr__(self, "repository", f"timm/{self.name}")
+
+    @property
+    def size(self) -> int:
+        """Side of the images that it was trained on, in pixels."""
+        return int(self.architecture.rpartition("_")[-1])
+
+    @property
+    def architecture(self) -> str:
+        """The name of the architecture in timm."""
+        return self.name.partition(".")[0]
+
+    @property
+    def call(self) -> str:
+        """The variant with its arguments, as one types it."""
+        return typed(self.model, self.arguments)
+
+
+def typed(model: str, arguments: Mapping[str, Any]) -> str:
+    """A call as one types it: "TNTSmall(legacy=True)"; the bare name without arguments."""
+    listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return f"{model}({listed})" if listed else model
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Everything that is true of a family of models.
+
+    Attributes:
+        name: such as "tnt"; its variants' names begin with it.
+        builder: function that builds a model of any architecture.
+        variants: `Variant`s by name. A row added to this dictionary is a variant.
+        image: the `ImageTransform` of its images.
+        tensor_names: rows of (path of our variable, name in timm's checkpoints, name in the
+            original release), as `keras_tnt.weights.names` explains.
+        checkpoints: the public `Checkpoint`s.
+        telling_tensors: rows of (pattern of a tensor's name, argument of the builder, what the
+            tensor is): a file has such tensors just where the argument is true.
+        source: where the variants stand, for their docstrings.
+        make_variant: from a variant's name to its function.
+    """
+
+    name: str
+    builder: Callable
+    variants: Mapping[str, Variant]
+    image: ImageTransform
+    tensor_names: tuple[tuple[str, ...], ...] = ()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    telling_tensors: tuple[tuple[str, str, str], ...] = ()
+    source: str = ""
+    make_variant: Callable | None = None
+
+    def function_name(self, variant: str) -> str:
+        """The name of a variant's function: TNTSmall of tnt_small, CaiTXXS24 of cait_xxs24."""
+        words = variant.removeprefix(self.name).strip("_").split("_")
+        return self.builder.__name__ + "".join(
+            word.upper() if re.search(r"\d", word) else word.capitalize() for word in words
+        )
+
+
+_families: dict[str, Family] = {}
+_functions: dict[tuple[str, str], Callable] = {}
+
+
+def add(family: Family) -> None:
+    """Make a family known; `keras_tnt.register_family` is how one is made.
+
+    Raises:
+        ValueError: if the name, or one of a variant, is taken or no identifier.
+    """
+    for name in (family.name, *family.variants):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(
+                f"A model's name is lower case, such as 'tnt_small'. Received: {name!r}"
+            )
+    for name in family.variants:
+        if not name.startswith(family.name + "_"):
+            raise ValueError(
+                f"A variant's name begins with its family's, '{family.name}_'. Received: {name!r}"
+            )
+    for other in _families.values():
+        if other.name == family.name:
+            # A module that is run or reloaded again registers the same family anew.
+            if other.builder.__qualname__ != family.builder.__qualname__:
+                raise ValueError(f"There is a family '{family.name}' already.")
+        elif taken := {family.name, *family.variants} & {other.name, *other.variants}:
+            raise ValueError(f"Family '{other.name}' has the name {taken.pop()!r} already.")
+    _families[family.name] = family
+    for key in [key for key in _functions if key[0] == family.name]:
+        del _functions[key]
+
+
+def families() -> tuple[Family, ...]:
+    """All families, in the order in which they were registered."""
+    return tuple(_families.values())
+
+
+def family(name: str) -> Family:
+    """The family of a name.
+
+    Raises:
+        ValueError: naming the families there are.
+    """
+    if name not in _families:
+        raise ValueError(
+            f"There is no family {name!r}. There are: {', '.join(_families)}. A family of your own "
+            "is registered by importing the module that calls keras_tnt.register_family."
+        )
+    return _families[name]
+
+
+def checkpoints() -> tuple[Checkpoint, ...]:
+    """The public checkpoints of all families."""
+    return tuple(row for each in families() for row in each.checkpoints)
+
+
+# === Models by name ===
+
+
+def list_models(pattern: str | None = None) -> list[str]:
+    """The names of the models of published sizes.
+
+    Args:
+        pattern: shell pattern such as `"*tnt*"`, of a name in either spelling; None: all.
+
+    Returns:
+        A list of names that `create_model` takes.
+
+    Example:
+
+    >>> keras_tnt.list_models("deit*")
+    ['deit_tiny', 'deit_small', 'deit_base']
+    """
+    return [
+        name
+        for each in families()
+        for name in each.variants
+        if pattern is None
+        or fnmatch.fnmatchcase(name, pattern)
+        or fnmatch.fnmatchcase(each.function_name(name), pattern)
+    ]
+
+
+def create_model(name: str, **arguments) -> "keras.Model":  # noqa: F821
+    """Build a model by its name.
+
+    Args:
+        name: of a variant, `"tnt_small"` or `"TNTSmall"`, or of a family, `"tnt"` or `"TNT"`.
+        arguments: of the function of that name, such as `keras_tnt.TNTSmall`.
+
+    Returns:
+        A `keras.Model`.
+
+    Raises:
+        ValueError: if there is no such model, with the nearest names.
+
+    Example:
+
+    >>> model = keras_tnt.create_model("tnt_small", weights=None, classes=10)
+    """
+    return find_model(name)(**arguments)
+
+
+def find_model(name: str) -> Callable:
+    """The function that builds the model of a name in either spelling.
+
+    Raises:
+        ValueError: if there is no such model, with the nearest names.
+    """
+    names = _names()
+    if name not in names:
+        load_plugins(os.environ.get(PLUGINS, ""))
+        names = _names()
+    if name not in names:
+        raise ValueError(f"There is no model {name!r}. {nearest(name, list_models())}")
+    return _function(*names[name])
+
+
+def _names() -> dict[str, tuple[Family, str | None]]:
+    """(family, variant or None for the builder) by every name that finds it."""
+    names = {}
+    for each in families():
+        names |= dict.fromkeys((each.name, each.builder.__name__), (each, None))
+        for variant in each.variants:
+            names |= dict.fromkeys((variant, each.function_name(variant)), (each, variant))
+    return names
+
+
+def _function(each: Family, variant: str | None) -> Callable:
+    if variant is None:
+        return each.builder
+    key = each.name, variant
+    if key not in _functions:
+        _functions[key] = each.make_variant(each, variant)
+    return _functions[key]
+
+
+def functions() -> dict[str, Callable]:
+    """Every builder and variant by the name of its function, such as "TNTSmall"."""
+    return {
+        name: _function(*found)
+        for name, found in _names().items()
+        if name == (found[0].function_name(found[1]) if found[1] else found[0].builder.__name__)
+    }
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence that offers the names most like one that does not exist, or all of them."""
+    names = list(names)
+    lowered = {other.lower(): other for other in names}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), lowered, n=3)
+    if found:
+        return f"Did you mean {' or '.join(lowered[other] for other in found)}?"
+    return f"There are: {', '.join(names)}."
+
+
+def load_plugins(modules: str | Iterable[str] | None) -> None:
+    """Import modules that register something of their own: families, data sets, optimisers.
+
+    Args:
+        modules: names of modules, a list or comma-separated.
+
+    Raises:
+        ValueError: if there is no such module.
+    """
+    if isinstance(modules, str):
+        modules = modules.split(",")
+    for module in filter(None, modules or ()):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name and not (module + ".").startswith(error.name + "."):
+                raise
+            raise ValueError(
+                f"There is no module {module!r} to import. It must lie on Python's path: install "
+                "it, or set PYTHONPATH."
+            ) from error
