@@ -89,7 +89,7 @@ def recipe(directory, values):
     values = {"dataset": "folder", "data_dir": directory, "batch_size": 32, **values}
     settings = configuration.make("tnt_small", **values)
     source = sources.open_split(settings, held_out=False)
-    unreadable = data.UnreadableImages(source.size, 0.0)
+    unreadable = data.UnreadableImages(source, 0.0)
     share = data.WorkerShare(0, 1, 1)
     return data.training_batches(source, settings, SIZE, FILL, 0, 0, 10_000, share, unreadable)
 

@@ -7,10 +7,9 @@ import dataclasses
 
 from absl import flags
 
-from training import recipes
+from training import recipes, sources
 
 STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
-DATASETS = ("digits", "imagenet2012", "folder", "tfrecord", "synthetic")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -57,8 +56,13 @@ class Config:
     distilled: bool = option(False, "build the model with a distillation token and head")
 
     # === Data ===
-    dataset: str = option("digits", "where images come from", DATASETS)
-    data_dir: str = option("", "directory of the data set: class folders, or TFRecord files")
+    dataset: str = option("digits", f"where images come from. {sources.describe()}")
+    data_dir: str = option("", "directory of the data set, or file of --dataset=table")
+    train_split: str = option("", "name of the training split; empty: as the data set calls it")
+    eval_split: str = option("", "name of the held-out split; empty: as the data set calls it")
+    validation_share: float = option(
+        0.0, "share of each class to hold out, by --seed, of images that are not split"
+    )
     label_offset: int = option(
         0, "taken off the labels of --dataset=tfrecord (1 if they start at 1)"
     )
@@ -152,7 +156,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1: {getattr(self, name)}")
         rates = ("stochastic_depth", "dropout", "label_smoothing", "ema", "erasing", "max_corrupt")
-        for name in (*rates, "distill_alpha", "min_crop", "crop"):
+        for name in (*rates, "distill_alpha", "min_crop", "crop", "validation_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"--{name} is a share, at most 1: {getattr(self, name)}")
         if self.cpu_devices and self.strategy not in ("one_device", "mirrored"):
@@ -161,8 +165,7 @@ class Config:
             raise ValueError(
                 "--distill=hard|soft and --teacher go together; one of them is missing"
             )
-        if self.dataset in ("folder", "tfrecord") and not self.data_dir:
-            raise ValueError(f"--dataset={self.dataset} needs --data_dir")
+        sources.check(self)
         if not self.workdir:
             raise ValueError("--workdir must name a directory")
 

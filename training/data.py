@@ -6,13 +6,15 @@ devices there are, they see the same global batches (of a streamed source: each 
 tf.data service with several workers shows each image once, in whatever order they answer.
 """
 
+import contextlib
 import dataclasses
+import re
 
 import numpy as np
 import tensorflow as tf
 
 from training import augmentation
-from training.sources import Streamed
+from training.sources import Streamed, records
 
 # How many items of a streamed source are shuffled at once.
 SHUFFLE_BUFFER = 8192
@@ -43,13 +45,14 @@ class UnreadableImages:
     """The images that could not be read: named once, counted, and no more than so many.
 
     Args:
-        size: number of images in the split.
-        largest_share: the largest share of them that may be unreadable, in [0, 1].
+        source: the `Indexed` or `Streamed` that they are of.
+        largest_share: the largest share of its images that may be unreadable, in [0, 1].
     """
 
-    def __init__(self, size, largest_share):
-        self.size = size
-        self.limit = int(size * largest_share)
+    def __init__(self, source, largest_share):
+        self.files = sorted({file for file, _, _ in getattr(source, "stretches", ())})
+        self.size = source.size
+        self.limit = int(source.size * largest_share)
         self.names = set()
 
     def add(self, name):
@@ -66,6 +69,20 @@ class UnreadableImages:
                 f"{len(self.names)} of {self.size} images cannot be read, more than --max_corrupt "
                 f"allows ({self.limit}). Among them: {', '.join(sorted(self.names)[:5])}"
             )
+
+    @contextlib.contextmanager
+    def reading(self):
+        """Turn what TensorFlow says of damaged or wrong records into a ValueError of one line."""
+        try:
+            yield
+        except tf.errors.DataLossError as error:
+            damaged = next(filter(records.is_damaged, self.files), "a TFRecord file")
+            raise ValueError(f"{damaged} is damaged: it holds a corrupted record") from error
+        except tf.errors.InvalidArgumentError as error:
+            wrong = re.search(r"assertion failed: \[(.*?)\]", str(error))
+            if not wrong:
+                raise
+            raise ValueError(wrong[1]) from error
 
 
 def training_order(config, size, steps, epoch):
@@ -182,7 +199,7 @@ def evaluation_batches(source, config, size, share, unreadable):
         steps = -(-source.size // config.batch_size)
         items = source.stream(None, share.index, share.workers)
         items = items.map(lambda *item: (*item, tf.constant(0, tf.int64), tf.constant(True)))
-        filling = ("", "", tf.constant(0, tf.int64), tf.constant(0, tf.int64), tf.constant(False))
+        filling = tuple(tf.zeros(spec.shape, spec.dtype) for spec in items.element_spec)
         items = items.concatenate(tf.data.Dataset.from_tensors(filling).repeat())
         items = items.take(steps * (config.batch_size // share.workers))
     else:
@@ -223,6 +240,8 @@ def batches(items, source, transform, config, share, unreadable, service=""):
     def finish(name, image, label, place, counts):
         image = source.read(image) if source.read else image
         weight = tf.cast(counts, tf.float32)
+        if label.shape.rank == 1:  # several right labels, or none: then it cannot be judged
+            weight *= tf.reduce_max(label)
         return {**transform(image, place), "label": label, "weight": weight}
 
     parallel = {"num_parallel_calls": tf.data.AUTOTUNE, "deterministic": True}

@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import flags  # noqa: E402
 
-from training import commands, configuration  # noqa: E402
+from training import commands, configuration, sources  # noqa: E402
 
 SHARED = (
-    *("model", "image_size", "dataset", "data_dir", "label_offset", "classes", "max_corrupt"),
+    *("model", "image_size", "dataset", "data_dir", "train_split", "eval_split"),
+    *("validation_share", "seed", "label_offset", "classes", "max_corrupt"),
     *("strategy", "cpu_devices", "tpu", "precision", "batch_size", "crop", "distilled"),
 )
 configuration.define_flags(SHARED)
@@ -61,7 +62,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     Returns:
         A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, `corrupt`.
     """
-    from training import data, models, sources, step_functions, strategies
+    from training import data, models, step_functions, strategies
 
     config = make_config(given, run)
     if not weights and not run:
@@ -73,14 +74,23 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     if config.batch_size % replicas:
         raise ValueError(f"--batch_size={config.batch_size} must be a multiple of {replicas}")
     source = sources.open_split(config, held_out=True)
+    if run:
+        sources.check_label_names(source, read_record(run).get("label_names"))
     with strategy.scope():
-        model = models.load(config, source.classes, run, weights, checkpoint)
-    corrupt = data.UnreadableImages(source.size, config.max_corrupt)
+        classes = config.classes or source.classes
+        model = models.load(config, classes, run, weights, checkpoint)
+    if model.output_shape[-1] < source.classes:
+        raise ValueError(
+            f"the model tells {model.output_shape[-1]} classes apart, and --dataset="
+            f"{config.dataset} has {source.classes}"
+        )
+    corrupt = data.UnreadableImages(source, config.max_corrupt)
     dataset = data.evaluation_batches(source, config, models.image_size(model), share, corrupt)
     step = step_functions.make_evaluation_step(strategy, model, model.output_shape[-1])
     if progress:
         step = reporting(step, -(-source.size // config.batch_size))
-    result = step_functions.evaluate(strategy, step, dataset)
+    with corrupt.reading():
+        result = step_functions.evaluate(strategy, step, dataset)
     corrupt.check()
     return {**result, "corrupt": len(corrupt.names)}
 
@@ -89,15 +99,23 @@ def make_config(given, run):
     """The run's configuration, or the defaults, with what is given."""
     values = {"dataset": "digits", "weights": ""}
     if run:
-        from training import workdir
-
-        recorded = workdir.read_config(run)
-        if recorded is None:
-            raise ValueError(f"--run={run} is no directory of a run: it holds no config.json")
+        recorded = read_record(run)
         values = {k: v for k, v in recorded["config"].items() if k in configuration.FIELDS}
         values |= {"strategy": "one_device", "cpu_devices": 0, "accumulation": 1, "weights": ""}
         values |= {"distill": "none", "teacher": "", "classes": recorded["classes"]}
+        if given.get("dataset", values["dataset"]) != values["dataset"]:
+            values = {k: v for k, v in values.items() if k not in sources.OPTIONS}
     return dataclasses.replace(configuration.Config(), **{**values, **given})
+
+
+def read_record(run):
+    """What a run's `config.json` holds."""
+    from training import workdir
+
+    recorded = workdir.read_config(run)
+    if recorded is None:
+        raise ValueError(f"--run={run} is no directory of a run: it holds no config.json")
+    return recorded
 
 
 def reporting(step, steps):

@@ -80,9 +80,10 @@ def train_held(config, strategy, share):
         optimizer = optimization.AdamW(model, config)
         teacher = models.build_teacher(config, model)
     size, fill = models.image_size(model), models.mean_colour(model)
-    corrupt = data.UnreadableImages(training_source.size, config.max_corrupt)
-    corrupt_held_out = data.UnreadableImages(held_out.size, config.max_corrupt)
-    run = Run(config, strategy, share, model, optimizer, teacher, steps, classes)
+    corrupt = data.UnreadableImages(training_source, config.max_corrupt)
+    corrupt_held_out = data.UnreadableImages(held_out, config.max_corrupt)
+    names = training_source.label_names
+    run = Run(config, strategy, share, model, optimizer, teacher, steps, classes, names)
     return run.go(
         lambda epoch, first: data.training_batches(
             training_source, config, size, fill, epoch, first, steps, share, corrupt
@@ -108,7 +109,9 @@ def check_batch(config, strategy):
 class Run:
     """A run under way: the state that the loop's parts share."""
 
-    def __init__(self, config, strategy, share, model, optimizer, teacher, steps, classes):
+    def __init__(
+        self, config, strategy, share, model, optimizer, teacher, steps, classes, label_names
+    ):
         self.config = config
         self.strategy = strategy
         self.model = model
@@ -118,6 +121,7 @@ class Run:
         self.chief = share.index == 0
         self.workers = share.workers
         self.classes = classes
+        self.label_names = label_names
         self.workdir = Path(config.workdir)
         self.size = models.image_size(model)
         self.train_step = step_functions.make_train_step(
@@ -185,7 +189,13 @@ class Run:
         if self.chief:
             devices = list(self.strategy.extended.worker_devices)
             workdir.write_config(
-                self.config, self.strategy, devices, self.classes, changes, step or 0
+                self.config,
+                self.strategy,
+                devices,
+                self.classes,
+                self.label_names,
+                changes,
+                step or 0,
             )
         if step is None:
             self.reporter.go_on_from(0)
@@ -202,7 +212,8 @@ class Run:
         )
         for _ in range(first, self.steps):
             began = time.perf_counter()
-            batch = next(batches)
+            with self.corrupt[0].reading():
+                batch = next(batches)
             self.reporter.waited += time.perf_counter() - began
             self.check_images()
             stop = self.update(batch, step)
@@ -274,7 +285,10 @@ class Run:
         return best
 
     def evaluate_once(self, evaluation_batches):
-        results = step_functions.evaluate(self.strategy, self.evaluation_step, evaluation_batches())
+        with self.corrupt[1].reading():
+            results = step_functions.evaluate(
+                self.strategy, self.evaluation_step, evaluation_batches()
+            )
         self.check_images()
         return results
 

@@ -145,11 +145,11 @@ def make_evaluation_step(strategy, model, classes):
         logits = keras.tree.flatten(logits_model(tf.cast(batch["image"], tf.float32)))
         logits = tf.cast(tf.add_n(logits) / len(logits), tf.float32)
         labels, weight = batch["label"], batch["weight"]
-        loss = cross_entropy(logits, tf.one_hot(labels, classes))
-        top = [
-            tf.cast(tf.math.in_top_k(labels, logits, min(k, classes)), tf.float32) for k in (1, 5)
-        ]
-        return tf.stack([tf.reduce_sum(x * weight) for x in (loss, *top, tf.ones_like(weight))])
+        judge = judge_several_labels if labels.shape.rank == 2 else judge_one_label
+        loss, top1, top5 = judge(logits, labels)
+        return tf.stack(
+            [tf.reduce_sum(x * weight) for x in (loss, top1, top5, tf.ones_like(weight))]
+        )
 
     @tf.function(autograph=False)
     def evaluation_step(batch):
@@ -157,6 +157,26 @@ def make_evaluation_step(strategy, model, classes):
         return strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
 
     return evaluation_step
+
+
+def judge_one_label(logits, labels):
+    """Cross-entropy, and whether the label (batch,) is first and among the first five."""
+    classes = logits.shape[-1]
+    loss = cross_entropy(logits, tf.one_hot(labels, classes))
+    top = [tf.math.in_top_k(labels, logits, min(k, classes)) for k in (1, 5)]
+    return loss, *(tf.cast(right, tf.float32) for right in top)
+
+
+def judge_several_labels(logits, labels):
+    """The same for images with several right labels: (batch, classes), 1 at the right ones.
+
+    The loss is minus the logarithm of the probability that the right labels have together. The
+    first (of the first five) is right if it is one of them.
+    """
+    right_ones = tf.where(labels > 0, tf.nn.log_softmax(logits), tf.float32.min)
+    best = tf.math.top_k(logits, min(5, logits.shape[-1])).indices
+    right = tf.gather(labels, best, batch_dims=1)  # (batch, 5)
+    return -tf.reduce_logsumexp(right_ones, axis=-1), right[:, 0], tf.reduce_max(right, axis=-1)
 
 
 def evaluate(strategy, evaluation_step, dataset):

@@ -112,7 +112,7 @@ def check_config(config):
     return different
 
 
-def write_config(config, strategy, devices, classes, changes, step):
+def write_config(config, strategy, devices, classes, label_names, changes, step):
     """Record the whole truth of a run at its first start, and what is changed at a later one.
 
     Args:
@@ -120,6 +120,7 @@ def write_config(config, strategy, devices, classes, changes, step):
         strategy: a `tf.distribute.Strategy`.
         devices: names of its devices.
         classes: number of classes.
+        label_names: the classes' names, or None.
         changes: of `check_config`.
         step: the step that the run goes on from.
     """
@@ -129,6 +130,7 @@ def write_config(config, strategy, devices, classes, changes, step):
             "config": vars(config),
             "command": sys.argv,
             "classes": classes,
+            "label_names": label_names,
             "versions": {
                 "python": sys.version.split()[0],
                 "keras": keras.__version__,

@@ -42,24 +42,36 @@ def class_folders(root, split, images, classes=7):
     return broken
 
 
-def prepare_imagenet(root, images):
-    """Prepare imagenet2012 of made-up JPEGs, as tensorflow-datasets itself lays it out.
+def prepare(root, name, examples, label_names=None):
+    """Prepare a data set as tensorflow-datasets itself lays it out.
 
     Args:
         root: its `data_dir`.
-        images: dict from split to a number of images.
+        name: of the data set, with its configuration.
+        examples: dict from split to a list of examples, as its features have them.
+        label_names: the classes' names, where the package has none before it is prepared.
     """
     import tensorflow_datasets as tfds
 
-    info = tfds.builder("imagenet2012", data_dir=str(root)).info
+    info = tfds.builder(name, data_dir=str(root)).info
+    if label_names:
+        info.features["label"].names = label_names
     Path(info.data_dir).mkdir(parents=True)
     info.features.save_config(info.data_dir)
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=8)
-    writer.initialize_splits(list(images))
-    for split, number in images.items():
-        examples = [
+    writer.initialize_splits(list(examples))
+    for split, each in examples.items():
+        writer.add_examples({split: each})
+    writer.close_all()
+
+
+def prepare_imagenet(root, images):
+    """Prepare imagenet2012 of so many made-up JPEGs a split."""
+    examples = {
+        split: [
             {"file_name": f"{split}_{i}.JPEG", "image": io.BytesIO(jpeg(i)), "label": 37 * i % 1000}
             for i in range(number)
         ]
-        writer.add_examples({split: examples})
-    writer.close_all()
+        for split, number in images.items()
+    }
+    prepare(root, "imagenet2012", examples)

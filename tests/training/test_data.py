@@ -35,14 +35,14 @@ def collect(dataset):
 
 def train(source, values, epoch=0, first=0, steps=4, share=None, unreadable=None):
     share = share or data.WorkerShare(0, 1, 1)
-    unreadable = unreadable or data.UnreadableImages(source.size, 1.0)
+    unreadable = unreadable or data.UnreadableImages(source, 1.0)
     return data.training_batches(source, values, SIZE, FILL, epoch, first, steps, share, unreadable)
 
 
 def evaluation(source, values, share=None, unreadable=None):
     share = share or data.WorkerShare(0, 1, 1)
     return data.evaluation_batches(
-        source, values, SIZE, share, unreadable or data.UnreadableImages(source.size, 1.0)
+        source, values, SIZE, share, unreadable or data.UnreadableImages(source, 1.0)
     )
 
 
@@ -61,7 +61,7 @@ def test_a_folder_s_broken_images_are_named_counted_and_weigh_nothing(folder, ca
     root, broken = folder
     source = sources.open_split(folder_config(root), held_out=True)
     assert (source.size, source.classes) == (31, 7)
-    unreadable = data.UnreadableImages(source.size, 0.2)
+    unreadable = data.UnreadableImages(source, 0.2)
     seen = collect(evaluation(source, folder_config(root), unreadable=unreadable))
     assert seen["weight"].sum() == 31 - 3
     assert sorted(unreadable.names) == sorted(broken["val"])
@@ -97,7 +97,7 @@ def test_too_many_broken_images_are_an_error(folder):
     root, _ = folder
     values = folder_config(root, max_corrupt=0.05)
     source = sources.open_split(values, held_out=True)
-    unreadable = data.UnreadableImages(source.size, values.max_corrupt)
+    unreadable = data.UnreadableImages(source, values.max_corrupt)
     collect(evaluation(source, values, unreadable=unreadable))
     with pytest.raises(ValueError, match="3 of 31 images cannot be read, more than --max_corrupt"):
         unreadable.check()
@@ -147,7 +147,7 @@ def test_workers_divide_the_held_out_records_among_them(records, workers):
     values = record_config(records)
     source = sources.open_split(values, held_out=True)
     assert source.size == 33
-    unreadable = data.UnreadableImages(33, 1.0)
+    unreadable = data.UnreadableImages(source, 1.0)
     shares = [data.WorkerShare(i, workers, workers) for i in range(workers)]
     seen = [collect(evaluation(source, values, share, unreadable)) for share in shares]
     assert len({len(s["weight"]) for s in seen}) == 1

@@ -17,7 +17,7 @@ from training import configuration, data, sources
 values = configuration.make("digits", augmentation="keras_cv", randaugment=True, mixup=0.8,
                             cutmix=1.0, erasing=0.25, batch_size=8)
 source, _ = sources.open_sources(values)
-share, unreadable = data.WorkerShare(0, 1, 1), data.UnreadableImages(source.size, 1.0)
+share, unreadable = data.WorkerShare(0, 1, 1), data.UnreadableImages(source, 1.0)
 batches = data.training_batches(source, values, (32, 32), (0, 0, 0), 0, 0, 1, share, unreadable)
 (batch,) = batches
 assert batch["image"].shape == (8, 32, 32, 3) and batch["label"].shape == (8, 10)

@@ -82,7 +82,7 @@ def test_a_change_is_refused_with_the_flag_that_allows_it(tmp_path):
     config = configuration.make("digits", extend=True, change=True, **values)
     changes = workdir.check_config(config)
     assert changes == {"epochs": (60, 90), "learning_rate": (0.004, 0.5)}
-    workdir.write_config(config, None, [], 10, changes, step=7)
+    workdir.write_config(config, None, [], 10, None, changes, step=7)
     record = workdir.read_config(tmp_path)
     assert record["config"]["learning_rate"] == 0.5 and record["changes"][0]["step"] == 7
     assert workdir.check_config(config) == {}

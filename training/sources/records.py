@@ -1,0 +1,155 @@
+"""Image files inside of TFRecord files."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from training.sources.kinds import Streamed
+
+# How many TFRecord files are read at once.
+READERS = 16
+# How many labels are looked at before the run begins.
+LABELS_CHECKED = 2048
+LAYOUT = (
+    "TFRecord files <data_dir>/train* and <data_dir>/val* of tf.train.Examples with image/encoded "
+    "and image/class/label; needs --classes, and --label_offset=1 if labels start at 1"
+)
+
+
+def tfrecord(config, held_out):
+    """A split of `tf.train.Example`s: `image/encoded`, `image/class/label`, `image/filename`.
+
+    Raises:
+        ValueError: if there are no files, one is damaged, or a label lies outside of the classes.
+    """
+    import tensorflow as tf
+
+    prefix = (config.eval_split or "val") if held_out else (config.train_split or "train")
+    root = Path(config.data_dir)
+    files = sorted(str(path) for path in root.glob(f"{prefix}*") if path.is_file())
+    if not files:
+        raise ValueError(f"--data_dir={root} holds no files {prefix}*: {LAYOUT}")
+    if not config.classes:
+        raise ValueError("--dataset=tfrecord needs --classes: the files do not say how many")
+    sizes = [count_records(path) for path in files]
+    check_labels(files, config)
+    features = {
+        "image/encoded": tf.io.FixedLenFeature([], tf.string),
+        "image/class/label": tf.io.FixedLenFeature([], tf.int64),
+        "image/filename": tf.io.FixedLenFeature([], tf.string, default_value=""),
+    }
+
+    def parse(path, number, record):
+        parsed = tf.io.parse_single_example(record, features)
+        place = tf.strings.join([path, " record ", tf.strings.as_string(number)])
+        name = tf.strings.join([place, " ", parsed["image/filename"]])
+        label = parsed["image/class/label"]
+        number = tf.strings.as_string(label)
+        told = tf.strings.join([place, " has the label ", number, ", ", outside_of(config)])
+        inside = (label >= config.label_offset) & (label < config.label_offset + config.classes)
+        with tf.control_dependencies([tf.debugging.Assert(inside, [told])]):
+            return name, parsed["image/encoded"], label - config.label_offset
+
+    def records(path):
+        numbered = tf.data.TFRecordDataset(path).enumerate()
+        return numbered.map(lambda number, record: parse(path, number, record))
+
+    def stream(seed, worker, workers):
+        paths, by_file = np.array(files), divides_files(seed, len(files), workers)
+        if seed is not None:
+            paths = np.random.default_rng(seed).permutation(paths)
+        if by_file:
+            paths = paths[worker::workers]
+        dataset = tf.data.Dataset.from_tensor_slices(paths).interleave(
+            records, cycle_length=min(READERS, len(paths)), num_parallel_calls=tf.data.AUTOTUNE
+        )
+        return dataset if by_file else dataset.shard(workers, worker)
+
+    stretches = [(path, 0, size) for path, size in zip(files, sizes, strict=True)]
+    return Streamed(sum(sizes), config.classes, stream, stretches=stretches)
+
+
+def divides_files(seed, files, workers):
+    """Whether workers share the files or, exactly alike, the records.
+
+    Training divides the files where there are enough; evaluation needs shares of equal size.
+    """
+    return seed is not None and files >= workers
+
+
+def count_records(path):
+    """Number of records in a TFRecord file, from their lengths alone.
+
+    Raises:
+        ValueError: if they do not fill the file.
+    """
+    # A length of 8 bytes and its checksum of 4 stand before a record, a checksum of 4 after it.
+    count, place, size = 0, 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        while place < size:
+            header = file.read(12)
+            place += len(header) + 4
+            if len(header) == 12:
+                place += struct.unpack("<Q", header[:8])[0]
+            if len(header) < 12 or place > size:
+                raise ValueError(f"{path} is damaged: it breaks off in record {count}")
+            file.seek(place)
+            count += 1
+    return count
+
+
+def is_damaged(path):
+    """Whether a TFRecord file has a record with a wrong checksum: reads all of it."""
+    import tensorflow as tf
+
+    try:
+        for _ in tf.data.TFRecordDataset(path).batch(64):
+            pass
+    except tf.errors.DataLossError:
+        return True
+    return False
+
+
+def check_labels(files, config):
+    """Look at the first labels of each file.
+
+    Raises:
+        ValueError: naming the first record whose label lies outside of the classes.
+    """
+    import tensorflow as tf
+
+    features = {"image/class/label": tf.io.FixedLenFeature([], tf.int64)}
+    each = max(1, LABELS_CHECKED // len(files))
+    labels, places = [], []
+    for path in files:
+        try:
+            for number, record in enumerate(tf.data.TFRecordDataset(path).take(each)):
+                labels.append(
+                    int(tf.io.parse_single_example(record, features)["image/class/label"])
+                )
+                places.append(f"{path} record {number}")
+        except tf.errors.DataLossError as error:
+            raise ValueError(f"{path} is damaged near record {number + 1}") from error
+        except tf.errors.InvalidArgumentError as error:
+            raise ValueError(f"{path} holds an Example without image/class/label") from error
+    labels = np.array(labels)
+    outside = np.flatnonzero(
+        (labels < config.label_offset) | (labels >= config.label_offset + config.classes)
+    )
+    if not len(outside):
+        return
+    first, offset = outside[0], int(labels.min())
+    hint = "give --classes as many as there are"
+    if offset != config.label_offset and labels.max() - offset < config.classes:
+        hint = f"labels that start at {offset} need --label_offset={offset}"
+    raise ValueError(f"{places[first]} has the label {labels[first]}, {outside_of(config)}: {hint}")
+
+
+def outside_of(config):
+    """Which labels there may be, in words."""
+    return (
+        f"outside of {config.label_offset} to {config.label_offset + config.classes - 1} by "
+        f"--classes={config.classes} and --label_offset={config.label_offset}"
+    )
