@@ -13,7 +13,7 @@ import re
 import numpy as np
 import tensorflow as tf
 
-from training import augmentation
+from training import augmentation, keras_cv_augmentation
 from training.sources import Streamed, records
 
 # How many items of a streamed source are shuffled at once.
@@ -120,18 +120,22 @@ def training_batches(source, config, size, fill, epoch, first_step, steps, share
         unreadable: an `UnreadableImages`.
 
     Returns:
-        A `tf.data.Dataset` of dicts: `image` uint8, `label`, `weight` (0 for what could not be
-        read), `erase` (where random erasing erases).
+        A `tf.data.Dataset` of dicts: `image` uint8 (from KerasCV float32), `label`, `weight` (0 for
+        what could not be read), `erase` (where random erasing erases).
     """
     base = int(np.random.SeedSequence([config.seed, epoch, 1]).generate_state(1)[0] >> 1)
     local = config.batch_size // share.workers
+    if config.augmentation == "keras_cv":
+        augment = keras_cv_augmentation.image_augmentation(config.randaugment, config.erasing)
 
     def transform(image, place):
         seeds = tf.random.experimental.stateless_split(tf.stack([base, place]), 2)
-        box = tf.zeros([4], tf.int32)
-        if config.erasing and config.augmentation == "builtin":
-            box = augmentation.erasing_box(seeds[1], config.erasing, size)
         image = augmentation.training_image(image, seeds[0], config, size, fill)
+        box = tf.zeros([4], tf.int32)
+        if config.augmentation == "keras_cv":
+            return {"image": augment(image, seeds[1]), "erase": box, "seed": seeds[1]}
+        if config.erasing:
+            box = augmentation.erasing_box(seeds[1], config.erasing, size)
         return {"image": image, "erase": box}
 
     if isinstance(source, Streamed):
@@ -151,42 +155,9 @@ def training_batches(source, config, size, fill, epoch, first_step, steps, share
     dataset = batches(items, source, transform, config, share, unreadable, config.data_service)
     if config.augmentation == "keras_cv":
         classes = config.classes or source.classes
-        dataset = dataset.map(keras_cv_augmentation(config, classes)).prefetch(tf.data.AUTOTUNE)
+        mix = keras_cv_augmentation.batch_mixing(config.mixup, config.cutmix, classes)
+        dataset = dataset.map(mix).prefetch(tf.data.AUTOTUNE)
     return dataset
-
-
-def keras_cv_augmentation(config, classes):
-    """A function on batches: KerasCV's RandAugment, cutout, mixup and cutmix, as configured.
-
-    Their draws come from TensorFlow's global generator: runs are not reproducible with them.
-    """
-    try:
-        import keras_cv
-    except ImportError as error:
-        raise ImportError(
-            '--augmentation=keras_cv needs KerasCV: pip install "keras-tnt[train]"'
-        ) from error
-    layers = keras_cv.layers
-    steps = []
-    if config.randaugment:
-        magnitudes = {"magnitude": 0.9, "magnitude_stddev": 0.05, "rate": 0.5}
-        steps.append(layers.RandAugment((0, 255), augmentations_per_image=2, **magnitudes))
-    if config.erasing:
-        cutout = layers.RandomCutout((0.1, 0.6), (0.1, 0.6), fill_mode="gaussian_noise")
-        steps.append(layers.RandomApply(cutout, rate=config.erasing))
-    mixing = [layers.MixUp(config.mixup)] if config.mixup else []
-    mixing += [layers.CutMix(config.cutmix)] if config.cutmix else []
-    if mixing:
-        steps.append(layers.RandomChoice(mixing, batchwise=True) if mixing[1:] else mixing[0])
-
-    def augment(batch):
-        labels = tf.one_hot(batch["label"], classes)
-        inputs = {"images": tf.cast(batch["image"], tf.float32), "labels": labels}
-        for step in steps:
-            inputs = step(inputs, training=True)
-        return {**batch, "image": inputs["images"], "label": inputs["labels"]}
-
-    return augment
 
 
 def evaluation_batches(source, config, size, share, unreadable):

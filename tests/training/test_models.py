@@ -1,28 +1,10 @@
 """What the trainer knows of the models."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import keras_tnt
 from training import configuration, models
-
-ROOT = Path(__file__).parent.parent.parent
-
-KERAS_CV = """
-from training import configuration, data, sources
-values = configuration.make("digits", augmentation="keras_cv", randaugment=True, mixup=0.8,
-                            cutmix=1.0, erasing=0.25, batch_size=8)
-source, _ = sources.open_sources(values)
-share, unreadable = data.WorkerShare(0, 1, 1), data.UnreadableImages(source, 1.0)
-batches = data.training_batches(source, values, (32, 32), (0, 0, 0), 0, 0, 1, share, unreadable)
-(batch,) = batches
-assert batch["image"].shape == (8, 32, 32, 3) and batch["label"].shape == (8, 10)
-print(batch["label"].numpy().sum())
-"""
 
 
 def test_a_forward_pass_costs_the_published_operations():
@@ -42,15 +24,6 @@ def test_normalised_noise_comes_back_as_pixels():
 def test_the_peak_is_what_was_given_and_unknown_on_a_cpu():
     assert models.peak_tflops(configuration.make("digits", peak_tflops=3.5)) == 3.5
     assert models.peak_tflops(configuration.make("digits")) == 0
-
-
-@pytest.mark.slow
-def test_keras_cv_s_layers_give_batches_that_the_step_takes():
-    result = subprocess.run(
-        [sys.executable, "-c", KERAS_CV], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert float(result.stdout.split()[-1]) == pytest.approx(8, abs=1e-3)
 
 
 def test_a_checkpoint_of_other_classes_gives_all_but_its_head(tmp_path):
