@@ -132,7 +132,7 @@ def training_image(image, seed, config, size, fill):
         image = rotate(image, degrees, (0, 0, 0))
     if config.randaugment and config.augmentation == "builtin":
         image = randaugment(image, seeds[3], fill)
-    elif config.color_jitter:
+    elif config.color_jitter and not config.randaugment:
         image = color_jitter(image, seeds[4], config.color_jitter)
     return tf.ensure_shape(image, (*size, 3))
 
