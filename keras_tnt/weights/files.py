@@ -205,7 +205,7 @@ def load_torch(path):
             "could run code of whoever made it. Convert it to .safetensors where you trust it."
         ) from error
     except Exception as error:  # A damaged pickle raises whatever its garbage leads to.
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
+        raise damaged(path, f"{type(error).__name__}: {error}".rstrip(": ")) from error
 
 
 def damaged(path, reason):
@@ -245,6 +245,8 @@ def check_torch_format(path):
     """
     if zipfile.is_zipfile(path):
         entries = check_archive(path)
+        if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+            raise damaged(path, "it is a zip archive, but not of torch.save")
         return [e.file_size for e in entries if "/data/" in e.filename and e.file_size]
     with open(path, "rb") as file:
         start = file.read(40)
@@ -258,21 +260,24 @@ def check_archive(path):
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            names = [entry.filename for entry in entries]
-            if len(set(names)) < len(names):
-                raise damaged(path, "two of its entries have the same name")
-            for entry in entries:
-                if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
-                    raise ValueError(
-                        f"'{path}' cannot be read: its entry '{printable(entry.filename)}' is "
-                        "compressed or encrypted. Unpack it and save it again as it was written."
-                    )
-            wrong = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+            problem = entry_problem(entries)
+            if problem is None and (changed := archive.testzip()):
+                problem = f"the checksum of its entry '{changed}' differs"
+    except Exception as error:  # A damaged archive raises whatever its garbage leads to.
         raise damaged(path, str(error) or type(error).__name__) from error
-    if wrong is not None:
-        raise damaged(path, f"the checksum of its entry '{wrong}' differs")
+    if problem:
+        raise damaged(path, problem)
     return entries
+
+
+def entry_problem(entries):
+    names = [entry.filename for entry in entries]
+    if len(set(names)) < len(names):
+        return "two of its entries have the same name"
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
+            return f"its entry '{entry.filename}' is compressed or encrypted, unlike when written"
+    return None
 
 
 def choose(path, content, ema):

@@ -378,17 +378,6 @@ def test_a_torch_file_as_weights(tmp_path):
     assert_same(values(MODELS["tnt"](weights=tmp_path / "model.pth")), values(model))
 
 
-@pytest.mark.parametrize("ending", [".weights.h5", ".keras"])
-def test_a_file_of_ours_that_does_not_fit_or_is_damaged(ending, tmp_path):
-    path = tmp_path / f"model{ending}"
-    MODELS["tnt"]().save_weights(path) if ending == ".weights.h5" else MODELS["tnt"]().save(path)
-    with pytest.raises(ValueError, match="does not fit model 'tnt', or is damaged"):
-        MODELS["tnt"](outer_dim=32, weights=path)
-    os.truncate(path, 3000)
-    with pytest.raises(ValueError, match="does not fit model 'tnt', or is damaged"):
-        MODELS["tnt"](weights=path)
-
-
 # === Memory ===
 
 PEAK = """
