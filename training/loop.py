@@ -69,20 +69,19 @@ def train_held(config, strategy, share):
     """Train in a directory that no other trainer writes to."""
     changes = workdir.check_config(config)
     training_source, held_out = sources.open_sources(config)
-    classes = config.classes or training_source.classes
+    classes, names = config.classes or training_source.classes, training_source.label_names
     steps = config.steps_per_epoch or training_source.size // config.batch_size
     if not steps:
         raise ValueError(
             f"--batch_size={config.batch_size} is more than the {training_source.size} images"
         )
     with strategy.scope():
-        model = models.build(config, classes)
+        model = models.build(config, classes, names)
         optimizer = optimization.AdamW(model, config)
         teacher = models.build_teacher(config, model)
     size, fill = models.image_size(model), models.mean_colour(model)
     corrupt = data.UnreadableImages(training_source, config.max_corrupt)
     corrupt_held_out = data.UnreadableImages(held_out, config.max_corrupt)
-    names = training_source.label_names
     run = Run(config, strategy, share, model, optimizer, teacher, steps, classes, names)
     return run.go(
         lambda epoch, first: data.training_batches(
@@ -348,12 +347,11 @@ class Run:
         if self.chief:
             if self.checkpoints.step() < step:
                 self.save(step)
-            files = models.save_final(self.model, self.config, self.classes, self.workdir)
+            what = self.model, self.config, self.classes, self.label_names, self.workdir
+            files = models.save_final(*what)
             if self.optimizer.averages:
                 with self.optimizer.averaged():
-                    files |= models.save_final(
-                        self.model, self.config, self.classes, self.workdir, "final_ema"
-                    )
+                    files |= models.save_final(*what, "final_ema")
             for name in ("config.json", "metrics.jsonl", "checkpoints"):
                 files[name] = os.fspath(self.workdir / name)
         return {**results, "step": step, "files": files}

@@ -11,6 +11,7 @@ import tensorflow as tf
 import keras_tnt
 from keras_tnt import registry
 from keras_tnt.files import replacing, write_atomically
+from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.layers.ends import scale_and_offset
 from keras_tnt.teacher import Teacher
 from training.checkpoint import read
@@ -49,17 +50,22 @@ def find_builder(name, flag="--model"):
         raise ValueError(f"{flag}: {error}") from error
 
 
-def build(config, classes):
+def build(config, classes, label_names=None):
     """The model of a configuration, on pixels in [0, 255], in its precision.
 
     Args:
         config: a `training.configuration.Config`.
         classes: number of classes.
+        label_names: names of a data set's classes, which the model keeps if it has as many. It
+            knows ImageNet's by itself.
 
     Returns:
         A `keras.Model`.
     """
     arguments = {}
+    wordnet = [identifier for identifier, _ in imagenet_classes()]
+    if label_names and len(label_names) == classes and list(label_names) != wordnet:
+        arguments["class_names"] = list(label_names)
     if config.image_size:
         arguments["input_shape"] = (config.image_size, config.image_size, 3)
     for name in ("stochastic_depth", "dropout", "distilled"):
@@ -192,15 +198,14 @@ def state(model):
     return named | {f"seed/{i}": v.value for i, v in enumerate(seeds)}
 
 
-def save_final(model, config, classes, workdir, name="final"):
+def save_final(model, config, classes, label_names, workdir, name="final"):
     """Write `<name>.keras` and `<name>.weights.h5`, float32 whatever the training's precision.
 
     Returns:
         Dict from file name to path.
     """
-    plain = build(
-        dataclasses.replace(config, precision="float32", weights="", remat=False), classes
-    )
+    unadorned = dataclasses.replace(config, precision="float32", weights="", remat=False)
+    plain = build(unadorned, classes, label_names)
     values = {v.path: v.numpy() for v in model.weights}
     for variable in plain.weights:
         variable.assign(values[variable.path])

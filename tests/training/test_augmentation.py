@@ -209,3 +209,151 @@ def test_an_image_s_augmentation_is_a_function_of_its_seed():
 
     np.testing.assert_array_equal(prepare(1), prepare(1))
     assert (prepare(1) != prepare(2)).any()
+
+
+# === The formulas, in numbers worked out by hand ===
+
+
+def draw(monkeypatch, *draws):
+    """Let `tf.random.stateless_uniform` give these values, one after the other."""
+    coming = iter(draws)
+    monkeypatch.setattr(
+        tf.random, "stateless_uniform", lambda *_, **__: tf.constant(next(coming), tf.float32)
+    )
+
+
+def ten(*first):
+    """Ten draws, the first of them given."""
+    return [*first, *[0.5] * (10 - len(first))]
+
+
+SEED = tf.constant([0, 0])
+
+
+def test_an_erased_box_has_the_area_and_aspect_that_were_drawn(monkeypatch):
+    # Area 0.02 of 100 x 100 pixels at aspect 1: 14.14 a side. Places: 0.5 and 0.99 of 87.
+    draw(monkeypatch, [ten(0), ten(0.5), ten(0.5), ten(0.99)], 0.1)
+    box = augmentation.erasing_box(SEED, 0.25, (100, 100))
+    assert box.numpy().tolist() == [43, 57, 86, 100]
+
+
+def test_a_box_that_does_not_fit_is_drawn_again(monkeypatch):
+    # A third of the area at aspect 0.3 is 32 x 105; at 1/0.3, 105 x 32; 0.02 of it at 0.3, 8 x 26.
+    draw(monkeypatch, [ten(1, 1, 0), ten(0, 1, 0), ten(0, 0, 0.99), ten(0, 0, 0)], 0.1)
+    box = augmentation.erasing_box(SEED, 0.25, (100, 100))
+    # exp(log 0.3 * (1 - 2 * 0)) = 0.3 is height over width.
+    assert box.numpy().tolist() == [92, 100, 0, 26]
+
+
+def test_nothing_is_erased_at_the_probability_itself(monkeypatch):
+    areas = [ten(0), ten(0.5), ten(0), ten(0)]
+    draw(monkeypatch, areas, 0.25, areas, 0.2499)
+    assert augmentation.erasing_box(SEED, 0.25, (100, 100)).numpy().tolist() == [0, 0, 0, 0]
+    assert augmentation.erasing_box(SEED, 0.25, (100, 100)).numpy().tolist() == [0, 14, 0, 14]
+
+
+def test_a_random_crop_has_the_area_and_aspect_that_were_drawn(monkeypatch):
+    # 0.25 + 0.75 * 0.52 of 100 x 200 pixels is 12,800; the middle of 3/4 to 4/3 is 1: 113 a side
+    # does not fit. At 0.25 it is 5,000: 71 a side, of 30 and 130 places the last and the middle.
+    draw(monkeypatch, [ten(0.52, 0), ten(0.5, 0.5), ten(0, 0.99), ten(0, 0.5)])
+    box = augmentation.inception_box([100, 200], SEED, 0.25)
+    assert box.numpy().tolist() == [29, 65, 71, 71]
+
+
+def test_a_random_crop_is_as_wide_as_its_aspect_says(monkeypatch):
+    # 0.3 of 100 x 100 at width over height of 4/3: 47.4 x 63.2.
+    draw(monkeypatch, [ten(0), ten(1), ten(0), ten(0)])
+    assert augmentation.inception_box([100, 100], SEED, 0.3).numpy().tolist() == [0, 0, 47, 63]
+    draw(monkeypatch, [ten(0), ten(0), ten(0), ten(0)])
+    assert augmentation.inception_box([100, 100], SEED, 0.3).numpy().tolist() == [0, 0, 63, 47]
+
+
+def test_a_shift_reaches_every_place_and_fills_in_black():
+    image = np.zeros((5, 5, 3), "uint8")
+    image[2, 2] = 255
+    move = tf.function(lambda seed: augmentation.shift(tf.constant(image), seed, 2))
+    places = set()
+    for i in range(200):
+        moved = move(tf.constant([0, i])).numpy()[..., 0]
+        assert moved.sum() == 255
+        places.add(tuple(np.argwhere(moved)[0]))
+    assert places == {(y, x) for y in range(5) for x in range(5)}
+
+
+def test_colour_jitter_changes_brightness_then_contrast_then_saturation(monkeypatch):
+    draw(monkeypatch, [1.3, 0.7, 1.2])
+    image = picture()
+    expected = Image.fromarray(image)
+    for enhance, factor in ((0, 1.3), (1, 0.7), (2, 1.2)):
+        kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[enhance]
+        expected = kind(expected).enhance(factor)
+    ours = augmentation.color_jitter(tf.constant(image), SEED, 0.4).numpy().astype(int)
+    assert np.abs(ours - np.array(expected)).max() <= 2
+
+
+def test_colour_jitter_is_off_under_randaugment_whoever_s_it_is():
+    image = tf.constant(picture((32, 32)))
+    images = [
+        augmentation.training_image(
+            image,
+            tf.constant([1, 2], tf.int64),
+            configuration.make(
+                "digits",
+                **{"augmentation": "keras_cv", "randaugment": True, "color_jitter": jitter},
+                **{"min_crop": 1.0, "shift": 0, "rotate": 0.0},
+            ),
+            (32, 32),
+            FILL,
+        ).numpy()
+        for jitter in (0.0, 0.4)
+    ]
+    np.testing.assert_array_equal(*images)
+
+
+# RandAugment's ops at magnitude 9 of 10 and sign -1, by the recipe's table.
+AT_NINE = [
+    augmentation.autocontrast,
+    augmentation.equalize,
+    augmentation.invert,
+    lambda x: augmentation.rotate(x, -27.0, FILL),
+    lambda x: augmentation.posterize(x, 1),
+    lambda x: augmentation.solarize(x, 26),
+    lambda x: augmentation.solarize_add(x, 99),
+    lambda x: augmentation.color(x, 0.19),
+    lambda x: augmentation.contrast(x, 0.19),
+    lambda x: augmentation.brightness(x, 0.19),
+    lambda x: augmentation.sharpness(x, 0.19),
+    lambda x: augmentation.shear_x(x, -0.27, FILL),
+    lambda x: augmentation.shear_y(x, -0.27, FILL),
+    lambda x: augmentation.translate_x(x, -0.405, FILL),
+    lambda x: augmentation.translate_y(x, -0.405, FILL),
+]
+
+
+def test_randaugment_s_magnitudes_are_the_recipe_s():
+    image = tf.constant(picture((20, 24)))
+    assert len(augmentation.RANDAUGMENT) == len(AT_NINE) == 15
+    for op, expected in zip(augmentation.RANDAUGMENT, AT_NINE, strict=True):
+        difference = tf.cast(op(image, 0.9, -1.0, FILL), tf.int32) - tf.cast(
+            expected(image), tf.int32
+        )
+        assert np.abs(difference).max() <= 1
+
+
+def test_randaugment_applies_the_ops_that_were_drawn_at_even_odds(monkeypatch):
+    image = tf.constant(picture((20, 24)))
+    monkeypatch.setattr(tf.random, "stateless_normal", lambda *_, **__: tf.constant([12.0, 5.0]))
+
+    def given(ops, odds):
+        coming = iter([tf.constant(ops), tf.constant(odds)])
+        monkeypatch.setattr(tf.random, "stateless_uniform", lambda *_, **__: next(coming))
+        return augmentation.randaugment(image, SEED, FILL).numpy()
+
+    # Invert, then brightness 1 + 0.9 * 0.5; a magnitude of 12 counts as 10: solarize inverts all.
+    inverted = 255 - image
+    brighter = augmentation.brightness(inverted, 1.45)
+    np.testing.assert_array_equal(given([2, 9], [[0.1, 0.49], [0.49, 0.1]]), brighter)
+    darker = augmentation.brightness(inverted, 0.55)
+    np.testing.assert_array_equal(given([2, 9], [[0.1, 0.1], [0.5, 0.1]]), darker)
+    np.testing.assert_array_equal(given([5, 9], [[0.1, 0.1], [0.1, 0.5]]), inverted)
+    np.testing.assert_array_equal(given([2, 9], [[0.1, 0.5], [0.1, 0.5]]), image)

@@ -216,6 +216,46 @@ def test_workers_and_replicas_see_the_batches_that_one_device_sees(folder):
     np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
 
 
+def test_the_order_of_an_epoch_in_numbers():
+    values = configuration.make("digits", batch_size=5, repeats=2, seed=3)
+    a = np.random.default_rng([3, 4]).permutation(7).tolist()
+    # Three images a batch, the second time as many of them as there is room for.
+    expected = [
+        [a[0], a[1], a[2], a[0], a[1]],
+        [a[3], a[4], a[5], a[3], a[4]],
+        [a[6], a[0], a[1], a[6], a[0]],
+    ]
+    assert data.training_order(values, 7, 3, 4).tolist() == expected
+    assert data.evaluation_order(3, 7).tolist() == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
+    assert data.evaluation_order(3, 6).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_streamed_images_are_repeated_within_their_batch():
+    items = tf.data.Dataset.range(7).map(lambda i: (i, -i))
+    repeated = list(data.repeat_within(items, 2, 3, 5).as_numpy_iterator())
+    firsts = [int(first) for first, _ in repeated]
+    assert firsts == [0, 1, 0, 1, 0, 2, 3, 2, 3, 2, 4, 5, 4, 5, 4]
+    assert all(first == -second for first, second in repeated)
+
+
+def test_a_worker_feeds_its_columns_of_a_batch():
+    batch = np.arange(12)
+    columns = [batch[data.WorkerShare(i, 3, 6).columns(12)].tolist() for i in range(3)]
+    assert columns == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_unreadable_images_are_counted_once_each_up_to_the_share(capsys):
+    source = sources.in_memory(np.zeros((1000, 1, 1, 3), "uint8"), np.zeros(1000), 2, "x")
+    unreadable = data.UnreadableImages(source, 0.0029)
+    for name in (b"one", b"one", b"two\xff"):
+        assert unreadable.add(name) == 0
+    unreadable.check()
+    assert capsys.readouterr().out.count("corrupt image") == 2
+    unreadable.add(b"three")
+    with pytest.raises(ValueError, match=r"3 of 1000 images .* allows \(2\). Among them: one, thr"):
+        unreadable.check()
+
+
 # === ImageNet as tensorflow-datasets has it ===
 
 

@@ -26,6 +26,14 @@ def test_the_peak_is_what_was_given_and_unknown_on_a_cpu():
     assert models.peak_tflops(configuration.make("digits")) == 0
 
 
+def test_a_model_keeps_the_names_of_a_data_set_s_classes():
+    names = [f"class {i}" for i in range(10)]
+    values = configuration.make("digits")
+    assert keras_tnt.class_names(models.build(values, 10, names)) == names
+    # More outputs than names: --classes says so.
+    assert keras_tnt.class_names(models.build(values, 12, names)) is None
+
+
 def test_a_checkpoint_of_other_classes_gives_all_but_its_head(tmp_path):
     donor = keras_tnt.DeiTTiny(weights=None, distilled=True)
     keras_tnt.save_checkpoint(donor, tmp_path / "donor.safetensors")

@@ -7,10 +7,12 @@ import io
 import json
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_tnt
 from tests.training.pictures import jpeg, prepare
 from training import configuration, data, evaluate, loop, models, sources
 from training.sources import kinds, registry
@@ -514,6 +516,7 @@ def test_a_run_on_a_prepared_data_set_counts_each_image_and_records_the_names(tf
     assert result["step"] == 8 and result["images"] == 28
     record = json.loads((tmp_path / "config.json").read_text())
     assert record["label_names"] == CIFAR and record["classes"] == 10
+    assert keras_tnt.class_names(keras.models.load_model(tmp_path / "final.keras")) == CIFAR
     assert evaluate.evaluate({"eval_split": "test"}, run=str(tmp_path))["images"] == 20
     with pytest.raises(ValueError, match="class 0 is '0' here, and was 'airplane'"):
         evaluate.evaluate({"dataset": "digits"}, run=str(tmp_path))

@@ -159,3 +159,69 @@ def test_mixing_is_a_function_of_seed_and_step_and_keeps_the_box_in_the_image():
     assert draws[:, 1:].min() >= 0 and draws[:, 2].max() <= 32 and draws[:, 4].max() <= 48
     last = step_functions.draw_mixing(values, 7, (32, 48), epoch=3)
     np.testing.assert_array_equal(last, [1, 0, 0, 0, 0])
+
+
+# === The formulas, in numbers worked out by hand ===
+
+
+class Drawn:
+    """Stands in for numpy's generator: these integers, one after the other, and this share."""
+
+    def __init__(self, integers, share):
+        self.coming, self.share = iter(integers), share
+
+    def integers(self, high):
+        value = next(self.coming)
+        assert 0 <= value < high
+        return value
+
+    def beta(self, first, second):
+        assert first == second
+        return self.share
+
+
+@pytest.mark.parametrize(
+    ("middle", "box"),
+    # Of 32 x 48 pixels at a share of 0.75 the box is half a side: 16 x 24 about its middle.
+    [((10, 20), [2, 18, 8, 32]), ((3, 40), [0, 11, 28, 48]), ((31, 0), [23, 32, 0, 12])],
+)
+def test_cutmix_s_box_is_as_large_as_its_share(monkeypatch, middle, box):
+    values = configuration.make("digits", cutmix=1.0)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Drawn([0, *middle], 0.75))
+    mixing = step_functions.draw_mixing(values, 5, (32, 48), 0)
+    assert mixing.tolist() == [1, *box]
+
+
+def test_mixup_keeps_its_share_and_ends_before_the_last_epochs(monkeypatch):
+    values = configuration.make("digits", mixup=0.2, cutmix=1.0, epochs=4, mix_off_epochs=1)
+    seeds = []
+
+    def generator(seed):
+        seeds.append(seed)
+        return Drawn([0], 0.625)
+
+    monkeypatch.setattr(np.random, "default_rng", generator)
+    mixing = step_functions.draw_mixing(values, 5, (32, 48), 2)
+    assert mixing.tolist() == [0.625, 0, 0, 0, 0] and seeds == [[0, 5, 2]]
+    last = step_functions.draw_mixing(values, 5, (32, 48), 3)
+    assert last.tolist() == [1, 0, 0, 0, 0]
+    nothing = configuration.make("digits", mixup=0.0, cutmix=0.0)
+    assert step_functions.draw_mixing(nothing, 5, (32, 48), 0).tolist() == [1, 0, 0, 0, 0]
+
+
+def test_smoothing_is_spread_over_all_classes():
+    hard = step_functions.soft_labels(tf.constant([2, 0]), 4, 0.1)
+    np.testing.assert_allclose(hard, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]])
+    soft = step_functions.soft_labels(tf.constant([[0.5, 0.5, 0.0, 0.0]]), 4, 0.2)
+    np.testing.assert_allclose(soft, [[0.45, 0.45, 0.05, 0.05]], rtol=1e-6)
+
+
+def test_an_answer_is_right_if_it_is_one_of_several_labels():
+    # Probabilities 1/8, 4/8, 1/8, 2/8 and those of 7 classes; labels by image.
+    logits = np.log(np.float32([[1, 4, 1, 2, 0.5, 0.25, 0.125]] * 3))
+    labels = np.float32([[0, 1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]])
+    loss, top1, top5 = step_functions.judge_several_labels(tf.constant(logits), labels)
+    total = 8.875
+    expected = -np.log(np.array([6, 0.5, 0.375]) / total)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert top1.numpy().tolist() == [1, 0, 0] and top5.numpy().tolist() == [1, 1, 0]
