@@ -5,6 +5,7 @@ function that checks what all families are told, builds the `keras.Model` and fi
 `register_family` makes a family known, and with it the functions of its variants.
 """
 
+import collections
 import contextlib
 import functools
 import inspect
@@ -219,10 +220,10 @@ def check_class_names(class_names) -> list[str] | None:
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise ValueError(f"Each of `class_names` must be a string. Received: {wrong[0]!r}")
-    wrong = [name for name in names if not name.strip() or len(name.splitlines()) != 1]
+    wrong = [name for name in names if not name.strip() or name.splitlines() != [name]]
     if wrong:
         raise ValueError(f"A class name must be one line that is not blank. Received: {wrong[0]!r}")
-    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else 0
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"`class_names` must differ from each other. Received twice: {twice[0]!r}")
     if not names:
@@ -255,7 +256,7 @@ def builder(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def build(*args, **kwargs):
-        given = signature.bind(*args, **kwargs)
+        given = bind(function.__name__, signature, args, kwargs)
         class_names = check_class_names(given.arguments.get("class_names"))
         told = "classes" in given.arguments
         given.apply_defaults()
@@ -278,6 +279,14 @@ def builder(function: Callable) -> Callable:
 
     build.__signature__ = signature.replace(return_annotation=keras.Model)
     return build
+
+
+def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.BoundArguments:
+    """The arguments of a call by name; Python's own error says what function they are for."""
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}() {error}") from None
 
 
 # Names of the layers that models of this package have been built of upon a tensor.
@@ -389,7 +398,7 @@ def variant_function(family: Family, variant: str) -> Callable:
     }
 
     def build(*args, **kwargs):
-        given = signature.bind(*args, **kwargs).arguments
+        given = bind(function_name, signature, args, kwargs).arguments
         told = {k: v for k, v in given.items() if k in architecture and k not in WITHOUT_WEIGHTS}
         shape, tensor = given.get("input_shape"), given.get("input_tensor")
         size = (row.image_size, row.image_size)

@@ -17,6 +17,7 @@ def main(arguments=None):
     check(options)
     import keras_tnt
 
+    keras_tnt.registry.load_plugins(options.plugins)
     labels = read_labels(options.labels) if options.labels else None
     model, weights = load(options)
     directory = options.directory or os.path.join(DIRECTORY, model.name)
@@ -50,6 +51,11 @@ def parse(arguments):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a variant, such as TNTSmall, or a .keras file")
     source.add_argument("--run", help="working directory of a training run that has ended")
+    parser.add_argument(
+        "--plugins",
+        default="",
+        help="modules to import first, by commas: those that register models",
+    )
     parser.add_argument("--weights", help="as the variant's weights=; default: the variant's own")
     parser.add_argument("--image_size", type=int, help="side in pixels; default: the variant's own")
     parser.add_argument("--classes", type=int, help="number of classes; default: 1000")

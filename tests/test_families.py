@@ -1,5 +1,7 @@
 """DeiT, CaiT and PyramidTNT: the reference's numbers, and what holds for every family."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from tests.checks import (
     predict,
 )
 from tests.golden import assert_close
+from tests.test_tnt import tiny as tiny_tnt
 
 BUILDERS = {
     "deit": keras_tnt.DeiT,
@@ -199,20 +202,31 @@ def resampled_relative_positions(table, theirs, ours):
     return table
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", ["tnt", *BUILDERS])
 def test_channels_first_and_preprocessing_outside_give_the_same_predictions(family):
-    model = tiny(family)
+    build = tiny_tnt if family == "tnt" else functools.partial(tiny, family)
+    model = build(size=(32, 48))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), "uint8")
     expected = run(model, pixels)
 
     keras.config.set_image_data_format("channels_first")
-    first = tiny(family, include_preprocessing=False)
-    assert first.input_shape == (None, 3, 32, 48)
-    first.set_weights(model.get_weights())
+    turned = np.transpose(pixels, (0, 3, 1, 2))
+    inside = build(size=(32, 48))
+    inside.set_weights(model.get_weights())
+    assert_close(run(inside, turned), expected, 1e-5)
+    found = keras_tnt.anatomy(inside)
+    assert (found.image.data_format, found.grid) == (
+        "channels_first",
+        keras_tnt.anatomy(model).grid,
+    )
+
+    outside = build(size=(32, 48), include_preprocessing=False)
+    assert outside.input_shape == (None, 3, 32, 48)
+    outside.set_weights(model.get_weights())
     module = getattr(keras_tnt, family.removesuffix("_distilled"))
-    images = module.preprocess_input(np.transpose(pixels, (0, 3, 1, 2)))
+    images = module.preprocess_input(turned)
     assert images.dtype == "float32"
-    assert_close(run(first, images), expected, 1e-5)
+    assert_close(run(outside, images), expected, 1e-5)
 
 
 def test_grey_images_are_normalised_inside_and_outside_alike():

@@ -35,6 +35,11 @@ class Config:
         "digits", "name of a recipe in training/recipes; flags override its values"
     )
     workdir: str = option("runs/train", "directory of the run", may_change=True)
+    plugins: str = option(
+        "",
+        "modules to import first, by commas: those that register models, data sets, optimisers",
+        may_change=True,
+    )
     change: bool = option(
         False,
         "go on with the run under other learning rates, clip_norm, weight_decay or precision",
@@ -219,7 +224,16 @@ def define_flags(names=tuple(FIELDS)):
 def from_flags(values):
     """The configuration that absl's parsed flags ask for."""
     given = {name: values[name].value for name in FIELDS if values[name].value is not None}
+    load_plugins(given.get("plugins"))
     return make(**given)
+
+
+def load_plugins(modules):
+    """Import the modules of `--plugins` before anything is looked up by name."""
+    if modules:
+        from keras_tnt import registry
+
+        registry.load_plugins(modules)
 
 
 def differences(config, recorded):

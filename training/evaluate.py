@@ -19,7 +19,7 @@ from absl import flags  # noqa: E402
 from training import commands, configuration, sources  # noqa: E402
 
 SHARED = (
-    *("model", "image_size", "dataset", "data_dir", "train_split", "eval_split"),
+    *("plugins", "model", "image_size", "dataset", "data_dir", "train_split", "eval_split"),
     *("validation_share", "seed", "label_offset", "classes", "max_corrupt"),
     *("strategy", "cpu_devices", "tpu", "precision", "batch_size", "crop", "distilled"),
 )
@@ -105,7 +105,9 @@ def make_config(given, run):
         values |= {"distill": "none", "teacher": "", "classes": recorded["classes"]}
         if given.get("dataset", values["dataset"]) != values["dataset"]:
             values = {k: v for k, v in values.items() if k not in sources.OPTIONS}
-    return dataclasses.replace(configuration.Config(), **{**values, **given})
+    values |= given
+    configuration.load_plugins(values.get("plugins"))
+    return dataclasses.replace(configuration.Config(), **values)
 
 
 def read_record(run):
