@@ -1,0 +1,187 @@
+"""Fine-tuning with `fit`: smaller steps further from the head, and layers that stand still."""
+
+import functools
+
+import keras
+
+from keras_tnt.anatomy import anatomy
+
+# Optimizers of others, which have no step of their own.
+WRAPPERS = (keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer)
+
+
+def layerwise(optimizer, model, decay=0.75):
+    """An optimizer like the given one whose steps shrink from the head to the stem.
+
+    The learning rate of a variable is the optimizer's times `decay ** distance` (arXiv 2106.08254,
+    appendix): heads and final norm have distance 0, the last block 1, the one before 2, and stem,
+    tokens and the tables of positions before the blocks one more than there are blocks. A merge
+    between stages counts with the block before it; layers outside of the keras_tnt model have
+    distance 0. Weight decay is scaled with the step, and falls on kernels alone: not on tables of
+    positions, tokens, norms, biases or LayerScale.
+
+    Gradients stay as they are. Clipping, accumulation, moving averages, learning-rate schedules,
+    loss scaling and saving are the given optimizer's.
+
+    Args:
+        optimizer: a Keras optimizer, not yet built, or the name of one.
+        model: the model to train, or one that holds a model of keras_tnt.
+        decay: factor of the learning rate from one block to the one before, above 0 and at most 1.
+
+    Returns:
+        A new optimizer, of a subclass of `optimizer`'s class.
+
+    Raises:
+        ValueError: for another `decay`, an optimizer that is in use, or one that wraps others.
+
+    Example:
+
+    >>> optimizer = keras.optimizers.AdamW(5e-4, weight_decay=0.05)
+    >>> model.compile(keras_tnt.finetuning.layerwise(optimizer, model), loss=loss)
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"`decay` must lie above 0 and be at most 1. Received: {decay}")
+    optimizer = keras.optimizers.get(optimizer)
+    if isinstance(optimizer, WRAPPERS):
+        raise ValueError(
+            f"`layerwise` takes an optimizer that updates variables by itself, and "
+            f"{type(optimizer).__name__} wraps others. Give `layerwise` what it wraps."
+        )
+    if optimizer.built:
+        raise ValueError(f"'{optimizer.name}' is in use by a model. Make a new optimizer.")
+    return scaled(optimizer, {path: decay**far for path, far in distances(model).items()})
+
+
+def distances(model):
+    """How far from the head each weight lies: 0 at the head, 1 in the last block, and so on.
+
+    Args:
+        model: a model of keras_tnt, or one that holds such a model.
+
+    Returns:
+        Dict from the path of each weight of the keras_tnt model to its distance.
+    """
+    return {
+        weight.path: distance
+        for layer, distance in layer_distances(anatomy(model))
+        for weight in layer.weights
+    }
+
+
+def layer_distances(parts):
+    """(layer, distance from the head) for the layers of a model, in their order."""
+    blocks = [*(block.layer for block in parts.blocks), *parts.class_blocks]
+    distance = farthest = len(blocks) + 1
+    for layer in parts.model.layers:
+        if layer in blocks:
+            distance = len(blocks) - blocks.index(layer)
+        elif layer is parts.norm or layer in parts.heads:
+            distance = 0
+        yield layer, farthest if layer in parts.tokens else distance
+
+
+# === Layers that stand still ===
+
+
+def freeze(model, up_to):
+    """Let only the layers after `up_to` train; compile the model afterwards.
+
+    Frozen BatchNorm normalises with its moving averages, in `fit` too.
+
+    Args:
+        model: a model of keras_tnt, or one that holds such a model.
+        up_to: `"stem"`, which stands for everything before the blocks, tokens included; how many
+            blocks to freeze beside it; or `"head"`, for all but the heads.
+
+    Raises:
+        ValueError: for another `up_to`.
+    """
+    parts = anatomy(model)
+    count = len(parts.blocks) + len(parts.class_blocks)
+    frozen = {"stem": 0, "head": count}.get(up_to, up_to)
+    if isinstance(frozen, bool) or not isinstance(frozen, int) or not 0 <= frozen <= count:
+        raise ValueError(
+            f"`up_to` must be 'stem', 'head' or a number of blocks from 0 to {count}. "
+            f"Received: {up_to!r}"
+        )
+    unfreeze(parts.model)
+    for layer, distance in layer_distances(parts):
+        layer.trainable = layer in parts.heads if up_to == "head" else distance <= count - frozen
+
+
+def unfreeze(model):
+    """Let every layer train; compile the model afterwards."""
+    model.trainable = False  # for TensorFlow passes over an assignment that changes nothing
+    model.trainable = True
+
+
+# === Optimizers ===
+
+
+@keras.saving.register_keras_serializable(package="keras_tnt")
+class Layerwise:
+    """What `layerwise` puts before an optimizer's class: a learning rate for each variable."""
+
+    plain = None  # the optimizer's class
+
+    @classmethod
+    def like(cls, optimizer, factors):
+        """A new optimizer with the settings of `optimizer`.
+
+        Args:
+            optimizer: of the class that this one is made from.
+            factors: dict from a variable's path to the factor of its learning rate.
+        """
+        result = super().from_config(optimizer.get_config())
+        result.factors = factors
+        result.kernel_decay, result.weight_decay = result.weight_decay, None
+        return result
+
+    def build(self, variables):
+        self.exclude_from_weight_decay(variables)
+        super().build(variables)
+        self.rates = [self.factors.get(v.path, 1.0) for v in variables]
+        # Muon leaves some variables to AdamW, with a weight decay of their own.
+        of_adamw = getattr(self, "adam_velocities", [None] * len(variables))
+        decays = [self.kernel_decay if v is None else self.adam_weight_decay for v in of_adamw]
+        self.decays = [
+            decay if v.path.endswith("kernel") else None
+            for v, decay in zip(variables, decays, strict=True)
+        ]
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        rate = keras.ops.cast(learning_rate, variable.dtype) * self.rates[index]
+        if self.decays[index]:
+            self.assign_sub(variable, variable * (self.decays[index] * rate))
+        super().update_step(gradient, variable, rate)
+
+    def get_config(self):
+        config = super().get_config() | {"weight_decay": self.kernel_decay}
+        return {
+            "optimizer": keras.saving.serialize_keras_object(self.plain.from_config(config)),
+            "factors": dict(self.factors),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        plain = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects)
+        return scaled(plain, config["factors"])
+
+
+def scaled(optimizer, factors):
+    """`Layerwise.like` of the class that fits the optimizer."""
+    plain = type(optimizer)
+    if plain.__module__.startswith("keras."):  # torch's own class lies behind the public one
+        plain = getattr(keras.optimizers, plain.__name__)
+    return layerwise_class(plain).like(optimizer, factors)
+
+
+@functools.cache
+def layerwise_class(plain):
+    """The subclass of an optimizer's class with `Layerwise` before it.
+
+    All are registered under one name: their configuration says which optimizer they are.
+    """
+    made = type("Layerwise", (Layerwise, plain), {"plain": plain})
+    return keras.saving.register_keras_serializable(package="keras_tnt")(made)
