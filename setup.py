@@ -18,6 +18,7 @@ TENSORFLOW = ["tensorflow>=2.19,<3"]
 JAX = ["jax>=0.8.1,<1"]
 TORCH = ["torch>=2.6,<3"]
 IMAGES = ["pillow>=11"]
+PARQUET = ["pyarrow>=16"]
 TRAIN = [
     *TENSORFLOW,
     "absl-py>=2.1,<3",
@@ -43,6 +44,7 @@ TEST = [
     *TRAIN,
     *EXPORT,
     *TORCH,
+    *PARQUET,
     "ml_dtypes>=0.5,<1",
     "protobuf>=5",
     "pytest>=9,<10",
@@ -60,6 +62,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["keras_tnt", "keras_tnt.*"]),
+    entry_points={"console_scripts": ["keras-tnt=keras_tnt.command:main"]},
     package_data={"keras_tnt": ["**/*.txt", "**/*.json", "**/*.csv", "**/*.h", "**/*.cpp"]},
     install_requires=[
         "keras>=3.15,<4",
@@ -72,6 +75,7 @@ setup(
         "jax": JAX,
         "torch": TORCH,
         "images": IMAGES,
+        "parquet": PARQUET,
         "train": TRAIN,
         "export": EXPORT,
         "test": TEST,

@@ -4,9 +4,12 @@ The function of every builder and variant, `keras_tnt.TNT`, `keras_tnt.TNTSmall`
 attribute of this package by the registry: a variant is a row in its family's file.
 """
 
+# In the process of the command, answers and ends here what needs no Keras, such as --help.
+from keras_tnt.command import before_keras  # isort: skip
+
 # The order of the families is that of every listing.
 from keras_tnt import tnt, pyramid_tnt, deit, cait  # isort: skip
-from keras_tnt import building, distillation, export, inspection, layers, registry
+from keras_tnt import building, distillation, export, finetuning, inspection, layers, registry
 from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.building import register_family
 from keras_tnt.distillation import Distiller

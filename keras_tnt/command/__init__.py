@@ -1,0 +1,60 @@
+"""The command keras-tnt: a file for each thing that it does.
+
+A module of this package has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the
+exit status. Nothing here imports Keras before `run` does, so that `--help` and a wrong argument
+are answered at once.
+"""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = ("predict", "merge", "list", "info")
+NAME = "keras-tnt"
+
+
+def main(arguments=None):
+    """Run the command.
+
+    Args:
+        arguments: list of its arguments; None: the shell's.
+
+    Returns:
+        The exit status: 0; 1 if something was left out, which was said; 2 if nothing could be done.
+    """
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if options.plugins:
+            from keras_tnt import registry
+
+            registry.load_plugins(options.plugins)
+        return options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return fail("stopped", 130)
+
+
+def parse(arguments):
+    """The options; a first argument that is no command is an image of `predict`."""
+    if arguments and arguments[0] not in (*COMMANDS, "-h", "--help"):
+        arguments = ["predict", *arguments]
+    parser = argparse.ArgumentParser(
+        prog=NAME, description="Transformer-in-Transformer image models."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"{__name__}.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.add_argument(
+            "--plugins", default="", help="modules to import, by commas, that register families"
+        )
+        command.set_defaults(run=module.run)
+    return parser.parse_args(arguments)
+
+
+def fail(message, status=2):
+    """Say what is wrong, in one line."""
+    print(f"error: {str(message).splitlines()[0]}", file=sys.stderr)
+    return status

@@ -1,0 +1,51 @@
+"""What the command answers before Keras, which takes seconds, is imported.
+
+`keras_tnt` imports this before anything else.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+
+from keras_tnt.command import NAME, fail, parse
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def start():
+    """End this process here if it is the command, and needs no Keras to answer."""
+    if not is_command():
+        return
+    parse(sys.argv[1:])
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    backend = configured_backend()
+    if importlib.util.find_spec(backend) is None:
+        installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
+        ways = [f"pip install 'keras-tnt[{backend}]'"] if backend in BACKENDS else []
+        ways += [f"set KERAS_BACKEND={name}" for name in installed]
+        sys.exit(
+            fail(f"Keras's backend is {backend!r}, which is not installed: {', or '.join(ways)}.")
+        )
+
+
+def is_command():
+    """Whether this process was started as `keras-tnt` or `python -m keras_tnt`."""
+    if sys.argv[:1] == ["-m"]:  # for as long as the package is being imported
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["keras_tnt"]
+    return os.path.splitext(os.path.basename("".join(sys.argv[:1])))[0] == NAME
+
+
+def configured_backend():
+    """The backend that Keras is going to take."""
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"]
+    home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+    try:
+        with open(os.path.join(home, "keras.json"), encoding="utf-8") as file:
+            return json.load(file).get("backend", "tensorflow")
+    except (OSError, ValueError, AttributeError):
+        return "tensorflow"
+
+
+start()

@@ -1,0 +1,92 @@
+"""`keras-tnt info`: what a model is."""
+
+import json
+
+HELP = "what a model is: family, classes, parameters, multiply-accumulates, weights"
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "model",
+        help="a name that `keras-tnt list` gives, a .keras or .onnx file, the directory of a run "
+        "or a SavedModel",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options):
+    found = about(options.model)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    names = found.pop("class_names", None)
+    for name, value in found.items():
+        shown = f"{value:,}" if isinstance(value, int) else value
+        if isinstance(value, list):
+            shown = ", ".join(map(str, value))
+        print(f"{name.replace('_', ' '):22}  {shown}")
+    if names:
+        print(f"{'class names':22}  {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    return 0
+
+
+def about(name):
+    """What is known of a model, by name.
+
+    Args:
+        name: what `run` is given.
+
+    Returns:
+        A dict of what JSON can hold.
+    """
+    from keras_tnt.command import runtime
+
+    if name.endswith(".onnx"):
+        return about_card(*runtime.onnx_card(name))
+    if folder := runtime.saved_model_folder(name):
+        return about_card(runtime.saved_model_card(folder), None)
+    return about_keras(name)
+
+
+def about_card(card, parameters):
+    return {
+        "name": card["name"],
+        "image_size": "x".join(map(str, card["image_size"])),
+        "input": card["input"],
+        "classes": len(card["labels"] or ()),
+        "class_names": card["labels"],
+        **({"parameters": parameters} if parameters else {}),
+        "weights": card["weights"] or "not said",
+        "made_with": card["made_with"],
+    }
+
+
+def about_keras(name):
+    import keras_tnt
+    from keras_tnt import registry
+    from keras_tnt.command.runtime import load_model
+    from keras_tnt.inspection.cost import multiply_accumulates
+
+    model = load_model(name)
+    parts = keras_tnt.anatomy(model)
+    heads = parts.heads
+    found = {
+        "name": model.name,
+        "family": parts.family,
+        "image_size": f"{parts.image.height}x{parts.image.width}",
+        "input": "pixels in [0, 255]" if parts.image.normalises else "normalised",
+        "blocks": len(parts.blocks) + len(parts.class_blocks),
+        "distilled": "yes" if len(heads) == 2 else "no",
+        "classes": heads[0].units if heads else 0,
+        "class_names": keras_tnt.class_names(model),
+        "precision": model.dtype_policy.name,
+        "parameters": model.count_params(),
+    }
+    if None not in (parts.image.height, parts.image.width):
+        found["multiply_accumulates"] = multiply_accumulates(model)
+    family = registry.family(parts.family)
+    function = {name: family.function_name(name) for name in family.variants}.get(model.name)
+    public = [row.name for row in family.checkpoints if row.model == function]
+    if public:
+        found["public_weights"] = public
+    return found

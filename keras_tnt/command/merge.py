@@ -1,0 +1,68 @@
+"""`keras-tnt merge`: one table of the parts that shards wrote."""
+
+import itertools
+import os
+import shutil
+
+from keras_tnt.command.predict import say
+from keras_tnt.command.table import check_path, read_command, shard_path, shard_paths, write_command
+from keras_tnt.files import replacing
+
+HELP = "join the tables of `predict --shard`, or say what is missing"
+
+
+def add_arguments(parser):
+    parser.add_argument("table", help="what --out said: predictions.csv")
+
+
+def run(options):
+    check_path(options.table)
+    parts, count = shard_paths(options.table)
+    paths = [parts.get(i, shard_path(options.table, i, count)) for i in range(1, count + 1)]
+    missing = [i for i, path in enumerate(paths, 1) if not os.path.exists(path)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {count} shards are missing: {spans(missing)}. Run `keras-tnt "
+            f"predict --shard={missing[0]}/{count}` and so on, as the others were."
+        )
+    commands = [{**(read_command(path) or {}), "shard": None} for path in paths]
+    for path, command in zip(paths, commands, strict=True):
+        for key, value in commands[0].items():
+            if command.get(key) != value:
+                raise ValueError(
+                    f"'{path}' and '{paths[0]}' belong to different commands: {key} is "
+                    f"{command.get(key)!r} and {value!r}."
+                )
+    with replacing(options.table) as aside:
+        join(paths, aside)
+    write_command(options.table, commands[0] | {"shard": [1, 1]})
+    say(f"'{options.table}' has the rows of {count} shards.")
+    return 0
+
+
+def join(paths, target):
+    if target.endswith(".parquet"):
+        return join_parquet(paths, target)
+    with open(target, "wb") as joined:
+        for number, path in enumerate(paths):
+            with open(path, "rb") as part:
+                if number and path.endswith(".csv"):
+                    part.readline()  # the names of the columns
+                shutil.copyfileobj(part, joined)
+
+
+def join_parquet(paths, target):
+    from pyarrow import parquet
+
+    with parquet.ParquetWriter(target, parquet.read_schema(paths[0])) as writer:
+        for path in paths:
+            part = parquet.ParquetFile(path)
+            for group in range(part.num_row_groups):
+                writer.write_table(part.read_row_group(group))
+
+
+def spans(numbers):
+    """ "3, 5 to 7" of [3, 5, 6, 7]."""
+    groups = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

@@ -1,0 +1,267 @@
+"""`keras-tnt predict`: pictures in, a table out."""
+
+import collections
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+import time
+
+import numpy as np
+
+from keras_tnt.command.images import evaluation_array, find_images
+from keras_tnt.command.table import Table, shard_path
+
+HELP = "name what images show, or give their features"
+
+
+def add_arguments(parser):
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder of them")
+    parser.add_argument(
+        "--model",
+        default="TNTSmall",
+        help="a name that `keras-tnt list` gives, a .keras or .onnx file, the directory of a run "
+        "or a SavedModel",
+    )
+    parser.add_argument(
+        "--weights",
+        default="imagenet",
+        help="of a model that is named: imagenet, another name of keras_tnt.list_weights(), "
+        "hf://owner/repository, or a file",
+    )
+    parser.add_argument("--top", type=int, default=5, help="how many classes to name")
+    parser.add_argument("--features", action="store_true", help="what the classifier reads instead")
+    parser.add_argument("--out", help="table to write: .csv, .jsonl or .parquet; else it is shown")
+    parser.add_argument(
+        "--shard", help="3/16: the third of sixteen shares of the images, in a table of its own"
+    )
+    parser.add_argument("--batch_size", type=int, help="images at once")
+    parser.add_argument("--json", action="store_true", help="show JSON")
+
+
+def run(options):
+    if options.top < 1:
+        raise ValueError(f"--top must be 1 or more. Received: {options.top}")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"--batch_size must be 1 or more. Received: {options.batch_size}")
+    if not any(map(os.path.exists, options.images)):
+        raise ValueError(f"There is no image file '{options.images[0]}'.")
+    shard, shards = parse_shard(options.shard)
+    if options.shard and not options.out:
+        raise ValueError("--shard needs --out: the table that `keras-tnt merge` joins.")
+    count, digest = survey(options.images)
+    start, stop = (count * k // shards for k in (shard - 1, shard))
+
+    if not options.out:
+        return show(options, count)
+    from keras_tnt.command.runtime import identity
+
+    path = shard_path(options.out, shard, shards) if options.shard else options.out
+    table = Table(
+        path,
+        {
+            "model": options.model,
+            "content of the model": identity(options.model),
+            "weights": options.weights,
+            "content of the weights": identity(options.weights),
+            "features": options.features,
+            "top": options.top,
+            "number of images": count,
+            "list of images": digest,
+            "shard": [shard, shards],
+            "batch_size": options.batch_size,
+        },
+    )
+    if table.finished:
+        say(f"'{path}' is done.")
+        return 0
+    fill(table, options, start, stop)
+    return 0
+
+
+def fill(table, options, start, stop):
+    """Predict the images `start` to `stop` that the table does not have yet."""
+    runtime = open_model(options, stop - start)
+    # The same images make a batch, whenever this process was killed: so the results are the same.
+    batch_size = options.batch_size or table.command.get("images at once") or runtime.batch_size
+    table.record(table.command | {"images at once": batch_size})
+    with table.rows(width_of(runtime, options), batch_size) as (there, add):
+        images = itertools.islice(find_images(options.images), start + there, stop)
+        progress = Progress(there, stop - start)
+        unreadable = 0
+        for rows in predictions(images, runtime, options, batch_size):
+            add(rows)
+            progress.add(len(rows))
+            unreadable += sum("error" in row for row in rows)
+        progress.end(unreadable)
+
+
+def show(options, count):
+    """Print what is predicted, without a table."""
+    runtime = open_model(options, count)
+    status, shown = 0, 0
+    batches = predictions(
+        find_images(options.images), runtime, options, options.batch_size or runtime.batch_size
+    )
+    for row in itertools.chain.from_iterable(batches):
+        if "error" in row:
+            print(f"error: {row['error']}", file=sys.stderr)
+            status = 1
+            continue
+        if options.json:
+            text = json.dumps(row, indent=2).replace("\n", "\n  ")
+            print("[\n  " if not shown else ",\n  ", text, sep="", end="")
+        else:
+            print(as_text(row), flush=True)
+        shown += 1
+    if options.json:
+        print("\n]" if shown else "[]")
+    return status
+
+
+def as_text(row):
+    lines = [row["file"]]
+    if "features" in row:
+        lines.append("  " + " ".join(f"{value:.4g}" for value in row["features"]))
+    for found in row.get("predictions", ()):
+        name = found.get("name", f"class {found['class']}")
+        lines.append(f"  {found['score']:6.1%}  {name}")
+    return "\n".join(lines)
+
+
+# === What is predicted ===
+
+
+def open_model(options, count):
+    from keras_tnt.command.runtime import open_runtime
+
+    return open_runtime(options.model, options.weights, options.features, count)
+
+
+def width_of(runtime, options):
+    """How many predictions, or features, a row has."""
+    return runtime.width if options.features else min(options.top, runtime.width)
+
+
+def predictions(paths, runtime, options, batch_size):
+    """Lists of rows of `batch_size` images, which are decoded while those before are predicted."""
+    images = decoded(paths, runtime.transform, 2 * batch_size)
+    describe = features_of if options.features else best_of
+    while batch := list(itertools.islice(images, batch_size)):
+        readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+        if not readable:
+            yield [{"file": path, "error": error} for path, error in batch]
+            continue
+        # What cannot be read leaves its place empty, so that the size stays one that is compiled.
+        blank = np.zeros_like(readable[0])
+        pixels = np.stack([blank if isinstance(x, str) else x for _, x in batch])
+        results = np.asarray(runtime.predict(pixels), "float32")
+        yield [
+            {"file": path, "error": found}
+            if isinstance(found, str)
+            else {"file": path, **describe(result, runtime, options.top)}
+            for (path, found), result in zip(batch, results, strict=True)
+        ]
+
+
+def decoded(paths, transform, ahead):
+    """(path, pixels, or what keeps them from being read) in order, `ahead` of whoever asks."""
+    workers = max(1, os.cpu_count() or 1)
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    pending = collections.deque()
+    try:
+        for path in paths:
+            pending.append((path, pool.submit(read, path, transform)))
+            if len(pending) > ahead:
+                path, future = pending.popleft()
+                yield path, future.result()
+        for path, future in pending:
+            yield path, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read(path, transform):
+    try:
+        return evaluation_array(path, transform)
+    except (ValueError, OSError, MemoryError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def features_of(result, runtime, top):
+    return {"features": [rounded(value) for value in result]}
+
+
+def best_of(scores, runtime, top):
+    """The likeliest classes of an image."""
+    best = np.argsort(-scores, kind="stable")[:top]
+    return {"predictions": [runtime.about(int(i)) | {"score": rounded(scores[i])} for i in best]}
+
+
+def rounded(value):
+    return float(f"{value:.6g}")
+
+
+# === Which images ===
+
+
+def parse_shard(text):
+    """(3, 16) of "3/16"; (1, 1) of None."""
+    if text is None:
+        return 1, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"--shard must be like 3/16, from 1/16 to 16/16. Received: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def survey(images):
+    """How many images there are, and a hash of their names in their order."""
+    total, count = hashlib.sha256(), 0
+    for path in find_images(images):
+        total.update(path.encode("utf-8", "surrogateescape") + b"\0")
+        count += 1
+    return count, total.hexdigest()
+
+
+# === Progress ===
+
+
+class Progress:
+    """Says on the terminal how far it is: all the time, or twice a minute where there is none.
+
+    Args:
+        done: images that were done before.
+        total: images in all.
+    """
+
+    def __init__(self, done, total):
+        self.before, self.done, self.total = done, done, total
+        self.begun = self.said = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        if done:
+            say(f"{done:,} of {total:,} images are done.")
+
+    def add(self, count):
+        self.done += count
+        now = time.monotonic()
+        if now - self.said >= (0.5 if self.terminal else 30):
+            self.said = now
+            rate = (self.done - self.before) / (now - self.begun)
+            left = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / rate))
+            text = f"{self.done:,}/{self.total:,} images, {rate:.1f} images/s, {left} left"
+            say(f"\r{text}\x1b[K" if self.terminal else text, end="" if self.terminal else "\n")
+
+    def end(self, unreadable):
+        rate = (self.done - self.before) / max(time.monotonic() - self.begun, 1e-9)
+        say(
+            f"{chr(13) if self.terminal else ''}{self.done:,} images, {rate:.1f} images/s"
+            + (f"; {unreadable:,} could not be read, as their rows say" if unreadable else "")
+        )
+
+
+def say(text, end="\n"):
+    print(text, end=end, file=sys.stderr, flush=True)

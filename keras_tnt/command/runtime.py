@@ -1,0 +1,269 @@
+"""A model of any form, opened for prediction by the fastest path that there is for it."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from keras_tnt.imagenet import imagenet_classes
+
+# Fewer images than these are predicted sooner without a compiler.
+WORTH_COMPILING = 64
+CARD = os.path.join("assets.extra", "model.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """What is made of an image before a model sees it.
+
+    Attributes:
+        size: (height, width) in pixels.
+        covered: (height, width) that the image is resized to cover before the centre crop.
+        channels: number of channels.
+        channels_first: whether they stand first.
+        mean, std: by which pixels in [0, 1] are normalised; None: pixels stay in [0, 255].
+    """
+
+    size: tuple[int, int]
+    covered: tuple[int, int]
+    channels: int
+    channels_first: bool
+    mean: np.ndarray | None
+    std: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """A model that is ready.
+
+    Attributes:
+        transform: of the images.
+        predict: function from a batch to scores, or features, of each image.
+        width: how many scores or features that are.
+        labels: names of the classes; None: they have none.
+        batch_size: with how many images `predict` is fastest.
+    """
+
+    transform: Transform
+    predict: Callable
+    width: int
+    labels: list[str] | None = None
+    batch_size: int = 32
+
+    def about(self, number):
+        """The number of a class and, where they are known, its name and WordNet id."""
+        if self.labels is None:
+            return {"class": number}
+        found = {"class": number, "name": self.labels[number]}
+        wordnet, name = imagenet_classes()[number] if self.width == 1000 else (None, None)
+        return found | ({"id": wordnet} if name == found["name"] else {})
+
+
+def open_runtime(name, weights, features, count):
+    """Open a model.
+
+    Args:
+        name: variant, or path of a `.keras` file, a run's directory, an `.onnx` file or a
+            SavedModel.
+        weights: of a variant.
+        features: whether it is to give features in the place of scores.
+        count: of the images that it is opened for.
+
+    Returns:
+        A `Runtime`.
+
+    Raises:
+        ValueError, OSError: if there is no such model, or it cannot do that.
+    """
+    if name.endswith(".onnx"):
+        return open_onnx(name, features)
+    if folder := saved_model_folder(name):
+        return open_saved_model(folder, features)
+    return open_keras(load_model(name, weights), features, count)
+
+
+def load_model(name, weights=None):
+    """The Keras model of a variant, a `.keras` file, or a directory that holds one."""
+    import keras
+
+    import keras_tnt
+
+    if os.path.isdir(name):
+        final = os.path.join(name, "final.keras")
+        if not os.path.isfile(final):
+            raise ValueError(
+                f"Folder '{name}' holds no model: no final.keras of a run, and no SavedModel."
+            )
+        name = final
+    if name.endswith(".keras"):
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"There is no file '{name}'.")
+        try:
+            return keras.models.load_model(name, compile=False)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"'{name}' cannot be loaded as a model: {error}") from error
+    if os.path.exists(name):
+        raise ValueError(
+            f"'{name}' is no model: a .keras or .onnx file, a run's directory and a SavedModel are."
+        )
+    return keras_tnt.create_model(name, weights=weights)
+
+
+def open_keras(model, features, count):
+    import keras
+
+    import keras_tnt
+    from keras_tnt.export.network import serving_network
+
+    image = keras_tnt.anatomy(model).image
+    if None in (image.height, image.width):
+        raise ValueError(f"Model '{model.name}' takes images of any size; build it for one.")
+    transform = Transform(
+        (image.height, image.width),
+        image.covered_size(),
+        image.channels,
+        image.data_format == "channels_first",
+        None if image.normalises else np.array(image.mean, "float32"),
+        None if image.normalises else np.array(image.std, "float32"),
+    )
+    if features:
+        model = keras.Model(model.inputs, serving_network(model).output["features"])
+    if len(model.output_shape) != 2:
+        raise ValueError(f"'{model.name}' gives no {'vector' if features else 'scores'}.")
+    accelerated = "cpu" not in str(keras.ops.zeros(()).device).lower()
+    if count < WORTH_COMPILING:
+        predict = model.predict_on_batch
+    else:
+        predict = keras_tnt.compile_inference(model)
+    labels = None if features else keras_tnt.class_names(model)
+    return Runtime(transform, predict, model.output_shape[-1], labels, 256 if accelerated else 32)
+
+
+def open_onnx(path, features):
+    from keras_tnt.export import onnx_session
+
+    card, _ = onnx_card(path)
+    session = onnx_session(path)
+    widths = {output.name: output.shape[-1] for output in session.get_outputs()}
+    wanted = "features" if features else "probabilities"
+    if wanted not in widths:
+        raise ValueError(f"'{path}' gives {' and '.join(widths)}, not {wanted}.")
+
+    def predict(images):
+        return session.run([wanted], {"images": images})[0]
+
+    return Runtime(transform_of(card), predict, widths[wanted], labels_of(card))
+
+
+def onnx_card(path):
+    """(card, number of parameters) of a file of `keras_tnt.export.onnx`."""
+    from keras_tnt.export.requirements import require
+
+    require("onnx", "onnxruntime")
+    import onnx
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception as error:  # of protobuf's, which has several
+        raise ValueError(f"'{path}' is no ONNX file.") from error
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    if "resized_to_cover" not in metadata:
+        raise ValueError(f"'{path}' is no file of keras_tnt.export.onnx: it tells no image size.")
+    parameters = sum(math.prod(tensor.dims) for tensor in proto.graph.initializer)
+    return {key: as_json(value) for key, value in metadata.items()}, parameters
+
+
+def as_json(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def open_saved_model(folder, features):
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise ImportError(
+            "A SavedModel needs TensorFlow: pip install 'keras-tnt[tensorflow]'."
+        ) from error
+
+    card = saved_model_card(folder)
+    loaded = tf.saved_model.load(folder)  # which the function needs to be kept alive
+    signature, wanted = "serving_default", "probabilities"
+    if features:
+        signature = wanted = "features"
+    function = loaded.signatures.get(signature)
+    outputs = function.structured_outputs if function else {}
+    if wanted not in outputs:
+        raise ValueError(f"'{folder}' gives {' and '.join(outputs) or 'nothing'}, not {wanted}.")
+
+    def predict(images):
+        return loaded.signatures[signature](images=tf.constant(images))[wanted].numpy()
+
+    return Runtime(transform_of(card), predict, outputs[wanted].shape[-1], labels_of(card))
+
+
+def saved_model_folder(path):
+    """The folder of a SavedModel of ours, the newest version of several; None if there is none."""
+    versions = []
+    if os.path.isdir(path):
+        versions = sorted(
+            (int(name) for name in os.listdir(path) if name.isdecimal()), reverse=True
+        )
+    for folder in (path, *(os.path.join(path, str(version)) for version in versions)):
+        if os.path.isfile(os.path.join(folder, CARD)):
+            return folder
+    return None
+
+
+def saved_model_card(folder):
+    with open(os.path.join(folder, CARD), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def transform_of(card):
+    """The `Transform` that an export's card tells."""
+    normalised = card["input"] == "normalised"
+    mean, std = (
+        np.array(card[name], "float32") if normalised else None for name in ("mean", "std")
+    )
+    return Transform(
+        tuple(card["image_size"]),
+        tuple(card["resized_to_cover"]),
+        card["channels"],
+        card["data_format"] == "channels_first",
+        mean,
+        std,
+    )
+
+
+def labels_of(card):
+    """The names in an export's card, where they say more than numbers do."""
+    labels = card["labels"]
+    numbers = labels is None or labels == [str(i) for i in range(len(labels))]
+    return None if numbers else labels
+
+
+def identity(path):
+    """What tells one model from another of the same path: a hash of its files' ends; or None."""
+    if not os.path.exists(path):
+        return None
+    files = [path]
+    if os.path.isdir(path):
+        files = sorted(os.path.join(top, f) for top, _, names in os.walk(path) for f in names)
+    total = hashlib.sha256()
+    for name in files:
+        with open(name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            total.update(f"{os.path.relpath(name, path)} {size}".encode())
+            total.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            total.update(file.read(1 << 20))
+    return total.hexdigest()
