@@ -10,8 +10,7 @@ from keras import ops
 # Whether all variables are about to be filled from a file; `keras_tnt.building` sets it.
 values_follow = contextvars.ContextVar("values_follow", default=False)
 
-# What a program is being compiled for, "cpu" or another device; `keras_tnt.inference` sets it.
-program_device = contextvars.ContextVar("program_device", default=None)
+_inference_device = contextvars.ContextVar("inference_device", default=None)
 
 # A function (layer, weights) to weights that sees by how much each word and patch is read, and may
 # change it: an attention layer's softmax, and a one for each word that `WordsToPatches` reads.
@@ -31,6 +30,16 @@ def during(variable, value):
         yield value
     finally:
         variable.reset(token)
+
+
+def inference_on(device: str) -> contextlib.AbstractContextManager:
+    """Within the context, layers are called for `compile_inference`, on this kind of device."""
+    return during(_inference_device, device)
+
+
+def inference_device() -> str | None:
+    """What `compile_inference` compiles for: "cpu", "accelerator"; None outside of its programs."""
+    return _inference_device.get()
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -134,7 +143,7 @@ def gelu(x):
     programs that `compile_inference` makes.
     """
     backend = keras.backend.backend()
-    if backend == "torch" or (backend == "jax" and program_device.get() is None):
+    if backend == "torch" or (backend == "jax" and inference_device() is None):
         return ops.gelu(x, approximate=False)
     half, root_half = (ops.cast(c, x.dtype) for c in (0.5, 0.5**0.5))
     return half * x * (1 + ops.erf(x * root_half))
