@@ -63,11 +63,14 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["keras_tnt", "keras_tnt.*"]),
     entry_points={"console_scripts": ["keras-tnt=keras_tnt.command:main"]},
-    package_data={"keras_tnt": ["**/*.txt", "**/*.json", "**/*.csv", "**/*.h", "**/*.cpp"]},
+    package_data={
+        "keras_tnt": ["py.typed", *(f"**/*.{kind}" for kind in ("txt", "html", "h", "cpp"))]
+    },
     install_requires=[
         "keras>=3.15,<4",
         "numpy>=1.26,<3",
         "safetensors>=0.5,<1",
+        "h5py>=3",
         "huggingface_hub>=1,<3",
     ],
     extras_require={
