@@ -217,7 +217,7 @@ def test_adamw_takes_the_steps_of_the_trainers_layer_decay():
     settings = configuration.make(
         "digits", layer_decay=0.75, weight_decay=WEIGHT_DECAY, clip_norm=5.0, ema=0.0
     )
-    trainer = optimization.AdamW(model, settings)
+    trainer = optimization.Optimizer(model, settings)
     for step, each in enumerate(steps):
         trainer.apply([tf.constant(g) for g in each], tf.constant(float(step)), tf.constant(RATE))
     expected = model.get_weights()

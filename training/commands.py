@@ -50,3 +50,13 @@ def refuse_arguments(arguments):
     """Raise a ValueError if a command that takes flags alone was given anything else."""
     if arguments:
         raise ValueError(f"this command takes flags alone; what is {arguments[0]!r}?")
+
+
+def say_backend(asked):
+    """Say in a line that the trainer is TensorFlow's, if KERAS_BACKEND asked for another."""
+    if asked != "tensorflow":
+        print(
+            f"KERAS_BACKEND={asked} is left aside: the trainer is TensorFlow's. What it trains "
+            "loads on every backend",
+            file=sys.stderr,
+        )

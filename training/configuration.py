@@ -10,6 +10,7 @@ from absl import flags
 from training import recipes, sources
 
 STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
+SCHEDULES = ("cosine", "constant", "step", "linear")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -32,7 +33,9 @@ class Config:
     """What defines a run; the field's help is its documentation."""
 
     recipe: str = option(
-        "digits", "name of a recipe in training/recipes; flags override its values"
+        "digits",
+        "name of a recipe in training/recipes; flags override its values. Without one: finetune "
+        "for --dataset=folder, table and tfds, digits for all else",
     )
     workdir: str = option("runs/train", "directory of the run", may_change=True)
     plugins: str = option(
@@ -55,6 +58,9 @@ class Config:
     # === Model ===
     model: str = option("tnt_digits", "tnt_digits, or a model of keras_tnt, such as tnt_small")
     weights: str = option("", "what to start from: imagenet, a file of weights, hf://owner/repo")
+    freeze: str = option(
+        "", "what does not learn: stem, so many blocks and the stem, or head, for all but the heads"
+    )
     image_size: int = option(0, "side of the images in pixels; 0: the model's own")
     stochastic_depth: float = option(0.0, "rate of the last block; CaiT: of every block")
     dropout: float = option(0.0, "dropout rate")
@@ -97,17 +103,24 @@ class Config:
     epochs: int = option(60, "passes over the training images", change="extend")
     batch_size: int = option(128, "images per update, over all devices")
     seed: int = option(0, "of initial weights, order, augmentation and dropout")
+    optimizer: str = option("adamw", "adamw, sgd, lion, lamb, muon, or one of --plugins")
     accumulation: int = option(1, "parts that a device's batch is computed in, one after the other")
     learning_rate: float = option(1e-3, "peak learning rate", change="change")
     learning_rate_batch: int = option(
         0, "batch size that --learning_rate is for, scaled linearly to yours; 0: no scaling"
     )
+    schedule: str = option("cosine", "of the learning rate, after warm-up", SCHEDULES)
+    step_epochs: float = option(30.0, "epochs between the steps of --schedule=step")
+    step_factor: float = option(0.1, "factor of a step of --schedule=step")
     warmup_epochs: float = option(5.0, "epochs of linear warm-up", change="change")
     warmup_learning_rate: float = option(1e-6, "where warm-up starts", change="change")
-    min_learning_rate: float = option(1e-5, "where the cosine ends", change="change")
-    weight_decay: float = option(0.05, "AdamW's, on kernels alone", change="change")
-    beta_1: float = option(0.9, "AdamW's decay of the gradients' mean")
-    beta_2: float = option(0.999, "AdamW's decay of the gradients' square")
+    min_learning_rate: float = option(
+        1e-5, "where --schedule=cosine and linear end", change="change"
+    )
+    weight_decay: float = option(0.05, "decoupled, on kernels alone", change="change")
+    beta_1: float = option(0.9, "decay of the gradients' mean: adamw, lamb, muon; lion's blend")
+    beta_2: float = option(0.999, "decay of the gradients' square: adamw, lamb, muon; lion's mean")
+    momentum: float = option(0.9, "Nesterov momentum: sgd, muon")
     clip_norm: float = option(0.0, "largest global norm of the gradients; 0: any", change="change")
     layer_decay: float = option(
         1.0, "factor on the learning rate from each block to the one before", change="change"
@@ -138,7 +151,14 @@ class Config:
     temperature: float = option(1.0, "softens student and teacher, for --distill=soft")
 
     # === Evaluation, reports, checkpoints ===
-    crop: float = option(0.9, "share of the side that evaluation crops from the middle")
+    crop: float = option(
+        0.0, "share of the side that evaluation crops from the middle; 0: the model's own"
+    )
+    early_stopping: int = option(
+        0,
+        "end after so many evaluations without a better accuracy, with the best weights; 0: never",
+        may_change=True,
+    )
     evaluate_epochs: int = option(1, "epochs between evaluations", may_change=True)
     steps_per_epoch: int = option(0, "updates an epoch; 0: as the data set has images")
     report_steps: int = option(0, "steps between reports; 0: 100, or an epoch", may_change=True)
@@ -178,11 +198,11 @@ class Config:
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
-def make(recipe="digits", **values):
+def make(recipe=None, **values):
     """The configuration of a recipe with some values changed.
 
     Args:
-        recipe: its name.
+        recipe: its name; None: the one for images of one's own, or for digits.
         values: any fields of `Config`.
 
     Returns:
@@ -199,6 +219,9 @@ def make(recipe="digits", **values):
     unknown = sorted(set(values) - set(FIELDS))
     if unknown:
         raise ValueError(f"no such value: {', '.join(unknown)}. There are: {', '.join(FIELDS)}")
+    if recipe is None:
+        own_images = values.get("dataset", "").partition(":")[0] in ("folder", "table", "tfds")
+        recipe = "finetune" if own_images else "digits"
     return Config(**{**recipes.get(recipe).values, "recipe": recipe, **values})
 
 

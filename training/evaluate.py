@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,6 +36,7 @@ flags.DEFINE_bool("json", False, "print the result as one JSON object, and nothi
 
 def main(arguments):
     commands.refuse_arguments(arguments)
+    commands.say_backend(BACKEND)
     given = {n: flags.FLAGS[n].value for n in SHARED if flags.FLAGS[n].value is not None}
     asked = flags.FLAGS
     result = evaluate(given, asked.run, asked.weights, asked.checkpoint, not asked.json)
@@ -62,11 +64,11 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     Returns:
         A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, `corrupt`.
     """
+    from training import data, models, step_functions, strategies
+
     config = make_config(given, run)
     if not weights and not run:
         raise ValueError("give --run, or --model and --weights")
-    from training import data, models, step_functions, strategies
-
     models.find_builder(config.model)
     strategy = strategies.make(config)
     replicas = strategy.num_replicas_in_sync
@@ -85,6 +87,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
             f"{config.dataset} has {source.classes}"
         )
     corrupt = data.UnreadableImages(source, config.max_corrupt)
+    config = dataclasses.replace(config, crop=models.crop_share(config, model))
     dataset = data.evaluation_batches(source, config, models.image_size(model), share, corrupt)
     step = step_functions.make_evaluation_step(strategy, model, model.output_shape[-1])
     if progress:

@@ -1,6 +1,7 @@
 """The training loop: one for every model, data set and strategy."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -14,13 +15,14 @@ from training import (
     data,
     models,
     optimization,
+    optimizers,
     report,
     sources,
     step_functions,
     strategies,
     workdir,
 )
-from training.checkpoint import Checkpoints, NoneReadable
+from training.checkpoint import Checkpoints, NoneReadable, read
 
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -54,6 +56,7 @@ def train(config):
         RuntimeError: if the loss blew up more than `max_rollbacks` times.
     """
     models.find_builder(config.model)
+    optimizers.find_optimizer(config.optimizer)
     workdir.check_config(config)
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
@@ -77,17 +80,20 @@ def train_held(config, strategy, share):
         )
     with strategy.scope():
         model = models.build(config, classes, names)
-        optimizer = optimization.AdamW(model, config)
+        models.freeze(config, model)
+        optimizer = optimization.Optimizer(model, config)
         teacher = models.build_teacher(config, model)
     size, fill = models.image_size(model), models.mean_colour(model)
     corrupt = data.UnreadableImages(training_source, config.max_corrupt)
     corrupt_held_out = data.UnreadableImages(held_out, config.max_corrupt)
     run = Run(config, strategy, share, model, optimizer, teacher, steps, classes, names)
+    # What is recorded is what was asked for, 0 for the model's own crop among it.
+    images = dataclasses.replace(config, crop=models.crop_share(config, model))
     return run.go(
         lambda epoch, first: data.training_batches(
-            training_source, config, size, fill, epoch, first, steps, share, corrupt
+            training_source, images, size, fill, epoch, first, steps, share, corrupt
         ),
-        lambda: data.evaluation_batches(held_out, config, size, share, corrupt_held_out),
+        lambda: data.evaluation_batches(held_out, images, size, share, corrupt_held_out),
         (corrupt, corrupt_held_out),
         changes,
     )
@@ -156,7 +162,7 @@ class Run:
         report_steps = self.config.report_steps or min(100, self.steps)
         old_handlers = {number: signal.signal(number, self.on_signal) for number in END_SIGNALS}
         try:
-            while step < self.total:
+            while step < self.total and not self.stale():
                 step = self.epoch(step, training_batches, evaluation_batches, report_steps)
         finally:
             for number, handler in old_handlers.items():
@@ -227,8 +233,10 @@ class Run:
             best = False
             if step == self.total or ends and (epoch + 1) % self.config.evaluate_epochs == 0:
                 best = self.evaluate(step, evaluation_batches)
-            if due or best or stop:
+            if due or best or stop or self.stale():
                 self.save(step, best)
+            if self.stale():
+                return step
             if stop and step < self.total:
                 raise Stopped(step, self.told_to_end or signal.SIGTERM)
         return step
@@ -280,8 +288,16 @@ class Run:
         self.notes["results"] = results
         accuracy = max(results["accuracy"], results.get("ema_accuracy", 0.0))
         best = accuracy > self.notes["best"]
+        self.notes["evaluations_since_best"] = (
+            0 if best else self.notes.get("evaluations_since_best", 0) + 1
+        )
         self.notes["best"] = max(accuracy, self.notes["best"])
         return best
+
+    def stale(self):
+        """Whether so many evaluations brought nothing better that the run ends early."""
+        limit = self.config.early_stopping
+        return bool(limit) and self.notes.get("evaluations_since_best", 0) >= limit
 
     def evaluate_once(self, evaluation_batches):
         with self.corrupt[1].reading():
@@ -342,11 +358,13 @@ class Run:
 
     def finish(self, step):
         """Write the trained model and say where everything lies."""
-        results = dict(self.notes["results"])
         files = {}
+        if self.chief and self.checkpoints.step() < step:
+            self.save(step)
+        if self.stale():
+            step = self.take_best(step)
+        results = dict(self.notes["results"])
         if self.chief:
-            if self.checkpoints.step() < step:
-                self.save(step)
             what = self.model, self.config, self.classes, self.label_names, self.workdir
             files = models.save_final(*what)
             if self.optimizer.averages:
@@ -355,3 +373,15 @@ class Run:
             for name in ("config.json", "metrics.jsonl", "checkpoints"):
                 files[name] = os.fspath(self.workdir / name)
         return {**results, "step": step, "files": files}
+
+    def take_best(self, last):
+        """Put the best weights in place of the last; returns their step."""
+        path = self.checkpoints.directory / "best.safetensors"
+        tensors, notes = read(path)
+        self.checkpoints.fill(tensors, path)
+        self.notes["results"] = notes["results"]
+        self.reporter.say(
+            f"no better accuracy in {self.config.early_stopping} evaluations (--early_stopping): "
+            f"ended at step {last}, with the best weights, of step {notes['step']}"
+        )
+        return notes["step"]

@@ -9,12 +9,11 @@ import numpy as np
 import tensorflow as tf
 
 import keras_tnt
-from keras_tnt import registry
+from keras_tnt import finetuning, registry
 from keras_tnt.files import replacing, write_atomically
 from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.layers.ends import scale_and_offset
 from keras_tnt.teacher import Teacher
-from keras_tnt.weights import load_keras_file, load_keras_model
 from training.checkpoint import read
 
 IMAGENET_CLASSES = 1000
@@ -87,12 +86,27 @@ def build(config, classes, label_names=None):
     return model
 
 
+def freeze(config, model):
+    """Let stand still what `--freeze` names.
+
+    Raises:
+        ValueError: for what is no part of the model.
+    """
+    if not config.freeze:
+        return
+    up_to = int(config.freeze) if config.freeze.isdecimal() else config.freeze
+    try:
+        finetuning.freeze(model, up_to)
+    except ValueError as error:
+        raise ValueError(f"--freeze={config.freeze}: {error}") from error
+
+
 def load(config, classes, run, weights, checkpoint):
     """The model to evaluate: of a `.keras` file, of a run, or built and filled with weights."""
     if weights and weights.endswith(".keras"):
         if not os.path.isfile(weights):
             raise ValueError(f"--weights: there is no file {weights!r}")
-        return load_keras_model(weights)
+        return keras.models.load_model(weights, compile=False)
     model = build(dataclasses.replace(config, weights=weights or ""), classes)
     if weights:
         return model
@@ -100,7 +114,7 @@ def load(config, classes, run, weights, checkpoint):
         path = os.path.join(run, f"{checkpoint}.weights.h5")
         if not os.path.isfile(path):
             raise ValueError(f"{run} holds no {checkpoint}.weights.h5: has the run ended?")
-        load_keras_file(model, path)
+        model.load_weights(path)
         return model
     tensors, _ = read(os.path.join(run, "checkpoints", "best.safetensors"))
     for variable in model.weights:
@@ -123,7 +137,7 @@ def build_teacher(config, student):
     if config.teacher.endswith(".keras"):
         if not os.path.isfile(config.teacher):
             raise ValueError(f"--teacher: there is no file {config.teacher!r}")
-        model = load_keras_model(config.teacher)
+        model = keras.models.load_model(config.teacher, compile=False)
     else:
         model = find_builder(config.teacher, "--teacher")(weights="imagenet")
     return Teacher(model, student, None, None)
@@ -183,6 +197,11 @@ def mean_colour(model):
     scale, offset = normalisation(model)
     # A hair up: 127.5, which is 127.4999 in float32, goes to 128.
     return tuple(int(round(value + 1e-3)) for value in (-offset / scale).tolist())
+
+
+def crop_share(config, model):
+    """The share of the resized image's side that evaluation shows."""
+    return config.crop or keras_tnt.anatomy(model).image.crop
 
 
 def image_size(model):

@@ -1,20 +1,23 @@
-"""AdamW across replicas, the learning rate of each update, and the moving average of the weights.
+"""An optimizer across replicas, the learning rate of each update, and the weights' average.
 
-Keras's optimizers reduce gradients after clipping them and know no rate of their own for a layer;
-here the gradients are summed over the replicas first, so that any number of devices takes the step
-that one would.
+Keras's `apply` reduces gradients after clipping them and knows no rate of its own for a layer; here
+the gradients are summed over the replicas first, so that any number of devices takes the step that
+one would.
 """
 
 import contextlib
+import functools
 import math
 
 import tensorflow as tf
 
-from keras_tnt.anatomy import anatomy, is_ours
+from keras_tnt import finetuning
+from keras_tnt.anatomy import is_ours
+from training import optimizers
 
 
 def learning_rate(config, step, steps_per_epoch):
-    """The rate of update `step`: linear warm-up, then a cosine to the minimum, a value an update.
+    """The rate of update `step`: linear warm-up, then the schedule, a value an update.
 
     Args:
         config: a `training.configuration.Config`.
@@ -30,8 +33,29 @@ def learning_rate(config, step, steps_per_epoch):
     if epoch < config.warmup_epochs:
         start = config.warmup_learning_rate
         return start + (peak - start) * epoch / config.warmup_epochs
+    return SCHEDULES[config.schedule](config, peak, epoch)
+
+
+def cosine(config, peak, epoch):
     end = min(config.min_learning_rate, peak)
     return end + (peak - end) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+
+
+def linear(config, peak, epoch):
+    end = min(config.min_learning_rate, peak)
+    return end + (peak - end) * (1 - epoch / config.epochs)
+
+
+def step(config, peak, epoch):
+    return peak * config.step_factor ** (epoch // config.step_epochs)
+
+
+def constant(config, peak, epoch):
+    return peak
+
+
+# From (configuration, peak, epochs that are done, a float) to a rate.
+SCHEDULES = {"cosine": cosine, "linear": linear, "step": step, "constant": constant}
 
 
 def decays(variable):
@@ -39,32 +63,8 @@ def decays(variable):
     return variable.path.rsplit("/", 1)[-1].endswith("kernel")
 
 
-def depths(model):
-    """How deep each trainable variable lies: 0 before the first block, then block by block.
-
-    Returns:
-        (list of integers, one a variable of `model.trainable_variables`; the head's depth). All of
-        a model that has no anatomy is as deep as its head.
-    """
-    if not is_ours(model):
-        return [1] * len(model.trainable_variables), 1
-    found = anatomy(model)
-    places = [block.layer for block in found.blocks] + list(found.class_blocks)
-    head = len(places) + 1
-    # What stands between the blocks goes with the block before it; norm and heads are last, and
-    # tokens first, even where they enter behind the blocks.
-    depth, by_variable = 0, {}
-    for layer in found.model.layers:
-        if layer in places:
-            depth += 1
-        last = layer is found.norm or layer in found.heads
-        place = head if last else 0 if layer in found.tokens else depth
-        by_variable |= {id(v): place for v in layer.trainable_variables}
-    return [by_variable[id(v)] for v in model.trainable_variables], head
-
-
-class AdamW:
-    """AdamW (arXiv 1711.05101) with the papers' groups, clipping, EMA and loss scaling.
+class Optimizer:
+    """A rule of `training.optimizers` with the papers' groups, clipping, EMA and loss scaling.
 
     Make it in the strategy's scope and call `apply` in a replica.
 
@@ -73,24 +73,19 @@ class AdamW:
         config: a `training.configuration.Config`.
     """
 
-    epsilon = 1e-8
     growth_steps = 2000
 
     def __init__(self, model, config):
         self.config = config
         self.variables = [v.value for v in model.trainable_variables]
         self.names = [v.path for v in model.trainable_variables]
+        self.rule = optimizers.find_optimizer(config.optimizer)(model.trainable_variables, config)
         self.decay = [config.weight_decay * decays(v) for v in model.trainable_variables]
-        places, last = depths(model)
-        self.rates = [config.layer_decay ** (last - place) for place in places]
-
-        def like(variable):
-            return tf.Variable(tf.zeros(variable.shape, variable.dtype), trainable=False)
-
-        self.means = [like(v) for v in self.variables]
-        self.squares = [like(v) for v in self.variables]
-        self.averages = [like(v) for v in self.variables] if config.ema else []
-        for average, variable in zip(self.averages, self.variables, strict=bool(config.ema)):
+        distances = finetuning.distances(model) if is_ours(model) else {}
+        self.rates = [config.layer_decay ** distances.get(name, 0) for name in self.names]
+        averaged = model.trainable_variables if config.ema else []
+        self.averages = [optimizers.zeros_like(v) for v in averaged]
+        for average, variable in zip(self.averages, averaged, strict=True):
             average.assign(variable.numpy())
         self.scaling = config.precision == "float16"
         # Loss scale, and updates since it last changed.
@@ -98,12 +93,11 @@ class AdamW:
 
     def state(self):
         """Everything to save, by name."""
-        groups = {"mean": self.means, "square": self.squares, "ema": self.averages}
-        named = {
-            f"{group}/{name}": variable
-            for group, variables in groups.items()
-            for name, variable in zip(self.names, variables, strict=bool(variables))
-        }
+        named = {f"optimizer/{name}": variable for name, variable in self.rule.others.items()}
+        for name, slots in zip(self.names, self.rule.slots, strict=True):
+            named |= {f"{slot}/{name}": variable for slot, variable in slots.items()}
+        if self.averages:
+            named |= {f"ema/{n}": v for n, v in zip(self.names, self.averages, strict=True)}
         if self.scaling:
             named |= {"loss_scale": self.scale[0], "loss_scale_age": self.scale[1]}
         return named
@@ -141,35 +135,34 @@ class AdamW:
             gradients = [g * factor for g in gradients]
         # A float16 overflow is no fault: that update is left out and the scale halved.
         keep = tf.math.is_finite(norm) if self.scaling else tf.constant(True)
-        tf.__internal__.distribute.interim.maybe_merge_call(
-            self._update, replica.strategy, gradients, step + 1.0, rate, keep
-        )
+        replica.merge_call(self._update, args=(gradients, step, rate, keep))
         return norm
 
-    def _update(self, strategy, gradients, count, rate, keep):
-        update = strategy.extended.update
-        for i, variable in enumerate(self.variables):
-            slots = [self.means[i], self.squares[i], *self.averages[i : i + 1]]
-            fixed = (self.decay[i], self.rates[i])
-            arguments = (gradients[i], count, rate, keep, fixed, *slots)
-            update(variable, self._update_one, args=arguments, group=False)
-        if self.scaling:
-            update(self.scale[0], self._update_scale, args=(self.scale[1], keep), group=False)
+    def _update(self, strategy, gradients, step, rate, keep):
+        def update(variable, function, *arguments):
+            strategy.extended.update(variable, function, args=arguments, group=False)
 
-    def _update_one(self, variable, gradient, count, rate, keep, fixed, mean, square, *average):
-        decay, layer_rate = fixed
-        beta_1, beta_2, ema = self.config.beta_1, self.config.beta_2, self.config.ema
-        new_mean = beta_1 * mean + (1 - beta_1) * gradient
-        new_square = beta_2 * square + (1 - beta_2) * tf.square(gradient)
-        direction = (new_mean / (1 - beta_1**count)) / (
-            tf.sqrt(new_square / (1 - beta_2**count)) + self.epsilon
-        )
-        new = variable - rate * layer_rate * (direction + decay * variable)
-        pairs = [(variable, new), (mean, new_mean), (square, new_square)]
-        for slot in average:
-            pairs.append((slot, ema * slot + (1 - ema) * new))
-        for slot, value in pairs:
-            slot.assign(tf.where(keep, value, slot) if self.scaling else value)
+        for counter in self.rule.counters:
+            update(
+                counter, lambda counter, step: counter.assign(tf.cast(step, counter.dtype)), step
+            )
+        for i, variable in enumerate(self.variables):
+            one = functools.partial(self._update_one, i)
+            update(variable, one, gradients[i], step, rate, keep)
+        if self.scaling:
+            update(self.scale[0], self._update_scale, self.scale[1], keep)
+
+    def _update_one(self, i, variable, gradient, step, rate, keep):
+        changed = [variable, *self.rule.slots[i].values()] if self.scaling else []
+        before = [tf.identity(each) for each in changed]
+        rate = rate * self.rates[i]
+        self.rule.update(i, variable, gradient, step + 1.0, rate, self.decay[i])
+        for each, old in zip(changed, before, strict=True):
+            each.assign(tf.where(keep, each, old))
+        if self.averages:
+            average, ema = self.averages[i], self.config.ema
+            new = ema * average + (1 - ema) * variable
+            average.assign(tf.where(keep, new, average) if self.scaling else new)
 
     def _update_scale(self, scale, age, keep):
         grown = age + 1 >= self.growth_steps

@@ -60,7 +60,7 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
     Args:
         strategy: a `tf.distribute.Strategy`.
         model: the `keras.Model`, on pixels.
-        optimizer: a `training.optimization.AdamW`.
+        optimizer: a `training.optimization.Optimizer`.
         config: a `training.configuration.Config`.
         classes: number of classes.
         teacher: function from pixels to a teacher's logits; with it, the last head learns from it.

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,6 +24,7 @@ flags.adopt_module_key_flags(configuration)
 
 def main(arguments):
     commands.refuse_arguments(arguments)
+    commands.say_backend(BACKEND)
     config = configuration.from_flags(flags.FLAGS)
     from training import loop
 

@@ -202,6 +202,24 @@ def test_a_finished_run_is_extended_by_the_longer_schedule(tiny, tmp_path):
     assert last["learning_rate"] == optimization.learning_rate(config, 11, 4)
 
 
+def test_a_run_that_no_longer_gets_better_ends_with_its_best_weights(tiny, tmp_path, monkeypatch):
+    accuracies = iter([0.3, 0.5, 0.4, 0.5, 0.9])
+
+    def measured(strategy, step, dataset):
+        return {"accuracy": next(accuracies), "top5_accuracy": 1.0, "images": 360}
+
+    monkeypatch.setattr(step_functions, "evaluate", measured)
+    values = {"epochs": 5, "steps_per_epoch": 1, "evaluate_epochs": 1, "early_stopping": 2}
+    result = loop.train(short(tmp_path, keep=9, **values))
+    assert result["step"] == 2 and result["accuracy"] == 0.5
+    model = keras.models.load_model(tmp_path / "final.keras")
+    best = final_state(tmp_path, 2)["model/head/kernel"]
+    np.testing.assert_array_equal(model.get_layer("head").kernel, best)
+    assert (final_state(tmp_path, 4)["model/head/kernel"] != best).any()
+    assert loop.train(short(tmp_path, keep=9, **values))["step"] == 2
+    assert next(accuracies) == 0.9
+
+
 def test_damaged_checkpoints_stop_a_run_until_it_is_told_to_begin_afresh(tiny, tmp_path):
     loop.train(short(tmp_path))
     for path in (tmp_path / "checkpoints").iterdir():

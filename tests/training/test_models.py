@@ -67,3 +67,21 @@ def test_a_teacher_has_its_public_weights(monkeypatch):
         models.build_teacher(
             configuration.make("digits", distill="soft", teacher="deit_huge"), student
         )
+
+
+def test_freeze_lets_the_named_part_stand_still():
+    model = models.tnt_digits(depth=2)
+    models.freeze(configuration.make("digits", freeze="head"), model)
+    assert {v.path for v in model.trainable_variables} == {"head/kernel", "head/bias"}
+    models.freeze(configuration.make("digits", freeze="1"), model)
+    learning = {v.path.split("/")[0] for v in model.trainable_variables}
+    assert learning == {"block_1", "norm", "head"}
+    with pytest.raises(ValueError, match="--freeze=3: .* a number of blocks from 0 to 2"):
+        models.freeze(configuration.make("digits", freeze="3"), model)
+
+
+def test_the_crop_is_the_model_s_own_unless_it_is_given():
+    model = keras_tnt.CaiT(input_shape=(32, 32, 3), depth=1, embed_dim=32, num_heads=2)
+    assert models.crop_share(configuration.make("digits", crop=0.0), model) == 1.0
+    assert models.crop_share(configuration.make("digits", crop=0.8), model) == 0.8
+    assert models.crop_share(configuration.Config(), models.tnt_digits()) == 0.9

@@ -56,7 +56,7 @@ def test_layers_learn_slower_the_earlier_they_stand(model):
     rates = dict(
         zip(
             [v.path for v in model.trainable_variables],
-            optimization.AdamW(model, values).rates,
+            optimization.Optimizer(model, values).rates,
             strict=True,
         )
     )
@@ -69,7 +69,7 @@ def test_layers_learn_slower_the_earlier_they_stand(model):
 def updates(model, values, gradients):
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     with strategy.scope():
-        optimizer = optimization.AdamW(model, values)
+        optimizer = optimization.Optimizer(model, values)
     for i, step in enumerate(gradients):
         strategy.run(
             lambda step=step, i=i: optimizer.apply(
@@ -106,7 +106,7 @@ def test_gradients_are_clipped_to_their_global_norm():
     scaled = [[g / norm for g in gradients[0]]]
     clipped = updates(dense(), configuration.make("digits", clip_norm=1.0), gradients)
     expected = updates(dense(), configuration.make("digits"), scaled)
-    for one, other in zip(clipped.means, expected.means, strict=True):
+    for one, other in zip(clipped.rule.means, expected.rule.means, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 

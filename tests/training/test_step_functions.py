@@ -38,7 +38,7 @@ def train(strategy, updates=2, teach=None, **values):
     values = configuration.make("digits", batch_size=8, **values)
     with strategy.scope():
         model = models.build(values, 10)
-        optimizer = optimization.AdamW(model, values)
+        optimizer = optimization.Optimizer(model, values)
     step = step_functions.make_train_step(strategy, model, optimizer, values, 10, teach)
     each = values.batch_size // strategy.num_replicas_in_sync
 
@@ -103,7 +103,7 @@ def test_an_overflow_in_float16_leaves_the_weights_and_halves_the_scale(one_devi
     def overflowing(self):
         return tf.convert_to_tensor(self.scale[0]) * 1e30
 
-    monkeypatch.setattr(optimization.AdamW, "loss_scale", overflowing)
+    monkeypatch.setattr(optimization.Optimizer, "loss_scale", overflowing)
     _, kept = train(one_device, updates=1, precision="float16")
     assert kept["loss_scale"] == weights["loss_scale"] / 2
     assert all((kept[name] == 0).all() for name in kept if name.startswith("mean/"))
