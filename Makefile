@@ -4,6 +4,8 @@ PYTHON ?= python3
 BACKENDS ?= tensorflow jax torch
 WORKERS ?= 2
 PYTEST_ARGS ?=
+FILE ?= training/augmentation.py
+SAMPLE ?= 0
 
 VENV := .venv
 READY := $(VENV)/ready
@@ -14,7 +16,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint mutation bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -47,6 +49,9 @@ test: setup ## lint, then the tests on each backend (BACKENDS=jax, WORKERS=4, PY
 	done; \
 	if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi; \
 	printf '\n== passed: lint $(BACKENDS) ==\n'
+
+mutation: setup ## change FILE in small ways, one by one, and see if its tests notice (SAMPLE=50)
+	$(RUN) tests/mutation.py $(FILE) --sample $(SAMPLE)
 
 bench: setup ## measure speed on each backend, beside timm where it is installed
 	$(RUN) benchmarks/speed.py

@@ -25,6 +25,7 @@ TRAIN = [
     "tensorflow-datasets>=4.9.9,<5",
     "importlib_resources>=6",  # tensorflow-datasets 4.9 imports it without requiring it
     "keras-cv==0.9.*",
+    "pyarrow>=16",  # for tables in Parquet
     "scikit-learn>=1.5,<2",
     "matplotlib>=3.9,<4",
     *IMAGES,
@@ -49,6 +50,9 @@ TEST = [
     "protobuf>=5",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
+    "cosmic-ray>=8.4,<9",  # make mutation
+    "kubernetes-validate>=1.32",
+    "pyyaml>=6",
     "ruff>=0.17,<0.18",
 ]
 
@@ -63,11 +67,14 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["keras_tnt", "keras_tnt.*"]),
     entry_points={"console_scripts": ["keras-tnt=keras_tnt.command:main"]},
-    package_data={"keras_tnt": ["**/*.txt", "**/*.json", "**/*.csv", "**/*.h", "**/*.cpp"]},
+    package_data={
+        "keras_tnt": ["py.typed", *(f"**/*.{kind}" for kind in ("txt", "html", "h", "cpp"))]
+    },
     install_requires=[
         "keras>=3.15,<4",
         "numpy>=1.26,<3",
         "safetensors>=0.5,<1",
+        "h5py>=3",
         "huggingface_hub>=1,<3",
     ],
     extras_require={

@@ -4,6 +4,8 @@ With two heads, as models built with `distilled=True` have, labels teach the cla
 teacher teaches the distillation head; with one head, both teach it.
 """
 
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
@@ -136,16 +138,16 @@ class Distiller(keras.Model):
 
     def __init__(
         self,
-        student,
-        teacher,
-        kind="hard",
-        alpha=0.5,
-        temperature=1.0,
+        student: keras.Model,
+        teacher: keras.Model,
+        kind: str = "hard",
+        alpha: float = 0.5,
+        temperature: float = 1.0,
         *,
-        kl_reduction="mean",
-        teacher_preprocessing=None,
-        teacher_from_logits=None,
-        name="distiller",
+        kl_reduction: str = "mean",
+        teacher_preprocessing: Callable | None = None,
+        teacher_from_logits: bool | None = None,
+        name: str = "distiller",
     ):
         super().__init__(name=name, autocast=False)
         if not 0 <= alpha <= 1:

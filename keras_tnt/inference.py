@@ -1,26 +1,34 @@
 """A model's forward pass, compiled whole by the backend's compiler."""
 
+import contextlib
 import os
+import threading
+import warnings
+from collections.abc import Callable
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_tnt.layers.base import during, program_device
+from keras_tnt.layers.base import inference_on
+from keras_tnt.native import runtimes
+
+# One program at a time is compiled: compilers keep state that belongs to the whole process.
+_compiling = threading.RLock()
 
 
-def compile_inference(model, max_batch=None):
+def compile_inference(model: keras.Model, max_batch: int | None = None) -> Callable:
     """Compile a model's forward pass: XLA on TensorFlow and JAX, export and Inductor on torch.
 
     XLA compiles a program for each batch size. Sizes are rounded up to powers of two, so that
     batches of any size need few; each is compiled when first needed, which takes from seconds to a
     minute. Inductor's program is for every size; it holds the weights packed, as a second copy. The
     function predicts with the model's weights as they are at each call (on torch, other weights are
-    another minute's compilation), and never trains.
+    another minute's compilation), and never trains. Threads may share it.
 
     On a CPU transformers among words, 16 or a multiple of it a patch, are C++ that the machine's
-    compiler makes for its processor (the variable CXX names another); where there is none, a
-    warning says so, and XLA takes its place.
+    compiler makes for its processor (the variable CXX names another) and that is kept in the user's
+    folder of caches. What cannot be compiled is computed in a slower way, and a warning says so.
 
     Args:
         model: a Keras model of one input.
@@ -33,12 +41,14 @@ def compile_inference(model, max_batch=None):
 
     Raises:
         ValueError: for a model of several inputs; from the function, for images that do not fit.
+        RuntimeError: in a process forked from one that imported this package: spawn it instead.
 
     Example:
 
     >>> predict = keras_tnt.compile_inference(model)
     >>> probabilities = predict(images)
     """
+    runtimes.refuse_fork()
     if len(model.inputs) != 1:
         raise ValueError(
             f"`compile_inference` takes a model of one input. '{model.name}' has "
@@ -49,11 +59,11 @@ def compile_inference(model, max_batch=None):
         max_batch = max(4, 1 << os.cpu_count().bit_length()) if device == "cpu" else 256
     if max_batch < 1 or max_batch & (max_batch - 1):
         raise ValueError(f"`max_batch` must be a power of two. Received: {max_batch}")
-    program_of = {"tensorflow": tensorflow_program, "jax": jax_program, "torch": torch_program}
-    program = program_of[keras.backend.backend()](model)
     image_shape, dtype = tuple(model.input_shape[1:]), model.inputs[0].dtype
+    program = with_second_choice(model, device)
 
     def predict(images):
+        runtimes.refuse_fork()
         if tuple(images.shape[1:]) != image_shape or not images.shape[0]:
             raise ValueError(
                 f"Images must have the shape (batch, {', '.join(map(str, image_shape))}). "
@@ -61,8 +71,7 @@ def compile_inference(model, max_batch=None):
             )
         tensor = ops.convert_to_tensor(images, dtype=dtype)
         pieces = ops.array_split(tensor, -(-images.shape[0] // max_batch))
-        with during(program_device, device):
-            results = [program(piece) for piece in pieces]
+        results = [program(piece) for piece in pieces]
         outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *results)
         if isinstance(images, np.ndarray):
             outputs = keras.tree.map_structure(ops.convert_to_numpy, outputs)
@@ -71,15 +80,52 @@ def compile_inference(model, max_batch=None):
     return predict
 
 
+def with_second_choice(model, device):
+    """A model's program of the best make, or of the next best from where that fails."""
+    backend = keras.backend.backend()
+    first, second = {
+        "tensorflow": (tensorflow_program, tensorflow_program),
+        "jax": (jax_program, jax_program),
+        "torch": (torch_program, torch_plain_program),
+    }[backend]
+    program, failed = first(model), False
+
+    def run(images):
+        nonlocal program, failed
+        if failed:
+            return program(images)
+        try:
+            with inference_on(device):
+                return program(images)
+        except Exception as error:  # of whatever kind a compiler raises
+            with _compiling:
+                plain = program if failed else second(model)
+                result = plain(images)  # raises what is not the compiler's fault
+                if not failed:
+                    warnings.warn(
+                        f"`compile_inference` computes '{model.name}' in a slower way, for "
+                        f"{backend} could not compile the faster one: {error}",
+                        stacklevel=3,
+                    )
+                program, failed = plain, True
+            return result
+
+    return run
+
+
 def in_powers_of_two(program):
-    """Fill batches up to powers of two, and cut off what was filled."""
+    """Fill batches up to powers of two, and cut off what was filled; each size is compiled once."""
+    compiled = set()
 
     def run(images):
         count = images.shape[0]
         size = 1 << (count - 1).bit_length()
         if size > count:
             images = ops.pad(images, [[0, size - count]] + [[0, 0]] * (len(images.shape) - 1))
-        return keras.tree.map_structure(lambda y: y[:count], program(images))
+        with contextlib.nullcontext() if size in compiled else _compiling:
+            outputs = program(images)
+        compiled.add(size)
+        return keras.tree.map_structure(lambda y: y[:count], outputs)
 
     return run
 
@@ -112,14 +158,11 @@ def jax_program(model):
 def torch_program(model):
     """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
     import torch
-    from torch._inductor import config
-    from torch.fx.experimental import _config as symbols
 
     # Inductor fails to pack int8, and chooses oneDNN for products of an unknown size: so even a
     # batch of one stays unknown.
     freezing = all(keras.backend.is_float_dtype(w.dtype) for w in model.weights)
-    settings = config.patch(freezing=freezing), symbols.patch(backed_size_oblivious=True)
-    compiled, of_weights = None, None
+    compiled, of_weights, lock = None, None, threading.Lock()
 
     def export():
         # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
@@ -131,16 +174,28 @@ def torch_program(model):
             strict=False,
         )
         compiled = torch.compile(exported.module())
-        torch._dynamo.maybe_mark_dynamic(two_images, 0)
-        compiled(two_images)  # so that the size is unknown to the program whatever comes first
+        with runtimes.inductor_settings(freezing) as of_any_size:
+            of_any_size(two_images)  # to the program, whatever batch comes first
+            compiled(two_images)
         return compiled
 
     def run(images):
         nonlocal compiled, of_weights
-        weights = [(id(v.value), v.value._version) for v in model.variables]
-        with torch.no_grad(), settings[0], settings[1]:
+        with torch.no_grad(), lock:
+            weights = [(id(v.value), v.value._version) for v in model.variables]
             if weights != of_weights:
-                compiled, of_weights = export(), weights
+                with _compiling:
+                    compiled, of_weights = export(), weights
             return compiled(images)
+
+    return run
+
+
+def torch_plain_program(model):
+    import torch
+
+    @torch.no_grad()
+    def run(images):
+        return model(images, training=False)
 
     return run

@@ -2,6 +2,7 @@
 
 import os
 
+import keras
 import numpy as np
 
 from keras_tnt.anatomy import anatomy, class_names
@@ -11,7 +12,7 @@ from keras_tnt.images import convert, evaluation_crop, open_picture
 # === Images ===
 
 
-def load_image(image, model):
+def load_image(image, model: keras.Model) -> np.ndarray:
     """Read an image and take the crop that the model is evaluated on.
 
     The image is turned upright where EXIF says so, converted to the model's channels (transparency
@@ -53,7 +54,7 @@ def evaluation_pixels(picture, model):
     return np.moveaxis(pixels, -1, 0) if wanted.data_format == "channels_first" else pixels
 
 
-def load_images(images, model):
+def load_images(images, model: keras.Model) -> np.ndarray:
     """A batch of images, each as `load_image` gives it.
 
     Args:
@@ -92,7 +93,9 @@ def sized_image(model):
 # === Predictions ===
 
 
-def decode_predictions(predictions, top: int = 5, model=None):
+def decode_predictions(
+    predictions, top: int = 5, model: keras.Model | None = None
+) -> list[list[tuple[str, str, float]]]:
     """Name the classes that a model predicts; works offline.
 
     Args:
@@ -112,8 +115,6 @@ def decode_predictions(predictions, top: int = 5, model=None):
     >>> keras_tnt.decode_predictions(model.predict(images), top=1)
     [[('n02123045', 'tabby', 0.83)]]
     """
-    import keras
-
     predictions = keras.ops.convert_to_numpy(predictions)
     labels = imagenet_classes()
     if model is not None:

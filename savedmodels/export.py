@@ -99,14 +99,13 @@ def check(options):
 
 def load(options):
     """(model, where its weights come from)."""
-    import keras
-
     import keras_tnt
+    from keras_tnt.weights import load_keras_model
 
     if options.run:
-        return keras.models.load_model(final(options.run), compile=False), f"run {options.run}"
+        return load_keras_model(final(options.run)), f"run {options.run}"
     if options.model.endswith(".keras"):
-        return keras.models.load_model(options.model, compile=False), options.model
+        return load_keras_model(options.model), options.model
     try:
         builder = keras_tnt.registry.find_model(options.model)
     except ValueError as error:

@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -173,6 +175,7 @@ def check_model_policy(build, arguments, policy, model, images, expected):
 
 FRESH_PROCESS = """
 import sys
+import warnings
 import keras
 import keras_tnt
 import numpy as np
@@ -225,6 +228,21 @@ def run_python(code, *arguments, **environment):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def in_fork(function, count=1):
+    """Call a function of a queue in a forked process; returns as many things as it puts there."""
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=function, args=(queue,), daemon=True)
+    with warnings.catch_warnings(action="ignore"):  # of the very thing that is tried here
+        process.start()
+    try:
+        process.join(60)
+        assert process.exitcode == 0, "the forked process hangs or failed"
+        return [queue.get() for _ in range(count)]
+    finally:
+        process.kill()
 
 
 # === Results and gradients ===

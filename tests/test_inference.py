@@ -1,14 +1,14 @@
 """`compile_inference` predicts what the model predicts, for any batch, from few programs."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 import pytest
 
 import keras_tnt
 from keras_tnt import inference
-from keras_tnt.layers import TransformerBlock
-from keras_tnt.layers.base import during, program_device
-from tests.checks import assert_equal, compute, normal
+from tests.checks import assert_equal, compute, in_fork
 
 TINY = {
     "input_shape": (16, 16, 3),
@@ -28,13 +28,58 @@ def images():
     return np.random.default_rng(0).uniform(0, 255, (11, 16, 16, 3)).astype("float32")
 
 
-@pytest.mark.slow
-def test_predicts_what_the_model_predicts_at_any_batch_size(images, monkeypatch):
+@pytest.mark.one_backend
+def test_programs_are_for_powers_of_two():
+    sizes = []
+    program = inference.in_powers_of_two(lambda images: sizes.append(images.shape[0]) or images)
+    for count in (1, 2, 3, 4, 5, 8, 9):
+        numbers = keras.ops.reshape(keras.ops.arange(count), (count, 1))
+        assert program(numbers)[:, 0].shape == (count,)
+    assert sizes == [1, 2, 4, 4, 8, 8, 16]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A model, its function, what threads that called it first got, and the calls of the model."""
     model = keras_tnt.TNT(**TINY)
     predict = keras_tnt.compile_inference(model, max_batch=4)
-    expected = model.predict(images, verbose=0)
     call, traced = model.call, []
-    monkeypatch.setattr(model, "call", lambda *a, **k: (traced.append(a), call(*a, **k))[1])
+    model.call = lambda *args, **kwargs: (traced.append(args), call(*args, **kwargs))[1]
+    images = np.random.default_rng(0).uniform(0, 255, (4, 16, 16, 3)).astype("float32")
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda _: predict(images), range(12)))
+    del model.call
+    return model, predict, images, results, traced
+
+
+@pytest.mark.slow
+def test_threads_that_come_first_share_one_compilation(compiled):
+    model, _, images, results, traced = compiled
+    expected = compute(model, images)
+    for result in results:
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+    assert len(traced) == 1
+
+
+@pytest.mark.slow
+def test_a_forked_process_is_told_to_be_spawned(compiled):
+    model, predict, images, *_ = compiled
+
+    def call_in_child(queue):
+        for function in (lambda: predict(images), lambda: keras_tnt.compile_inference(model)):
+            try:
+                function()
+            except RuntimeError as error:
+                queue.put(str(error))
+
+    for message in in_fork(call_in_child, 2):
+        assert "forked" in message and "spawn" in message
+
+
+@pytest.mark.slow
+def test_predicts_what_the_model_predicts_at_any_batch_size(compiled, images):
+    model, predict, *_, traced = compiled
+    expected = model.predict(images, verbose=0)
     for count in (3, 4, 11, 7, 3):
         result = predict(images[:count])
         assert isinstance(result, np.ndarray)
@@ -48,50 +93,25 @@ def test_predicts_what_the_model_predicts_at_any_batch_size(images, monkeypatch)
     np.testing.assert_allclose(predict(images[:4]), 1 / 5, atol=1e-6)
 
 
-@pytest.mark.one_backend
-def test_programs_are_for_powers_of_two():
-    sizes = []
-    program = inference.in_powers_of_two(lambda images: sizes.append(images.shape[0]) or images)
-    for count in (1, 2, 3, 4, 5, 8, 9):
-        numbers = keras.ops.reshape(keras.ops.arange(count), (count, 1))
-        assert program(numbers)[:, 0].shape == (count,)
-    assert sizes == [1, 2, 4, 4, 8, 8, 16]
+def test_where_the_compiler_fails_predictions_are_slower_and_right(images, monkeypatch):
+    compiler = f"{keras.backend.backend()}_program"
+    make, made = getattr(inference, compiler), []
 
+    def failing_at_first(model):
+        made.append(model)
+        return refuse if len(made) == 1 else make(model)
 
-def block_and_words(shape, **options):
-    """A block with words to transform, and what it makes of them without the C++."""
-    block = TransformerBlock(num_heads=2, sample_axes=2, **options)
-    words = normal(shape)
-    block.build(words.shape)
-    # Of scores twice as large XLA's and TensorFlow's own rounding is more than 1e-6.
-    size = 1.0 if keras.backend.backend() == "torch" else 0.5
-    weights = enumerate(block.get_weights())
-    block.set_weights([size * normal(weight.shape, seed=i) for i, weight in weights])
-    return block, keras.ops.convert_to_tensor(words), compute(block, words)
+    def refuse(images):
+        raise ValueError("unknown custom call")
 
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"qkv_bias": True}, {"layer_scale": 0.5}, {"norm_axis": (-2, -1)}, {"mlp_ratio": 3}],
-)
-@pytest.mark.parametrize("shape", [(2, 3, 16, 8), (1, 2, 32, 12), (5, 9, 16, 4)])
-def test_the_inner_transformer_in_cpp_is_the_inner_transformer(options, shape, monkeypatch):
-    block, words, expected = block_and_words(shape, **options)
-    fused, called = block.fused, []
-    monkeypatch.setattr(block, "fused", lambda x: called.append(fused(x)) or called[-1])
-    with during(program_device, "cpu"):
-        assert_equal(block(words), expected)
-    assert called[0] is not None
-
-
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Inductor finds torch's compiler")
-def test_without_a_compiler_xla_takes_the_place_of_the_cpp(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    block, words, expected = block_and_words((1, 2, 16, 10))
-    warned = pytest.warns(UserWarning, match="CXX names the compiler.*no-such-compiler")
-    with during(program_device, "cpu"), warned:
-        result = block(words)
-    assert_equal(result, expected)
+    monkeypatch.setattr(inference, compiler, failing_at_first)
+    model = keras_tnt.DeiT(input_shape=(16, 16, 3), depth=1, embed_dim=8, num_heads=2, classes=5)
+    predict = keras_tnt.compile_inference(model)
+    images = keras.ops.convert_to_tensor(images[:2])
+    with pytest.warns(UserWarning, match="slower.*unknown custom call"):
+        result = predict(images)
+    again = predict(images)  # and warns no more
+    assert_equal([result, again], [compute(model, images)] * 2)
 
 
 def test_refuses_images_of_another_size(images):

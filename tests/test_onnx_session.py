@@ -1,10 +1,15 @@
 """`onnx_session` computes what the file does, with the inner transformers in C++ where it can."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 import keras_tnt
+from keras_tnt import native
 from keras_tnt.export.onnx_runtime import use_native
+from keras_tnt.native import runtimes
+from tests.checks import in_fork
 from tests.test_export import OTHER, TINY, images_of, onnx, onnxruntime, randomize, run_onnx
 
 pytestmark = pytest.mark.one_backend
@@ -48,21 +53,73 @@ def test_a_file_of_less_precision_runs_as_it_is(precision, tmp_path):
     np.testing.assert_array_equal(found, run_onnx(path, images, "logits")[0])
 
 
-def test_without_a_compiler_a_file_runs_as_it_is(tmp_path, monkeypatch):
-    path, images = exported(tmp_path / "model.onnx", keras_tnt.TNT, TINY)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.warns(UserWarning, match="CXX names the compiler.*no-such-compiler"):
-        session = keras_tnt.export.onnx_session(path)
-    (found,) = session.run(["logits"], {"images": images})
-    np.testing.assert_array_equal(found, run_onnx(path, images, "logits")[0])
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A file with inner transformers, images for it, and what it makes of them."""
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    path, images = exported(path, keras_tnt.TNT, TINY)
+    return path, images, run_onnx(path, images, "logits")[0]
 
 
-def test_options_open_more_than_one_file(tmp_path):
-    path, images = exported(tmp_path / "model.onnx", keras_tnt.TNT, TINY)
+@pytest.mark.parametrize("obstacle", ["no-such-compiler", "0.0", "refused"])
+def test_without_the_cpp_a_file_runs_as_it_is(obstacle, tiny, monkeypatch):
+    path, images, expected = tiny
     options = onnxruntime.SessionOptions()
-    first, second = (keras_tnt.export.onnx_session(path, options) for _ in range(2))
-    found, again = (session.run(["logits"], {"images": images}) for session in (first, second))
-    np.testing.assert_array_equal(found, again)
+    native.warn_slower.cache_clear()
+    if obstacle == "0.0":
+        monkeypatch.setitem(runtimes.SEEN, "onnxruntime", (obstacle,))
+    elif obstacle == "refused":
+        options = Refusing()
+    else:
+        monkeypatch.setenv("CXX", obstacle)
+    with pytest.warns(UserWarning, match=f"slower.*{obstacle}"):
+        session = keras_tnt.export.onnx_session(path, options)
+    np.testing.assert_array_equal(session.run(["logits"], {"images": images})[0], expected)
+
+
+class Refusing(onnxruntime.SessionOptions):
+    def register_custom_ops_library(self, path):
+        raise RuntimeError(f"{path} refused")
+
+
+def test_options_open_more_than_one_file(tiny):
+    path, images, expected = tiny
+    options = onnxruntime.SessionOptions()
+    sessions = [keras_tnt.export.onnx_session(path, options) for _ in range(2)]
+    for session in sessions:
+        (found,) = session.run(["logits"], {"images": images})
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.ptp(expected))
+
+
+def test_threads_open_a_file_at_once(tiny, tmp_path, monkeypatch):
+    path, images, expected = tiny
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run, compiled = native.run, []
+    monkeypatch.setattr(native, "run", lambda command: (compiled.append(command), run(command))[1])
+
+    def open_and_run(_):
+        return keras_tnt.export.onnx_session(path).run(["logits"], {"images": images})[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(open_and_run, range(4)):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.ptp(expected))
+    assert sum("-shared" in command for command in compiled) == 1
+
+
+def test_a_forked_process_opens_a_file_and_is_refused_a_session_that_was_open(tiny):
+    path, images, _ = tiny
+    session = keras_tnt.export.onnx_session(path)
+
+    def run_in_child(queue):
+        other = keras_tnt.export.onnx_session(path).run(["logits"], {"images": images})
+        try:
+            session.run(["logits"], {"images": images})
+        except RuntimeError as error:
+            queue.put((other[0], str(error)))
+
+    ((found, message),) = in_fork(run_in_child)
+    np.testing.assert_array_equal(found, session.run(["logits"], {"images": images})[0])
+    assert "forked" in message and "spawn" in message
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -78,10 +78,6 @@ def inception_box(shape, seed, min_area, ratio=(3 / 4, 4 / 3), attempts=10):
     return tf.cast(tf.stack([top, left, h, w]), tf.int32)
 
 
-def whole(shape):
-    return tf.concat([[0, 0], shape], axis=0)
-
-
 def evaluation_image(image, crop, size):
     """The middle of an image, as the published results were measured.
 

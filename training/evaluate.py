@@ -64,11 +64,11 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     Returns:
         A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, `corrupt`.
     """
-    from training import data, models, step_functions, strategies
-
     config = make_config(given, run)
     if not weights and not run:
         raise ValueError("give --run, or --model and --weights")
+    from training import data, models, step_functions, strategies
+
     models.find_builder(config.model)
     strategy = strategies.make(config)
     replicas = strategy.num_replicas_in_sync

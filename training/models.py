@@ -14,6 +14,7 @@ from keras_tnt.files import replacing, write_atomically
 from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.layers.ends import scale_and_offset
 from keras_tnt.teacher import Teacher
+from keras_tnt.weights import load_keras_file, load_keras_model
 from training.checkpoint import read
 
 IMAGENET_CLASSES = 1000
@@ -106,7 +107,7 @@ def load(config, classes, run, weights, checkpoint):
     if weights and weights.endswith(".keras"):
         if not os.path.isfile(weights):
             raise ValueError(f"--weights: there is no file {weights!r}")
-        return keras.models.load_model(weights, compile=False)
+        return load_keras_model(weights)
     model = build(dataclasses.replace(config, weights=weights or ""), classes)
     if weights:
         return model
@@ -114,7 +115,7 @@ def load(config, classes, run, weights, checkpoint):
         path = os.path.join(run, f"{checkpoint}.weights.h5")
         if not os.path.isfile(path):
             raise ValueError(f"{run} holds no {checkpoint}.weights.h5: has the run ended?")
-        model.load_weights(path)
+        load_keras_file(model, path)
         return model
     tensors, _ = read(os.path.join(run, "checkpoints", "best.safetensors"))
     for variable in model.weights:
@@ -137,7 +138,7 @@ def build_teacher(config, student):
     if config.teacher.endswith(".keras"):
         if not os.path.isfile(config.teacher):
             raise ValueError(f"--teacher: there is no file {config.teacher!r}")
-        model = keras.models.load_model(config.teacher, compile=False)
+        model = load_keras_model(config.teacher)
     else:
         model = find_builder(config.teacher, "--teacher")(weights="imagenet")
     return Teacher(model, student, None, None)

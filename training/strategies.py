@@ -43,7 +43,10 @@ def make(config):
 
 
 def cluster(environment):
-    """The TF_CONFIG of this worker, from the environment of Kubernetes' TFJob or of SLURM.
+    """The TF_CONFIG of this worker, from the environment of SLURM or of a job of Kubernetes.
+
+    It is TF_CONFIG itself (a TFJob sets it), or what srun tells its tasks, or the number of a pod
+    of an Indexed Job and the list WORKER_HOSTS.
 
     Args:
         environment: a mapping like `os.environ`.
@@ -68,9 +71,13 @@ def cluster(environment):
         addresses = [f"{host}:{PORT + i}" for host in hosts for i in range(each)]
         index = int(environment["SLURM_PROCID"])
         return {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+    if "JOB_COMPLETION_INDEX" in environment and environment.get("WORKER_HOSTS"):
+        addresses = [f"{host}:{PORT}" for host in environment["WORKER_HOSTS"].split(",")]
+        task = {"type": "worker", "index": int(environment["JOB_COMPLETION_INDEX"])}
+        return workers_only({"cluster": {"worker": addresses}, "task": task})
     raise ValueError(
-        "--strategy=multi_worker finds no cluster: set TF_CONFIG, or start it with srun or as a "
-        "Kubernetes TFJob, which sets TF_CONFIG itself."
+        "--strategy=multi_worker finds no cluster: set TF_CONFIG, or start it with srun or as "
+        "training/cluster/kubernetes.yaml does."
     )
 
 

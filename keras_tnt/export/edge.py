@@ -12,7 +12,7 @@ from keras_tnt.export.requirements import require
 from keras_tnt.export.verification import examples, verify
 
 
-def litert(model, path):
+def litert(model: keras.Model, path: str | os.PathLike) -> str:
     """Write a model for LiteRT (TensorFlow Lite), and check the file against the model.
 
     Its signature takes `images` of any batch to `probabilities`, `logits` and `features`, as far as
@@ -41,7 +41,7 @@ def litert(model, path):
     return export("write_litert", model, path, ".tflite")
 
 
-def openvino(model, path):
+def openvino(model: keras.Model, path: str | os.PathLike) -> str:
     """Write a model for OpenVINO, a `.xml` and a `.bin` file, and check them against the model.
 
     Args:

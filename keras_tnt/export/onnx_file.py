@@ -26,15 +26,15 @@ IN_FLOAT32 = (
 
 
 def onnx(
-    model,
-    path,
-    opset=None,
-    signature="images",
+    model: keras.Model,
+    path: str | os.PathLike,
+    opset: int | None = None,
+    signature: str = "images",
     *,
-    precision="float32",
-    labels=None,
-    weights=None,
-):
+    precision: str = "float32",
+    labels: list[str] | None = None,
+    weights: str | None = None,
+) -> str:
     """Write a model as ONNX, and check the file with ONNX Runtime against the model.
 
     Its input is `images`, as the model takes them, with a dynamic batch. Its metadata are labels,

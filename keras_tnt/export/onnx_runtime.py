@@ -2,31 +2,33 @@
 
 import itertools
 import os
-import tempfile
 
 import numpy as np
 
 from keras_tnt import native
 from keras_tnt.export.onnx_fusion import Graph, attributes_of
 from keras_tnt.export.requirements import require
+from keras_tnt.native import runtimes
 
 # Options that open several files get an operator of each, which must differ by name.
 _sessions = itertools.count()
 
 
-def onnx_session(path, options=None):
+def onnx_session(path: str | os.PathLike, options=None):
     """Open a file of `keras_tnt.export.onnx` in ONNX Runtime on the CPU, as fast as it can be.
 
     The transformers among words become an operator of ours, which the machine's C++ compiler makes
-    for its processor, a second of work for a model. Where there is no compiler, a warning says so,
-    and the file runs as it is. So do files in float16 or int8, and of models without words.
+    for its processor, a second of work for the first process that needs it. Where it cannot be had,
+    a warning says so, and the file runs as it is. So do files in float16 or int8, and of models
+    without words.
 
     Args:
         path: of the file.
         options: an `onnxruntime.SessionOptions`; None: ONNX Runtime's own.
 
     Returns:
-        An `onnxruntime.InferenceSession`.
+        An `onnxruntime.InferenceSession`, which raises a RuntimeError where it is run in a process
+        forked after it was opened.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -45,14 +47,22 @@ def onnx_session(path, options=None):
         raise FileNotFoundError(f"There is no file '{path}'; `keras_tnt.export.onnx` writes one.")
     options = options or onnxruntime.SessionOptions()
     proto = onnx.load(path)
-    with tempfile.TemporaryDirectory() as folder:
-        for domain, sizes in use_native(proto, f"keras_tnt_{next(_sessions)}").items():
-            library = native.build(folder, "onnxruntime.cpp", sizes, f'-DDOMAIN="{domain}"')
-            if library is None:
-                return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-            options.register_custom_ops_library(library)
+    model = path
+    operators = use_native(proto, f"keras_tnt_{next(_sessions)}")
+    if operators and all(
+        runtimes.register_in_onnxruntime(options, sizes, domain)
+        for domain, sizes in operators.items()
+    ):
         model = proto.SerializeToString()
-        return onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
+
+    class Session(onnxruntime.InferenceSession):
+        opened_in = os.getpid()
+
+        def run(self, *args, **kwargs):
+            runtimes.refuse_fork(self.opened_in)
+            return super().run(*args, **kwargs)
+
+    return Session(model, options, ["CPUExecutionProvider"])
 
 
 def use_native(proto, prefix):
@@ -72,7 +82,9 @@ def use_native(proto, prefix):
         if not np.isclose(scale, (sizes.dim / heads) ** -0.5):
             continue
         domain, (name,) = sizes.name(prefix), last.output
-        inputs = [graph.add_constant(f"{name}/{i}", value) for i, value in enumerate(weights)]
+        inputs = [
+            graph.add_constant(f"{name}/{kind}", value) for kind, value in weights._asdict().items()
+        ]
         node = graph.node("InnerTransformer", [words, *inputs], [name], epsilon=epsilon)
         node.domain = domain
         pairs.append((last, [node]))
@@ -112,7 +124,7 @@ def inner_transformer(graph, attended, tensors, heads):
         heads: of the attention.
 
     Returns:
-        (last node, name of the words, weights as inner_transformer.h has them, sizes, epsilon).
+        (last node, name of the words, `native.Weights`, sizes, epsilon).
 
     Raises:
         NoMatch: if it is anything but norm, attention, MLP and residuals of words in float32.
@@ -142,11 +154,15 @@ def inner_transformer(graph, attended, tensors, heads):
     axis, epsilon = walk.settings(norm_attention)
     if walk.settings(norm_mlp) != (axis, epsilon):
         raise NoMatch
-    weights = []
-    for norm, layers in ((norm_attention, (qkv, projection)), (norm_mlp, (fc1, fc2))):
-        weights += walk.norm_weights(norm, shape[2:])
-        weights += [weight for layer in layers for weight in walk.dense_weights(layer)]
-    sizes = native.Sizes(*shape[2:], heads, hidden=len(weights[-2]), across_words=axis == -2)
+    weights = native.Weights(
+        *walk.norm_weights(norm_attention, shape[2:]),
+        *walk.dense_weights(qkv),
+        *walk.dense_weights(projection),
+        *walk.norm_weights(norm_mlp, shape[2:]),
+        *walk.dense_weights(fc1),
+        *walk.dense_weights(fc2),
+    )
+    sizes = native.Sizes(*shape[2:], heads, len(weights.fc2_kernel), across_words=axis == -2)
     return graph.maker[last], words, weights, sizes, epsilon
 
 

@@ -28,7 +28,15 @@ CLASSIFY = "tensorflow/serving/classify"  # the method that TF Serving's Classif
 CARD = os.path.join("assets.extra", "model.json")
 
 
-def saved_model(model, directory, version=None, labels=None, *, signatures=None, weights=None):
+def saved_model(
+    model: keras.Model,
+    directory: str | os.PathLike,
+    version: int | None = None,
+    labels: list[str] | None = None,
+    *,
+    signatures: list[str] | None = None,
+    weights: str | None = None,
+) -> str:
     """Write a SavedModel for TF Serving to `directory/<version>`, and check it against the model.
 
     Its signatures, all with a dynamic batch:

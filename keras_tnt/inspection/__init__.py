@@ -1,6 +1,9 @@
-"""Looking inside a model: feature maps, attention, and a picture of it."""
+"""Looking inside a model: features, attention and a picture of it; why it decides as it does."""
 
 from keras_tnt.inspection.cost import multiply_accumulates
+from keras_tnt.inspection.explore import explore
+from keras_tnt.inspection.faithfulness import faithfulness
 from keras_tnt.inspection.features import feature_maps
 from keras_tnt.inspection.maps import attention_maps, attention_rollout
 from keras_tnt.inspection.picture import plot_attention
+from keras_tnt.inspection.relevance import relevance

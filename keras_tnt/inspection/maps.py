@@ -34,6 +34,17 @@ def attention_maps(model, images):
     >>> maps["block_11/outer"].shape, maps["block_11/inner"].shape
     ((1, 6, 197, 197), (1, 196, 4, 16, 16))
     """
+    check_images(model, images)
+    with record_attention() as recorded:
+        model(images, training=False)
+    if not recorded:
+        raise ValueError(f"Model '{model.name}' has no attention layer of keras_tnt.")
+    names = attention_names(model)
+    return {names.get(path, path): keras.ops.convert_to_numpy(x) for path, x in recorded.items()}
+
+
+def check_images(model, images):
+    """Raise ValueError for what is no batch of images that the model takes."""
     shape = tuple(np.shape(images))
     expected = model.input_shape[1:]
     if len(shape) != 4 or any(e not in (None, s) for s, e in zip(shape[1:], expected, strict=True)):
@@ -41,12 +52,6 @@ def attention_maps(model, images):
             f"Model '{model.name}' takes a batch of images {('batch', *expected)}. "
             f"Received: {shape}"
         )
-    with record_attention() as recorded:
-        model(images, training=False)
-    if not recorded:
-        raise ValueError(f"Model '{model.name}' has no attention layer of keras_tnt.")
-    names = attention_names(model)
-    return {names.get(path, path): keras.ops.convert_to_numpy(x) for path, x in recorded.items()}
 
 
 def attention_names(model):
@@ -121,10 +126,11 @@ def means(grid, new_grid, size):
 
     Patches beyond the new grid's squares are left out, squares beyond the grid cut off.
     """
+    return np.kron(*(side_means(*sides, size) for sides in zip(grid, new_grid, strict=True)))
 
-    def along(side, new_side):
-        sums = np.repeat(np.eye(new_side), size, axis=1)
-        sums = np.pad(sums, [(0, 0), (0, max(0, side - sums.shape[1]))])[:, :side]
-        return sums / sums.sum(axis=1, keepdims=True)
 
-    return np.kron(*(along(*sides) for sides in zip(grid, new_grid, strict=True)))
+def side_means(side, new_side, size):
+    """The mean of each `size` of `side` things in a row, (new_side, side)."""
+    sums = np.repeat(np.eye(new_side), size, axis=1)
+    sums = np.pad(sums, [(0, 0), (0, max(0, side - sums.shape[1]))])[:, :side]
+    return sums / np.maximum(sums.sum(axis=1, keepdims=True), 1)

@@ -14,7 +14,7 @@ from keras_tnt.layers.base import (
     CompositeLayer,
     TruncatedNormal,
     at_least_float32,
-    during,
+    context_value,
     link_weights,
     projection,
     take_first,
@@ -38,7 +38,7 @@ def record_attention():
             recorded[layer.path] = weights
         return weights
 
-    with during(link_weights, record):
+    with context_value(link_weights, record):
         yield recorded
 
 

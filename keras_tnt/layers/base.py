@@ -7,24 +7,21 @@ import functools
 import keras
 from keras import ops
 
-# Whether all variables are about to be filled from a file; `keras_tnt.building` sets it.
-values_follow = contextvars.ContextVar("values_follow", default=False)
-
-# What a program is being compiled for, "cpu" or another device; `keras_tnt.inference` sets it.
-program_device = contextvars.ContextVar("program_device", default=None)
+_draws_initial_values = contextvars.ContextVar("draws_initial_values", default=True)
+_inference_device = contextvars.ContextVar("inference_device", default=None)
 
 # A function (layer, weights) to weights that sees by how much each word and patch is read, and may
 # change it: an attention layer's softmax, and a one for each word that `WordsToPatches` reads.
 link_weights = contextvars.ContextVar("link_weights", default=None)
 
 
-def without_initial_values():
+def without_initial_values() -> contextlib.AbstractContextManager:
     """Within the context, layers draw no initial values: all will be filled from a file."""
-    return during(values_follow, True)
+    return context_value(_draws_initial_values, False)
 
 
 @contextlib.contextmanager
-def during(variable, value):
+def context_value(variable, value):
     """Within the context, a context variable has this value."""
     token = variable.set(value)
     try:
@@ -33,16 +30,29 @@ def during(variable, value):
         variable.reset(token)
 
 
+during = context_value
+
+
+def inference_on(device: str) -> contextlib.AbstractContextManager:
+    """Within the context, layers are called for `compile_inference`, on this kind of device."""
+    return context_value(_inference_device, device)
+
+
+def inference_device() -> str | None:
+    """What `compile_inference` compiles for: "cpu", "accelerator"; None outside of its programs."""
+    return _inference_device.get()
+
+
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class TruncatedNormal(keras.initializers.TruncatedNormal):
-    """`keras.initializers.TruncatedNormal`, which draws nothing where values follow from a file.
+    """`keras.initializers.TruncatedNormal`, which draws nothing within `without_initial_values()`.
 
     For the largest models drawing takes longer than loading, and on torch and JAX as much memory
     as the model again.
     """
 
     def __call__(self, shape, dtype=None):
-        if values_follow.get():
+        if not _draws_initial_values.get():
             return keras.ops.zeros(shape, dtype)
         return super().__call__(shape, dtype)
 
@@ -134,7 +144,7 @@ def gelu(x):
     programs that `compile_inference` makes.
     """
     backend = keras.backend.backend()
-    if backend == "torch" or (backend == "jax" and program_device.get() is None):
+    if backend == "torch" or (backend == "jax" and inference_device() is None):
         return ops.gelu(x, approximate=False)
     half, root_half = (ops.cast(c, x.dtype) for c in (0.5, 0.5**0.5))
     return half * x * (1 + ops.erf(x * root_half))

@@ -3,18 +3,17 @@
 import keras
 from keras import ops
 
+from keras_tnt.layers import fused
 from keras_tnt.layers.attention import ClassAttention, SelfAttention, TalkingHeadAttention
 from keras_tnt.layers.base import (
     CompositeLayer,
     LayerNormalization,
     gelu,
-    program_device,
     projection,
     take_first,
     take_first_spec,
 )
 from keras_tnt.layers.embedding import LegacyWordsToPatches, WordsToPatches
-from keras_tnt.layers.fused import inner_transformer
 from keras_tnt.layers.regularization import Dropout, LayerScale, StochasticDepth
 
 
@@ -95,19 +94,28 @@ class SqueezeExcite(CompositeLayer):
         return {**super().get_config(), "reduction": self.reduction, "epsilon": self.epsilon}
 
 
+def unchanged(x):
+    """What stands in the place of a layer that a block is made without."""
+    return x
+
+
 class ResidualBlock(CompositeLayer):
-    """What the blocks share: pre-norm branches, each scaled, dropped and added to its residual."""
+    """Attention and MLP, each with a norm before it and its scale and drop behind it."""
+
+    # Axes: of the norms' statistics and weights, and how many leading ones count samples.
+    norm_axis = -1
+    sample_axes = 1
 
     def __init__(
         self,
         num_heads,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        dropout=0.0,
-        attention_dropout=0.0,
-        stochastic_depth=0.0,
-        layer_scale=None,
-        epsilon=1e-5,
+        mlp_ratio,
+        qkv_bias,
+        dropout,
+        attention_dropout,
+        stochastic_depth,
+        layer_scale,
+        epsilon,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -130,27 +138,42 @@ class ResidualBlock(CompositeLayer):
             "name": "attention",
         }
 
-    def build_branch(self, name, input_shape, sample_axes=1, norm_axis=-1):
-        """The norm before branch `name` and the scale and drop behind it."""
-        policy = self.dtype_policy
+    def make_attention(self):
+        raise NotImplementedError
+
+    def make_norm(self, name, input_shape):
         norm = LayerNormalization(
-            norm_axis, epsilon=self.epsilon, dtype=policy, name=f"norm_{name}"
+            self.norm_axis, epsilon=self.epsilon, dtype=self.dtype_policy, name=name
         )
         norm.build(input_shape)
-        setattr(self, f"norm_{name}", norm)
-        if self.layer_scale is not None:
-            scale = LayerScale(self.layer_scale, dtype=policy, name=f"scale_{name}")
-            scale.build(input_shape)
-            setattr(self, f"scale_{name}", scale)
-        drop = StochasticDepth(
-            self.stochastic_depth, sample_axes, dtype=policy, name=f"drop_{name}"
-        )
-        setattr(self, f"drop_{name}", drop)
+        return norm
 
-    def add_branch(self, name, residual, branch, training):
-        if self.layer_scale is not None:
-            branch = getattr(self, f"scale_{name}")(branch)
-        return residual + getattr(self, f"drop_{name}")(branch, training=training)
+    def make_scale(self, name, input_shape):
+        if self.layer_scale is None:
+            return unchanged
+        scale = LayerScale(self.layer_scale, dtype=self.dtype_policy, name=name)
+        scale.build(input_shape)
+        return scale
+
+    def make_drop(self, name):
+        return StochasticDepth(
+            self.stochastic_depth, self.sample_axes, dtype=self.dtype_policy, name=name
+        )
+
+    def build(self, input_shape):
+        self.norm_attention = self.make_norm("norm_attention", input_shape)
+        self.scale_attention = self.make_scale("scale_attention", input_shape)
+        self.drop_attention = self.make_drop("drop_attention")
+        self.attention = self.make_attention()
+        self.attention.build(input_shape)
+        self.norm_mlp = self.make_norm("norm_mlp", input_shape)
+        self.scale_mlp = self.make_scale("scale_mlp", input_shape)
+        self.drop_mlp = self.make_drop("drop_mlp")
+        self.mlp = MLP(self.mlp_ratio, self.dropout, dtype=self.dtype_policy, name="mlp")
+        self.mlp.build(input_shape)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
 
     def get_config(self):
         return {
@@ -198,8 +221,32 @@ class TransformerBlock(ResidualBlock):
 
     part = "block"
 
-    def __init__(self, num_heads, squeeze_excite=False, sample_axes=1, norm_axis=-1, **kwargs):
-        super().__init__(num_heads, **kwargs)
+    def __init__(
+        self,
+        num_heads,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        dropout=0.0,
+        attention_dropout=0.0,
+        stochastic_depth=0.0,
+        layer_scale=None,
+        squeeze_excite=False,
+        sample_axes=1,
+        norm_axis=-1,
+        epsilon=1e-5,
+        **kwargs,
+    ):
+        super().__init__(
+            num_heads,
+            mlp_ratio,
+            qkv_bias,
+            dropout,
+            attention_dropout,
+            stochastic_depth,
+            layer_scale,
+            epsilon,
+            **kwargs,
+        )
         self.squeeze_excite = squeeze_excite
         self.sample_axes = sample_axes
         self.norm_axis = norm_axis
@@ -208,12 +255,8 @@ class TransformerBlock(ResidualBlock):
         return SelfAttention(**self.attention_arguments())
 
     def build(self, input_shape):
-        self.build_branch("attention", input_shape, self.sample_axes, self.norm_axis)
-        self.attention = self.make_attention()
-        self.attention.build(input_shape)
-        self.build_branch("mlp", input_shape, self.sample_axes, self.norm_axis)
-        self.mlp = MLP(self.mlp_ratio, self.dropout, dtype=self.dtype_policy, name="mlp")
-        self.mlp.build(input_shape)
+        super().build(input_shape)
+        self.excite = unchanged
         if self.squeeze_excite:
             self.excite = SqueezeExcite(
                 epsilon=self.epsilon, dtype=self.dtype_policy, name="excite"
@@ -221,63 +264,16 @@ class TransformerBlock(ResidualBlock):
             self.excite.build(input_shape)
 
     def call(self, x, bias=None, first_tokens=None, training=False):
-        fused = None
-        if program_device.get() == "cpu" and self.is_plain(bias, first_tokens, training):
-            fused = self.fused(x)
-        if fused is not None:
-            return fused(x, self.fused_weights(x.shape), self.epsilon)
         # Squeeze-and-excitation reads every token: then all are computed and the rest cut off.
         computed = None if self.squeeze_excite else first_tokens
-        attended = self.attention(
+        branch = self.attention(
             self.norm_attention(x), bias=bias, first_tokens=computed, training=training
         )
-        x = self.add_branch("attention", take_first(x, computed), attended, training)
-        hidden = self.mlp(self.norm_mlp(x), training=training)
-        if self.squeeze_excite:
-            hidden = self.excite(hidden)
-        return take_first(self.add_branch("mlp", x, hidden, training), first_tokens)
-
-    def is_plain(self, bias, first_tokens, training):
-        """Whether this call is nothing but norms, self-attention, MLP and residuals in float32."""
-        plain = bias is None and first_tokens is None and not training and not self.squeeze_excite
-        if not plain or type(self.attention) is not SelfAttention:
-            return False
-        dense = self.attention.qkv, self.attention.projection, self.mlp.fc1, self.mlp.fc2
-        return all(
-            layer.compute_dtype == "float32" and layer.quantization_mode is None for layer in dense
-        )
-
-    def fused(self, x):
-        """This block in C++; None where there is none."""
-        return inner_transformer(
-            x,
-            heads=self.num_heads,
-            hidden=self.mlp.fc1.units,
-            across_words=len(self.norm_attention.axis) > 1,
-        )
-
-    def fused_weights(self, input_shape):
-        """The weights as the C++ takes them: of norms (dim, words), of the rest with LayerScale."""
-        shape = input_shape[-1:-3:-1]  # (dim, words)
-        weights = []
-        for name, layers in (
-            ("attention", (self.attention.qkv, self.attention.projection)),
-            ("mlp", (self.mlp.fc1, self.mlp.fc2)),
-        ):
-            norm = getattr(self, f"norm_{name}")
-            for weight in (norm.gamma, norm.beta):  # (dim,) or (words, dim)
-                columns = ops.transpose(ops.reshape(weight, (-1, shape[0])))
-                weights.append(ops.broadcast_to(columns, shape))
-            for layer in layers:
-                bias = ops.zeros(layer.units) if layer.bias is None else layer.bias
-                weights += [ops.convert_to_tensor(layer.kernel), ops.convert_to_tensor(bias)]
-            if self.layer_scale is not None:
-                scale = ops.convert_to_tensor(getattr(self, f"scale_{name}").gamma)
-                weights[-2:] = weights[-2] * scale, weights[-1] * scale
-        return weights
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
+        branch = self.drop_attention(self.scale_attention(branch), training=training)
+        x = take_first(x, computed) + branch
+        branch = self.excite(self.mlp(self.norm_mlp(x), training=training))
+        x = x + self.drop_mlp(self.scale_mlp(branch), training=training)
+        return take_first(x, first_tokens)
 
     def compute_output_spec(self, x, bias=None, first_tokens=None, training=False):
         return take_first_spec(x, first_tokens, self.compute_dtype)
@@ -307,11 +303,17 @@ class TNTBlock(CompositeLayer):
     the patches, and the outer transformer attends among the tokens.
 
     Args:
-        outer_heads, inner_heads: heads of the two transformers.
-        legacy: the words-to-patch projection of timm's first port.
+        outer_heads, inner_heads: heads of the two transformers; divide their dimensions.
+        mlp_ratio: hidden dimension of the MLPs over their inputs'.
+        qkv_bias: whether query, key and value have a bias.
+        dropout: dropout rate behind each projection, in [0, 1).
+        attention_dropout: dropout rate on the attention, in [0, 1).
+        stochastic_depth: rate at which a branch is skipped, in [0, 1): by a sample in the outer
+            transformer, by a patch in the inner one.
+        layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
         squeeze_excite: on the outer transformer's MLP.
-        mlp_ratio, qkv_bias, dropout, attention_dropout, stochastic_depth, layer_scale, epsilon:
-            of both transformers, as `TransformerBlock` has them.
+        legacy: the words-to-patch projection of timm's first port.
+        epsilon: of the norms.
 
     Call arguments:
         tokens: `(batch, prefix + patches, outer_dim)`, class and distillation token in front.
@@ -320,33 +322,68 @@ class TNTBlock(CompositeLayer):
         first_tokens: if given, only the first so many tokens are computed; the result is exact.
 
     Returns:
-        `(tokens, words)` of the same shapes.
+        `(tokens, words)` of the same shapes, but for `first_tokens`.
     """
 
     part = "block"
 
     def __init__(
-        self, outer_heads, inner_heads, legacy=False, squeeze_excite=False, epsilon=1e-5, **kwargs
+        self,
+        outer_heads,
+        inner_heads,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        dropout=0.0,
+        attention_dropout=0.0,
+        stochastic_depth=0.0,
+        layer_scale=None,
+        squeeze_excite=False,
+        legacy=False,
+        epsilon=1e-5,
+        **kwargs,
     ):
-        layer = {key: kwargs.pop(key) for key in ("name", "dtype", "trainable") if key in kwargs}
-        super().__init__(**layer)
+        super().__init__(**kwargs)
         self.outer_heads = outer_heads
         self.inner_heads = inner_heads
-        self.legacy = legacy
+        self.mlp_ratio = mlp_ratio
+        self.qkv_bias = qkv_bias
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.stochastic_depth = stochastic_depth
+        self.layer_scale = layer_scale
         self.squeeze_excite = squeeze_excite
+        self.legacy = legacy
         self.epsilon = epsilon
-        self.transformer = kwargs
 
-    def make_inner(self, **common):
-        return TransformerBlock(self.inner_heads, sample_axes=2, **common)
+    def transformer_arguments(self):
+        """What the inner and the outer transformer have in common."""
+        return {
+            "mlp_ratio": self.mlp_ratio,
+            "qkv_bias": self.qkv_bias,
+            "dropout": self.dropout,
+            "attention_dropout": self.attention_dropout,
+            "stochastic_depth": self.stochastic_depth,
+            "layer_scale": self.layer_scale,
+            "epsilon": self.epsilon,
+            "dtype": self.dtype_policy,
+        }
 
-    def make_outer(self, **common):
-        return TransformerBlock(self.outer_heads, squeeze_excite=self.squeeze_excite, **common)
+    def make_inner(self):
+        return TransformerBlock(
+            self.inner_heads, sample_axes=2, name="inner", **self.transformer_arguments()
+        )
+
+    def make_outer(self):
+        return TransformerBlock(
+            self.outer_heads,
+            squeeze_excite=self.squeeze_excite,
+            name="outer",
+            **self.transformer_arguments(),
+        )
 
     def build(self, tokens_shape, words_shape):
-        common = {**self.transformer, "epsilon": self.epsilon, "dtype": self.dtype_policy}
-        self.inner = self.make_inner(name="inner", **common)
-        self.outer = self.make_outer(name="outer", **common)
+        self.inner = self.make_inner()
+        self.outer = self.make_outer()
         self.prefix_tokens = tokens_shape[1] - words_shape[1]
         project = LegacyWordsToPatches if self.legacy else WordsToPatches
         self.words_to_patches = project(
@@ -361,7 +398,7 @@ class TNTBlock(CompositeLayer):
         self.outer.build(tokens_shape)
 
     def call(self, tokens, words, bias=None, first_tokens=None, training=False):
-        words = self.inner(words, training=training)
+        words = fused.inner_transformer(self.inner, words, training=training)
         patches = self.words_to_patches(words)  # (b, patches, outer_dim)
         tokens = tokens + ops.pad(patches, [[0, 0], [self.prefix_tokens, 0], [0, 0]])
         return self.outer(tokens, bias=bias, first_tokens=first_tokens, training=training), words
@@ -378,10 +415,15 @@ class TNTBlock(CompositeLayer):
             **super().get_config(),
             "outer_heads": self.outer_heads,
             "inner_heads": self.inner_heads,
-            "legacy": self.legacy,
+            "mlp_ratio": self.mlp_ratio,
+            "qkv_bias": self.qkv_bias,
+            "dropout": self.dropout,
+            "attention_dropout": self.attention_dropout,
+            "stochastic_depth": self.stochastic_depth,
+            "layer_scale": self.layer_scale,
             "squeeze_excite": self.squeeze_excite,
+            "legacy": self.legacy,
             "epsilon": self.epsilon,
-            **self.transformer,
         }
 
 
@@ -390,9 +432,15 @@ class ClassAttentionBlock(ResidualBlock):
     """The class token reads the patches, which stay as they are (CaiT, section 3).
 
     Args:
-        class_tokens: how many class tokens read: 1, or 2 with a distillation token.
-        num_heads, mlp_ratio, qkv_bias, dropout, attention_dropout, stochastic_depth, layer_scale,
-            epsilon: as `TransformerBlock` has them.
+        num_heads: number of heads; divides the input's last dimension.
+        class_tokens: how many tokens in front read: 1, or 2 with a distillation token.
+        mlp_ratio: hidden dimension of the MLP over the input's.
+        qkv_bias: whether query, key and value have a bias.
+        dropout: dropout rate behind each projection, in [0, 1).
+        attention_dropout: dropout rate on the attention, in [0, 1).
+        stochastic_depth: rate at which samples skip a branch, in [0, 1).
+        layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
+        epsilon: of the norms.
 
     Call arguments:
         x: `(batch, class_tokens + patches, dim)`.
@@ -403,30 +451,42 @@ class ClassAttentionBlock(ResidualBlock):
 
     part = "class_block"
 
-    def __init__(self, num_heads, class_tokens=1, **kwargs):
-        super().__init__(num_heads, **kwargs)
+    def __init__(
+        self,
+        num_heads,
+        class_tokens=1,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        dropout=0.0,
+        attention_dropout=0.0,
+        stochastic_depth=0.0,
+        layer_scale=None,
+        epsilon=1e-5,
+        **kwargs,
+    ):
+        super().__init__(
+            num_heads,
+            mlp_ratio,
+            qkv_bias,
+            dropout,
+            attention_dropout,
+            stochastic_depth,
+            layer_scale,
+            epsilon,
+            **kwargs,
+        )
         self.class_tokens = class_tokens
 
-    def build(self, input_shape):
-        self.build_branch("attention", input_shape)
-        self.attention = ClassAttention(
-            class_tokens=self.class_tokens, **self.attention_arguments()
-        )
-        self.attention.build(input_shape)
-        self.build_branch("mlp", input_shape)
-        self.mlp = MLP(self.mlp_ratio, self.dropout, dtype=self.dtype_policy, name="mlp")
-        self.mlp.build(input_shape)
+    def make_attention(self):
+        return ClassAttention(class_tokens=self.class_tokens, **self.attention_arguments())
 
     def call(self, x, training=False):
-        token, patches = x[:, : self.class_tokens], x[:, self.class_tokens :]
-        attended = self.attention(self.norm_attention(x), training=training)
-        token = self.add_branch("attention", token, attended, training)
-        hidden = self.mlp(self.norm_mlp(token), training=training)
-        token = self.add_branch("mlp", token, hidden, training)
-        return ops.concatenate([token, patches], axis=1)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
+        tokens, patches = x[:, : self.class_tokens], x[:, self.class_tokens :]
+        branch = self.attention(self.norm_attention(x), training=training)
+        tokens = tokens + self.drop_attention(self.scale_attention(branch), training=training)
+        branch = self.mlp(self.norm_mlp(tokens), training=training)
+        tokens = tokens + self.drop_mlp(self.scale_mlp(branch), training=training)
+        return ops.concatenate([tokens, patches], axis=1)
 
     def get_config(self):
         return {**super().get_config(), "class_tokens": self.class_tokens}

@@ -1,144 +1,87 @@
-"""The inner transformer in C++, in programs that compute on a CPU.
+"""When the inner transformer is computed in C++, and with which of its weights.
 
-torch has it as an operator of its own, which Inductor compiles; XLA as a custom call.
+It is where `keras_tnt.compile_inference` compiles for a CPU, and the block is nothing but norms,
+self-attention, MLP and residuals in float32, among words that fill the processor's vectors.
 """
 
-import ctypes
-import functools
-import tempfile
-
 import keras
-import numpy as np
+from keras import ops
 
 from keras_tnt import native
+from keras_tnt.layers.attention import SelfAttention
+from keras_tnt.layers.base import inference_device
+from keras_tnt.native import runtimes
 
 
-def inner_transformer(words, heads, hidden, across_words):
-    """The C++ for these words.
+def inner_transformer(block, words, training=False):
+    """`block(words, training=training)`, in C++ where that is possible.
 
     Args:
-        words: `(batch, patches, words, dim)`, float32.
-        heads, hidden, across_words: see `native.Sizes`.
+        block: a built `TransformerBlock`.
+        words: `(batch, patches, words, dim)`.
+        training: whether the block trains.
 
     Returns:
-        A function (words, weights, epsilon) to words, weights as inner_transformer.h has them; None
-        where there is no C++ for these words.
+        Words of the same shape.
     """
-    if len(words.shape) != 4 or words.shape[2] % native.LANES:
+    operator = None
+    if inference_device() == "cpu" and not training:
+        operator = operator_for(block, words.shape)
+    if operator is None:
+        return block(words, training=training)
+    return operator(words, weights_of(block, words.shape), block.epsilon)
+
+
+def operator_for(block, words_shape):
+    """What `runtimes.operator` gives for a block; None where there is no C++ for it."""
+    if len(words_shape) != 4 or words_shape[2] % native.LANES or not is_plain(block):
         return None
-    calls = {"tensorflow": tensorflow_call, "jax": jax_call, "torch": torch_call}
-    sizes = native.Sizes(*words.shape[2:], heads, hidden, across_words)
-    return calls[keras.backend.backend()](sizes)
-
-
-def torch_call(sizes):
-    def call(words, weights, epsilon):
-        return torch_operator()(words, weights, sizes.heads, epsilon, sizes.across_words)
-
-    return call
-
-
-@functools.cache
-def torch_operator():
-    import torch
-
-    @torch.library.custom_op(
-        "keras_tnt::inner_transformer", mutates_args=(), tags=torch.Tag.flexible_layout
+    sizes = native.Sizes(
+        *words_shape[2:],
+        heads=block.num_heads,
+        hidden=block.mlp.fc1.units,
+        across_words=len(block.norm_attention.axis) > 1,
     )
-    def run(
-        words: torch.Tensor,
-        weights: list[torch.Tensor],
-        heads: int,
-        epsilon: float,
-        across_words: bool,
-    ) -> torch.Tensor:
-        words, weights = words.contiguous(), [weight.contiguous() for weight in weights]
-        result = torch.empty_like(words)
-        sizes = native.Sizes(*words.shape[2:], heads, len(weights[-3]), across_words)
-        function = torch_function(sizes)
-        pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
-        patches = words.shape[0] * words.shape[1]
-        function(words.data_ptr(), result.data_ptr(), pointers, epsilon, patches)
-        return result
-
-    @run.register_fake
-    def _(words, weights, heads, epsilon, across_words):
-        return torch.empty_like(words, memory_format=torch.contiguous_format)
-
-    return run
+    return runtimes.operator(keras.backend.backend(), sizes)
 
 
-@functools.cache
-def torch_function(sizes):
-    from torch._inductor import config
-    from torch._inductor.codecache import CppCodeCache
-
-    defined = [f"#define {name} {value}" for name, value in sizes.definitions().items()]
-    texts = [
-        path.read_text(encoding="utf-8") for path in (native.HEADER, native.FOLDER / "torch.cpp")
-    ]
-    with config.patch({"cpp.enable_floating_point_contract_flag": "fast"}):
-        library = CppCodeCache.load("\n".join(defined + texts), "cpu")
-    function, pointer = library.inner_transformer, ctypes.c_void_p
-    function.argtypes = [pointer, pointer, pointer, ctypes.c_float, ctypes.c_int64]
-    function.restype = None
-    return function
+def is_plain(block):
+    """Whether a block is nothing but norms, self-attention, MLP and residuals in float32."""
+    if block.squeeze_excite or type(block.attention) is not SelfAttention:
+        return False
+    dense = block.attention.qkv, block.attention.projection, block.mlp.fc1, block.mlp.fc2
+    return all(
+        layer.compute_dtype == "float32" and layer.quantization_mode is None for layer in dense
+    )
 
 
-def xla_library(sizes, include, *settings):
-    """The library that XLA calls, which stays loaded; None where it cannot be compiled."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = native.build(folder, "xla.cpp", sizes, "-isystem", include, *settings)
-        return path and ctypes.CDLL(path)
+def weights_of(block, words_shape):
+    """A block's weights as `native.Weights`."""
+    qkv, projection = block.attention.qkv, block.attention.projection
+    scale_attention = scale_mlp = None
+    if block.layer_scale is not None:
+        scale_attention, scale_mlp = block.scale_attention.gamma, block.scale_mlp.gamma
+    return native.Weights(
+        *norm_weights(block.norm_attention, words_shape),
+        *dense_weights(qkv),
+        *dense_weights(projection, scale_attention),
+        *norm_weights(block.norm_mlp, words_shape),
+        *dense_weights(block.mlp.fc1),
+        *dense_weights(block.mlp.fc2, scale_mlp),
+    )
 
 
-@functools.cache
-def jax_call(sizes):
-    import jax
-
-    library, name = xla_library(sizes, jax.ffi.include_dir()), sizes.name()
-    if library is None:
-        return None
-    target = jax.ffi.pycapsule(library.inner_transformer)
-    jax.ffi.register_ffi_target(name, target, platform="cpu")
-
-    def call(words, weights, epsilon):
-        result = jax.ShapeDtypeStruct(words.shape, words.dtype)
-        return jax.ffi.ffi_call(name, result)(words, *weights, epsilon=np.float32(epsilon))
-
-    return call
+def norm_weights(norm, words_shape):
+    """Scale and offset of a norm, each `(dim, words)`."""
+    words, dim = words_shape[2:]
+    for weight in (norm.gamma, norm.beta):  # (dim,) or (words, dim)
+        columns = ops.transpose(ops.reshape(weight, (-1, dim)))  # (dim, 1 or words)
+        yield ops.broadcast_to(columns, (dim, words))
 
 
-@functools.cache
-def tensorflow_call(sizes):
-    import tensorflow as tf
-    from tensorflow.compiler.tf2xla.python import xla
-
-    name = sizes.name()
-    settings = f'-DNAME="{name}"', *tf.sysconfig.get_link_flags()
-    if xla_library(sizes, tf.sysconfig.get_include(), *settings) is None:
-        return None
-
-    def call(words, weights, epsilon):
-        operands = [words, *weights]
-        types = [f"tensor<{'x'.join(map(str, x.shape))}xf32>" for x in operands]
-        values = [f"%operand{i}" for i in range(len(operands))]
-        parameters = ", ".join(map(": ".join, zip(values, types, strict=True)))
-        module = f"""
-            func.func public @main({parameters}) -> {types[0]} {{
-              %words = stablehlo.custom_call @{name}({", ".join(values)}) {{
-                api_version = 4 : i32, backend_config = {{epsilon = {epsilon:.9e} : f32}}
-              }} : ({", ".join(types)}) -> {types[0]}
-              return %words : {types[0]}
-            }}"""
-        (result,) = xla.call_module(
-            operands,
-            version=9,
-            module=module,
-            Tout=[words.dtype],
-            Sout=[words.shape],
-            platforms=["CPU"],
-        )
-        return result
-
-    return call
+def dense_weights(layer, scale=None):
+    """Kernel and bias of a dense layer, with the LayerScale that follows it."""
+    bias = ops.zeros(layer.units) if layer.bias is None else layer.bias
+    for weight in (layer.kernel, bias):
+        weight = ops.convert_to_tensor(weight)
+        yield weight if scale is None else weight * scale

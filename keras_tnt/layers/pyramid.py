@@ -408,12 +408,54 @@ class ReducedBlock(TransformerBlock):
     """A transformer block with `ReducedAttention`: PyramidTNT's outer transformer.
 
     Args:
-        num_heads, grid, reduction: as `ReducedAttention` has them.
-        kwargs: the other arguments of `TransformerBlock`.
+        num_heads: number of heads; divides the input's last dimension.
+        grid: (rows, columns) of the patches.
+        reduction: side of the squares of patches whose mean is a key and a value; 1: no pooling.
+        mlp_ratio: hidden dimension of the MLP over the input's.
+        qkv_bias: whether query, key and value have a bias.
+        dropout: dropout rate behind each projection, in [0, 1).
+        attention_dropout: dropout rate on the attention, in [0, 1).
+        stochastic_depth: rate at which samples skip a branch, in [0, 1).
+        layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
+        squeeze_excite: whether the MLP's output passes through `SqueezeExcite`.
+        epsilon: of the norms.
+
+    Call arguments:
+        x: `(batch, rows * columns, dim)`.
+        bias: if given, added to the scores, `(1, num_heads, patches, pooled patches)`.
+        first_tokens: if given, only the first so many patches are computed; the result is exact.
+
+    Returns:
+        `(batch, first_tokens or rows * columns, dim)`.
     """
 
-    def __init__(self, num_heads, grid, reduction=1, **kwargs):
-        super().__init__(num_heads, **kwargs)
+    def __init__(
+        self,
+        num_heads,
+        grid,
+        reduction=1,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        dropout=0.0,
+        attention_dropout=0.0,
+        stochastic_depth=0.0,
+        layer_scale=None,
+        squeeze_excite=False,
+        epsilon=1e-5,
+        **kwargs,
+    ):
+        super().__init__(
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            stochastic_depth=stochastic_depth,
+            layer_scale=layer_scale,
+            squeeze_excite=squeeze_excite,
+            epsilon=epsilon,
+            **kwargs,
+        )
         self.grid = tuple(grid)
         self.reduction = reduction
 
@@ -426,7 +468,9 @@ class ReducedBlock(TransformerBlock):
         )
 
     def get_config(self):
-        return {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
+        config = {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
+        del config["sample_axes"], config["norm_axis"]
+        return config
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -434,21 +478,78 @@ class PyramidTNTBlock(TNTBlock):
     """`TNTBlock` with `ReducedBlock` outside, and inside norms over all words of a patch.
 
     Args:
-        outer_heads, inner_heads: heads of the two transformers.
-        grid, reduction: as `ReducedAttention` has them.
-        kwargs: the other arguments of `TNTBlock`.
+        outer_heads, inner_heads: heads of the two transformers; divide their dimensions.
+        grid: (rows, columns) of the patches.
+        reduction: side of the squares of patches whose mean is a key and a value of the outer
+            attention; 1: no pooling.
+        mlp_ratio: hidden dimension of the MLPs over their inputs'.
+        qkv_bias: whether query, key and value have a bias.
+        dropout: dropout rate behind each projection, in [0, 1).
+        attention_dropout: dropout rate on the attention, in [0, 1).
+        stochastic_depth: rate at which a branch is skipped, in [0, 1): by a sample in the outer
+            transformer, by a patch in the inner one.
+        layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
+        epsilon: of the norms.
+
+    Call arguments:
+        tokens: `(batch, rows * columns, outer_dim)`.
+        words: `(batch, rows * columns, words, inner_dim)`.
+        bias: if given, added to the scores of the outer attention.
+        first_tokens: if given, only the first so many patches are computed; the result is exact.
+
+    Returns:
+        `(tokens, words)` of the same shapes, but for `first_tokens`.
     """
 
-    def __init__(self, outer_heads, inner_heads, grid, reduction=1, **kwargs):
-        super().__init__(outer_heads, inner_heads, **kwargs)
+    def __init__(
+        self,
+        outer_heads,
+        inner_heads,
+        grid,
+        reduction=1,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        dropout=0.0,
+        attention_dropout=0.0,
+        stochastic_depth=0.0,
+        layer_scale=None,
+        epsilon=1e-5,
+        **kwargs,
+    ):
+        super().__init__(
+            outer_heads,
+            inner_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            stochastic_depth=stochastic_depth,
+            layer_scale=layer_scale,
+            epsilon=epsilon,
+            **kwargs,
+        )
         self.grid = tuple(grid)
         self.reduction = reduction
 
-    def make_inner(self, **common):
-        return super().make_inner(norm_axis=(-2, -1), **common)
+    def make_inner(self):
+        return TransformerBlock(
+            self.inner_heads,
+            sample_axes=2,
+            norm_axis=(-2, -1),
+            name="inner",
+            **self.transformer_arguments(),
+        )
 
-    def make_outer(self, **common):
-        return ReducedBlock(self.outer_heads, self.grid, self.reduction, **common)
+    def make_outer(self):
+        return ReducedBlock(
+            self.outer_heads,
+            self.grid,
+            self.reduction,
+            name="outer",
+            **self.transformer_arguments(),
+        )
 
     def get_config(self):
-        return {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
+        config = {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
+        del config["squeeze_excite"], config["legacy"]
+        return config

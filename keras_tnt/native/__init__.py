@@ -1,10 +1,17 @@
-"""The inner transformer in C++, compiled on the machine where it is to run."""
+"""The inner transformer in C++, compiled for the machine where it is to run."""
 
+import ctypes
+import functools
+import hashlib
 import os
+import shlex
 import subprocess
+import tempfile
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from keras_tnt.files import replacing
 
 FOLDER = Path(__file__).parent
 HEADER = FOLDER / "inner_transformer.h"
@@ -29,42 +36,107 @@ class Sizes(NamedTuple):
     hidden: int
     across_words: bool
 
-    def definitions(self):
+    def definitions(self) -> dict[str, int]:
         return {name.upper(): int(value) for name, value in self._asdict().items()}
 
-    def name(self, prefix="keras_tnt"):
+    def name(self, prefix: str = "keras_tnt") -> str:
         return "_".join([prefix, *(str(int(value)) for value in self)])
 
 
-def build(folder, entry, sizes, *settings):
-    """Compile the inner transformer as a shared library, for this very processor.
+class Weights(NamedTuple):
+    """The weights of an inner transformer, in the order of `Weights` in inner_transformer.h.
+
+    Attributes:
+        attention_gamma, attention_beta: scale and offset of the norm before the attention,
+            `(dim, words)`.
+        qkv_kernel, qkv_bias: of query, key and value, `(dim, 3 * dim)` and `(3 * dim,)`.
+        projection_kernel, projection_bias: behind the attention, multiplied by LayerScale where
+            there is one, `(dim, dim)` and `(dim,)`.
+        mlp_gamma, mlp_beta: scale and offset of the norm before the MLP, `(dim, words)`.
+        fc1_kernel, fc1_bias: `(dim, hidden)` and `(hidden,)`.
+        fc2_kernel, fc2_bias: multiplied by LayerScale where there is one, `(hidden, dim)` and
+            `(dim,)`.
+    """
+
+    attention_gamma: Any
+    attention_beta: Any
+    qkv_kernel: Any
+    qkv_bias: Any
+    projection_kernel: Any
+    projection_bias: Any
+    mlp_gamma: Any
+    mlp_beta: Any
+    fc1_kernel: Any
+    fc1_bias: Any
+    fc2_kernel: Any
+    fc2_bias: Any
+
+
+@functools.cache
+def warn_slower(reason: str) -> None:
+    """Say, once for each reason, why the inner transformer is not C++."""
+    warnings.warn(
+        f"The inner transformer is not C++ here; what takes its place is slower. {reason}",
+        stacklevel=3,
+    )
+
+
+def library(entry: str | Path, sizes: Sizes, *settings: str) -> ctypes.CDLL | None:
+    """The inner transformer as a shared library, compiled for this very processor.
+
+    It is kept in the folder `keras_tnt` of the user's caches (XDG_CACHE_HOME), by compiler,
+    processor and source, so that only the first process compiles it.
 
     Args:
-        folder: where the library goes.
         entry: file of this folder by which it is called.
         sizes: `Sizes`.
         settings: further arguments for the compiler.
 
     Returns:
-        The library's path; None, with a warning, where it cannot be compiled.
+        The library, which stays loaded; None, with a warning, where it cannot be had.
     """
-    path = os.path.join(folder, f"{sizes.name()}.so")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
     command = [
-        os.environ.get("CXX", "c++"),
-        *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"),
-        *("-shared", "-fPIC", "-w", "-o", path),
+        *(*compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"),
+        *("-fno-math-errno", "-shared", "-fPIC", "-w"),
         *(f"-D{name}={value}" for name, value in sizes.definitions().items()),
         *("-include", str(HEADER), str(FOLDER / entry)),
         *settings,
     ]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        name = f"{sizes.name(Path(entry).stem)}-{fingerprint(compiler, command)}.so"
+        try:
+            path = os.path.join(cache_folder(), name)
+            if not os.path.exists(path):
+                with replacing(path) as temporary:
+                    run([*command, "-o", temporary])
+            return ctypes.CDLL(path)
+        except OSError:  # no place to keep it, or one that nothing may be loaded from
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, name)
+                run([*command, "-o", path])
+                return ctypes.CDLL(path)
     except (OSError, subprocess.CalledProcessError) as error:
-        warnings.warn(
-            "The inner transformer in C++ could not be compiled; what takes its place is slower. "
-            "The environment variable CXX names the compiler to use. "
-            f"`{command[0]}` said: {getattr(error, 'stderr', None) or error}",
-            stacklevel=2,
+        warn_slower(
+            "It could not be compiled and loaded; the environment variable CXX names the compiler "
+            f"to use. `{compiler[0]}` said: {getattr(error, 'stderr', None) or error}"
         )
         return None
-    return path
+
+
+def cache_folder() -> str:
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(caches, "keras_tnt")
+
+
+def fingerprint(compiler: list[str], command: list[str]) -> str:
+    """Of all that a library depends on: compiler, processor, sources and settings."""
+    # What the compiler defines tells its version, and what the processor can do.
+    defined = run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+    sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[hc]*"))]
+    parts = [defined, *sources, *command]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

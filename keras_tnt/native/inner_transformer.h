@@ -34,7 +34,7 @@ inline Vec load(const float* from) {
   return x;
 }
 
-// y where either is no number.
+// The larger of the two; y where either is NaN.
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 
 // e^x for x <= 0, within 2 units in the last place: e^x = 2^n e^r with |r| <= ln(2) / 2, and
@@ -133,30 +133,29 @@ inline void attend(const Channel* qkv, Channel* y) {
         most = larger(most, score[k]);
       }
       for (int k = 0; k < words; ++k) {
-        const Vec share = exp(score[k] - most);
-        total += share;
-        for (int d = 0; d < head_dim; ++d) mixed[d] += share * value[d].word(k);
+        const Vec weight = exp(score[k] - most);
+        total += weight;
+        for (int d = 0; d < head_dim; ++d) mixed[d] += weight * value[d].word(k);
       }
       for (int d = 0; d < head_dim; ++d) y[head * head_dim + d].part[p] = mixed[d] / total;
     }
   }
 }
 
-// x Phi(x) = max(x, 0) - |x| Phi(-|x|), with Phi(-z) = erfc(z / sqrt(2)) / 2 and Chebyshev's
-// polynomial for erfc, within 1.2e-7 of its value (Numerical Recipes, section 6.2).
+// x Phi(x) = max(x, 0) - s Phi(-s) with s = |x|, and Phi(-s) = e^(-s^2 / 2) t P(u) with a polynomial
+// P, within 5e-8 of its value; gelu_coefficients.py, beside this file, derives P and says how.
 inline Vec gelu(Vec x) {
-  const Vec size = larger(x, -x), z = size * 0.70710678f;
-  const Vec t = 1.0f / (1.0f + 0.5f * z);
-  Vec y = t * 0.17087277f - 0.82215223f;
-  y = y * t + 1.48851587f;
-  y = y * t - 1.13520398f;
-  y = y * t + 0.27886807f;
-  y = y * t - 0.18628806f;
-  y = y * t + 0.09678418f;
-  y = y * t + 0.37409196f;
-  y = y * t + 1.00002368f;
-  y = y * t - 1.26551223f;
-  return larger(x, Vec{}) - 0.5f * size * t * exp(y - z * z);
+  constexpr float shift = 2.9f;
+  const Vec s = larger(x, -x), t = 1.0f / (s + shift), u = 1.0f - 2.0f * shift * t;
+  Vec y = u * -0.000327919197f - 0.000732461668f;
+  y = y * u + 0.00174480859f;
+  y = y * u + 0.00566905911f;
+  y = y * u - 0.0135619316f;
+  y = y * u - 0.0345270705f;
+  y = y * u + 0.211311281f;
+  y = y * u - 0.495965296f;
+  y = y * u + 0.725277957f;
+  return larger(x, Vec{}) - s * t * y * exp(s * s * -0.5f);
 }
 
 inline void add(const Channel* branch, Channel* x) {
@@ -164,11 +163,29 @@ inline void add(const Channel* branch, Channel* x) {
     for (int p = 0; p < parts; ++p) x[c].part[p] += branch[c].part[p];
 }
 
-// Patches `first` to `last` of in and out: (patches, words, dim). weights: gamma and beta of the first
-// norm, kernel and bias of query, key and value and of the projection, gamma and beta of the second
-// norm, kernel and bias of both layers of the MLP; kernels (inputs, outputs).
-void transform(const float* in, float* out, const float* const* weights, float epsilon,
-               int64_t first, int64_t last) {
+// Scale and offset of the norms, (dim, words); kernels (inputs, outputs), those that stand before a
+// residual multiplied by LayerScale where there is one, and so their biases. The entries take the
+// weights as pointers in this order.
+struct Weights {
+  const float *attention_gamma, *attention_beta;
+  const float *qkv_kernel, *qkv_bias;  // of query, key and value: (dim, 3 dim)
+  const float *projection_kernel, *projection_bias;
+  const float *mlp_gamma, *mlp_beta;
+  const float *fc1_kernel, *fc1_bias;  // (dim, hidden)
+  const float *fc2_kernel, *fc2_bias;  // (hidden, dim)
+};
+
+constexpr int weight_count = sizeof(Weights) / sizeof(float*);
+
+inline Weights as_weights(const float* const* pointers) {
+  Weights weights;
+  std::memcpy(&weights, pointers, sizeof weights);
+  return weights;
+}
+
+// Transforms the patches from `first` to before `last`; in and out are (patches, words, dim).
+void transform(const float* in, float* out, const Weights& weights, float epsilon, int64_t first,
+               int64_t last) {
   for (int64_t patch = first; patch < last; ++patch) {
     const float* from = in + patch * words * dim;
     float* to = out + patch * words * dim;
@@ -176,16 +193,16 @@ void transform(const float* in, float* out, const float* const* weights, float e
     float* flat = reinterpret_cast<float*>(x);
     for (int w = 0; w < words; ++w)
       for (int c = 0; c < dim; ++c) flat[c * words + w] = from[w * dim + c];
-    layer_norm(x, weights[0], weights[1], epsilon, normed);
-    dense<dim, 3 * dim>(normed, weights[2], weights[3], qkv);
+    layer_norm(x, weights.attention_gamma, weights.attention_beta, epsilon, normed);
+    dense<dim, 3 * dim>(normed, weights.qkv_kernel, weights.qkv_bias, qkv);
     attend(qkv, mixed);
-    dense<dim, dim>(mixed, weights[4], weights[5], normed);
+    dense<dim, dim>(mixed, weights.projection_kernel, weights.projection_bias, normed);
     add(normed, x);
-    layer_norm(x, weights[6], weights[7], epsilon, normed);
-    dense<dim, hidden>(normed, weights[8], weights[9], wide);
+    layer_norm(x, weights.mlp_gamma, weights.mlp_beta, epsilon, normed);
+    dense<dim, hidden>(normed, weights.fc1_kernel, weights.fc1_bias, wide);
     for (Channel& channel : wide)
       for (Vec& part : channel.part) part = gelu(part);
-    dense<hidden, dim>(wide, weights[10], weights[11], normed);
+    dense<hidden, dim>(wide, weights.fc2_kernel, weights.fc2_bias, normed);
     add(normed, x);
     for (int w = 0; w < words; ++w)
       for (int c = 0; c < dim; ++c) to[w * dim + c] = flat[c * words + w];

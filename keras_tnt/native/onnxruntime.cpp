@@ -1,5 +1,5 @@
-// ONNX Runtime's custom operator `InnerTransformer` of the domain DOMAIN: words and the weights to
-// words, epsilon an attribute.
+// ONNX Runtime's custom operator `InnerTransformer`: words and the weights to words, epsilon an
+// attribute.
 //
 // Its package for Python brings no headers. What is needed of its C interface stands here; that
 // promises never to move a function's place, nor a field of a custom operator.
@@ -33,7 +33,7 @@ struct Api {
 };
 
 constexpr uint32_t api_version = 17;  // the first that has KernelContext_ParallelFor
-constexpr size_t inputs = 13, some = 16;
+constexpr size_t inputs = 1 + weight_count, patches_at_once = 16;
 constexpr int float32 = 1, required = 0;
 
 struct Kernel {
@@ -49,8 +49,9 @@ struct Task {
 
   static void run(void* data, size_t part) {
     const Task& task = *static_cast<Task*>(data);
-    const int64_t first = part * some, last = std::min<int64_t>(first + some, task.patches);
-    transform(task.in[0], task.out, task.in + 1, task.epsilon, first, last);
+    const int64_t first = part * patches_at_once;
+    const int64_t last = std::min<int64_t>(first + patches_at_once, task.patches);
+    transform(task.in[0], task.out, as_weights(task.in + 1), task.epsilon, first, last);
   }
 };
 
@@ -72,7 +73,7 @@ void compute(void* data, void* context) {
   api.call(GetTensorMutableData, tensor, &task.out);
   task.epsilon = kernel.epsilon;
   task.patches = shape[0] * shape[1];
-  const size_t parts = (task.patches + some - 1) / some;
+  const size_t parts = (task.patches + patches_at_once - 1) / patches_at_once;
   api.call(KernelContext_ParallelFor, context, &Task::run, parts, size_t{0}, &task);
 }
 
@@ -104,12 +105,17 @@ struct ApiBase {
 
 }  // namespace
 
+// The operator's domain in the options that it is registered with next.
+extern "C" {
+const char* domain = "keras_tnt";
+}
+
 extern "C" void* RegisterCustomOps(void* options, const ApiBase* base) {
   const Api* api = base->get(api_version);
   if (!api) return nullptr;  // too old: the operator stays unknown, which is what will be said
-  void* domain;
-  api->call(CreateCustomOpDomain, DOMAIN, &domain);
-  api->call(CustomOpDomain_Add, domain, &inner_transformer);
-  api->call(AddCustomOpDomain, options, domain);
+  void* created;
+  api->call(CreateCustomOpDomain, domain, &created);
+  api->call(CustomOpDomain_Add, created, &inner_transformer);
+  api->call(AddCustomOpDomain, options, created);
   return nullptr;
 }

@@ -3,4 +3,4 @@
 Nothing here knows a family of models: names and layouts are handed over in tables.
 """
 
-from keras_tnt.weights.keras_files import KERAS, load_keras_file
+from keras_tnt.weights.keras_files import KERAS, load_keras_file, load_keras_model

@@ -94,7 +94,9 @@ class TensorFile:
             raise self.unreadable(name, problem)
         value = self.value(name)
         value = np.asarray(value, "float64" if value.dtype == "float64" else "float32")
-        if not np.all(np.isfinite(value)):
+        with np.errstate(over="ignore"):  # The variables are of float32 or smaller types.
+            finite = np.isfinite(value.astype("float32", copy=False))
+        if not np.all(finite):
             raise self.unreadable(name, "holds NaN or infinity")
         return value
 

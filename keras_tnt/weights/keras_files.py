@@ -51,6 +51,21 @@ def load_keras_file(model, path):
         variable.assign(value)
 
 
+def load_keras_model(path):
+    """The model that a `.keras` file holds, not compiled.
+
+    Raises:
+        OSError: if there is no such file, or it may not be read.
+        ValueError: if the file is damaged, or holds no model that can be built.
+    """
+    read_shapes(path)
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except Exception as error:  # Whatever the layers of its configuration raise.
+        reason = printable(str(error), longest=500)
+        raise ValueError(f"'{path}' holds no model that Keras can build: {reason}") from error
+
+
 def without_unused_heads(model, shapes):
     """A model without its top leaves the file's heads alone."""
     if any(layer.name == "head" for layer in model.layers):

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from tests.training.pictures import class_folders, jpeg, prepare_imagenet
 from training import configuration, data, sources
+from training.sources import kinds
 
 SIZE = (32, 32)
 FILL = (128, 128, 128)
@@ -228,6 +229,42 @@ def test_the_order_of_an_epoch_in_numbers():
     assert data.training_order(values, 7, 3, 4).tolist() == expected
     assert data.evaluation_order(3, 7).tolist() == [[0, 1, 2], [3, 4, 5], [6, -1, -1]]
     assert data.evaluation_order(3, 6).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # Batches of 4 for two workers: from the second update on, each one's places of an epoch.
+        ("indexed", [[4, 5, 8, 9], [6, 7, 10, 11]]),
+        ("streamed", [[4, 6, 8, 10], [5, 7, 9, 11]]),
+    ],
+)
+def test_an_image_s_place_in_the_epoch_is_its_own_whoever_feeds_it(monkeypatch, kind, expected):
+    monkeypatch.setattr(data, "batches", lambda items, *_: items.map(lambda *item: item[3]))
+    source = sources.in_memory(np.zeros((16, 8, 8, 3), "uint8"), np.arange(16) % 2, 2, "x")
+    if kind == "streamed":
+
+        def stream(seed, worker, workers):
+            return tf.data.Dataset.range(16).map(lambda i: ("", "", i)).shard(workers, worker)
+
+        source = kinds.Streamed(16, 2, stream)
+    values = configuration.make("digits", batch_size=4)
+    shares = [data.WorkerShare(i, 2, 2) for i in (0, 1)]
+    places = [train(source, values, first=1, steps=3, share=share) for share in shares]
+    assert [[int(place) for place in each] for each in places] == expected
+
+
+def test_each_image_is_erased_by_its_own_draw_and_only_if_asked_for():
+    source = sources.in_memory(np.zeros((16, 32, 32, 3), "uint8"), np.arange(16) % 2, 2, "x")
+
+    def boxes(epoch=0, **values):
+        values = configuration.make("digits", batch_size=8, min_crop=1.0, **values)
+        return collect(train(source, values, epoch, steps=2))["erase"].tolist()
+
+    erased = boxes(erasing=1.0)
+    assert len({tuple(box) for box in erased}) == 16 and all(box[1] > box[0] for box in erased)
+    assert boxes(erasing=1.0, seed=1) != erased and boxes(1, erasing=1.0) != erased
+    assert boxes(erasing=0.0) == [[0, 0, 0, 0]] * 16
 
 
 def test_streamed_images_are_repeated_within_their_batch():

@@ -5,7 +5,10 @@ import dataclasses
 import importlib
 import io
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -16,6 +19,8 @@ import keras_tnt
 from tests.training.pictures import jpeg, prepare
 from training import configuration, data, evaluate, loop, models, sources
 from training.sources import kinds, registry
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def settings(dataset, root="", **values):
@@ -570,11 +575,30 @@ def test_a_model_of_fewer_classes_than_the_data_set_s_is_refused(tfds_dir, tmp_p
         )
 
 
-@pytest.mark.usefixtures("tiny")
-def test_a_registered_data_set_is_trained_on(plugin, tmp_path):
-    importlib.import_module(plugin)
-    short = {"epochs": 1, "deterministic": False, "tensorboard": False, "workdir": str(tmp_path)}
-    result = loop.train(settings("stripes", **short))
-    assert result["step"] == 12 and result["images"] == 16
-    record = json.loads((tmp_path / "config.json").read_text())
+def command(script, *flags, **environment):
+    """Run a command of the trainer."""
+    return subprocess.run(
+        [sys.executable, f"training/{script}.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.slow
+def test_a_plugin_s_data_set_is_trained_on_without_an_edit(plugin, tmp_path):
+    flags = ["--dataset=stripes", "--epochs=1", "--batch_size=16", "--notensorboard"]
+    flags += [f"--plugins={plugin}", f"--workdir={tmp_path / 'run'}"]
+    result = command("train", *flags, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0 and "held out (16 images)" in result.stdout, result.stderr[-2000:]
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["label_names"] == ["plain", "striped"]
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_an_unknown_data_set_ends_a_command_with_one_line_and_status_2(script):
+    result = command(script, "--dataset=foldr", "--model=tnt_digits", "--weights=any.keras")
+    assert result.returncode == 2 and "Did you mean folder?" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

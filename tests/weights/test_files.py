@@ -230,6 +230,7 @@ def test_a_tensor_that_is_no_array_of_finite_numbers(kind, tmp_path):
         (A.astype("complex64"), "is of type C64"),
         (A.astype("int64"), "is of type I64"),
         (A + np.inf, "holds NaN or infinity"),
+        (A + np.float64(1e300), "holds NaN or infinity"),
     ],
 )
 def test_such_tensors_of_safetensors(array, message, tmp_path):

@@ -1,11 +1,13 @@
 """Files of weights that Keras wrote: all of one, or nothing and the reason."""
 
+import zipfile
+
 import keras
 import numpy as np
 import pytest
 
 import keras_tnt
-from keras_tnt.weights.keras_files import load_keras_file
+from keras_tnt.weights import load_keras_file, load_keras_model
 
 DEIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "input_shape": (32, 32, 3), "classes": 8}
 ENDINGS = (".keras", ".weights.h5")
@@ -77,6 +79,21 @@ def test_a_truncated_file(ending, files, trained, tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=f"{path}' cannot be read.*truncated or damaged"):
             load_keras_file(trained, str(path))
+
+
+def test_a_model_of_a_file(files, trained, tmp_path):
+    assert same(load_keras_model(files[".keras"]).get_weights(), trained.get_weights())
+    with open(files[".keras"], "rb") as file:
+        whole = file.read()
+    path = tmp_path / "model.keras"
+    path.write_bytes(whole[:3000])
+    with pytest.raises(ValueError, match=f"{path}' cannot be read.*truncated or damaged"):
+        load_keras_model(str(path))
+    with zipfile.ZipFile(files[".keras"]) as old, zipfile.ZipFile(path, "w") as new:
+        new.writestr("model.weights.h5", old.read("model.weights.h5"))
+        new.writestr("config.json", "[" * 100_000)
+    with pytest.raises(ValueError, match=f"{path}' holds no model that Keras can build"):
+        load_keras_model(str(path))
 
 
 def test_a_file_that_is_not_there(trained, tmp_path):

@@ -1,0 +1,244 @@
+"""A page to walk through what a model sees in a few images: one HTML file, without a server."""
+
+import base64
+import html
+import json
+import os
+from importlib import resources
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_tnt.anatomy import class_names as names_of
+from keras_tnt.files import check_space, write_atomically
+from keras_tnt.inspection import flow
+from keras_tnt.inspection.maps import attention_maps
+from keras_tnt.inspection.picture import displayed
+from keras_tnt.inspection.relevance import gradient_links
+from keras_tnt.inspection.subject import Subject
+
+TOP_CLASSES = 5
+LARGEST_PAGE = 150_000_000  # bytes, of which a browser needs some four times as many
+
+
+def explore(model, images, path, class_names=None, *, titles=None):
+    """Write a page that shows, for each image, what the model attends to and why it decides so.
+
+    The page is one HTML file, which works from disk, offline. In it: the image in its patches and
+    the outer attention from any of them and from the class tokens, by block and head; any patch in
+    its words and the inner attention among them; the relevance of patches and words for the likely
+    classes (`relevance`); and what the heads would say after each block. Models without words or
+    class tokens get the parts that they have.
+
+    Attention is kept in 8 bits: each number is within 1/510 of the largest in its row.
+
+    Args:
+        model: a classifier of this package.
+        images: `(batch, height, width, channels)` as the model takes them, or channels first.
+        path: of the file, `.html`.
+        class_names: a name for each class; None: those that the model carries, or numbers.
+        titles: a caption for each image; None: what is predicted.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: if the images do not fit or are more than a page can hold, or the model is no
+            classifier of this package.
+        IsADirectoryError: if `path` is a folder.
+
+    Example:
+
+    >>> images = np.stack([keras_tnt.load_image(name, model) for name in ("cat.jpg", "dog.jpg")])
+    >>> keras_tnt.inspection.explore(model, images, "page.html")
+    """
+    subject = Subject(model, images)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder. Give the name of a file in it, page.html")
+    classes = subject.logits.output_shape[-1]
+    names = class_names or names_of(model) or [f"class {i}" for i in range(classes)]
+    check_counts(names, classes, titles, images)
+    images = np.asarray(images, "float32")
+
+    first = Pack(subject, images[:1])
+    check_size(len(first.data), len(images), os.path.dirname(os.path.abspath(path)))
+    packs = [first, *(Pack(subject, images[i : i + 1]) for i in range(1, len(images)))]
+    page = {
+        "name": model.name,
+        "size": subject.sides,
+        "grid": subject.grids[0],
+        "wordSide": subject.word_side,
+        "tokens": ["class token", "distillation token"][: subject.found.class_tokens],
+        "blocks": first.blocks,
+        "layout": first.layout,
+        "images": [
+            pack.describe(names, titles[i] if titles else None) for i, pack in enumerate(packs)
+        ],
+    }
+    write_atomically(path, fill(page, [pack.data for pack in packs]))
+    return path
+
+
+def check_counts(names, classes, titles, images):
+    if not len(images):
+        raise ValueError("There is no image to show.")
+    if len(names) != classes:
+        raise ValueError(
+            f"`class_names` must have {classes} names, one a class. Received: {len(names)}"
+        )
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"`titles` must have one for each of {len(images)} images.")
+
+
+def check_size(image_bytes, count, folder):
+    """Raise an error where the page would be too large for a browser or the disk."""
+    fit = LARGEST_PAGE * 3 // 4 // image_bytes
+    if count > fit:
+        raise ValueError(
+            f"A page holds {fit} images of this model and size, each of "
+            f"{image_bytes / 0.75e6:.1f} MB. Received: {count}"
+        )
+    check_space(folder, 4 * image_bytes * count // 3, "the page")
+
+
+def fill(page, data):
+    """The page's template with what it shows."""
+    template = resources.files("keras_tnt.inspection").joinpath("explore.html")
+    arrays = "\n".join(
+        f'<script type="application/octet-stream" id="data-{i}">{base64.b64encode(x).decode()}'
+        "</script>"
+        for i, x in enumerate(data)
+    )
+    text = template.read_text(encoding="utf-8")
+    described = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
+    for name, value in (
+        ("TITLE", html.escape(f"What {page['name']} sees")),
+        ("PAGE", described),
+        ("ARRAYS", arrays),
+    ):
+        text = text.replace(f"%%{name}%%", value, 1)
+    return text
+
+
+class Pack:
+    """All that the page shows of an image, as bytes, and where in them each array lies."""
+
+    def __init__(self, subject, image):
+        self.subject = subject
+        self.pieces, self.layout, self.size = [], {}, 0
+        self.blocks = list(self.pack_attention(image))
+        self.pack_relevance(image)
+        self.add("pixels", np.uint8(np.round(255 * displayed(image[0]))))
+        self.depths = predictions_by_depth(subject, image)
+        self.data = b"".join(self.pieces)
+
+    def add(self, name, array):
+        """Append an array at a multiple of four bytes."""
+        data = np.ascontiguousarray(array).tobytes()
+        self.layout[name] = {"at": self.size, "type": array.dtype.name, "shape": array.shape}
+        self.pieces.append(data + bytes(-len(data) % 4))
+        self.size += len(self.pieces[-1])
+
+    def add_rows(self, name, x):
+        """Append rows of attention in 8 bits, and what 255 stands for in each."""
+        largest = x.max(axis=-1)
+        self.add(name, np.uint8(np.round(255 * x / largest[..., None])))
+        self.add(f"{name}/largest", largest.astype("float32"))
+
+    def pack_attention(self, image):
+        """Yields what the page has to know of each block."""
+        found, grids = self.subject.found, self.subject.grids
+        maps = attention_maps(self.subject.model, image)
+        for block in found.blocks:
+            name = block.name.removeprefix(found.layer_prefix)
+            number = block.number
+            self.add_rows(f"{number}/outer", maps[f"{name}/outer"][0])
+            if block.inner is not None:
+                self.add_rows(f"{number}/inner", maps[f"{name}/inner"][0])
+            grid = grids[block.stage]
+            yield {
+                "label": str(number + 1),
+                "stage": block.stage,
+                "grid": grid,
+                "keys": [side // block.reduction for side in grid],
+                "reduction": block.reduction,
+                "inner": block.inner is not None,
+                "tokens": found.prefix_tokens,
+                "patchesRead": True,
+            }
+        for i, layer in enumerate(found.class_blocks, start=len(found.blocks)):
+            name = layer.name.removeprefix(found.layer_prefix)
+            self.add_rows(f"{i}/outer", maps[name][0])
+            yield {
+                "label": f"c{i - len(found.blocks) + 1}",
+                "stage": 0,
+                "grid": grids[-1],
+                "keys": grids[-1],
+                "reduction": 1,
+                "inner": False,
+                "tokens": found.class_tokens,
+                "patchesRead": False,
+            }
+
+    def pack_relevance(self, image):
+        """Relevance of patches and words for the most likely classes."""
+        subject = self.subject
+        self.probabilities = subject.probabilities(subject.predict(image))[0]
+        self.classes = self.probabilities.argsort()[::-1][:TOP_CLASSES]
+        copies = ops.convert_to_tensor(np.repeat(image, len(self.classes), axis=0))
+        links = gradient_links(subject, copies, self.classes)
+        for level in ("patches", "words") if subject.word_side else ("patches",):
+            maps = flow.relevance_map(subject, links, 1.0, level == "words")
+            self.add(f"relevance/{level}", maps.astype("float32"))
+
+    def describe(self, names, title):
+        final = self.probabilities
+        classes = [
+            {"name": str(names[i]), "index": int(i), "probability": float(final[i])}
+            for i in self.classes
+        ]
+        depths = []
+        for block, found in self.depths.items():
+            best = int(found.argmax())
+            depths.append(
+                {
+                    "block": block,
+                    "name": str(names[best]),
+                    "probability": float(found[best]),
+                    "classes": [float(found[i]) for i in self.classes],
+                }
+            )
+        return {
+            "title": title or f"{classes[0]['name']}, {classes[0]['probability']:.0%}",
+            "classes": classes,
+            "depths": depths,
+        }
+
+
+def predictions_by_depth(subject, image):
+    """What norm and heads say of the class tokens, or of the mean patch, as each block leaves them.
+
+    Returns:
+        A dict from a block's number to probabilities; of blocks before the class token comes, or of
+        an earlier stage than the last, nothing can be said, nor of a model inside another.
+    """
+    found, blocks = subject.found, subject.found.blocks
+    if found.model is not subject.model:
+        return {}
+    layers = {b.number: b.layer for b in blocks if b.stage == blocks[-1].stage}
+    if found.class_blocks:
+        layers = dict(enumerate(found.class_blocks, start=len(blocks)))
+    outputs = [keras.tree.flatten(layer.output)[0] for layer in layers.values()]
+    tokens = keras.Model(subject.logits.inputs[0], outputs)(image, training=False)
+    read = [read_heads(subject, x) for x in keras.tree.flatten(tokens)]
+    return dict(zip(layers, read, strict=True))
+
+
+def read_heads(subject, tokens):
+    """Probabilities (classes,) that the heads read off one image's tokens."""
+    found = subject.found
+    tokens = found.norm(tokens)
+    read = [tokens[:, i] for i in range(found.class_tokens)] or [ops.mean(tokens, axis=1)]
+    logits = [head(x) for head, x in zip(found.heads, read, strict=True)]
+    return subject.probabilities(sum(logits) / len(logits))[0]

@@ -1,0 +1,138 @@
+"""Whether maps of relevance tell what a model goes by: tried out by taking parts away."""
+
+import numpy as np
+
+from keras_tnt.inspection.subject import Subject
+
+STEPS = 20
+GROUPS = 10
+FORWARD_BATCH = 32
+
+
+def faithfulness(model, images, maps, targets=None, *, baseline=None, seed=0):
+    """How well maps say which parts of images a model goes by, beside random maps.
+
+    Parts are taken away by putting the baseline in their place. The measure is the probability of
+    the target, the softmax of the (mean) logits:
+
+    - deletion: parts are taken away, the most relevant first; a good map's curve falls early;
+    - insertion: parts are put into the baseline, the most relevant first; a good one's rises early
+      (both Petsiuk et al. 2018, arXiv 1806.07421);
+    - SaCo (Wu et al. 2024, arXiv 2404.01415): of all pairs of ten groups of parts, ordered by
+      relevance, whether the more relevant one also matters more by itself, weighed by how much more
+      relevant it is said to be; from -1 to 1.
+
+    Such numbers say little alone: those of random maps of the same size stand beside them.
+
+    Args:
+        model, images, targets: as `relevance` has them.
+        maps: `(batch, rows, columns)`, of which rows and columns divide the images' sides.
+        baseline: pixel value, or one a channel, of a part taken away; None: what the model
+            normalises to zero.
+        seed: of the random maps.
+
+    Returns:
+        A dict: `"fractions"` of the parts changed, `(steps,)`; `"deletion"` and `"insertion"`, the
+        mean probabilities there; `"deletion_area"` and `"insertion_area"`, the areas under them,
+        and `"saco"`, means over the images, which are as many as `"images"`; and under `"random"`
+        the same of random maps.
+
+    Raises:
+        ValueError: for maps that do not fit the images, and as `relevance` does.
+
+    Example:
+
+    >>> maps = keras_tnt.inspection.relevance(model, images)
+    >>> found = keras_tnt.inspection.faithfulness(model, images, maps)
+    >>> found["deletion_area"], found["random"]["deletion_area"]
+    """
+    subject = Subject(model, images)
+    images, maps = np.asarray(images, "float32"), np.asarray(maps)
+    check_maps(subject, images, maps)
+    if targets is None:
+        targets = [subject.predict(image[None])[0].argmax() for image in images]
+    targets = subject.class_indices(targets, len(images))
+    random_maps = np.random.default_rng(seed).random(maps.shape)
+    trial = Trial(subject, images, targets, subject.baseline(baseline))
+    return {**trial.of(maps), "images": len(images), "random": trial.of(random_maps)}
+
+
+def check_maps(subject, images, maps):
+    height, width = subject.sides
+    fits = maps.ndim == 3 and len(maps) == len(images) and maps.size
+    if not fits or height % maps.shape[1] or width % maps.shape[2]:
+        raise ValueError(
+            f"`maps` are (batch, rows, columns) for {len(images)} images of {height}x{width} "
+            f"pixels, of rows and columns that divide them. Received: {maps.shape}"
+        )
+    if not np.all(np.isfinite(maps)):
+        raise ValueError("`maps` have values that are not finite.")
+
+
+class Trial:
+    """Images from which parts are taken away."""
+
+    def __init__(self, subject, images, targets, baseline):
+        self.subject, self.images, self.targets, self.baseline = subject, images, targets, baseline
+
+    def of(self, maps):
+        """The curves, their areas and SaCo of maps, as means over the images."""
+        parts = maps[0].size
+        counts = np.unique(np.linspace(0, parts, min(STEPS, parts) + 1).round().astype(int))
+        groups = np.array_split(np.arange(parts), min(GROUPS, parts))
+        rows = [self.of_image(i, maps[i], counts, groups) for i in range(len(maps))]
+        deletion, insertion, saco = (np.array(values) for values in zip(*rows, strict=True))
+        fractions = counts / parts
+        return {
+            "fractions": fractions,
+            "deletion": deletion.mean(axis=0),
+            "insertion": insertion.mean(axis=0),
+            "deletion_area": area_under(deletion.mean(axis=0), fractions),
+            "insertion_area": area_under(insertion.mean(axis=0), fractions),
+            "saco": float(saco.mean()),
+        }
+
+    def of_image(self, i, relevance, counts, groups):
+        """(deletion curve, insertion curve, SaCo) of one image."""
+        order = np.argsort(-relevance.ravel(), kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        deleted = rank >= counts[:, None]  # (steps, parts): what is still there
+        without_group = np.stack([~np.isin(rank, group) for group in groups])
+        kept = np.concatenate([deleted, ~deleted, without_group])
+        probabilities = self.probabilities(i, kept.reshape(-1, *relevance.shape))
+        deletion, insertion, without = np.split(probabilities, [len(counts), 2 * len(counts)])
+        said = [relevance.ravel()[order[group]].sum() for group in groups]
+        return deletion, insertion, saco(np.array(said), deletion[0] - without)
+
+    def probabilities(self, i, kept):
+        """Of the target in image `i` where only some parts are kept, (cases, rows, columns)."""
+        image = self.images[i]
+        cases = []
+        for start in range(0, len(kept), FORWARD_BATCH):
+            mask = self.subject.to_pixels(kept[start : start + FORWARD_BATCH])
+            cases.append(self.subject.predict(np.where(mask, image, self.baseline)))
+        logits = np.concatenate(cases).astype("float64")
+        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return (shares / shares.sum(axis=-1, keepdims=True))[:, self.targets[i]]
+
+
+def area_under(curve, x):
+    return float(np.sum((curve[1:] + curve[:-1]) / 2 * np.diff(x)))
+
+
+def saco(said, measured):
+    """Salience-guided faithfulness (arXiv 2404.01415, algorithm 1).
+
+    Args:
+        said: relevance of each group, the most relevant first.
+        measured: by how much the target's probability falls without each group.
+
+    Returns:
+        A number from -1 to 1; 0 where all groups are said to be equally relevant.
+    """
+    more = said[:, None] - said[None]
+    pairs = np.triu_indices(len(said), k=1)
+    signs = np.where(measured[:, None] >= measured[None], 1, -1)
+    total = np.abs(more[pairs]).sum()
+    return float((signs * more)[pairs].sum() / total) if total else 0.0

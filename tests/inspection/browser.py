@@ -1,0 +1,137 @@
+"""A Chromium without a window, driven over pipes by its DevTools protocol."""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+
+PROGRAM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+PATIENCE = 60  # seconds that an answer may take on a busy machine
+
+
+class Browser:
+    """One tab.
+
+    Attributes:
+        requests: addresses that the page asked for since it was opened.
+        complaints: errors and exceptions that it left on the console.
+    """
+
+    def __init__(self, folder):
+        to_browser, self.commands = os.pipe()
+        self.answers, from_browser = os.pipe()
+        arguments = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "about:blank"]
+        arguments += ["--remote-debugging-pipe", f"--user-data-dir={folder}"]
+        pipes = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", pipes, "bash", *arguments],
+            pass_fds=(to_browser, from_browser),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self.buffer, self.number, self.session, self.events = b"", 0, None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def close(self):
+        os.close(self.commands)
+        os.close(self.answers)
+        self.process.terminate()
+        self.process.wait(timeout=PATIENCE)
+
+    def call(self, method, **parameters):
+        """A command's result."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        answer = self.read_until(lambda message: message.get("id") == self.number)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def read_until(self, wanted):
+        """Collect events until the wanted message comes."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            while b"\0" not in self.buffer:
+                ready = select.select([self.answers], [], [], max(0, end - time.monotonic()))[0]
+                assert ready, "Chromium did not answer"
+                self.buffer += os.read(self.answers, 1 << 20)
+            text, _, self.buffer = self.buffer.partition(b"\0")
+            message = json.loads(text)
+            self.events.append(message)
+            if wanted(message):
+                return message
+
+    def open(self, address, width=1280, height=900, dark=False):
+        self.events = []
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.resize(width, height)
+        self.call("Page.navigate", url="about:blank")
+        self.call("Page.navigate", url=address)
+        self.read_until(lambda message: message.get("method") == "Page.loadEventFired")
+        while self.evaluate("document.readyState + location.protocol") != "completefile:":
+            pass
+
+    def resize(self, width, height):
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+
+    @property
+    def requests(self):
+        sent = [e for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in sent]
+
+    @property
+    def complaints(self):
+        errors = ("Runtime.exceptionThrown", "Log.entryAdded")
+        return [event["params"] for event in self.events if event.get("method") in errors]
+
+    def evaluate(self, expression):
+        """The value of an expression in the page."""
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def text(self, name):
+        return self.evaluate(f"document.getElementById('{name}').textContent")
+
+    def point(self, selector, across=0.5, down=0.5, press=True):
+        """Move the pointer to a place on an element, from 0 to 1 each way, and click."""
+        box = self.evaluate(
+            f"(e => (e.scrollIntoView({{block: 'center'}}), e.getBoundingClientRect().toJSON()))"
+            f"(document.querySelector({selector!r}))"
+        )
+        x, y = box["x"] + across * box["width"], box["y"] + down * box["height"]
+        kinds = ("mouseMoved", "mousePressed", "mouseReleased")[: 3 if press else 1]
+        for kind in kinds:
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, *keys):
+        for key in keys:
+            for kind in ("keyDown", "keyUp"):
+                self.call("Input.dispatchKeyEvent", type=kind, key=key)
+
+    def picture(self):
+        """The page as PNG."""
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        return base64.b64decode(answer["data"])

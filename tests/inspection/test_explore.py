@@ -1,0 +1,285 @@
+"""The page, in a Chromium without a window."""
+
+import importlib
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_tnt
+from keras_tnt import inspection
+from tests.inspection.browser import PROGRAM, Browser
+from tests.inspection.test_relevance import PYRAMID, TNT, VIT, images_for
+
+pytestmark = pytest.mark.one_backend
+needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="no Chromium: apt-get install chromium")
+
+NAMES = ["a cat", "<b>dog</b>", "owl", "</script>fox"]
+
+
+def build(builder, arguments):
+    model = builder(**arguments)
+    draw = np.random.default_rng(1)
+    for weight in model.trainable_variables:
+        if weight.name == "kernel":
+            weight.assign(0.4 * draw.normal(size=weight.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tnt():
+    return build(keras_tnt.TNT, {**TNT, "distilled": True, "name": "my_tnt"})
+
+
+@pytest.fixture(scope="module")
+def page(tnt, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    return inspection.explore(tnt, images_for(tnt), path, NAMES, titles=["first", "second"])
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def state(browser):
+    return browser.evaluate("({...state})")
+
+
+def shares(text):
+    return [float(x) / 100 for x in re.findall(r"([\d.]+)%", text)]
+
+
+@needs_chromium
+def test_the_page_asks_for_nothing_and_complains_of_nothing(browser, page):
+    browser.open(page.as_uri())
+    for _ in range(2):
+        browser.press("]", "h", "c", "n", "p", "p")
+    assert {url for url in browser.requests if not url.startswith("data:")} == {page.as_uri()}
+    assert not browser.complaints
+    # Nor could it ask: the page forbids itself.
+    browser.evaluate("fetch('https://example.org/').catch(() => 0), 0")
+    browser.evaluate("new Promise(done => setTimeout(done, 100))")
+    assert not [url for url in browser.requests if "example.org" in url]
+    assert "Content Security Policy" in json.dumps(browser.complaints)
+
+
+@needs_chromium
+def test_the_numbers_are_those_of_the_attention_maps(browser, page, tnt):
+    browser.open(page.as_uri())
+    for i, image in enumerate(images_for(tnt)):
+        browser.evaluate(f"set({{image: {i}}})")
+        maps = inspection.attention_maps(tnt, image[None])
+        for block in (0, 1):
+            for kind in ("outer", "inner"):
+                expected = maps[f"block_{block}/{kind}"][0]
+                shown = np.reshape(
+                    browser.evaluate(
+                        f"(({{values}}, largest) => Array.from(values, (x, i) => x / 255 * "
+                        f"largest.values[Math.floor(i / {expected.shape[-1]})]))"
+                        f"(array('{block}/{kind}'), array('{block}/{kind}/largest'))"
+                    ),
+                    expected.shape,
+                )
+                error = np.abs(shown - expected) / expected.max(axis=-1, keepdims=True)
+                assert error.max() <= 1.001 / 510
+
+
+@needs_chromium
+def test_what_the_pointer_is_over_is_told(browser, page, tnt):
+    browser.open(page.as_uri() + "#reader=patch&patch=2&block=1&head=1&inner=0&word=3")
+    maps = inspection.attention_maps(tnt, images_for(tnt)[:1])
+    browser.point("#outer", 0.75, 0.25, press=False)  # row 1, column 2
+    row = maps["block_1/outer"][0, 1, 2 + 2]
+    assert browser.text("outer-read").startswith("patch 1, 2: ")
+    assert abs(shares(browser.text("outer-read"))[0] - row[2 + 1]) <= row.max() / 510 + 5e-4
+    browser.point("#inner", 0.1, 0.9, press=False)  # row 2, column 1
+    row = maps["block_1/inner"][0, 2, 0, 3]
+    assert browser.text("inner-read").startswith("word 2, 1: ")
+    assert abs(shares(browser.text("inner-read"))[0] - row[2]) <= row.max() / 510 + 5e-4
+    browser.point("#why", 0.1, 0.1, press=False)
+    words = inspection.relevance(tnt, images_for(tnt)[:1], level="words")[0]
+    told = float(re.search(r": ([-\d.e]+),", browser.text("why-read"))[1])
+    np.testing.assert_allclose(told, words[0, 0], atol=6e-5, rtol=6e-3)
+
+
+@needs_chromium
+def test_clicks_and_keys_change_what_they_should(browser, page):
+    browser.open(page.as_uri())
+    browser.point("#outer", 0.75, 0.75)
+    assert (state(browser)["patch"], state(browser)["reader"]) == (3, "patch")
+    browser.press("ArrowLeft", "ArrowUp", "ArrowUp")
+    assert state(browser)["patch"] == 0
+    browser.press("[", "[", "[")
+    assert state(browser)["block"] == 0 and browser.text("block-name") == "block 1 of 2"
+    browser.point("#steps button:last-child")
+    assert state(browser)["block"] == 1
+    before = browser.evaluate("$('outer').toDataURL()")
+    browser.press("c")
+    assert "The class token reads" in browser.text("outer-says")
+    assert browser.evaluate("$('outer').toDataURL()") != before
+    browser.point("#readers button:last-child")
+    assert "The distillation token reads" in browser.text("outer-says")
+    browser.press("h", "h")
+    assert str(state(browser)["head"]) == "1"
+    browser.point("#inner", 0.99, 0.01)
+    browser.evaluate("$('inner').focus()")
+    browser.press("ArrowDown", "ArrowLeft", "H")
+    assert state(browser)["word"] == 2 and str(state(browser)["inner"]) == "1"
+    browser.point("#classes button:nth-child(2)")
+    assert state(browser)["class"] == 1
+    browser.point("#levels button")
+    assert state(browser)["level"] == "patches"
+    browser.press("n")
+    assert state(browser)["image"] == 1
+    browser.point("#play")
+    assert "Pause" in browser.text("play")
+    browser.point("#play")
+    assert "Play" in browser.text("play")
+
+
+@needs_chromium
+def test_a_link_brings_a_view_back(browser, page):
+    browser.open(page.as_uri())
+    browser.press("n", "ArrowRight", "[", "h")
+    browser.evaluate("set({word: 1, class: 2, level: 'patches'})")
+    link, wanted = browser.evaluate("location.href"), state(browser)
+    drawn = browser.evaluate("$('outer').toDataURL() + $('why').toDataURL()")
+    browser.open(link)
+    assert {k: str(v) for k, v in state(browser).items()} == {k: str(v) for k, v in wanted.items()}
+    assert browser.evaluate("$('outer').toDataURL() + $('why').toDataURL()") == drawn
+    browser.open(page.as_uri() + "#image=99&block=-1&head=x&class=7&level=pixels&reader=me")
+    assert state(browser)["image"] == 0 and state(browser)["class"] == 0
+
+
+@needs_chromium
+def test_a_view_is_saved_as_png(browser, page, tmp_path):
+    browser.open(page.as_uri())
+    browser.call(
+        "Browser.setDownloadBehavior",
+        behavior="allow",
+        downloadPath=str(tmp_path),
+        eventsEnabled=True,
+    )
+    browser.point("#save")
+    browser.read_until(lambda event: event.get("params", {}).get("state") == "completed")
+    (file,) = tmp_path.iterdir()
+    assert file.name == "my_tnt_view.png" and file.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_the_page_fits_a_phone_a_tablet_and_a_desk(browser, page, width):
+    for dark in (False, True):
+        browser.open(page.as_uri(), width, 900, dark)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        assert browser.evaluate(
+            "['outer', 'inner', 'why'].every(id => $(id).getBoundingClientRect().width > 250)"
+        )
+        light = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (light == "rgb(20, 21, 26)") == dark
+        assert len(browser.picture()) > 20_000
+
+
+@needs_chromium
+def test_the_page_is_labelled(browser, page):
+    browser.open(page.as_uri())
+    unnamed = """[...document.querySelectorAll('button, input, canvas[tabindex], [role=group]')]
+        .filter(e => !(e.textContent.trim() || e.ariaLabel)).map(e => e.outerHTML)"""
+    assert browser.evaluate(unnamed) == []
+    assert "2 by 2 patches" in browser.evaluate("$('outer').ariaLabel")
+    assert browser.evaluate("$('classes').children.length") == 4
+    names = browser.evaluate("[...$('classes').children].map(e => e.firstChild.textContent)")
+    assert sorted(names) == sorted(NAMES)
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("builder", "arguments", "parts"),
+    [
+        (
+            "DeiT",
+            {**VIT, "distilled": True},
+            {"inner": False, "tokens": 2, "depths": 2, "blocks": 2},
+        ),
+        (
+            "CaiT",
+            {**VIT, "layer_scale": 0.5},
+            {"inner": False, "tokens": 1, "depths": 2, "blocks": 4},
+        ),
+        ("PyramidTNT", PYRAMID, {"inner": True, "tokens": 0, "depths": 1, "blocks": 4}),
+    ],
+)
+def test_other_families_have_the_page_with_their_parts(
+    browser, builder, arguments, parts, tmp_path
+):
+    model = build(getattr(keras_tnt, builder), arguments)
+    images = images_for(model, 1)
+    path = inspection.explore(model, images, tmp_path / "page.html")
+    browser.open(path.as_uri())
+    assert browser.evaluate("!$('inner-card').hidden") == parts["inner"]
+    assert browser.evaluate("page.tokens.length") == parts["tokens"]
+    assert browser.evaluate("page.images[0].depths.length") == parts["depths"]
+    assert browser.evaluate("page.blocks.length") == parts["blocks"]
+    for block in range(parts["blocks"]):
+        for reader in ("class", "patch"):
+            browser.evaluate(f"set({{block: {block}, reader: '{reader}'}})")
+            total = "(({values, tokens}) => [...values, ...tokens].reduce((a, b) => a + b))"
+            assert abs(browser.evaluate(f"{total}(outerAttention())") - 1) < 0.02
+    assert not browser.complaints
+
+
+# === What is written ===
+
+
+def described(path):
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="page">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_depths_end_in_the_prediction(page, tnt):
+    for found, image in zip(described(page)["images"], images_for(tnt), strict=True):
+        probabilities = tnt.predict(image[None], verbose=0)[0]
+        last = found["depths"][-1]
+        np.testing.assert_allclose(last["probability"], probabilities.max(), atol=1e-6)
+        best = NAMES[probabilities.argmax()]
+        assert found["classes"][0]["name"] == last["name"] == best
+    assert len(described(page)["images"][0]["depths"]) == 2
+
+
+def test_a_page_of_channels_first_images_is_the_same(page, tnt, tmp_path):
+    keras.config.set_image_data_format("channels_first")
+    arguments = {**TNT, "distilled": True, "input_shape": (3, 16, 16), "name": "my_tnt"}
+    first = keras_tnt.TNT(**arguments)
+    first.set_weights(tnt.get_weights())
+    images = np.moveaxis(images_for(tnt), -1, 1)
+    path = inspection.explore(first, images, tmp_path / "page.html", NAMES)
+    assert described(path)["layout"] == described(page)["layout"]
+    np.testing.assert_allclose(
+        [c["probability"] for c in described(path)["images"][1]["classes"]],
+        [c["probability"] for c in described(page)["images"][1]["classes"]],
+        atol=1e-5,
+    )
+
+
+def test_what_no_page_can_be_made_of_is_said_in_a_line(tnt, tmp_path, monkeypatch):
+    images = images_for(tnt)
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        inspection.explore(tnt, images, tmp_path)
+    with pytest.raises(ValueError, match="must have 4 names.*Received: 1"):
+        inspection.explore(tnt, images, tmp_path / "a.html", ["cat"])
+    with pytest.raises(ValueError, match="one for each of 2 images"):
+        inspection.explore(tnt, images, tmp_path / "a.html", titles=["a"])
+    with pytest.raises(ValueError, match="takes a batch of images"):
+        inspection.explore(tnt, images[0], tmp_path / "a.html")
+    with pytest.raises(ValueError, match="no image"):
+        inspection.explore(tnt, images[:0], tmp_path / "a.html")
+    module = importlib.import_module("keras_tnt.inspection.explore")
+    monkeypatch.setattr(module, "LARGEST_PAGE", 20_000)
+    with pytest.raises(ValueError, match=r"A page holds \d images of this model.*Received: 9"):
+        inspection.explore(tnt, images_for(tnt, 9), tmp_path / "a.html")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,101 @@
+"""Faithfulness, on a model small enough to take every patch away one by one."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_tnt
+from keras_tnt import inspection
+from keras_tnt.inspection.faithfulness import saco
+from keras_tnt.inspection.subject import Subject
+
+GREY = (10.0, 20.0, 30.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = keras_tnt.DeiT(
+        input_shape=(16, 24, 3), patch_size=8, classes=4, depth=1, embed_dim=12, num_heads=3
+    )
+    draw = np.random.default_rng(1)
+    for weight in model.trainable_variables:
+        if weight.name == "kernel":
+            weight.assign(0.5 * draw.normal(size=weight.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).uniform(0, 255, (3, 16, 24, 3))
+
+
+def probabilities(model, images, target):
+    return ops.convert_to_numpy(model(np.stack(images), training=False))[:, target]
+
+
+def without(image, *patches):
+    """The image with some of its six patches in grey."""
+    image = image.copy()
+    for row, column in (divmod(patch, 3) for patch in patches):
+        image[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = GREY
+    return image
+
+
+@pytest.mark.one_backend
+def test_parts_go_and_come_in_the_order_of_their_relevance(model, images):
+    order = [4, 0, 2, 5, 1, 3]
+    maps = np.empty(6)
+    maps[order] = [6, 5, 4, 3, 2, 1]
+    found = inspection.faithfulness(model, images[:1], maps.reshape(1, 2, 3), 2, baseline=GREY)
+    deleted = [without(images[0], *order[:n]) for n in range(7)]
+    inserted = [without(images[0], *order[n:]) for n in range(7)]
+    deleted, inserted = (probabilities(model, x, 2) for x in (deleted, inserted))
+    np.testing.assert_allclose(found["fractions"], np.arange(7) / 6)
+    np.testing.assert_allclose(found["deletion"], deleted, atol=1e-5)
+    np.testing.assert_allclose(found["insertion"], inserted, atol=1e-5)
+    area = (sum(deleted) - (deleted[0] + deleted[-1]) / 2) / 6
+    np.testing.assert_allclose(found["deletion_area"], area, atol=1e-5)
+
+
+def test_maps_that_say_what_each_patch_matters_are_faithful(model, images):
+    lacking = [[x, *(without(x, patch) for patch in range(6))] for x in images]
+    found = [probabilities(model, cases, 1) for cases in lacking]
+    maps = np.reshape([p[0] - p[1:] for p in found], (3, 2, 3))
+    found = inspection.faithfulness(model, images, maps, 1, baseline=GREY)
+    contrary = inspection.faithfulness(model, images, -maps, 1, baseline=GREY)
+    assert found["images"] == 3
+    assert found["saco"] == pytest.approx(1) and contrary["saco"] == pytest.approx(-1)
+    assert -1 < found["random"]["saco"] < 1
+    assert found["deletion_area"] < found["random"]["deletion_area"] < contrary["deletion_area"]
+    assert found["random"]["deletion_area"] == contrary["random"]["deletion_area"]
+
+
+@pytest.mark.one_backend
+def test_the_predicted_classes_are_measured_unless_told(model, images):
+    maps = np.random.default_rng(2).random((3, 4, 6))
+    predicted = Subject(model, images).predict(images).argmax(axis=-1)
+    by_default = inspection.faithfulness(model, images, maps)
+    told = inspection.faithfulness(model, images, maps, predicted)
+    np.testing.assert_array_equal(by_default["deletion"], told["deletion"])
+    assert len(by_default["fractions"]) == 21
+
+
+@pytest.mark.one_backend
+def test_saco_counts_pairs_by_how_much_more_relevant_they_are_said_to_be():
+    # Of the pairs 3-1, 3-0 and 1-0 the first is wrong: (3 + 1 - 2) / (2 + 3 + 1).
+    assert saco(np.array([3.0, 1, 0]), np.array([0.2, 0.3, 0.1])) == pytest.approx(2 / 6)
+    assert saco(np.ones(3), np.arange(3)) == 0
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (np.zeros((2, 2, 3)), "for 3 images of 16x24 pixels.*Received: \\(2, 2, 3\\)"),
+        (np.zeros((3, 5, 3)), "that divide them"),
+        (np.full((3, 2, 3), np.nan), "not finite"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(model, images, maps, message):
+    with pytest.raises(ValueError, match=message):
+        inspection.faithfulness(model, images, maps)

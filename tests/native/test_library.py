@@ -1,0 +1,129 @@
+"""The C++ is compiled once, kept, and done without where it cannot be compiled or loaded."""
+
+import ctypes
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from keras_tnt import native
+from keras_tnt.native import gelu_coefficients
+
+pytestmark = pytest.mark.one_backend
+
+SIZES = native.Sizes(words=16, dim=2, heads=1, hidden=2, across_words=False)
+GELU = """
+extern "C" void gelu_of(const float* in, float* out, int count) {
+  for (int i = 0; i < count; i += lanes) {
+    const Vec y = gelu(load(in + i));
+    std::memcpy(out + i, &y, sizeof y);
+  }
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    """An empty folder of caches, and no warning given before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    native.warn_slower.cache_clear()
+    return tmp_path / "caches" / "keras_tnt"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The commands that compile a library from now on."""
+    run, commands = native.run, []
+    monkeypatch.setattr(
+        native,
+        "run",
+        lambda command: ("-shared" in command and commands.append(command), run(command))[1],
+    )
+    return commands
+
+
+def test_a_library_is_compiled_once_and_again_for_other_settings(caches, compiled):
+    for settings in ((), (), ("-DSOMETHING",)):
+        assert native.library("torch.cpp", SIZES, *settings).inner_transformer
+    assert len(compiled) == len(os.listdir(caches)) == 2
+
+
+def test_without_a_compiler_there_is_one_warning_and_no_library(caches, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="CXX names the compiler.*no-such-compiler") as warned:
+        assert native.library("torch.cpp", SIZES) is None
+        assert native.library("torch.cpp", SIZES._replace(dim=4)) is None
+    assert len(warned) == 1
+    assert not caches.exists()
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(caches):
+    with pytest.warns(UserWarning, match="could not be compiled and loaded.*error"):
+        assert native.library("torch.cpp", SIZES, "-include", "no-such-header.h") is None
+    assert os.listdir(caches) == []
+
+
+@pytest.mark.parametrize("obstacle", ["file", "noexec"])
+def test_where_nothing_can_be_kept_each_process_compiles(obstacle, caches, monkeypatch):
+    if obstacle == "file":
+        caches.parent.write_text("no folder can be made here")
+    else:
+        load = ctypes.CDLL
+
+        def mounted_noexec(path):
+            if str(caches) in path:
+                raise OSError(f"{path}: failed to map segment from shared object")
+            return load(path)
+
+        monkeypatch.setattr(ctypes, "CDLL", mounted_noexec)
+    assert native.library("torch.cpp", SIZES).inner_transformer
+
+
+def test_where_nothing_can_be_loaded_there_is_a_warning_and_no_library(monkeypatch):
+    def refuse(path):
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    with pytest.warns(UserWarning, match="slower.*failed to map segment"):
+        assert native.library("torch.cpp", SIZES) is None
+
+
+def test_two_processes_compile_at_once(caches):
+    code = f"""if True:
+        from keras_tnt import native
+        library = native.library("torch.cpp", native.Sizes(*{tuple(SIZES)}))
+        assert library.inner_transformer"""
+    environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the quickest to import
+    command = [sys.executable, "-W", "error", "-c", code]
+    started = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert len(os.listdir(caches)) == 1
+
+
+def test_gelu_is_exact_to_the_ends_of_its_tails(tmp_path):
+    (tmp_path / "gelu.cpp").write_text(GELU)
+    function = native.library(tmp_path / "gelu.cpp", SIZES).gelu_of
+    x = np.concatenate([np.linspace(-15, 15, 60_000), np.geomspace(1e-30, 1e30, 1600)])
+    x = np.concatenate([x, -x[-1600:]]).astype("float32")
+    found = np.empty_like(x)
+    pointer = ctypes.POINTER(ctypes.c_float)
+    function(x.ctypes.data_as(pointer), found.ctypes.data_as(pointer), len(x))
+    expected = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x.astype("float64")])
+    # As far as float32 has all its digits; of smaller numbers it has none to spare.
+    error = np.abs(found - expected) / np.maximum(np.abs(expected), 1e-30)
+    assert np.max(error[np.abs(x) < 1]) < 4e-7
+    assert np.max(error / np.maximum(1, x.astype("float64") ** 2)) < 4e-7
+
+    found = np.array([np.nan] * 16, "float32")
+    function(found.ctypes.data_as(pointer), found.ctypes.data_as(pointer), 16)
+    assert np.all(np.isnan(found))
+
+
+def test_the_header_has_the_coefficients_that_are_derived():
+    derived = gelu_coefficients.coefficients()
+    header = native.HEADER.read_text(encoding="utf-8")
+    assert all(f"{abs(value):.9g}f" in header for value in derived)
+    assert gelu_coefficients.largest_error(derived) < 5.1e-8
