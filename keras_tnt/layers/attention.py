@@ -59,11 +59,18 @@ def merge_heads(x):
 class Attention(CompositeLayer):
     """What the attention layers share: the core, the output projection, the configuration."""
 
-    # Whether the softmax may be divided by its sums after its product with the values, which are
-    # fewer. XLA does better so; the others have a softmax of one kernel.
-    divides_last = True
+    # Whether the softmax's division by its sums may wait until after the product with the values,
+    # which is smaller. XLA is faster so; the other backends have softmax as one kernel.
+    divides_late = True
 
-    def __init__(self, num_heads, qkv_bias=False, attention_dropout=0.0, dropout=0.0, **kwargs):
+    def __init__(
+        self,
+        num_heads: int,
+        qkv_bias: bool = False,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.qkv_bias = qkv_bias
@@ -97,15 +104,19 @@ class Attention(CompositeLayer):
         return ops.softmax(scores, axis=-1)
 
     def undivided_attention(self, query, key, bias=None):
-        """`attention` as the exponentials and their sums over the keys."""
+        """`attention` before its division: the exponentials, and their sums over the keys."""
         scores = self.scores(query, key, bias)
-        share = ops.exp(scores - ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True)))
-        return share, ops.sum(share, axis=-1, keepdims=True)
+        scores -= ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True))
+        exponentials = ops.exp(scores)
+        return exponentials, ops.sum(exponentials, axis=-1, keepdims=True)
 
-    def shares(self, query, key, bias=None, first_tokens=None):
-        """What the first tokens give each key, and its sums where it is not divided by them yet.
+    def attention_of_first(self, query, key, bias, first_tokens):
+        """The attention of the first tokens alone if told so.
 
-        Who looks on sees the softmax of all tokens; what that returns is used.
+        Whoever looks on by `link_weights` sees that of all tokens, and what it returns is used.
+
+        Returns:
+            (attention, sums that it is to be divided by), the second None where that is done.
         """
         look = link_weights.get()
         if look is not None:
@@ -113,13 +124,13 @@ class Attention(CompositeLayer):
             return self.mix_attention(take_first(attention, first_tokens)), None
         query = take_first(query, first_tokens)
         bias = None if bias is None else take_first(bias, first_tokens)
-        if self.divides_last and keras.backend.backend() == "jax":
+        if self.divides_late and keras.backend.backend() == "jax":
             return self.undivided_attention(query, key, bias)
         return self.mix_attention(self.attention(query, key, bias)), None
 
     def attend(self, query, key, value, bias=None, first_tokens=None, training=False):
         """Attend, of the first tokens alone if told so, and project."""
-        attention, total = self.shares(query, key, bias, first_tokens)
+        attention, total = self.attention_of_first(query, key, bias, first_tokens)
         attention = self.attention_drop(ops.cast(attention, value.dtype), training=training)
         x = ops.matmul(attention, value)
         if total is not None:
@@ -215,10 +226,22 @@ class HeadMixing(keras.layers.Layer):
 class TalkingHeadAttention(SelfAttention):
     """Self-attention whose heads are mixed before the softmax and after it (arXiv 2003.02436).
 
-    Arguments and result are `SelfAttention`'s.
+    Args:
+        num_heads: number of heads; divides the input's last dimension.
+        qkv_bias: whether query, key and value have a bias.
+        attention_dropout: dropout rate on the mixed attention, in [0, 1).
+        dropout: dropout rate after the output projection, in [0, 1).
+
+    Call arguments:
+        x: `(batch, tokens, dim)`.
+        bias: if given, added to the mixed scores.
+        first_tokens: if given, only the first so many tokens are computed; the result is exact.
+
+    Returns:
+        `(batch, first_tokens or tokens, dim)`.
     """
 
-    divides_last = False
+    divides_late = False
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -241,8 +264,11 @@ class ClassAttention(Attention):
     """Attention of the first tokens to all tokens (CaiT, section 3, equations 5 to 8).
 
     Args:
-        num_heads, qkv_bias, attention_dropout, dropout: as `SelfAttention` has them.
+        num_heads: number of heads; divides the input's last dimension.
         class_tokens: how many tokens in front ask: 1, or 2 with a distillation token.
+        qkv_bias: whether query, key and value have a bias.
+        attention_dropout: dropout rate on the attention, in [0, 1).
+        dropout: dropout rate after the output projection, in [0, 1).
 
     Call arguments:
         x: `(batch, tokens, dim)`, class tokens first.
@@ -251,8 +277,16 @@ class ClassAttention(Attention):
         `(batch, class_tokens, dim)`.
     """
 
-    def __init__(self, num_heads, class_tokens=1, **kwargs):
-        super().__init__(num_heads, **kwargs)
+    def __init__(
+        self,
+        num_heads: int,
+        class_tokens: int = 1,
+        qkv_bias: bool = False,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(num_heads, qkv_bias, attention_dropout, dropout, **kwargs)
         self.class_tokens = class_tokens
 
     def build(self, input_shape):

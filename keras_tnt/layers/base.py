@@ -30,9 +30,6 @@ def context_value(variable, value):
         variable.reset(token)
 
 
-during = context_value
-
-
 def inference_on(device: str) -> contextlib.AbstractContextManager:
     """Within the context, layers are called for `compile_inference`, on this kind of device."""
     return context_value(_inference_device, device)

@@ -26,7 +26,7 @@ class MLP(CompositeLayer):
         dropout: dropout rate after each Dense, in [0, 1).
     """
 
-    def __init__(self, ratio=4.0, dropout=0.0, **kwargs):
+    def __init__(self, ratio: float = 4.0, dropout: float = 0.0, **kwargs):
         super().__init__(**kwargs)
         self.ratio = ratio
         self.dropout = dropout
@@ -67,7 +67,7 @@ class SqueezeExcite(CompositeLayer):
         x: `(batch, tokens, dim)`.
     """
 
-    def __init__(self, reduction=4, epsilon=1e-5, **kwargs):
+    def __init__(self, reduction: int = 4, epsilon: float = 1e-5, **kwargs):
         super().__init__(**kwargs)
         self.reduction = reduction
         self.epsilon = epsilon
@@ -108,14 +108,14 @@ class ResidualBlock(CompositeLayer):
 
     def __init__(
         self,
-        num_heads,
-        mlp_ratio,
-        qkv_bias,
-        dropout,
-        attention_dropout,
-        stochastic_depth,
-        layer_scale,
-        epsilon,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        dropout: float,
+        attention_dropout: float,
+        stochastic_depth: float,
+        layer_scale: float | None,
+        epsilon: float,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -223,17 +223,17 @@ class TransformerBlock(ResidualBlock):
 
     def __init__(
         self,
-        num_heads,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        dropout=0.0,
-        attention_dropout=0.0,
-        stochastic_depth=0.0,
-        layer_scale=None,
-        squeeze_excite=False,
-        sample_axes=1,
-        norm_axis=-1,
-        epsilon=1e-5,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
+        layer_scale: float | None = None,
+        squeeze_excite: bool = False,
+        sample_axes: int = 1,
+        norm_axis: int | tuple[int, ...] = -1,
+        epsilon: float = 1e-5,
         **kwargs,
     ):
         super().__init__(
@@ -329,17 +329,17 @@ class TNTBlock(CompositeLayer):
 
     def __init__(
         self,
-        outer_heads,
-        inner_heads,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        dropout=0.0,
-        attention_dropout=0.0,
-        stochastic_depth=0.0,
-        layer_scale=None,
-        squeeze_excite=False,
-        legacy=False,
-        epsilon=1e-5,
+        outer_heads: int,
+        inner_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
+        layer_scale: float | None = None,
+        squeeze_excite: bool = False,
+        legacy: bool = False,
+        epsilon: float = 1e-5,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -453,15 +453,15 @@ class ClassAttentionBlock(ResidualBlock):
 
     def __init__(
         self,
-        num_heads,
-        class_tokens=1,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        dropout=0.0,
-        attention_dropout=0.0,
-        stochastic_depth=0.0,
-        layer_scale=None,
-        epsilon=1e-5,
+        num_heads: int,
+        class_tokens: int = 1,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
+        layer_scale: float | None = None,
+        epsilon: float = 1e-5,
         **kwargs,
     ):
         super().__init__(

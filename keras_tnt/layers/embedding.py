@@ -61,7 +61,7 @@ class PatchEmbedding(CompositeLayer):
 
     part = "stem"
 
-    def __init__(self, patch_size, dim, data_format=None, **kwargs):
+    def __init__(self, patch_size: int, dim: int, data_format: str | None = None, **kwargs):
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.dim = dim
@@ -111,7 +111,14 @@ class WordEmbedding(keras.layers.Layer):
 
     kernel_size = 7
 
-    def __init__(self, dim, patch_size=16, stride=4, data_format=None, **kwargs):
+    def __init__(
+        self,
+        dim: int,
+        patch_size: int = 16,
+        stride: int = 4,
+        data_format: str | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         if patch_size % stride:
             raise ValueError(
@@ -172,7 +179,14 @@ class WordEmbedding(keras.layers.Layer):
 class LegacyWordEmbedding(WordEmbedding):
     """The stem of timm's first TNT: the convolution sees the whole image, then patches are cut.
 
-    Arguments and result are `WordEmbedding`'s.
+    Args:
+        dim: dimension of a word.
+        patch_size: side of a patch in pixels; divides height and width.
+        stride: side of a word in pixels; divides `patch_size`.
+        data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+
+    Returns:
+        `(batch, patches, words, dim)`: patches row by row, in each its words row by row.
     """
 
     def call(self, images):
@@ -199,7 +213,7 @@ class WordsToPatches(CompositeLayer):
         `(batch, patches, dim)`.
     """
 
-    def __init__(self, dim, use_bias=True, epsilon=1e-5, **kwargs):
+    def __init__(self, dim: int, use_bias: bool = True, epsilon: float = 1e-5, **kwargs):
         super().__init__(**kwargs)
         self.dim = dim
         self.use_bias = use_bias
@@ -255,7 +269,16 @@ class WordsToPatches(CompositeLayer):
 class LegacyWordsToPatches(WordsToPatches):
     """The blocks' projection in timm's first TNT: each word normalised by itself, no norm after.
 
-    Arguments and result are `WordsToPatches`'.
+    Args:
+        dim: dimension of a patch.
+        use_bias: whether the projection has a bias.
+        epsilon: of the norm.
+
+    Call arguments:
+        words: `(batch, patches, words, inner_dim)`.
+
+    Returns:
+        `(batch, patches, dim)`.
     """
 
     def build(self, words_shape):
@@ -305,7 +328,7 @@ class PositionEmbedding(keras.layers.Layer):
 
     part = "position"
 
-    def __init__(self, grid, prefix_tokens=0, **kwargs):
+    def __init__(self, grid: tuple[int, int], prefix_tokens: int = 0, **kwargs):
         super().__init__(**kwargs)
         self.grid = tuple(grid)
         self.prefix_tokens = prefix_tokens

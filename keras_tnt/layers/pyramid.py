@@ -53,7 +53,7 @@ class ConvolutionNormReLU(CompositeLayer):
         stride: of the convolution: 1, or 2 for half the rows and columns, rounded up.
     """
 
-    def __init__(self, dim, stride=1, **kwargs):
+    def __init__(self, dim: int, stride: int = 1, **kwargs):
         super().__init__(**kwargs)
         self.dim = dim
         self.stride = stride
@@ -100,7 +100,7 @@ class PyramidStem(CompositeLayer):
 
     patch_size = 8
 
-    def __init__(self, outer_dim, inner_dim, data_format=None, **kwargs):
+    def __init__(self, outer_dim: int, inner_dim: int, data_format: str | None = None, **kwargs):
         super().__init__(**kwargs)
         self.outer_dim = outer_dim
         self.inner_dim = inner_dim
@@ -157,7 +157,7 @@ class Merge(CompositeLayer):
 
     part = "merge"
 
-    def __init__(self, dim, grid, epsilon=1e-5, **kwargs):
+    def __init__(self, dim: int, grid: tuple[int, int], epsilon: float = 1e-5, **kwargs):
         super().__init__(**kwargs)
         self.dim = dim
         self.grid = tuple(grid)
@@ -261,7 +261,7 @@ class RelativePosition(keras.layers.Layer):
 
     part = "position"
 
-    def __init__(self, num_heads, grid, reduction=1, **kwargs):
+    def __init__(self, num_heads: int, grid: tuple[int, int], reduction: int = 1, **kwargs):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.grid = tuple(grid)
@@ -335,11 +335,14 @@ class ReducedAttention(Attention):
     """Attention of all patches to patches pooled by squares (PyramidTNT, section 3.2).
 
     Args:
-        num_heads, qkv_bias, attention_dropout, dropout: as `SelfAttention` has them.
+        num_heads: number of heads; divides the input's last dimension.
         grid: (rows, columns) of the patches.
         reduction: side of the squares whose mean is a key and a value; 1: no pooling. Patches
             beyond the last whole square are nobody's key.
-        epsilon: of the norm.
+        qkv_bias: whether query, key and value have a bias.
+        attention_dropout: dropout rate on the attention, in [0, 1).
+        dropout: dropout rate after the output projection, in [0, 1).
+        epsilon: of the norm of the pooled patches.
 
     Call arguments:
         x: `(batch, rows * columns, dim)`.
@@ -350,8 +353,18 @@ class ReducedAttention(Attention):
         `(batch, first_tokens or rows * columns, dim)`.
     """
 
-    def __init__(self, num_heads, grid, reduction=1, epsilon=1e-5, **kwargs):
-        super().__init__(num_heads, **kwargs)
+    def __init__(
+        self,
+        num_heads: int,
+        grid: tuple[int, int],
+        reduction: int = 1,
+        qkv_bias: bool = False,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+        epsilon: float = 1e-5,
+        **kwargs,
+    ):
+        super().__init__(num_heads, qkv_bias, attention_dropout, dropout, **kwargs)
         self.grid = tuple(grid)
         self.reduction = reduction
         self.epsilon = epsilon
@@ -431,17 +444,17 @@ class ReducedBlock(TransformerBlock):
 
     def __init__(
         self,
-        num_heads,
-        grid,
-        reduction=1,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        dropout=0.0,
-        attention_dropout=0.0,
-        stochastic_depth=0.0,
-        layer_scale=None,
-        squeeze_excite=False,
-        epsilon=1e-5,
+        num_heads: int,
+        grid: tuple[int, int],
+        reduction: int = 1,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
+        layer_scale: float | None = None,
+        squeeze_excite: bool = False,
+        epsilon: float = 1e-5,
         **kwargs,
     ):
         super().__init__(
@@ -503,17 +516,17 @@ class PyramidTNTBlock(TNTBlock):
 
     def __init__(
         self,
-        outer_heads,
-        inner_heads,
-        grid,
-        reduction=1,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        dropout=0.0,
-        attention_dropout=0.0,
-        stochastic_depth=0.0,
-        layer_scale=None,
-        epsilon=1e-5,
+        outer_heads: int,
+        inner_heads: int,
+        grid: tuple[int, int],
+        reduction: int = 1,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
+        layer_scale: float | None = None,
+        epsilon: float = 1e-5,
         **kwargs,
     ):
         super().__init__(

@@ -29,7 +29,7 @@ class RandomDrop(keras.layers.Layer):
     What is kept is divided by the probability of keeping it, so that the expectation is the input.
     """
 
-    def __init__(self, rate, seed=None, **kwargs):
+    def __init__(self, rate: float, seed: int | None = None, **kwargs):
         super().__init__(**kwargs)
         if not 0 <= rate < 1:
             raise ValueError(f"`rate` must lie in [0, 1). Received: rate={rate}")
@@ -85,7 +85,7 @@ class StochasticDepth(RandomDrop):
     >>> keras_tnt.layers.StochasticDepth(0.1)(np.ones((8, 16, 32)), training=True).shape
     """
 
-    def __init__(self, rate, sample_axes=1, seed=None, **kwargs):
+    def __init__(self, rate: float, sample_axes: int = 1, seed: int | None = None, **kwargs):
         super().__init__(rate, seed, **kwargs)
         self.sample_axes = sample_axes
 
@@ -105,7 +105,7 @@ class LayerScale(keras.layers.Layer):
         initial_value: what every factor starts from; CaiT: 1e-5 up to 24 blocks, 1e-6 beyond.
     """
 
-    def __init__(self, initial_value=1e-5, **kwargs):
+    def __init__(self, initial_value: float = 1e-5, **kwargs):
         super().__init__(**kwargs)
         self.initial_value = initial_value
 

@@ -1,9 +1,13 @@
 """The blocks, and the parts that they are made of."""
 
+import inspect
+
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
+from keras_tnt import layers
 from keras_tnt.layers import (
     MLP,
     ClassAttentionBlock,
@@ -122,3 +126,20 @@ def test_each_branch_of_a_sample_is_kept_or_dropped_while_training(training):
     outputs = ops.convert_to_numpy(block(x, training=training))
     distinct = len(np.unique(outputs[:, 0, 0].round(5)))
     assert distinct == (4 if training else 1)  # attention and MLP, each in or out
+
+
+LAYERS = [value for value in vars(layers).values() if inspect.isclass(value)]
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("layer_class", LAYERS, ids=lambda layer_class: layer_class.__name__)
+def test_a_misspelt_argument_fails_when_the_layer_is_made(layer_class):
+    of_any_layer = inspect.signature(keras.layers.Layer).parameters
+    signature = inspect.signature(layer_class).parameters
+    own = {name: p for name, p in signature.items() if name not in of_any_layer}
+    values = {"grid": (1, 1), "rate": 0.1, "mean": (0.5,), "std": (0.5,)}
+    arguments = {name: values.get(name, 1) for name, p in own.items() if p.default is p.empty}
+    config = layer_class(**arguments).get_config()
+    assert set(own) <= set(config), "get_config leaves arguments out"
+    with pytest.raises((TypeError, ValueError), match="droput"):
+        layer_class(**arguments, droput=0.1)
