@@ -1,0 +1,72 @@
+"""A model's classifier, made anew for other classes."""
+
+import keras
+
+from keras_tnt.anatomy import anatomy
+from keras_tnt.building import check_class_names, check_sizes, count_classes
+from keras_tnt.layers import Predictions
+
+
+def reset_classifier(
+    model: keras.Model, classes: int | None = None, class_names: list[str] | None = None
+) -> keras.Model:
+    """A model for other classes: its heads are fresh, and it shares every other layer.
+
+    Precision, activation, resolution and what is frozen stay as they are. A distilled model has
+    two fresh heads.
+
+    Args:
+        model: a classifier of this package, or a functional or Sequential model around one.
+        classes: number of classes; None: as many as names.
+        class_names: names of the classes, which stay with the model; None: they have none.
+
+    Returns:
+        A new `keras.Model`. What it learns, `model` learns with it, but for the heads.
+
+    Raises:
+        ValueError: for a model without a classifier, and for names that are not one a class.
+
+    Example:
+
+    >>> model = keras_tnt.TNTSmall()
+    >>> model = keras_tnt.reset_classifier(model, class_names=["cat", "dog"])
+    """
+    class_names = check_class_names(class_names)
+    classes = count_classes(classes, class_names, given=classes is not None)
+    check_sizes(classes=classes)
+    parts = anatomy(model)
+    if not parts.heads:
+        raise ValueError(
+            f"Model '{model.name}' has no classifier to reset. Build one on it: keras.Sequential("
+            "[model, keras.layers.Dense(classes)])."
+        )
+    owner = parts.model if parts.heads[0] in parts.model.layers else model
+    if class_names and not isinstance(parts.predictions, Predictions):
+        raise ValueError(
+            f"The classifier of model '{model.name}' is a layer of your own, which keeps no names. "
+            "Leave `class_names` out."
+        )
+
+    def renew(layer):
+        if layer in parts.heads:
+            return fresh_head(layer, classes)
+        if layer is parts.predictions and isinstance(layer, Predictions):
+            return Predictions.from_config(layer.get_config() | {"class_names": class_names})
+        return rebuild(layer) if layer is owner else layer
+
+    def rebuild(model):
+        inputs = None if isinstance(model, keras.Sequential) else model.input
+        return keras.models.clone_model(model, inputs, renew)
+
+    return rebuild(model)
+
+
+def fresh_head(head, classes):
+    """A `Dense` layer like a head, without what LoRA and quantization made of it."""
+    policy = head.dtype_policy
+    if isinstance(policy, keras.dtype_policies.QuantizedDTypePolicy):
+        policy = policy.name.partition("_from_")[2]
+    config = head.get_config() | {"units": classes, "dtype": policy}
+    for trace in ("lora_rank", "lora_alpha", "quantization_config"):
+        config.pop(trace, None)
+    return keras.layers.Dense.from_config(config)
