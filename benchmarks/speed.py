@@ -226,10 +226,10 @@ def prepare_ours(runtime, model, mode, images, labels, depth, precision):
 
     import keras_tnt
 
-    if precision != "float32":
-        keras.config.set_dtype_policy(f"mixed_{precision}")
-    build = getattr(keras_tnt, MODELS[model].builder)
-    network = build(weights=None, input_shape=images.shape[1:], depth=depth)
+    dtype = None if precision == "float32" else f"mixed_{precision}"
+    network = keras_tnt.create_model(
+        MODELS[model].builder, weights=None, input_shape=images.shape[1:], depth=depth, dtype=dtype
+    )
     if mode == "training":
         # What a Keras user runs; XLA compiles the step on TensorFlow and JAX.
         jit = keras.backend.backend() != "torch"
