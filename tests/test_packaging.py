@@ -139,6 +139,7 @@ def module_level(tree):
             yield from module_level(node)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("part", PARTS)
 def test_every_import_is_a_requirement_or_in_an_extra(part, metadata):
     required = distributions(metadata["install_requires"])
@@ -160,10 +161,12 @@ def test_every_import_is_a_requirement_or_in_an_extra(part, metadata):
     assert not undeclared
 
 
+@pytest.mark.one_backend
 def test_the_version_is_the_package_s(metadata):
     assert metadata["version"] == keras_tnt.__version__
 
 
+@pytest.mark.one_backend
 def test_every_data_file_of_the_package_is_shipped(metadata):
     package = ROOT / "keras_tnt"
     shipped = {
@@ -177,11 +180,13 @@ def test_every_data_file_of_the_package_is_shipped(metadata):
     assert data <= shipped
 
 
+@pytest.mark.one_backend
 def test_the_test_extra_holds_every_other_extra(metadata):
     extras = metadata["extras_require"]
     assert set(sum(extras.values(), [])) == set(extras["test"])
 
 
+@pytest.mark.one_backend
 def test_constraints_pin_every_requirement_to_one_version_and_name_no_place(metadata):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if not line.startswith("#")]
@@ -190,6 +195,7 @@ def test_constraints_pin_every_requirement_to_one_version_and_name_no_place(meta
     assert wanted <= distributions(pins)
 
 
+@pytest.mark.one_backend
 def test_nothing_imports_the_private_parts_of_keras():
     private = ".".join(("keras", "src"))
     users = [
@@ -238,6 +244,7 @@ def checkout(tmp_path):
     return make
 
 
+@pytest.mark.one_backend
 def test_make_lists_every_target_and_installs_nothing(checkout):
     result, calls = checkout()
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
@@ -246,6 +253,7 @@ def test_make_lists_every_target_and_installs_nothing(checkout):
     assert calls == []
 
 
+@pytest.mark.one_backend
 def test_setup_runs_once_and_again_after_a_change(checkout):
     _, first = checkout("setup")
     assert any("pip install" in call and "constraints.txt" in call for call in first)
@@ -260,6 +268,7 @@ def test_setup_runs_once_and_again_after_a_change(checkout):
         os.utime(checkout.root / name, (later - 60, later - 60))
 
 
+@pytest.mark.one_backend
 def test_a_setup_that_broke_off_is_not_taken_as_done(checkout):
     checkout("setup")
     os.utime(checkout.root / ".venv" / "ready", (0, 0))
@@ -272,6 +281,7 @@ def test_a_setup_that_broke_off_is_not_taken_as_done(checkout):
     assert calls[-1].endswith("training/demo.py")
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("broken", ["ruff check", *(f"{name} -m pytest" for name in BACKENDS)])
 def test_make_test_runs_lint_and_every_backend_and_fails_if_any_does(checkout, broken):
     result, calls = checkout("test")

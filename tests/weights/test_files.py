@@ -18,6 +18,8 @@ from tests.weights.conftest import unprivileged
 
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.one_backend
+
 A = np.arange(6, dtype="float32").reshape(2, 3)
 B = A + 10
 

@@ -10,6 +10,8 @@ from keras_tnt.weights.names import UNUSED
 from tests import golden
 from tests.checks import entries
 
+pytestmark = pytest.mark.one_backend
+
 CHECKPOINTS = golden.checkpoints()
 
 # checkpoint: variant, what it is told, image side, naming convention
