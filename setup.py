@@ -19,6 +19,7 @@ JAX = ["jax>=0.8.1,<1"]
 TORCH = ["torch>=2.6,<3"]
 IMAGES = ["pillow>=11"]
 PARQUET = ["pyarrow>=16"]
+PLOTS = ["matplotlib>=3.9,<4", *IMAGES]
 TRAIN = [
     *TENSORFLOW,
     "absl-py>=2.1,<3",
@@ -27,8 +28,7 @@ TRAIN = [
     "keras-cv==0.9.*",
     "pyarrow>=16",  # for tables in Parquet
     "scikit-learn>=1.5,<2",
-    "matplotlib>=3.9,<4",
-    *IMAGES,
+    *PLOTS,
     "tensorboard>=2.19,<3",  # tf.summary.scalar lives in it
 ]
 EXPORT = [
@@ -83,6 +83,7 @@ setup(
         "torch": TORCH,
         "images": IMAGES,
         "parquet": PARQUET,
+        "plots": PLOTS,
         "train": TRAIN,
         "export": EXPORT,
         "test": TEST,

@@ -36,6 +36,7 @@ WORKDIR = ROOT / "runs" / "demo"
 EXPORTS = ROOT / "savedmodels" / "tnt_digits"
 BATCH = 60  # images a call, when runtimes are timed
 ROUNDS = 7
+EXPLORED = 8  # digits on the page
 
 
 def main():
@@ -73,11 +74,14 @@ def main():
         model, images[first_correct(probabilities, labels)], pictures[-1]
     )
 
+    explore = explore_digits(model, images, labels, probabilities["keras"], WORKDIR)
+
     files = {
         "weights": WORKDIR / "final.keras",
         "saved_model": saved_model,
         "onnx": onnx,
         **{picture.stem: picture for picture in pictures},
+        "explore": explore,
     }
     files = {name: os.path.relpath(path, ROOT) for name, path in files.items()}
     summary = {"accuracy": accuracy, "images_per_second": speed, "files": files}
@@ -180,6 +184,19 @@ def draw_digits(images, labels, probabilities, path):
         f"Of {len(labels)} held-out digits, {wrong} misread (red), then the least certain"
     )
     return save(figure, path)
+
+
+def explore_digits(model, images, labels, probabilities, workdir):
+    """A page of what the model sees in the digits that it is least sure of or misreads."""
+    read = np.argmax(probabilities, axis=-1)
+    chosen = np.lexsort((np.max(probabilities, axis=-1), read == labels))[:EXPLORED]
+    titles = [
+        f"a {labels[i]}" if read[i] == labels[i] else f"a {labels[i]}, read as {read[i]}"
+        for i in chosen
+    ]
+    path = workdir / "explore.html"
+    keras_tnt.inspection.explore(model, images[chosen], path, titles=titles)
+    return path
 
 
 def save(figure, path):

@@ -9,7 +9,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("predict", "merge", "list", "info")
+COMMANDS = ("predict", "merge", "list", "info", "explain")
 NAME = "keras-tnt"
 
 

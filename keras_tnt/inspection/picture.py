@@ -46,7 +46,7 @@ def plot_attention(model, image, path, patches=None):
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'plot_attention needs matplotlib: pip install "keras-tnt[train]"'
+            'plot_attention needs matplotlib: pip install "keras-tnt[plots]"'
         ) from error
     image = np.asarray(image)
     maps = attention_maps(model, image[None])

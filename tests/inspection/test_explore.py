@@ -7,9 +7,11 @@ import re
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 import keras_tnt
 from keras_tnt import inspection
+from keras_tnt.command import main
 from tests.inspection.browser import PROGRAM, Browser
 from tests.inspection.test_relevance import PYRAMID, TNT, VIT, images_for
 
@@ -283,3 +285,16 @@ def test_what_no_page_can_be_made_of_is_said_in_a_line(tnt, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"A page holds \d images of this model.*Received: 9"):
         inspection.explore(tnt, images_for(tnt, 9), tmp_path / "a.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_the_page_of_image_files(tnt, tmp_path, capsys):
+    tnt.save(tmp_path / "model.keras")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), "uint8")
+    for name in ("b.png", "a.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    page = tmp_path / "out.html"
+    assert main(["explain", str(tmp_path), f"--model={tmp_path}/model.keras", f"--out={page}"]) == 0
+    assert [found["title"] for found in described(page)["images"]] == ["a.png", "b.png"]
+    assert capsys.readouterr().out.strip() == str(page)
+    assert main(["explain", f"{tmp_path}/c.png", f"--model={tmp_path}/model.keras"]) == 2
+    assert "There is no image file" in capsys.readouterr().err

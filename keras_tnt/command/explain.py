@@ -1,0 +1,46 @@
+"""`keras-tnt explain`: pictures in, a page to walk through what a model sees out."""
+
+import itertools
+import os
+
+import numpy as np
+
+from keras_tnt.command.images import evaluation_array, find_images
+
+HELP = "a page that shows what a model attends to in images, and why it names them so"
+MOST_IMAGES = 50
+
+
+def add_arguments(parser):
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder of them")
+    parser.add_argument(
+        "--model",
+        default="TNTSmall",
+        help="a name that `keras-tnt list` gives, a .keras file, or the directory of a run",
+    )
+    parser.add_argument(
+        "--weights",
+        default="imagenet",
+        help="of a model that is named: imagenet, another name of keras_tnt.list_weights(), "
+        "hf://owner/repository, or a file",
+    )
+    parser.add_argument("--out", default="explore.html", help="page to write")
+
+
+def run(options):
+    paths = list(itertools.islice(find_images(options.images), MOST_IMAGES + 1))
+    if len(paths) > MOST_IMAGES:
+        raise ValueError(f"A page shows {MOST_IMAGES} images at most. Name fewer.")
+    missing = next((path for path in paths if not os.path.isfile(path)), None)
+    if missing is not None:
+        raise ValueError(f"There is no image file '{missing}'.")
+
+    from keras_tnt.command.runtime import load_model, open_keras
+    from keras_tnt.inspection import explore
+
+    model = load_model(options.model, options.weights)
+    transform = open_keras(model, features=False, count=1).transform
+    images = np.stack([evaluation_array(path, transform) for path in paths])
+    explore(model, images, options.out, titles=[os.path.basename(path) for path in paths])
+    print(options.out)
+    return 0
