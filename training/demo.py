@@ -36,7 +36,7 @@ WORKDIR = ROOT / "runs" / "demo"
 EXPORTS = ROOT / "savedmodels" / "tnt_digits"
 BATCH = 60  # images a call, when runtimes are timed
 ROUNDS = 7
-EXPLORED = 8  # digits on the page
+EXPLORED = 4  # misread digits on the page, at most
 
 
 def main():
@@ -74,7 +74,8 @@ def main():
         model, images[first_correct(probabilities, labels)], pictures[-1]
     )
 
-    explore = explore_digits(model, images, labels, probabilities["keras"], WORKDIR)
+    explore = WORKDIR / "explore.html"
+    explore_digits(model, images, labels, probabilities["keras"], explore)
 
     files = {
         "weights": WORKDIR / "final.keras",
@@ -186,17 +187,14 @@ def draw_digits(images, labels, probabilities, path):
     return save(figure, path)
 
 
-def explore_digits(model, images, labels, probabilities, workdir):
-    """A page of what the model sees in the digits that it is least sure of or misreads."""
-    read = np.argmax(probabilities, axis=-1)
-    chosen = np.lexsort((np.max(probabilities, axis=-1), read == labels))[:EXPLORED]
-    titles = [
-        f"a {labels[i]}" if read[i] == labels[i] else f"a {labels[i]}, read as {read[i]}"
-        for i in chosen
-    ]
-    path = workdir / "explore.html"
-    keras_tnt.inspection.explore(model, images[chosen], path, titles=titles)
-    return path
+def explore_digits(model, images, labels, probabilities, path):
+    """A page of what the model sees in digits that it misreads, and in some that it reads."""
+    read, certainty = np.argmax(probabilities, axis=-1), np.max(probabilities, axis=-1)
+    misread = [i for i in np.argsort(certainty) if read[i] != labels[i]]
+    chosen = misread[:EXPLORED] + [int(np.argmax((labels == d) & (read == d))) for d in (3, 8)]
+    titles = [f"{labels[i]}, read as {read[i]}" for i in chosen]
+    names = [str(digit) for digit in range(10)]
+    return keras_tnt.inspection.explore(model, images[chosen], path, names, titles=titles)
 
 
 def save(figure, path):
