@@ -7,14 +7,19 @@ python savedmodels/client.py --call=status --model=tnt_small --protocol=grpc
 import argparse
 import base64
 import concurrent.futures
+import contextlib
+import http.client
 import json
+import math
 import os
+import re
 import sys
+import threading
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 
 PORTS = {"rest": 8501, "grpc": 8500}
+MAX_REPLY = 2**26  # bytes
 
 
 class ServerError(Exception):
@@ -32,10 +37,10 @@ class RestClient:
     """
 
     def __init__(self, host, port, model, version=None, timeout=10.0):
-        self.address = f"{host}:{port}"
-        self.url = f"http://{self.address}/v1/models/{model}"
+        self.host, self.port, self.address = host, port, f"{host}:{port}"
+        self.path = "/v1/models/" + urllib.parse.quote(model, safe="", errors="surrogateescape")
         if version is not None:
-            self.url += f"/versions/{version}"
+            self.path += f"/versions/{version}"
         self.timeout = timeout
 
     def predict(self, images):
@@ -44,8 +49,10 @@ class RestClient:
             "signature_name": "serving_bytes",
             "instances": [{"image_bytes": encoded(image)} for image in images],
         }
-        predictions = self.ask(":predict", body)["predictions"]
-        return [list(zip(p["classes"], p["scores"], strict=True)) for p in predictions]
+        with understood(self.address):
+            predictions = self.ask(":predict", body)["predictions"]
+            rows = [list(zip(p["classes"], p["scores"], strict=True)) for p in predictions]
+            return checked(rows, images)
 
     def classify(self, images):
         """The same from TF Serving's Classify call."""
@@ -53,50 +60,80 @@ class RestClient:
             "signature_name": "classify",
             "examples": [{"image/encoded": encoded(image)} for image in images],
         }
-        return [[tuple(pair) for pair in r] for r in self.ask(":classify", body)["results"]]
+        with understood(self.address):
+            return checked(self.ask(":classify", body)["results"], images)
 
     def metadata(self):
         """Inputs and outputs, with dtype and shape, of each signature."""
-        signatures = self.ask("/metadata")["metadata"]["signature_def"]["signature_def"]
-        return {
-            name: {
-                end: {
-                    key: f"{tensor['dtype']} {dimensions(tensor['tensor_shape'].get('dim', []))}"
-                    for key, tensor in signature[end].items()
+        with understood(self.address):
+            signatures = self.ask("/metadata")["metadata"]["signature_def"]["signature_def"]
+            return {
+                name: {
+                    end: {
+                        key: f"{tensor['dtype']} "
+                        + dimensions(tensor["tensor_shape"].get("dim", []))
+                        for key, tensor in signature[end].items()
+                    }
+                    for end in ("inputs", "outputs")
                 }
-                for end in ("inputs", "outputs")
+                for name, signature in signatures.items()
+                if not name.startswith("__")
             }
-            for name, signature in signatures.items()
-            if not name.startswith("__")
-        }
 
     def status(self):
         """The state of each version that the server has."""
-        return {
-            int(entry["version"]): entry["state"]
-            + (f": {entry['status']['error_message']}" if entry["status"]["error_message"] else "")
-            for entry in self.ask("")["model_version_status"]
-        }
+        with understood(self.address):
+            return {
+                int(entry["version"]): entry["state"]
+                + (f": {message}" if (message := entry["status"]["error_message"]) else "")
+                for entry in self.ask("")["model_version_status"]
+            }
 
     def ask(self, call, body=None):
-        request = urllib.request.Request(
-            self.url + call,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
+        """The JSON that the server answers with, within the time that a call may take."""
+        answer = concurrent.futures.Future()
+
+        def exchange():
+            try:
+                answer.set_result(self.exchange(call, body))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        # A thread that is left to itself when time is up: whatever a server drips, and however long
+        # its name is looked for. The timeout of a socket begins anew with each byte.
+        threading.Thread(target=exchange, daemon=True).start()
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            raise ServerError(f"The server refuses: {refusal(error)}") from error
+            status, reason, text = answer.result(self.timeout)
         except TimeoutError as error:
             raise ServerError(no_answer(self.address, self.timeout)) from error
-        except (urllib.error.URLError, ConnectionError) as error:
-            if isinstance(getattr(error, "reason", None), TimeoutError):
-                raise ServerError(no_answer(self.address, self.timeout)) from error
+        except http.client.HTTPException as error:  # some are OSErrors, too
+            raise ServerError(no_serving(self.address)) from error
+        except (OSError, UnicodeError) as error:
             raise ServerError(unreachable(self.address)) from error
-        except ValueError as error:
-            raise ServerError(f"What answers at {self.address} is no TF Serving.") from error
+        if len(text) > MAX_REPLY:
+            raise ServerError(f"{no_serving(self.address)} Its reply has more than 67 MB.")
+        if status == 200:
+            return json.loads(text)
+        try:
+            refusal = json.loads(text)["error"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            refusal = f"HTTP {status} {reason}: {text[:200].decode(errors='replace')}"
+        raise ServerError(f"The server refuses: {str(refusal)[:2000]}")
+
+    def exchange(self, call, body):
+        """(status, reason, the first bytes) of a reply; redirections are not followed."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
+        try:
+            connection.request(
+                "GET" if body is None else "POST",
+                self.path + call,
+                None if body is None else json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with connection.getresponse() as response:
+                return response.status, response.reason, response.read(MAX_REPLY + 1)
+        finally:
+            connection.close()
 
 
 class GrpcClient:
@@ -113,11 +150,11 @@ class GrpcClient:
         self.address = f"{host}:{port}"
         self.model, self.version, self.timeout = model, version, timeout
         # Messages hold whole batches of images.
-        unlimited = [
+        lengths = [
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_receive_message_length", MAX_REPLY),
         ]
-        channel = grpc.insecure_channel(self.address, unlimited)
+        channel = grpc.insecure_channel(self.address, lengths)
         self.predictions = prediction_service_pb2_grpc.PredictionServiceStub(channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(channel)
 
@@ -130,11 +167,13 @@ class GrpcClient:
         for name in ("classes", "scores"):
             request.output_filter.append(name)
         outputs = self.ask(self.predictions.Predict, request).outputs
-        names, scores = (tf.make_ndarray(outputs[name]) for name in ("classes", "scores"))
-        return [
-            [(name.decode(), float(score)) for name, score in zip(*row, strict=True)]
-            for row in zip(names, scores, strict=True)
-        ]
+        with understood(self.address):
+            names, scores = (tf.make_ndarray(outputs[name]) for name in ("classes", "scores"))
+            rows = [
+                [(name.decode(), float(score)) for name, score in zip(*row, strict=True)]
+                for row in zip(names, scores, strict=True)
+            ]
+            return checked(rows, images)
 
     def classify(self, images):
         from tensorflow_serving.apis import classification_pb2
@@ -144,7 +183,9 @@ class GrpcClient:
             example = request.input.example_list.examples.add()
             example.features.feature["image/encoded"].bytes_list.value.append(image)
         result = self.ask(self.predictions.Classify, request).result
-        return [[(c.label, c.score) for c in row.classes] for row in result.classifications]
+        with understood(self.address):
+            rows = [[(c.label, c.score) for c in row.classes] for row in result.classifications]
+            return checked(rows, images)
 
     def metadata(self):
         from tensorflow.core.framework import types_pb2
@@ -154,7 +195,8 @@ class GrpcClient:
         request.metadata_field.append("signature_def")
         answer = self.ask(self.predictions.GetModelMetadata, request)
         signatures = get_model_metadata_pb2.SignatureDefMap()
-        answer.metadata["signature_def"].Unpack(signatures)
+        with understood(self.address):
+            answer.metadata["signature_def"].Unpack(signatures)
         return {
             name: {
                 end: {
@@ -212,17 +254,43 @@ def dimensions(sizes):
     return "(" + ", ".join("batch" if int(d["size"]) == -1 else str(d["size"]) for d in sizes) + ")"
 
 
-def refusal(error):
-    """The message in the body of an HTTP error."""
-    text = error.read().decode(errors="replace")
+@contextlib.contextmanager
+def understood(address):
+    """A reply of another shape than TF Serving's is one error, wherever it is noticed."""
     try:
-        return json.loads(text)["error"]
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code} {error.reason}: {text[:200]}"
+        yield
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise ServerError(no_serving(address)) from error
+
+
+def checked(rows, images):
+    """A row of (class, score) for each image."""
+    rows = [[(name, float(score)) for name, score in row] for row in rows]
+    if len(rows) != len(images) or not all(
+        isinstance(name, str) for row in rows for name, _ in row
+    ):
+        raise ValueError("not a class and a score for each image")
+    return rows
+
+
+def printable(text):
+    """Text in one line, without anything that a terminal obeys."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def unreachable(address):
     return f"No server can be reached at {address}. Is it running, and are host and port right?"
+
+
+def no_serving(address):
+    return f"What answers at {address} is no TF Serving, or answers as none does."
 
 
 def no_answer(address, timeout):
@@ -234,6 +302,10 @@ def no_answer(address, timeout):
 
 def main(arguments=None):
     options = parse(arguments)
+    if options.model in ("", ".", "..") or not options.model.isprintable():
+        raise ServerError(f"--model: {options.model!r} is no name of a model.")
+    if not re.fullmatch(r"[\w.:-]+", options.host):
+        raise ServerError(f"--host: {options.host!r} is no name of a host.")
     client = CLIENTS[options.protocol](
         options.host,
         options.port or PORTS[options.protocol],
@@ -256,15 +328,15 @@ def main(arguments=None):
         try:
             answer = call(images[start : start + options.batch])
         except ServerError as error:
-            raise ServerError(f"{error}\nThe batch, from 0: {', '.join(paths)}") from error
+            raise ServerError(f"{error} The batch, from 0: {', '.join(paths)}") from error
         results.update(zip(paths, answer, strict=True))
     if options.json:
         print(json.dumps(results, indent=2))
         return
     for path, classes in results.items():
-        print(path)
+        print(printable(path))
         for name, score in classes:
-            print(f"  {score:7.2%}  {name}")
+            print(f"  {score:7.2%}  {printable(name)}")
 
 
 def parse(arguments):
@@ -292,8 +364,14 @@ def parse(arguments):
     if options.call in ("predict", "classify") and not options.images:
         parser.error(f"--call={options.call} needs image files")
     for name in ("batch", "concurrency", "timeout"):
-        if getattr(options, name) <= 0:
+        if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name} must be positive")
+    if options.timeout > threading.TIMEOUT_MAX:
+        parser.error(f"--timeout must be at most {threading.TIMEOUT_MAX:.0f}")
+    if options.port is not None and not 0 < options.port < 2**16:
+        parser.error("--port must lie in 1 to 65535")
+    if options.version is not None and not 0 <= options.version < 2**63:
+        parser.error("--version must not be negative")
     if options.benchmark is not None and options.benchmark < 1:
         parser.error("--benchmark must be positive")
     return options
@@ -340,5 +418,5 @@ def benchmark(call, batch, calls, concurrency):
 if __name__ == "__main__":
     try:
         main()
-    except ServerError as error:
-        sys.exit(f"client.py: {error}")
+    except (ServerError, OSError) as error:
+        sys.exit(printable(f"client.py: {error}"))

@@ -21,7 +21,7 @@ def main(arguments=None):
     labels = read_labels(options.labels) if options.labels else None
     model, weights = load(options)
     directory = options.directory or os.path.join(DIRECTORY, model.name)
-    print(f"Exporting {model.name}, {model.count_params():,} parameters, to {directory}")
+    print(f"Exporting {model.name}, {model.count_params():,} parameters")
     if not options.no_saved_model:
         path = keras_tnt.export.saved_model(
             model,

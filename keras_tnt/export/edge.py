@@ -10,6 +10,7 @@ from keras_tnt.export.handover import in_tensorflow
 from keras_tnt.export.network import serving_network
 from keras_tnt.export.requirements import require
 from keras_tnt.export.verification import examples, verify
+from keras_tnt.files import check_space
 
 
 def litert(model: keras.Model, path: str | os.PathLike) -> str:
@@ -72,11 +73,13 @@ def export(write, model, path, extension):
         raise ValueError(f"`path` must end in {extension}. Received: '{path}'")
     files.check_directory(os.path.dirname(path))
     network = serving_network(model)
-    files.check_space(os.path.dirname(path), 3 * files.size_of(network))
+    # A SavedModel is what both are made from.
+    check_space(os.path.dirname(path), 2 * files.size_of(network), "The export")
     references = {"images": examples(network, describe(model, network))}
     if keras.backend.backend() == "tensorflow":
         return globals()[write](network, references, path)
-    return in_tensorflow(f"{__name__}:{write}", network, references, {"path": path})
+    function, folder = f"{__name__}:{write}", os.path.dirname(path)
+    return in_tensorflow(function, network, references, {"path": path}, folder)
 
 
 def with_named_input(network):

@@ -1,15 +1,16 @@
-"""Files and folders appear whole: written aside, then renamed."""
+"""Exported files, and a model's directory of versions: each appears whole."""
 
 import contextlib
+import errno
 import os
 import re
-import shutil
-import socket
 import tempfile
 
 import numpy as np
 
-ASIDE = ".writing-"
+from keras_tnt.files import flush_to_disk, replacing, scratch
+
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def versions(directory):
@@ -44,24 +45,6 @@ def check_directory(directory, version=None):
         )
 
 
-def check_space(folder, needed):
-    """Refuse to begin what the disk has no room for.
-
-    Args:
-        folder: where it will be written; need not exist yet.
-        needed: bytes.
-    """
-    folder = os.path.abspath(folder)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"The disk of '{folder}' has {free / 1e6:.0f} MB free; the export takes "
-            f"{needed / 1e6:.0f} MB. Make room or export elsewhere."
-        )
-
-
 def size_of(network):
     """Bytes of a model's weights in float32."""
     return 4 * sum(int(np.prod(v.shape)) for v in network.variables)
@@ -78,12 +61,12 @@ def new_version(directory, version=None):
     Yields:
         A `Place`: `aside` is the folder to write into, `path`, after the block, where it lies.
     """
-    os.makedirs(directory, exist_ok=True)
-    remove_leftovers(directory)
-    aside = tempfile.mkdtemp(prefix=f"{ASIDE}{socket.gethostname()}-{os.getpid()}-", dir=directory)
-    try:
+    with telling_of_a_full_disk(directory), scratch(directory) as aside:
         place = Place(aside)
         yield place
+        for folder, _, names in os.walk(aside, topdown=False):
+            for name in (*names, ""):
+                flush_to_disk(os.path.join(folder, name))
         os.chmod(aside, 0o755)
         while place.path is None:
             number = version or max(versions(directory), default=0) + 1
@@ -95,8 +78,7 @@ def new_version(directory, version=None):
                     raise
             else:
                 place.path = target
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        flush_to_disk(directory)
 
 
 class Place:
@@ -107,36 +89,40 @@ class Place:
         self.path = None
 
 
-def remove_leftovers(directory):
-    """Remove what processes of this host that no longer run left half written."""
-    for name in os.listdir(directory):
-        found = re.match(rf"{re.escape(ASIDE)}(.*)-(\d+)-", name)
-        if found and found[1] == socket.gethostname() and not runs(int(found[2])):
-            shutil.rmtree(os.path.join(directory, name), ignore_errors=True)
-
-
-def runs(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+@contextlib.contextmanager
+def new_file(path, *companions):
+    """As `keras_tnt.files.replacing`; what tools write meanwhile lies beside the file, too."""
+    folder = os.path.dirname(os.path.abspath(path))
+    with telling_of_a_full_disk(folder), replacing(path, *companions) as temporary:
+        with temporary_files_in(os.path.dirname(temporary)):
+            yield temporary
 
 
 @contextlib.contextmanager
-def new_file(path, *companions):
-    """A temporary path for `path`, which takes its place when the block ends without error.
+def temporary_files_in(folder):
+    """Python's temporary files lie in a folder for a while: one that is removed after a kill."""
+    before, tempfile.tempdir = tempfile.tempdir, os.fspath(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
-    Args:
-        path: of the file.
-        companions: extensions of files beside it, such as ".bin", which are written with it.
+
+@contextlib.contextmanager
+def telling_of_a_full_disk(folder):
+    """One clear error, whatever the libraries that write say when the disk is full.
+
+    Raises:
+        OSError: of number ENOSPC.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=ASIDE, dir=folder) as aside:
-        yield os.path.join(aside, name)
-        stem = os.path.splitext(name)[0]
-        for written in (*(stem + companion for companion in companions), name):
-            os.replace(os.path.join(aside, written), os.path.join(folder, written))
+    try:
+        yield
+    except Exception as error:
+        if not any(said in str(error) for said in FULL):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            "The disk ran full during the export, of which nothing was kept. Make room, or export "
+            "elsewhere",
+            os.fspath(folder),
+        ) from error

@@ -4,16 +4,22 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
+import threading
+import time
 
 import keras
 import numpy as np
 
+from keras_tnt.export import files
 from keras_tnt.export.network import all_layers
 from keras_tnt.export.verification import Example
+from keras_tnt.files import check_space, scratch
+
+# What the fresh process hands back as it is; by any other error it ends.
+ERRORS = (RuntimeError, ValueError, OSError, ImportError)
 
 
-def in_tensorflow(function, network, references, arguments):
+def in_tensorflow(function, network, references, arguments, directory):
     """Call a function of this package in a fresh process with Keras on TensorFlow.
 
     Args:
@@ -21,14 +27,16 @@ def in_tensorflow(function, network, references, arguments):
         network: a `serving_network`.
         references: lists of `Example` by kind.
         arguments: keyword arguments that JSON can hold.
+        directory: what is exported is written there, and what is handed over lies there meanwhile.
 
     Returns:
         What the function returned.
 
     Raises:
-        RuntimeError: if it failed, with its message.
+        The error that it failed by, if it is one of `ERRORS`; if not, a RuntimeError that tells it.
     """
-    with tempfile.TemporaryDirectory(prefix="keras_tnt-") as folder:
+    check_space(directory, 2 * files.size_of(network), "The export")
+    with files.telling_of_a_full_disk(directory), scratch(directory) as folder:
         network.save(os.path.join(folder, "network.keras"))
         kinds = {
             kind: [save_example(folder, f"{kind}-{i}", e) for i, e in enumerate(examples)]
@@ -48,6 +56,7 @@ def in_tensorflow(function, network, references, arguments):
         environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1"}
         environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         environment["PYTHONPATH"] = os.pathsep.join(task["path"])
+        environment["TMPDIR"] = folder
         finished = subprocess.run(
             [sys.executable, "-c", f"from {__name__} import main; main()", folder],
             env=environment,
@@ -63,7 +72,8 @@ def in_tensorflow(function, network, references, arguments):
         with open(result, encoding="utf-8") as file:
             answer = json.load(file)
     if "error" in answer:
-        raise RuntimeError(answer["error"])
+        kinds = {kind.__name__: kind for kind in ERRORS}
+        raise kinds[answer["error"]](*answer["arguments"])
     return answer["result"]
 
 
@@ -72,6 +82,7 @@ def main():
     import importlib
 
     folder = sys.argv[1]
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     with open(os.path.join(folder, "task.json"), encoding="utf-8") as file:
         task = json.load(file)
     keras.config.set_image_data_format(task["data_format"])
@@ -86,9 +97,19 @@ def main():
     function = getattr(importlib.import_module(module), name)
     try:
         answer = {"result": function(network, references, **task["arguments"])}
-    except (RuntimeError, ValueError, OSError, ImportError) as error:
-        answer = {"error": str(error)}
+    except ERRORS as error:
+        kind = next(kind.__name__ for kind in ERRORS if isinstance(error, kind))
+        answer = {"error": kind, "arguments": [str(error)]}
+        if getattr(error, "errno", None):
+            answer["arguments"] = [error.errno, error.strerror, error.filename]
     write_json(os.path.join(folder, "result.json"), answer)
+
+
+def end_with(parent):
+    """End this process when the one that began it is no more."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def save_example(folder, name, example):

@@ -13,6 +13,7 @@ from keras_tnt.export.network import serving_network
 from keras_tnt.export.onnx_fusion import fuse
 from keras_tnt.export.requirements import require
 from keras_tnt.export.verification import TOLERANCE, examples, verify
+from keras_tnt.files import check_space
 
 SIGNATURES = {"images": ("probabilities", "logits"), "features": ("features",)}
 WRITTEN = range(13, 19)  # the opsets that tf2onnx writes, as far as these models are concerned
@@ -59,6 +60,7 @@ def onnx(
 
     Raises:
         ValueError: for a model or an argument that cannot be exported.
+        OSError: if the disk has no room for it, or runs full; nothing is kept.
         RuntimeError: if what was written does not compute what the model does; nothing is kept.
 
     Example:
@@ -83,7 +85,7 @@ def onnx(
     network = serving_network(model)
     names = names_of(signature, network)
     card = describe(model, network, labels, weights)
-    files.check_space(os.path.dirname(path), 3 * files.size_of(network))
+    check_space(os.path.dirname(path), files.size_of(network), "The export")
     references = {"images": examples(network, card)}
     arguments = {
         "card": card,
@@ -94,7 +96,8 @@ def onnx(
     }
     if keras.backend.backend() == "tensorflow":
         return write_onnx(network, references, **arguments)
-    return in_tensorflow(f"{__name__}:write_onnx", network, references, arguments)
+    function = f"{__name__}:write_onnx"
+    return in_tensorflow(function, network, references, arguments, os.path.dirname(path))
 
 
 def write_onnx(network, references, card, path, opset, names, precision):
@@ -103,6 +106,9 @@ def write_onnx(network, references, card, path, opset, names, precision):
 
     proto = convert(network, names, opset)
     fuse(proto)
+    # The tools that quantize write two files more than the one that stays.
+    copies = 3 if precision == "int8" else 1
+    check_space(os.path.dirname(path), copies * proto.ByteSize(), "The ONNX file")
     with files.new_file(path) as temporary:
         if precision == "float16":
             proto = to_float16(proto)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 
 import keras
 import numpy as np
@@ -20,7 +19,8 @@ from keras_tnt.export.verification import (
     verify,
     verify_names,
 )
-from keras_tnt.export.warmup import image_example, write_warmup
+from keras_tnt.export.warmup import image_example, warmup_requests, write_warmup
+from keras_tnt.files import check_space, scratch
 
 SIGNATURES = ("serving_default", "serving_bytes", "classify", "features")
 FROM_PICTURES = ("serving_bytes", "classify")
@@ -68,6 +68,7 @@ def saved_model(
         ValueError: for a model or an argument that cannot be exported.
         FileExistsError: if the version exists.
         NotADirectoryError: if `directory` is a file.
+        OSError: if the disk has no room for it, or runs full; nothing is kept.
         RuntimeError: if what was written does not compute what the model does; nothing is kept.
 
     Example:
@@ -81,7 +82,7 @@ def saved_model(
     network = serving_network(model)
     card = describe(model, network, labels, weights)
     signatures = check_signatures(signatures, network, card)
-    files.check_space(directory, 2 * files.size_of(network))
+    check_space(directory, files.size_of(network), "The export")
 
     references = {"images": examples(network, card)}
     if set(FROM_PICTURES) & set(signatures):
@@ -94,7 +95,8 @@ def saved_model(
     }
     if keras.backend.backend() in ("tensorflow", "jax"):
         return write_saved_model(network, references, **arguments)
-    return in_tensorflow(f"{__name__}:write_saved_model", network, references, arguments)
+    function = f"{__name__}:write_saved_model"
+    return in_tensorflow(function, network, references, arguments, directory)
 
 
 def check_signatures(signatures, network, card):
@@ -134,23 +136,33 @@ def write_saved_model(network, references, card, directory, version, signatures)
     """Write, verify, and move into place. Needs Keras on TensorFlow or JAX."""
     import tensorflow as tf
 
-    with files.new_version(directory, version) as place, tempfile.TemporaryDirectory() as temporary:
+    with scratch(directory) as temporary:
         labels_file = None
         if card["labels"]:
             labels_file = os.path.join(temporary, "labels.txt")
             with open(labels_file, "w", encoding="utf-8", newline="\n") as file:
                 file.writelines(f"{label}\n" for label in card["labels"])
         module, functions = serving_module(network, card, labels_file, signatures)
-        tf.saved_model.save(module, place.aside, functions)
-        if "classify" in signatures:
-            set_method(place.aside, "classify", CLASSIFY)
-        write_warmup(
-            place.aside, os.path.basename(directory), list(requests(references, signatures))
-        )
-        verify_saved_model(place.aside, references, signatures, card["labels"])
-        with open(os.path.join(place.aside, CARD), "w", encoding="utf-8") as file:
-            json.dump(card, file, indent=1)
+        warmup = warmup_requests(os.path.basename(directory), requests(references, signatures))
+        needed = files.size_of(network) + sum(map(len, warmup)) + size_of_graphs(functions)
+        check_space(directory, needed, "The SavedModel")
+        with files.new_version(directory, version) as place:
+            tf.saved_model.save(module, place.aside, functions)
+            if "classify" in signatures:
+                set_method(place.aside, "classify", CLASSIFY)
+            write_warmup(place.aside, warmup)
+            verify_saved_model(place.aside, references, signatures, card["labels"])
+            with open(os.path.join(place.aside, CARD), "w", encoding="utf-8") as file:
+                json.dump(card, file, indent=1)
     return place.path
+
+
+def size_of_graphs(functions):
+    """Bytes that functions take in a SavedModel, in which each has a copy for its restoring."""
+    graphs = [f.get_concrete_function().graph.as_graph_def() for f in functions.values()]
+    nodes = sum(node.ByteSize() for graph in graphs for node in graph.node)
+    library = {f.signature.name: f.ByteSize() for graph in graphs for f in graph.library.function}
+    return 2 * (nodes + sum(library.values()))
 
 
 def set_method(folder, signature, method):

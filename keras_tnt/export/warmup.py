@@ -5,32 +5,41 @@ import os
 FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
 
 
-def write_warmup(folder, model_name, requests):
-    """Write a SavedModel's warm-up file: TFRecord of PredictionLog.
+def warmup_requests(model_name, requests):
+    """Serialized PredictionLogs.
 
     Args:
-        folder: the SavedModel's.
         model_name: what the server will call the model.
         requests: (signature, input name, array, ...) tuples.
     """
     import tensorflow as tf
     from tensorflow_serving.apis import prediction_log_pb2
 
+    logs = []
+    for signature, name, value, *_ in requests:
+        log = prediction_log_pb2.PredictionLog()
+        if signature == "classify":
+            request = log.classify_log.request
+            for serialized in value:
+                request.input.example_list.examples.add().ParseFromString(serialized)
+        else:
+            request = log.predict_log.request
+            request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+        request.model_spec.name = model_name
+        request.model_spec.signature_name = signature
+        logs.append(log.SerializeToString())
+    return logs
+
+
+def write_warmup(folder, logs):
+    """Write a SavedModel's warm-up file: TFRecord of what `warmup_requests` gives."""
+    import tensorflow as tf
+
     path = os.path.join(folder, FILE)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tf.io.TFRecordWriter(path) as writer:
-        for signature, name, value, *_ in requests:
-            log = prediction_log_pb2.PredictionLog()
-            if signature == "classify":
-                request = log.classify_log.request
-                for serialized in value:
-                    request.input.example_list.examples.add().ParseFromString(serialized)
-            else:
-                request = log.predict_log.request
-                request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
-            request.model_spec.name = model_name
-            request.model_spec.signature_name = signature
-            writer.write(log.SerializeToString())
+        for log in logs:
+            writer.write(log)
 
 
 def image_example(picture):

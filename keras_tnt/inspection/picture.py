@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_tnt.anatomy import anatomy, class_names
+from keras_tnt.files import replacing
 from keras_tnt.inspection.maps import attention_maps, attention_rollout
 
 COLOURS = ("#ff5964", "#35c4dc", "#7ac74f")
@@ -208,9 +209,6 @@ def cut_out(pixels, row, column, grid):
 
 
 def save(figure, path):
-    """Write under a temporary name of the same ending, and rename."""
-    path = os.fspath(path)
-    directory, name = os.path.split(path)
-    temporary = os.path.join(directory, f".{name}")
-    figure.savefig(temporary, format=os.path.splitext(name)[1].lstrip(".") or None)
-    os.replace(temporary, path)
+    """Write a figure in the format that the path's ending names; PNG without one."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=os.path.splitext(temporary)[1].lstrip(".") or "png")

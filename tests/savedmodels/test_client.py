@@ -1,8 +1,15 @@
 """The client and a test double of TF Serving understand each other by TF Serving's protocol."""
 
+import contextlib
 import importlib.util
 import json
+import os
 import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +156,169 @@ def test_a_slow_server_runs_into_the_timeout(protocol, served, images):
             )
     finally:
         models.delay = 0.0
+
+
+# === Servers that lie ===
+
+
+def http_reply(body, status="200 OK", headers=""):
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
+
+
+def forever(first, again, pause=0.0):
+    def parts():
+        yield first
+        while True:
+            time.sleep(pause)
+            yield again
+
+    return parts
+
+
+@contextlib.contextmanager
+def server_that_says(parts):
+    """The port of a server that answers with these bytes, or with what a function yields."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(1 << 16)
+            with contextlib.suppress(OSError):
+                for part in parts() if callable(parts) else [parts]:
+                    self.request.sendall(part)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def row(classes=("ant",), scores=(0.5,)):
+    return http_reply({"predictions": [{"classes": classes, "scores": scores}]})
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+LIES = {
+    "nothing": (b"", "no TF Serving"),
+    "not HTTP": (b"220 mail.example.com ESMTP\r\n", "no TF Serving"),
+    "not JSON": (http_reply(b"<html>"), "no TF Serving"),
+    "not text": (http_reply(b"\xff\xfe\x00"), "no TF Serving"),
+    "a list": (http_reply([]), "no TF Serving"),
+    "deep": (http_reply(b"[" * 100_000), "no TF Serving"),
+    "a large number": (http_reply(b"1" * 5000), "no TF Serving"),
+    "no images": (http_reply({"predictions": []}), "no TF Serving"),
+    "too many images": (http_reply({"predictions": [{"classes": [], "scores": []}] * 2}), "no TF"),
+    "strings for lists": (http_reply({"predictions": "ab"}), "no TF Serving"),
+    "scores that are missing": (row(("ant", "bee")), "no TF Serving"),
+    "scores that are words": (row(scores=("high",)), "no TF Serving"),
+    "scores that are too large": (row(scores=(10**400,)), "no TF Serving"),
+    "classes that are numbers": (row(classes=(1,)), "no TF Serving"),
+    "truncated": (http_reply({"predictions": []})[:-4], "no TF Serving"),
+    "truncated headers": (OK + b"Content-Le", "no TF Serving"),
+    "headers without end": (forever(OK, b"a: b\r\n"), "no TF Serving"),
+    "a header without end": (forever(OK, b"a" * 1000), "no TF Serving"),
+    "a body without end": (forever(OK + b"\r\n", bytes(1 << 20)), "more than 67 MB|No answer"),
+    "a dripping status": (forever(b"H", b"T", 0.05), "No answer .* within 1 s|no TF Serving"),
+    "dripping headers": (forever(OK, b"a", 0.05), "No answer .* within 1 s"),
+    "a dripping body": (forever(OK + b"\r\n", b" ", 0.05), "No answer .* within 1 s"),
+    "to be continued": (forever(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.01), "No answer"),
+    "an error of another shape": (http_reply([1], "500 No"), r"refuses: HTTP 500 No: \[1\]"),
+    "an error that is no text": (http_reply({"error": [1]}, "400 No"), r"refuses: \[1\]"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_whatever_a_server_answers_is_one_error(lie, images):
+    parts, message = LIES[lie]
+    with server_that_says(parts) as port:
+        with pytest.raises(client.ServerError, match=message) as caught:
+            client.main(
+                [str(images[0]), "--model=x", "--host=127.0.0.1", f"--port={port}", "--timeout=1"]
+            )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["metadata", "status", "classify"])
+@pytest.mark.parametrize("body", [[], {}, {"metadata": 1, "model_version_status": 1, "results": 1}])
+def test_replies_of_another_shape_to_each_call(call, body, images):
+    with server_that_says(http_reply(body)) as port:
+        with pytest.raises(client.ServerError, match="no TF Serving"):
+            client.main(
+                [
+                    str(images[0]),
+                    "--model=x",
+                    "--host=127.0.0.1",
+                    f"--port={port}",
+                    f"--call={call}",
+                ]
+            )
+
+
+def test_a_redirection_is_not_followed(images):
+    asked = []
+
+    def elsewhere():
+        asked.append(True)
+        yield row()
+
+    with server_that_says(elsewhere) as other:
+        location = f"Location: http://127.0.0.1:{other}/\r\n"
+        with server_that_says(http_reply(b"", "307 Temporary Redirect", location)) as port:
+            with pytest.raises(client.ServerError, match="refuses: HTTP 307 Temporary Redirect"):
+                client.main([str(images[0]), "--model=x", "--host=127.0.0.1", f"--port={port}"])
+    assert not asked
+
+
+def test_names_of_models_are_quoted_in_the_address(images):
+    asked = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            asked.append(self.rfile.readline())
+            self.wfile.write(http_reply({"model_version_status": []}))
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        for name in ("a b", "a?b", "a#b", "../a", "ä"):
+            client.main([f"--model={name}", "--host=127.0.0.1", f"--port={port}", "--call=status"])
+        server.shutdown()
+    paths = [line.split()[1] for line in asked]
+    names = [b"a%20b", b"a%3Fb", b"a%23b", b"..%2Fa", b"%C3%A4"]
+    assert paths == [b"/v1/models/" + name for name in names]
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+@pytest.mark.parametrize(
+    "bad",
+    ["--model=", "--model=..", "--model=a\nb", "--model=\x1b[31m", "--host=a b", "--host=a/b?c#d",
+     "--host=a\r\nb", "--host=user@host", "--host="],
+)  # fmt: skip
+def test_names_that_are_none_are_refused(bad, protocol):
+    with pytest.raises(client.ServerError, match="is no name of a") as caught:
+        client.main(["--model=x", bad, f"--protocol={protocol}", "--call=status"])
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 300, "nowhere.invalid"])
+def test_hosts_that_there_are_not(host):
+    with pytest.raises(client.ServerError, match="No server can be reached|No answer"):
+        client.main(["--model=x", f"--host={host}", "--timeout=5", "--call=status"])
+
+
+def test_the_command_prints_no_escapes_and_ends_with_1_in_one_line(images):
+    def command(reply):
+        with server_that_says(reply) as port:
+            return subprocess.run(
+                [sys.executable, ROOT / "savedmodels" / "client.py", images[0], "--model=x",
+                 "--host=127.0.0.1", f"--port={port}", "--timeout=5"],
+                capture_output=True, text=True, env={**os.environ, "http_proxy": "http://0.0.0.0:1"},
+            )  # fmt: skip
+
+    done = command(row(classes=("\x1b[31mred\r\nline",)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "   50.00%  \\x1b[31mred\\r\\nline"
+    done = command(http_reply({"error": "\x1b]0;title\x07\nsecond line"}, "400 Bad"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1 and done.stderr[:-1].isprintable()

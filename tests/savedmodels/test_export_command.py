@@ -60,6 +60,18 @@ def test_a_training_run_is_exported(tmp_path, capsys):
 
 
 @pytest.mark.one_backend
+def test_an_onnx_file_alone_is_all_that_is_announced_and_written(tmp_path, capsys):
+    tiny().save(tmp_path / "tiny.keras")
+    served, onnx = tmp_path / "served", tmp_path / "tiny.onnx"
+    arguments = [f"--model={tmp_path / 'tiny.keras'}", f"--directory={served}", f"--onnx={onnx}"]
+    command.main([*arguments, "--no_saved_model"])
+    said = capsys.readouterr().out
+    assert "SavedModel" not in said and str(served) not in said
+    assert f"ONNX, verified: {onnx}" in said
+    assert sorted(os.listdir(tmp_path)) == ["tiny.keras", "tiny.onnx"]
+
+
+@pytest.mark.one_backend
 def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
     def refused(*arguments):
         with pytest.raises(SystemExit) as stopped:
