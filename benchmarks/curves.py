@@ -13,6 +13,8 @@ from pathlib import Path
 import speed
 from speed import BASE
 
+from keras_tnt.files import replacing
+
 AXES = {
     "batch": (1, 4, 8, 16, 64),
     "image_size": (112, 224, 320, 448),
@@ -91,7 +93,8 @@ def draw(rows, path):
         "Cost of a forward pass; where nothing else is said: batch {batch}, "
         "{image_size}x{image_size}, {depth} blocks".format(**BASE)
     )
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 if __name__ == "__main__":
