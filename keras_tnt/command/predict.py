@@ -53,46 +53,52 @@ def run(options):
     if options.shard and not options.out:
         raise ValueError("--shard needs --out: the table that `keras-tnt merge` joins.")
     count, digest = survey(options.images)
-    start, stop = (count * k // shards for k in (shard - 1, shard))
+    from keras_tnt.command import runtime
 
+    options.batch_size = options.batch_size or runtime.default_batch_size(options.model)
     if not options.out:
         return show(options, count)
-    from keras_tnt.command.runtime import identity
-
     path = shard_path(options.out, shard, shards) if options.shard else options.out
     table = Table(
         path,
         {
             "model": options.model,
-            "content of the model": identity(options.model),
+            "content of the model": runtime.identity(options.model),
             "weights": options.weights,
-            "content of the weights": identity(options.weights),
+            "content of the weights": runtime.identity(options.weights),
             "features": options.features,
             "top": options.top,
+            "batch_size": options.batch_size,
             "number of images": count,
             "list of images": digest,
             "shard": [shard, shards],
-            "batch_size": options.batch_size,
         },
     )
     if table.finished:
         say(f"'{path}' is done.")
-        return 0
-    fill(table, options, start, stop)
+    else:
+        fill(table, options, *share(count, options.batch_size, shard, shards))
     return 0
+
+
+def share(count, batch_size, shard, shards):
+    """(first, last + 1) of the images of a shard: whole batches.
+
+    The same images make a batch whatever the number of shards, and whenever a process was killed;
+    so the results are the same to the last bit.
+    """
+    batches = -(-count // batch_size)
+    return tuple(min(count, batches * k // shards * batch_size) for k in (shard - 1, shard))
 
 
 def fill(table, options, start, stop):
     """Predict the images `start` to `stop` that the table does not have yet."""
     runtime = open_model(options, stop - start)
-    # The same images make a batch, whenever this process was killed: so the results are the same.
-    batch_size = options.batch_size or table.command.get("images at once") or runtime.batch_size
-    table.record(table.command | {"images at once": batch_size})
-    with table.rows(width_of(runtime, options), batch_size) as (there, add):
+    with table.rows(width_of(runtime, options), options.batch_size) as (there, add):
         images = itertools.islice(find_images(options.images), start + there, stop)
         progress = Progress(there, stop - start)
         unreadable = 0
-        for rows in predictions(images, runtime, options, batch_size):
+        for rows in predictions(images, runtime, options):
             add(rows)
             progress.add(len(rows))
             unreadable += sum("error" in row for row in rows)
@@ -103,9 +109,7 @@ def show(options, count):
     """Print what is predicted, without a table."""
     runtime = open_model(options, count)
     status, shown = 0, 0
-    batches = predictions(
-        find_images(options.images), runtime, options, options.batch_size or runtime.batch_size
-    )
+    batches = predictions(find_images(options.images), runtime, options)
     for row in itertools.chain.from_iterable(batches):
         if "error" in row:
             print(f"error: {row['error']}", file=sys.stderr)
@@ -146,11 +150,11 @@ def width_of(runtime, options):
     return runtime.width if options.features else min(options.top, runtime.width)
 
 
-def predictions(paths, runtime, options, batch_size):
-    """Lists of rows of `batch_size` images, which are decoded while those before are predicted."""
-    images = decoded(paths, runtime.transform, 2 * batch_size)
+def predictions(paths, runtime, options):
+    """Lists of rows, one a batch, whose images are decoded while those before are predicted."""
+    images = decoded(paths, runtime.transform, 2 * options.batch_size)
     describe = features_of if options.features else best_of
-    while batch := list(itertools.islice(images, batch_size)):
+    while batch := list(itertools.islice(images, options.batch_size)):
         readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
         if not readable:
             yield [{"file": path, "error": error} for path, error in batch]

@@ -45,14 +45,12 @@ class Runtime:
         predict: function from a batch to scores, or features, of each image.
         width: how many scores or features that are.
         labels: names of the classes; None: they have none.
-        batch_size: with how many images `predict` is fastest.
     """
 
     transform: Transform
     predict: Callable
     width: int
     labels: list[str] | None = None
-    batch_size: int = 32
 
     def about(self, number):
         """The number of a class and, where they are known, its name and WordNet id."""
@@ -84,6 +82,15 @@ def open_runtime(name, weights, features, count):
     if folder := saved_model_folder(name):
         return open_saved_model(folder, features)
     return open_keras(load_model(name, weights), features, count)
+
+
+def default_batch_size(name):
+    """How many images at once a model computes fast."""
+    import keras
+
+    if name.endswith(".onnx") or "cpu" in str(keras.ops.zeros(()).device).lower():
+        return 32
+    return 256
 
 
 def load_model(name, weights=None):
@@ -134,13 +141,12 @@ def open_keras(model, features, count):
         model = keras.Model(model.inputs, serving_network(model).output["features"])
     if len(model.output_shape) != 2:
         raise ValueError(f"'{model.name}' gives no {'vector' if features else 'scores'}.")
-    accelerated = "cpu" not in str(keras.ops.zeros(()).device).lower()
     if count < WORTH_COMPILING:
         predict = model.predict_on_batch
     else:
         predict = keras_tnt.compile_inference(model)
     labels = None if features else keras_tnt.class_names(model)
-    return Runtime(transform, predict, model.output_shape[-1], labels, 256 if accelerated else 32)
+    return Runtime(transform, predict, model.output_shape[-1], labels)
 
 
 def open_onnx(path, features):
@@ -151,7 +157,7 @@ def open_onnx(path, features):
     widths = {output.name: output.shape[-1] for output in session.get_outputs()}
     wanted = "features" if features else "probabilities"
     if wanted not in widths:
-        raise ValueError(f"'{path}' gives {' and '.join(widths)}, not {wanted}.")
+        raise ValueError(f"'{path}' gives {' and '.join(sorted(widths))}, not {wanted}.")
 
     def predict(images):
         return session.run([wanted], {"images": images})[0]
@@ -202,7 +208,9 @@ def open_saved_model(folder, features):
     function = loaded.signatures.get(signature)
     outputs = function.structured_outputs if function else {}
     if wanted not in outputs:
-        raise ValueError(f"'{folder}' gives {' and '.join(outputs) or 'nothing'}, not {wanted}.")
+        raise ValueError(
+            f"'{folder}' gives {' and '.join(sorted(outputs)) or 'nothing'}, not {wanted}."
+        )
 
     def predict(images):
         return loaded.signatures[signature](images=tf.constant(images))[wanted].numpy()
