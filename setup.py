@@ -26,7 +26,7 @@ TRAIN = [
     "tensorflow-datasets>=4.9.9,<5",
     "importlib_resources>=6",  # tensorflow-datasets 4.9 imports it without requiring it
     "keras-cv==0.9.*",
-    "pyarrow>=16",  # for tables in Parquet
+    *PARQUET,
     "scikit-learn>=1.5,<2",
     *PLOTS,
     "tensorboard>=2.19,<3",  # tf.summary.scalar lives in it
