@@ -67,7 +67,7 @@ class Config:
     distilled: bool = option(False, "build the model with a distillation token and head")
 
     # === Data ===
-    dataset: str = option("digits", f"where images come from. {sources.describe()}")
+    dataset: str = option("digits", f"where images come from:\n{sources.describe()}")
     data_dir: str = option("", "directory of the data set, or file of --dataset=table")
     train_split: str = option("", "name of the training split; empty: as the data set calls it")
     eval_split: str = option("", "name of the held-out split; empty: as the data set calls it")

@@ -50,7 +50,7 @@ class UnreadableImages:
     """
 
     def __init__(self, source, largest_share):
-        self.files = sorted({file for file, _, _ in getattr(source, "stretches", ())})
+        self.files = sorted({file for file, _, _ in source.stretches})
         self.size = source.size
         self.limit = int(source.size * largest_share)
         self.names = set()

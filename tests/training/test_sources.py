@@ -64,6 +64,9 @@ def refused(message, dataset, root="", **values):
 def test_an_unknown_data_set_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="'foldr'. Did you mean folder\\? There are: digits, "):
         settings("foldr")
+    for name in ("tfds", "folder:images"):
+        with pytest.raises(ValueError, match="there is no"):
+            settings(name)
 
 
 @pytest.mark.parametrize("dataset", ["folder", "table", "tfrecord"])

@@ -48,25 +48,25 @@ DATASETS.update(
             needs_data_dir=True,
             options=("train_split", "eval_split", "label_offset"),
         ),
-        "tfds": Dataset(
+        "tfds:": Dataset(
             tfds.prepared,
             tfds.LAYOUT,
             options=("train_split", "eval_split"),
         ),
         "imagenet2012": Dataset(
             partial(tfds.prepared, **IMAGENET),
-            "tfds:imagenet2012, its validation images held out",
+            "ImageNet of tensorflow-datasets, its validation images held out",
             options=("train_split", "eval_split"),
         ),
         "imagenet_v2": Dataset(
             partial(tfds.prepared, **IMAGENET_V2),
-            "tfds:imagenet_v2, matched frequency; for evaluation alone",
+            "ImageNet-V2 (matched frequency) of tensorflow-datasets; for evaluation alone",
             evaluation_only=True,
         ),
         "imagenet2012_real": Dataset(
             partial(tfds.prepared, **IMAGENET_REAL),
-            "tfds:imagenet2012_real, ImageNet's validation images, each with all of its right "
-            "labels; for evaluation alone",
+            "ReaL: ImageNet's validation images, each with all of its right labels, of "
+            "tensorflow-datasets; for evaluation alone",
             evaluation_only=True,
         ),
     }

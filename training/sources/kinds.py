@@ -6,8 +6,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 
+class Source:
+    """What is not known of a source without reading it, unless it says so."""
+
+    labels = None
+    paths = ()
+    stretches = ()
+    several_labels = False
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Indexed:
+class Indexed(Source):
     """A split whose images are had by index.
 
     Args:
@@ -18,7 +27,7 @@ class Indexed:
         read: function from such an image to pixels or bytes; None: it is the pixels.
         label_names: the classes' names, in order; None: they have none.
         labels: every image's label; None: not known without reading.
-        paths: every image's file; None: they are in none of their own.
+        paths: every image's file, if it has one of its own.
     """
 
     size: int
@@ -27,11 +36,11 @@ class Indexed:
     read: Callable | None = None
     label_names: Sequence[str] | None = None
     labels: np.ndarray | None = None
-    paths: Sequence[str] | None = None
+    paths: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Streamed:
+class Streamed(Source):
     """A split that is read in order.
 
     Args:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from training.sources.kinds import Indexed
-
 # Options that only some data sets have; each row names its own.
 OPTIONS = ("train_split", "eval_split", "validation_share", "label_offset")
 
@@ -42,11 +40,12 @@ def register_dataset(
     """Add a data set, for `--dataset=<name>` of every command.
 
     Args:
-        name: without a colon. What follows a colon in `--dataset=` is left to `open_split`.
+        name: with a colon at its end if more has to follow it, as in `--dataset=tfds:cifar10`;
+            that is for `open_split` to read in `config.dataset`.
         open_split, layout, needs_data_dir, options, evaluation_only: as in `Dataset`.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if the name is taken or no name.
 
     Example:
 
@@ -56,14 +55,18 @@ def register_dataset(
     ...     return in_memory(images, np.arange(64) % 2, 2, "stripes", ("some", "none"))
     >>> register_dataset("stripes", stripes)
     """
-    if name in DATASETS or ":" in name:
-        raise ValueError(f"a data set cannot be called {name!r}: the name is taken, or has a colon")
+    if name in DATASETS or not name or ":" in name[:-1]:
+        raise ValueError(
+            f"no data set can be called {name!r}: the name is taken, empty, or has a colon inside"
+        )
     DATASETS[name] = Dataset(open_split, layout, needs_data_dir, tuple(options), evaluation_only)
 
 
 def describe():
     """Every data set and its layout, one a line."""
-    return "\n".join(f"{name}: {row.layout}" for name, row in DATASETS.items())
+    return "\n".join(
+        f"{name}{'' if name[-1] == ':' else ': '}{row.layout}" for name, row in DATASETS.items()
+    )
 
 
 def find(dataset):
@@ -72,7 +75,8 @@ def find(dataset):
     Raises:
         ValueError: with the nearest names, if there is none.
     """
-    name = dataset.partition(":")[0]
+    before, colon, _ = dataset.partition(":")
+    name = before + colon
     if name in DATASETS:
         return DATASETS[name]
     near = difflib.get_close_matches(name, DATASETS)
@@ -135,7 +139,7 @@ def open_sources(config):
         if getattr(config, option) and option not in row.options:
             raise ValueError(f"--dataset={config.dataset} takes no --{option}")
     training, held_out = (open_split(config, held_out) for held_out in (False, True))
-    if getattr(training, "several_labels", False):
+    if training.several_labels:
         raise ValueError(
             f"--dataset={config.dataset} has several labels an image: it is for evaluation alone"
         )
@@ -155,7 +159,7 @@ def check_classes(training, held_out):
     known = {
         split: set(np.unique(source.labels).tolist())
         for split, source in splits.items()
-        if isinstance(source, Indexed) and source.labels is not None
+        if source.labels is not None
     }
     if len(known) < 2:
         return
@@ -187,14 +191,11 @@ def check_label_names(source, recorded):
 
 def check_overlap(training, held_out):
     """Raise a ValueError if images that are held out are trained on."""
-    if isinstance(training, Indexed):
-        shared = sorted(set(training.paths or ()) & set(held_out.paths or ()))
-        if shared:
-            raise ValueError(
-                f"the splits overlap: {len(shared)} files are in both, the first of them "
-                f"{shared[0]}"
-            )
-        return
+    shared = sorted(set(training.paths) & set(held_out.paths))
+    if shared:
+        raise ValueError(
+            f"the splits overlap: {len(shared)} files are in both, the first of them {shared[0]}"
+        )
     shared = [
         (file, min(end, other_end) - max(first, other_first))
         for file, first, end in training.stretches

@@ -9,7 +9,7 @@ from training.sources.records import READERS, divides_files
 HELD_OUT_SPLITS = ("validation", "test", "val")
 NAME = r"\w+(/[\w.\-]+)?(:\d+\.\d+\.\d+)?"
 LAYOUT = (
-    "tfds:<name>[/<config>][:<version>], any data set of tensorflow-datasets with an image and a "
+    "<name>[/<config>][:<version>], any data set of tensorflow-datasets with an image and a "
     "label, prepared in --data_dir; --train_split and --eval_split in its syntax: train[:90%]"
 )
 
