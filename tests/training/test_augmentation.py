@@ -268,20 +268,46 @@ def test_a_random_crop_is_as_wide_as_its_aspect_says(monkeypatch):
     assert augmentation.inception_box([100, 100], SEED, 0.3).numpy().tolist() == [0, 0, 63, 47]
 
 
+def test_a_random_crop_may_be_the_whole_image_and_no_more(monkeypatch):
+    # All of 100 x 100 at aspect 1 fits; then 0.3 of it, 55 a side.
+    draw(monkeypatch, [ten(1, 0), ten(0.5, 0.5), ten(0, 0), ten(0, 0)])
+    assert augmentation.inception_box([100, 100], SEED, 0.3).numpy().tolist() == [0, 0, 100, 100]
+    # At aspect 4/3 it is 87 x 115, too wide; at 3/4 too high.
+    for aspect in (1, 0):
+        draw(monkeypatch, [ten(1, 0), ten(aspect, 0.5), ten(0, 0), ten(0, 0)])
+        assert augmentation.inception_box([100, 100], SEED, 0.3).numpy().tolist() == [0, 0, 55, 55]
+
+
+def test_an_image_is_flipped_at_even_odds(monkeypatch):
+    image = tf.constant(picture((32, 32)))
+    values = configuration.make(
+        "digits", flip=True, **{"min_crop": 1.0, "crop": 1.0, "shift": 0, "rotate": 0.0}
+    )
+    draw(monkeypatch, 0.5, 0.4999)
+    for expected in (image, image[:, ::-1]):
+        seed = tf.constant([1, 2], tf.int64)
+        flipped = augmentation.training_image(image, seed, values, (32, 32), FILL)
+        np.testing.assert_array_equal(flipped, expected)
+
+
 def test_a_shift_reaches_every_place_and_fills_in_black():
     image = np.zeros((5, 5, 3), "uint8")
-    image[2, 2] = 255
+    image[2, 2] = [255, 100, 50]
     move = tf.function(lambda seed: augmentation.shift(tf.constant(image), seed, 2))
     places = set()
     for i in range(200):
-        moved = move(tf.constant([0, i])).numpy()[..., 0]
-        assert moved.sum() == 255
-        places.add(tuple(np.argwhere(moved)[0]))
+        moved = move(tf.constant([0, i])).numpy()
+        assert moved.sum(axis=(0, 1)).tolist() == [255, 100, 50]
+        places.add(tuple(np.argwhere(moved[..., 0])[0]))
     assert places == {(y, x) for y in range(5) for x in range(5)}
 
 
 def test_colour_jitter_changes_brightness_then_contrast_then_saturation(monkeypatch):
-    draw(monkeypatch, [1.3, 0.7, 1.2])
+    def factors(shape, seed, low, high):
+        assert (shape, low, high) == ([3], 0.6, 1.4)
+        return tf.constant([1.3, 0.7, 1.2])
+
+    monkeypatch.setattr(tf.random, "stateless_uniform", factors)
     image = picture()
     expected = Image.fromarray(image)
     for enhance, factor in ((0, 1.3), (1, 0.7), (2, 1.2)):
@@ -332,14 +358,15 @@ RECIPE = [
 
 @pytest.mark.parametrize(("magnitude", "sign", "column"), [(0.9, -1.0, 1), (1.0, 1.0, 2)])
 def test_randaugment_s_magnitudes_are_the_recipe_s(magnitude, sign, column):
-    image = tf.constant(picture((20, 24)))
+    levels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), "uint8")
+    image = tf.constant(levels)
     for op, row in zip(augmentation.RANDAUGMENT, RECIPE, strict=True):
         expected = getattr(augmentation, row[0])(image, *row[column]).numpy().astype(int)
         difference = op(image, tf.constant(magnitude), sign, FILL).numpy() - expected
         # Factors and angles are float32 here, and may round a pixel the other way.
         whole = row[0] in EXACT
         assert np.abs(difference).max() <= (0 if whole else 1), row[0]
-        assert (difference != 0).mean() < 0.02, row[0]
+        assert (difference != 0).mean() < 0.1, row[0]
 
 
 def test_randaugment_applies_the_ops_that_were_drawn_at_even_odds(monkeypatch):
