@@ -37,8 +37,8 @@ EXACT = {
     "posterize": (lambda x: augmentation.posterize(x, 2), lambda i: ImageOps.posterize(i, 2)),
     "solarize": (lambda x: augmentation.solarize(x, 77), lambda i: ImageOps.solarize(i, 77)),
     "solarize_add": (
-        lambda x: augmentation.solarize_add(x, 66),
-        lambda i: i.point([min(255, v + 66) if v < 128 else v for v in range(256)] * 3),
+        lambda x: augmentation.solarize_add(x, 180),
+        lambda i: i.point([min(255, v + 180) if v < 128 else v for v in range(256)] * 3),
     ),
 }
 ENHANCE = {

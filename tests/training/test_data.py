@@ -259,7 +259,9 @@ def test_each_image_is_erased_by_its_own_draw_and_only_if_asked_for():
 
     def boxes(epoch=0, **values):
         values = configuration.make("digits", batch_size=8, min_crop=1.0, **values)
-        return collect(train(source, values, epoch, steps=2))["erase"].tolist()
+        batches = train(source, values, epoch, steps=2)
+        assert batches.element_spec["erase"].shape == (8, 4)  # known before the images are
+        return collect(batches)["erase"].tolist()
 
     erased = boxes(erasing=1.0)
     assert len({tuple(box) for box in erased}) == 16 and all(box[1] > box[0] for box in erased)
