@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import os
+import re
 from importlib import resources
 
 import keras
@@ -110,15 +111,13 @@ def fill(page, data):
         "</script>"
         for i, x in enumerate(data)
     )
+    values = {
+        "TITLE": html.escape(f"What {page['name']} sees"),
+        "PAGE": json.dumps(page, ensure_ascii=False).replace("<", "\\u003c"),
+        "ARRAYS": arrays,
+    }
     text = template.read_text(encoding="utf-8")
-    described = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
-    for name, value in (
-        ("TITLE", html.escape(f"What {page['name']} sees")),
-        ("PAGE", described),
-        ("ARRAYS", arrays),
-    ):
-        text = text.replace(f"%%{name}%%", value, 1)
-    return text
+    return re.sub(r"%%([A-Z]+)%%", lambda found: values[found[1]], text)
 
 
 class Pack:
@@ -151,11 +150,10 @@ class Pack:
         found, grids = self.subject.found, self.subject.grids
         maps = attention_maps(self.subject.model, image)
         for block in found.blocks:
-            name = block.name.removeprefix(found.layer_prefix)
             number = block.number
-            self.add_rows(f"{number}/outer", maps[f"{name}/outer"][0])
+            self.add_rows(f"{number}/outer", maps[f"{block.name}/outer"][0])
             if block.inner is not None:
-                self.add_rows(f"{number}/inner", maps[f"{name}/inner"][0])
+                self.add_rows(f"{number}/inner", maps[f"{block.name}/inner"][0])
             grid = grids[block.stage]
             yield {
                 "label": str(number + 1),

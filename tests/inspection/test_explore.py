@@ -38,7 +38,7 @@ def tnt():
 @pytest.fixture(scope="module")
 def page(tnt, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    return inspection.explore(tnt, images_for(tnt), path, NAMES, titles=["first", "second"])
+    return inspection.explore(tnt, images_for(tnt), path, NAMES, titles=["%%ARRAYS%%", "second"])
 
 
 @pytest.fixture(scope="module")
