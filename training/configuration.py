@@ -162,6 +162,14 @@ class Config:
     evaluate_epochs: int = option(1, "epochs between evaluations", may_change=True)
     steps_per_epoch: int = option(0, "updates an epoch; 0: as the data set has images")
     report_steps: int = option(0, "steps between reports; 0: 100, or an epoch", may_change=True)
+    find_learning_rate: bool = option(
+        False,
+        "draw the loss over a ramp of learning rates and name one; no run is begun",
+        may_change=True,
+    )
+    report: bool = option(
+        True, "at the end: pictures and tables of the held-out images", may_change=True
+    )
     tensorboard: bool = option(True, "write TensorBoard events too", may_change=True)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints", may_change=True)
     checkpoint_steps: int = option(0, "steps between checkpoints; 0: by time", may_change=True)

@@ -31,6 +31,7 @@ flags.DEFINE_enum("checkpoint", "final", ("final", "final_ema", "best"), "which 
 flags.DEFINE_string(
     "weights", None, "imagenet, a .keras or .weights.h5 file, a checkpoint, hf://owner/repo"
 )
+flags.DEFINE_string("report", None, "directory for pictures and tables of the answers")
 flags.DEFINE_bool("json", False, "print the result as one JSON object, and nothing else")
 
 
@@ -39,7 +40,9 @@ def main(arguments):
     commands.say_backend(BACKEND)
     given = {n: flags.FLAGS[n].value for n in SHARED if flags.FLAGS[n].value is not None}
     asked = flags.FLAGS
-    result = evaluate(given, asked.run, asked.weights, asked.checkpoint, not asked.json)
+    result = evaluate(
+        given, asked.run, asked.weights, asked.checkpoint, not asked.json, asked.report
+    )
     if flags.FLAGS.json:
         print(json.dumps(result))
     else:
@@ -50,7 +53,7 @@ def main(arguments):
         )
 
 
-def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
+def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, report=None):
     """Top-1, top-5 and loss of a model.
 
     Args:
@@ -60,6 +63,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
         weights: what to evaluate in place of a run's weights.
         checkpoint: which of a run's weights: "final", "final_ema" or "best".
         progress: whether to print how far it is.
+        report: a directory for pictures and tables of the answers.
 
     Returns:
         A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, `corrupt`.
@@ -67,7 +71,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     config = make_config(given, run)
     if not weights and not run:
         raise ValueError("give --run, or --model and --weights")
-    from training import data, models, step_functions, strategies
+    from training import data, models, predictions, step_functions, strategies
 
     models.find_builder(config.model)
     strategy = strategies.make(config)
@@ -76,6 +80,8 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
     if config.batch_size % replicas:
         raise ValueError(f"--batch_size={config.batch_size} must be a multiple of {replicas}")
     source = sources.open_split(config, held_out=True)
+    if report and (share.workers > 1 or getattr(source, "several_labels", False)):
+        raise ValueError("--report is of one process, and of images with one right label each")
     if run:
         sources.check_label_names(source, read_record(run).get("label_names"))
     with strategy.scope():
@@ -94,6 +100,9 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False):
         step = reporting(step, -(-source.size // config.batch_size))
     with corrupt.reading():
         result = step_functions.evaluate(strategy, step, dataset)
+        if report:
+            found = predictions.predict(strategy, model, dataset, source.size)
+            result["calibration_error"], _ = predictions.write_report(found, source, model, report)
     corrupt.check()
     return {**result, "corrupt": len(corrupt.names)}
 

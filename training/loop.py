@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import time
@@ -11,11 +12,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tnt.files import write_atomically
 from training import (
     data,
     models,
     optimization,
     optimizers,
+    predictions,
     report,
     sources,
     step_functions,
@@ -23,7 +26,9 @@ from training import (
     workdir,
 )
 from training.checkpoint import Checkpoints, NoneReadable, read
+from training.find_rate import find_learning_rate
 
+PICTURES = 16  # of the first training images in TensorBoard
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -94,6 +99,7 @@ def train_held(config, strategy, share):
             training_source, images, size, fill, epoch, first, steps, share, corrupt
         ),
         lambda: data.evaluation_batches(held_out, images, size, share, corrupt_held_out),
+        held_out,
         (corrupt, corrupt_held_out),
         changes,
     )
@@ -147,16 +153,19 @@ class Run:
         self.pending = []  # (step, loss, gradient norm) since the last look
         self.told_to_end = 0  # the number of the signal
 
-    def go(self, training_batches, evaluation_batches, corrupt, changes):
+    def go(self, training_batches, evaluation_batches, held_out, corrupt, changes):
         """Run to the end and write the results.
 
         Args:
             training_batches: function (epoch, first step) to a `tf.data.Dataset`.
             evaluation_batches: function to one.
+            held_out: the source of the latter.
             corrupt: `data.UnreadableImages` of both.
             changes: what is changed in a run that is gone on with, of `workdir.check_config`.
         """
         self.corrupt = corrupt
+        if self.config.find_learning_rate:
+            return find_learning_rate(self, training_batches)
         step = self.start(changes)
         self.saved_at = time.monotonic()
         report_steps = self.config.report_steps or min(100, self.steps)
@@ -167,7 +176,7 @@ class Run:
         finally:
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
-        return self.finish(step)
+        return self.finish(step, evaluation_batches, held_out)
 
     def on_signal(self, number, frame):
         """End after this update; a second signal ends the process at once."""
@@ -204,6 +213,7 @@ class Run:
             )
         if step is None:
             self.reporter.go_on_from(0)
+            self.reporter.begin()
             self.save(0)
         return step or 0
 
@@ -221,6 +231,9 @@ class Run:
                 batch = next(batches)
             self.reporter.waited += time.perf_counter() - began
             self.check_images()
+            if step == 0:
+                (images, *_) = self.strategy.experimental_local_results(batch["image"])
+                self.reporter.pictures(0, {"augmented": images[:PICTURES]})
             stop = self.update(batch, step)
             step += 1
             ends = step % self.steps == 0
@@ -356,7 +369,7 @@ class Run:
         self.reporter.say(f"{reason}: back to step {step}, without that batch")
         return step
 
-    def finish(self, step):
+    def finish(self, step, evaluation_batches, held_out):
         """Write the trained model and say where everything lies."""
         files = {}
         if self.chief and self.checkpoints.step() < step:
@@ -364,15 +377,41 @@ class Run:
         if self.stale():
             step = self.take_best(step)
         results = dict(self.notes["results"])
+        averaged = results.get("ema_accuracy", -1.0) > results["accuracy"]
+        results["better"] = "final_ema" if averaged else "final"
         if self.chief:
-            what = self.model, self.config, self.classes, self.label_names, self.workdir
-            files = models.save_final(*what)
+            arguments = (self.model, self.config, self.classes, self.label_names, self.workdir)
+            files = models.save_final(*arguments)
             if self.optimizer.averages:
                 with self.optimizer.averaged():
-                    files |= models.save_final(*what, "final_ema")
-            for name in ("config.json", "metrics.jsonl", "checkpoints"):
+                    files |= models.save_final(*arguments, "final_ema")
+            if self.config.report and self.workers == 1:
+                with self.optimizer.averaged() if averaged else contextlib.nullcontext():
+                    files |= self.write_report(step, evaluation_batches, held_out, results)
+            record = {"step": step, **results, "files": files}
+            write_atomically(self.workdir / "results.json", json.dumps(record, indent=2))
+            for name in ("config.json", "metrics.jsonl", "results.json", "checkpoints"):
                 files[name] = os.fspath(self.workdir / name)
         return {**results, "step": step, "files": files}
+
+    def write_report(self, step, evaluation_batches, held_out, results):
+        """Pictures and tables of the better weights' answers; returns the files."""
+        with self.corrupt[1].reading():
+            found = predictions.predict(
+                self.strategy, self.model, evaluation_batches(), held_out.size
+            )
+        directory = self.workdir / "report"
+        error, files = predictions.write_report(found, held_out, self.model, directory)
+        results["calibration_error"] = error
+        drawn = {name: path for name, path in files.items() if name.endswith(".png")}
+        self.reporter.pictures(step, {name: read_picture(path) for name, path in drawn.items()})
+        if self.optimizer.averages:
+            self.reporter.say(
+                f"plain weights {results['accuracy']:.2%}, moving average "
+                f"{results['ema_accuracy']:.2%}: {results['better']} is the better"
+            )
+        self.reporter.say(f"calibration error {error:.2%}; pictures and tables in {directory}")
+        return files
 
     def take_best(self, last):
         """Put the best weights in place of the last; returns their step."""
@@ -385,3 +424,8 @@ class Run:
             f"ended at step {last}, with the best weights, of step {notes['step']}"
         )
         return notes["step"]
+
+
+def read_picture(path):
+    """A PNG as a batch of one for TensorBoard."""
+    return tf.io.decode_png(tf.io.read_file(path), channels=3)[None]

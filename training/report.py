@@ -34,7 +34,7 @@ class Reporter:
         self.path = Path(config.workdir) / "metrics.jsonl"
         self.lines = read_metrics(self.path) if active and self.path.exists() else []
         self.board = None
-        if active and config.tensorboard:
+        if active and config.tensorboard and not config.find_learning_rate:
             self.board = tf.summary.create_file_writer(str(Path(config.workdir) / "tensorboard"))
         self.restart()
 
@@ -88,20 +88,45 @@ class Reporter:
         )
         self.restart()
 
+    def begin(self):
+        """The configuration as text, beside what TensorBoard shows of the run."""
+        rows = [f"| {name} | {value} |" for name, value in vars(self.config).items()]
+        table = "\n".join(["| flag | value |", "|---|---|", *rows])
+        self.to_board(0, lambda: tf.summary.text("configuration", table))
+
+    def pictures(self, step, images):
+        """Show batches of pictures, dict from name to values in [0, 255], in TensorBoard."""
+
+        def draw():
+            for name, batch in images.items():
+                batch = tf.cast(tf.clip_by_value(tf.cast(batch, tf.float32), 0, 255), tf.uint8)
+                tf.summary.image(name, batch, max_outputs=len(batch))
+
+        self.to_board(step, draw)
+
+    def to_board(self, step, write):
+        """Let `write` write to TensorBoard, if there is one."""
+        if not self.board:
+            return
+        try:
+            with self.board.as_default(step=step):
+                write()
+            self.board.flush()
+        except tf.errors.ResourceExhaustedError as error:
+            reason = os.strerror(errno.ENOSPC)
+            raise OSError(errno.ENOSPC, reason, str(self.path.parent)) from error
+
     def write(self, step, **values):
         if not self.active:
             return
+
+        def draw():
+            for name, value in values.items():
+                tf.summary.scalar(name, value)
+
         self.lines.append({"step": step, "epoch": step / self.steps_per_epoch, **values})
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        if self.board:
-            try:
-                with self.board.as_default(step=step):
-                    for name, value in values.items():
-                        tf.summary.scalar(name, value)
-                self.board.flush()
-            except tf.errors.ResourceExhaustedError as error:
-                reason = os.strerror(errno.ENOSPC)
-                raise OSError(errno.ENOSPC, reason, str(self.path.parent)) from error
+        self.to_board(step, draw)
 
     def say(self, text):
         if self.active:

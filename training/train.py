@@ -40,6 +40,9 @@ def main(arguments):
         return commands.fail(
             f"{error}. What is written is whole: the same command goes on when there is room", 1
         )
+    if config.find_learning_rate:
+        print(f"--learning_rate={result['learning_rate']:.1e}: see {config.workdir}")
+        return 0
     print(f"accuracy {result['accuracy']:.4f}  files in {config.workdir}")
 
 

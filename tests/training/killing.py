@@ -34,7 +34,7 @@ def start(workdir, strategy):
         models.TNT_DIGITS |= TINY
         values = {"epochs": 2, "steps_per_epoch": STEPS // 2, "batch_size": 8, "ema": 0.9}
         values |= {"checkpoint_steps": 1, "report_steps": 1, "evaluate_epochs": 2}
-        values |= {"stochastic_depth": 0.2, "strategy": strategy, "cpu_devices": 2}
+        values |= {"stochastic_depth": 0.2, "strategy": strategy, "cpu_devices": 2, "report": False}
         loop.train(configuration.make("digits", workdir=str(workdir), **values))
         os._exit(0)
     except BaseException:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 def short(workdir, **values):
     """A run of two epochs of four updates."""
     defaults = {"epochs": 2, "steps_per_epoch": 4, "batch_size": 8, "deterministic": False}
-    quiet = {"tensorboard": False, "evaluate_epochs": 2, "checkpoint_steps": 2}
+    quiet = {"tensorboard": False, "report": False, "evaluate_epochs": 2, "checkpoint_steps": 2}
     return configuration.make("digits", workdir=str(workdir), **{**defaults, **quiet, **values})
 
 
@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "TNT_DIGITS", models.TNT_DIGITS | sizes)
         workdir = tmp_path_factory.mktemp("run")
-        yield loop.train(short(workdir, ema=0.9, tensorboard=True)), workdir
+        yield loop.train(short(workdir, ema=0.9, tensorboard=True, report=True)), workdir
 
 
 def test_a_run_leaves_its_configuration_reports_and_weights(finished):
@@ -68,6 +68,13 @@ def test_a_run_leaves_its_configuration_reports_and_weights(finished):
     assert evaluation["accuracy"] == result["accuracy"] and "ema_accuracy" in evaluation
     assert all(os.path.exists(path) for path in result["files"].values())
     assert list((workdir / "tensorboard").iterdir())
+    assert {"predictions.csv", "classes.csv", "confusion.png", "mistakes.png"} <= set(
+        result["files"]
+    )
+    averaged = result["ema_accuracy"] > result["accuracy"]
+    assert result["better"] == ("final_ema" if averaged else "final")
+    record = json.loads((workdir / "results.json").read_text())
+    assert record["better"] == result["better"] and 0 <= record["calibration_error"] <= 1
 
 
 def test_the_final_files_hold_the_trained_model_on_pixels(finished):

@@ -1,0 +1,98 @@
+"""What a model answers to each image, and the tables and pictures made of it."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from training import configuration, data, loop, models, pictures, predictions, sources
+
+
+def test_calibration_error_is_the_mean_distance_of_certainty_and_accuracy():
+    certainty = np.array([0.95, 0.97, 0.55, 0.55, 0.58, 0.1])
+    right = np.array([True, True, True, False, False, False])
+    # Bins of a fifteenth: the first two (0.04 off in the mean), the three (0.56 - 1/3), the last.
+    expected = (2 * 0.04 + 3 * (0.56 - 1 / 3) + 0.1) / 6
+    assert predictions.calibration_error(certainty, right) == pytest.approx(expected)
+    assert predictions.calibration_error(np.array([1.0]), np.array([True])) == 0
+
+
+def test_a_confusion_matrix_counts_labels_by_row_and_answers_by_column():
+    matrix = predictions.confusion_matrix(np.array([0, 0, 2, 1]), np.array([0, 2, 2, 0]), 3)
+    assert matrix.tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 1]]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Corner(keras.layers.Layer):
+    """Logits that say the class which an image's first pixel names."""
+
+    def call(self, images):
+        return 8.0 * tf.one_hot(tf.cast(images[:, 0, 0, 0], tf.int32), 3)
+
+
+@pytest.fixture
+def telling(monkeypatch):
+    """(model, source) of 7 images whose pixels say 0, 1, 2, 0, 1, 2, 0; the last label differs."""
+    said = np.arange(7) % 3
+    labels = np.where(np.arange(7) == 6, 2, said)
+    images = np.tile(said.astype("uint8")[:, None, None, None], (1, 4, 4, 3))
+    source = sources.in_memory(images, labels, 3, "image", ("one", "two", "three"))
+    inputs = keras.Input((4, 4, 3))
+    model = keras.Model(inputs, Corner()(inputs))
+    monkeypatch.setattr(models, "logits_model", lambda model: model)
+    monkeypatch.setattr(predictions.keras_tnt, "class_names", lambda model: None)
+    return model, source
+
+
+def table(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("devices", ["one_device", "mirrored"])
+def test_answers_stand_in_the_order_of_the_images_whatever_the_devices(
+    devices, telling, tmp_path, request
+):
+    strategy = request.getfixturevalue(devices)
+    model, source = telling
+    values = configuration.make("digits", batch_size=4, crop=1.0)
+    share = data.WorkerShare(0, 1, strategy.num_replicas_in_sync)
+    unreadable = data.UnreadableImages(source, 0.0)
+    batches = data.evaluation_batches(source, values, (4, 4), share, unreadable)
+    found = predictions.predict(strategy, model, batches, source.size)
+    assert found.classes[:, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert found.right.tolist() == [True] * 6 + [False]
+    assert [place for place, _ in found.mistakes] == [6]
+    error, files = predictions.write_report(found, source, model, tmp_path)
+    certainty = np.exp(8) / (np.exp(8) + 2)
+    assert error == pytest.approx(abs(certainty - 6 / 7), abs=1e-6)
+    rows = table(files["predictions.csv"])
+    assert rows[7] == ["image 6", "three", "one", f"{certainty:.6f}", "0"] and len(rows) == 8
+    classes = table(files["classes.csv"])
+    assert classes[1:] == [["one", "2", "1.000000"], ["two", "2", "1.000000"]] + [
+        ["three", "3", "0.666667"]
+    ]
+
+
+@pytest.mark.parametrize("classes", [2, 5, 31])
+def test_pictures_are_drawn_for_few_and_for_many_classes(classes, tmp_path):
+    names = [f"a class with a long name {i}" for i in range(classes)]
+    matrix = np.eye(classes, dtype=int) + np.eye(classes, k=1, dtype=int)
+    pictures.confusion(matrix, names, tmp_path / "confusion.png")
+    pictures.confusion(np.eye(classes, dtype=int), names, tmp_path / "right.png")
+    for name in ("confusion.png", "right.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 400
+
+
+def test_a_learning_rate_is_named_and_drawn_and_no_run_begun(tiny, tmp_path):
+    values = {"batch_size": 8, "tensorboard": False, "deterministic": False}
+    config = configuration.make(
+        "digits", workdir=str(tmp_path), find_learning_rate=True, seed=1, **values
+    )
+    result = loop.train(config)
+    assert 1e-7 < result["learning_rate"] < 1
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "learning_rate.png"}

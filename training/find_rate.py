@@ -1,0 +1,67 @@
+"""`--find_learning_rate`: the loss over a ramp of learning rates, and a rate that it names."""
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from training import pictures, step_functions
+
+LOWEST, HIGHEST, UPDATES = 1e-6, 10.0, 100
+SMOOTHING = 0.9
+
+
+def find_learning_rate(run, training_batches):
+    """Train on the first images at higher and higher rates, until the loss blows up.
+
+    A tenth of the rate at which the smoothed loss was lowest is named: the loss falls steeply
+    there, and it is far enough from where training breaks.
+
+    Args:
+        run: a `training.loop.Run`, whose model is of no use afterwards.
+        training_batches: function (epoch, first step) to a `tf.data.Dataset`.
+
+    Returns:
+        A dict: `learning_rate`, `files`.
+
+    Raises:
+        ValueError: if the loss never fell.
+    """
+    rates = np.geomspace(LOWEST, HIGHEST, UPDATES)
+    losses, smooth, average = [], [], 0.0
+    for step, batch in enumerate(batches(run, training_batches)):
+        mixing = step_functions.draw_mixing(run.config, step, run.size, 0)
+        arguments = (float(step), rates[step].astype("float32"), 0.0, mixing)
+        loss = float(run.train_step(batch, *(tf.constant(x) for x in arguments))[0])
+        if not math.isfinite(loss):
+            break
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        losses.append(loss)
+        smooth.append(average / (1 - SMOOTHING ** (step + 1)))
+        if smooth[-1] > 2 * min(smooth) + 1:
+            break
+    best = int(np.argmin(smooth)) if smooth else 0
+    if not best:
+        raise ValueError(
+            f"the loss never fell between the learning rates {LOWEST:g} and {HIGHEST:g}: are the "
+            "images and labels what they should be?"
+        )
+    chosen = float(rates[best] / 10)
+    path = run.workdir / "learning_rate.png"
+    if run.chief:
+        pictures.learning_rates(rates[: len(losses)], losses, smooth, chosen, path)
+    return {"learning_rate": chosen, "files": {path.name: str(path)}}
+
+
+def batches(run, training_batches):
+    """So many batches, of as many epochs as it takes."""
+    taken = 0
+    for epoch in range(UPDATES):
+        dataset = run.strategy.distribute_datasets_from_function(
+            lambda context, epoch=epoch: training_batches(epoch, 0)
+        )
+        for batch in dataset:
+            yield batch
+            taken += 1
+            if taken == UPDATES:
+                return

@@ -1,0 +1,181 @@
+"""What a model answers to each held-out image, and what that says: tables and pictures."""
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_tnt
+from keras_tnt.files import write_atomically
+from training import models, pictures
+from training.sources import Streamed
+
+TOP = 5
+BINS = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Answers to n images, in the order of the data set.
+
+    Args:
+        labels: integers (n,).
+        classes: integers (n, top): the likeliest classes, the likeliest first.
+        probabilities: float32 (n, top): theirs.
+        readable: bools (n,): whether the image could be read; its answer does not count otherwise.
+        mistakes: the most certain wrong answers: (place, uint8 image), the most certain first.
+    """
+
+    labels: np.ndarray
+    classes: np.ndarray
+    probabilities: np.ndarray
+    readable: np.ndarray
+    mistakes: list
+
+    @property
+    def right(self):
+        return self.classes[:, 0] == self.labels
+
+
+def predict(strategy, model, dataset, size, mistakes=24):
+    """Answers to the images of `data.evaluation_batches`, in one process.
+
+    Args:
+        strategy: a `tf.distribute.Strategy`.
+        model: the `keras.Model`, on pixels.
+        dataset: a `tf.data.Dataset` of batches for one replica each.
+        size: number of images; what follows them only fills the last batch.
+        mistakes: how many of the most certain wrong answers to keep the pictures of.
+    """
+    logits_model = models.logits_model(model)
+
+    def replica_step(batch):
+        logits = keras.tree.flatten(logits_model(tf.cast(batch["image"], tf.float32)))
+        probabilities = tf.nn.softmax(tf.cast(tf.add_n(logits) / len(logits), tf.float32))
+        best = tf.math.top_k(probabilities, min(TOP, probabilities.shape[-1]))
+        return batch["label"], best.indices, best.values, batch["weight"], batch["image"]
+
+    @tf.function(autograph=False)
+    def step(batch):
+        return strategy.run(replica_step, args=(batch,))
+
+    parts, worst, place = [], [], 0
+    for batch in strategy.distribute_datasets_from_function(lambda context: dataset):
+        local = [strategy.experimental_local_results(each) for each in step(batch)]
+        *answers, images = (np.concatenate([x.numpy() for x in each]) for each in local)
+        labels, classes, probabilities, weight = answers
+        wrong = np.flatnonzero((classes[:, 0] != labels) & (weight > 0))
+        worst += [(probabilities[i, 0], place + i, images[i].astype("uint8")) for i in wrong]
+        worst = sorted(worst, key=lambda each: -each[0])[:mistakes]
+        parts.append(answers)
+        place += len(labels)
+    labels, classes, probabilities, weight = (
+        np.concatenate(each)[:size] for each in zip(*parts, strict=True)
+    )
+    pictured = [(number, image) for _, number, image in worst]
+    return Predictions(labels, classes, probabilities, weight > 0, pictured)
+
+
+def image_names(source):
+    """The names of a source's images, in its order."""
+    if isinstance(source, Streamed):
+        names = source.stream(None, 0, 1).map(lambda name, *rest: name)
+    else:
+        names = tf.data.Dataset.range(source.size).map(lambda index: source.item(index)[0])
+    return [name.decode(errors="replace") for name in names.as_numpy_iterator()]
+
+
+def calibration_error(certainty, right):
+    """The expected calibration error (arXiv 1706.04599, equation 5) over bins of equal width.
+
+    Args:
+        certainty: (n,) in [0, 1], the probability of each answer.
+        right: bools (n,).
+
+    Returns:
+        Mean distance between certainty and accuracy, in [0, 1].
+    """
+    bins = np.minimum((certainty * BINS).astype(int), BINS - 1)
+    sums = np.bincount(bins, certainty - right, BINS)
+    return float(np.abs(sums).sum() / max(len(certainty), 1))
+
+
+def confusion_matrix(labels, classes, number):
+    """How often a class (row) was taken for another (column)."""
+    return np.bincount(labels * number + classes, minlength=number**2).reshape(number, number)
+
+
+def write_report(predictions, source, model, directory):
+    """Write `predictions.csv`, `classes.csv`, `confusion.png` and `mistakes.png`.
+
+    Args:
+        predictions: a `Predictions`.
+        source: the `Indexed` or `Streamed` that they answer.
+        model: the model that gave them; it knows its classes' names, or they are numbers.
+        directory: made if it does not exist.
+
+    Returns:
+        (calibration error, dict from file name to path).
+    """
+    number = model.output_shape[-1]
+    names = keras_tnt.class_names(model) or source.label_names or range(number)
+    names = [str(name) for name in names]
+    counted = predictions.readable
+    labels, answers = predictions.labels[counted], predictions.classes[counted, 0]
+    matrix = confusion_matrix(labels, answers, number)
+    right = np.diag(matrix)
+    images = image_names(source)
+    files = {
+        name: Path(directory) / name
+        for name in ("predictions.csv", "classes.csv", "confusion.png", "mistakes.png")
+    }
+    rows = zip(
+        images,
+        predictions.labels,
+        predictions.classes[:, 0],
+        predictions.probabilities[:, 0],
+        predictions.readable,
+        strict=True,
+    )
+    write_table(
+        files["predictions.csv"],
+        ("image", "label", "prediction", "probability", "right"),
+        (
+            (image, names[label], names[answer], f"{probability:.6f}", int(label == answer))
+            if readable
+            else (image, names[label], "", "", "")
+            for image, label, answer, probability, readable in rows
+        ),
+    )
+    write_table(
+        files["classes.csv"],
+        ("class", "images", "accuracy"),
+        (
+            (name, total, f"{hits / total:.6f}" if total else "")
+            for name, total, hits in zip(names, matrix.sum(axis=1), right, strict=True)
+        ),
+    )
+    pictures.confusion(matrix, names, files["confusion.png"])
+    shown = [
+        (
+            image,
+            names[predictions.classes[place, 0]],
+            names[predictions.labels[place]],
+            predictions.probabilities[place, 0],
+        )
+        for place, image in predictions.mistakes
+    ]
+    pictures.mistakes(shown, int(len(labels) - right.sum()), len(labels), files["mistakes.png"])
+    certainty = predictions.probabilities[counted, 0]
+    error = calibration_error(certainty, predictions.right[counted])
+    return error, {name: str(path) for name, path in files.items()}
+
+
+def write_table(path, header, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_atomically(path, text.getvalue())
