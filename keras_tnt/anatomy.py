@@ -39,6 +39,13 @@ class Image:
     crop: float
     interpolation: str
 
+    @property
+    def shape(self) -> tuple[int | None, int | None, int]:
+        """The shape of an image: (height, width, channels), or channels first."""
+        sides = (self.height, self.width)
+        channels_first = self.data_format == "channels_first"
+        return (self.channels, *sides) if channels_first else (*sides, self.channels)
+
     def covered_size(self) -> tuple[int, int]:
         """(height, width) that an image is resized to cover before the centre crop."""
         return int(self.height / self.crop), int(self.width / self.crop)
@@ -54,6 +61,7 @@ class Block:
         number: its place among all blocks, from 0.
         stage: its stage, from 0; of models without stages 0.
         grid: (rows, columns) of its patches; None: as the image has them.
+        prefix_tokens: how many class and distillation tokens stand before its patches.
         reduction: side of the squares of patches that are pooled for keys and values.
         inner: its transformer among words; None: it has none.
         outer: its transformer among patches.
@@ -64,6 +72,7 @@ class Block:
     number: int
     stage: int
     grid: tuple[int, int] | None
+    prefix_tokens: int
     reduction: int
     inner: keras.layers.Layer | None
     outer: keras.layers.Layer
@@ -79,11 +88,11 @@ class Anatomy:
         layer_prefix: what the names of its layers begin with.
         entrance: its `ImageNormalization`.
         image: the `Image`s that the asked model takes.
-        patch_size: side of a patch in pixels, as the stem makes them.
-        grid: (rows, columns) of the patches that the stem makes; None: as the image has them.
+        patch_size: side of the first blocks' patches in pixels.
+        grid: (rows, columns) of the first blocks' patches; None: as the image has them.
         stem: the layer that makes words or patches of the image; None: the family names none.
         tokens: the layers that put class and distillation token before the patches.
-        prefix_tokens: how many tokens stand before the patches in `blocks`.
+        prefix_tokens: how many tokens stand before the patches in the first blocks.
         class_tokens: how many tokens the heads read; 0: the mean patch.
         positions: the layers that say where words and patches stand.
         merges: the layers that make a stage's patches of the stage's before.
@@ -147,17 +156,15 @@ def anatomy(model: keras.Model) -> Anatomy:
         return tuple(layer for layer in layers if getattr(layer, "part", None) == part)
 
     image = describe_image(model, core, entrance)
+    prefix = entrance.name.removesuffix(NORMALIZATION)
+    sides = sides_of(entrance.output.shape, entrance.data_format)
+    blocks = tuple(find_blocks(layers, prefix, sides))
+    grid = blocks[0].grid if blocks else None
     stem = next(iter(of_part("stem")), None)
     patch_size = getattr(stem, "patch_size", None)
-    grid = None
-    own = core.input_shape
-    if patch_size and len(own) == 4:
-        sides = own[2:] if entrance.data_format == "channels_first" else own[1:3]
-        grid = None if None in sides else tuple(side // patch_size for side in sides)
-    prefix = entrance.name.removesuffix(NORMALIZATION)
-    blocks = tuple(find_blocks(layers, prefix, grid))
+    if patch_size is None and grid is not None:
+        patch_size = sides[0] // grid[0]
     tokens = of_part("token")
-    first_block = layers.index(blocks[0].layer) if blocks else len(layers)
     heads, predictions = find_heads(model, core, prefix)
     norms = [layer for layer in layers if layer.name == f"{prefix}norm"]
     return Anatomy(
@@ -170,7 +177,7 @@ def anatomy(model: keras.Model) -> Anatomy:
         grid=grid,
         stem=stem,
         tokens=tokens,
-        prefix_tokens=sum(layers.index(layer) < first_block for layer in tokens),
+        prefix_tokens=blocks[0].prefix_tokens if blocks else len(tokens),
         class_tokens=len(tokens),
         positions=of_part("position"),
         merges=of_part("merge"),
@@ -211,11 +218,11 @@ def find_entrances(model) -> Iterator[tuple[keras.Model, ImageNormalization]]:
 
 def describe_image(model, core, entrance) -> Image:
     """The images that a model takes; a wrapper may resize and normalise them before ours does."""
-    shape = model.input_shape
+    shape = getattr(model, "input_shape", None)  # a Sequential model may not be built
     if not isinstance(shape, tuple) or len(shape) != 4:
         shape = core.input_shape
     channels = shape[CHANNELS_AXIS[entrance.data_format]]
-    height, width = shape[2:] if entrance.data_format == "channels_first" else shape[1:3]
+    height, width = sides_of(shape, entrance.data_format)
     mean, std, normalises = entrance.mean, entrance.std, entrance.normalises
     before = [x for x in model._flatten_layers() if isinstance(x, keras.layers.Rescaling)]
     if before and not normalises:
@@ -248,14 +255,27 @@ def undo_rescaling(layer) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(tuple(x.round(6).tolist()) * (3 // len(x) or 1) for x in (mean, std))
 
 
-def find_blocks(layers, prefix, grid) -> Iterator[Block]:
-    """The blocks in order. A stage begins where patches were merged since the last block."""
-    number = stage = 0
+def sides_of(shape, data_format) -> tuple[int | None, int | None]:
+    """(height, width) of a batch of images of this shape."""
+    return tuple(shape[2:]) if data_format == "channels_first" else tuple(shape[1:3])
+
+
+def find_blocks(layers, prefix, sides) -> Iterator[Block]:
+    """The blocks in order. A stage begins where patches were merged since the last block.
+
+    Args:
+        layers: of the model, in the order of the forward pass.
+        prefix: what their names begin with.
+        sides: (height, width) of the images.
+    """
+    number = stage = tokens = 0
     merged = False
     for layer in layers:
         part = getattr(layer, "part", None)
         if part == "merge":
             merged = True
+        elif part == "token":
+            tokens += 1
         elif part == "block":
             stage += merged
             merged = False
@@ -264,12 +284,28 @@ def find_blocks(layers, prefix, grid) -> Iterator[Block]:
                 name=layer.name.removeprefix(prefix),
                 number=number,
                 stage=stage,
-                grid=getattr(layer, "grid", grid),
+                grid=getattr(layer, "grid", None) or find_grid(layer, tokens, sides),
+                prefix_tokens=tokens,
                 reduction=getattr(layer, "reduction", 1),
                 inner=getattr(layer, "inner", None),
                 outer=getattr(layer, "outer", layer),
             )
             number += 1
+
+
+def find_grid(block, prefix_tokens, sides) -> tuple[int, int] | None:
+    """(rows, columns) of square patches, as many as a block's tokens; None: not known or no grid.
+
+    A block whose patches are not square says so by an attribute `grid`.
+    """
+    tokens = keras.tree.flatten(block.input)[0].shape[1]
+    if None in (tokens, *sides):
+        return None
+    height, width = sides
+    patches = tokens - prefix_tokens
+    rows = round((patches * height / width) ** 0.5)
+    columns = round((patches * width / height) ** 0.5)
+    return (rows, columns) if rows * columns == patches else None
 
 
 def find_heads(model, core, prefix):

@@ -82,7 +82,7 @@ def image_input(input_tensor, input_shape, default_size: int, divisor: int):
             f"Height and width must be multiples of {divisor}. Received: input_shape={shape}, read "
             f"as {layout}. The nearest size that fits is {fitting[0]}x{fitting[1]}."
         )
-    return keras.Input(shape=shape) if input_tensor is None else input_tensor, size
+    return keras.Input(shape, name="images") if input_tensor is None else input_tensor, size
 
 
 def normalise(images, family: str, transform: ImageTransform, inside: bool, dtype=None):

@@ -84,8 +84,7 @@ def sized_image(model):
     image = anatomy(model).image
     if None in (image.height, image.width):
         raise ValueError(
-            f"`model` must take images of one size. Received: a model of input shape "
-            f"{model.input_shape[1:]}"
+            f"`model` must take images of one size. Received: a model of input shape {image.shape}"
         )
     return image
 

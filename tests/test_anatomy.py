@@ -99,6 +99,25 @@ def test_it_is_told_of_the_model_inside_another():
     assert keras_tnt.class_names(outer) is None
 
 
+def test_it_is_told_of_a_model_inside_a_sequential_one_that_was_never_called():
+    model = tiny("deit", classes=3)
+    outer = keras.Sequential([model, keras.layers.Softmax()])
+    found = keras_tnt.anatomy(outer)
+    assert found.model is model and found.image == keras_tnt.anatomy(model).image
+    pixels = np.zeros((32, 48, 3), "uint8")
+    assert keras_tnt.load_image(pixels, outer).shape == (32, 48, 3)
+    maps = keras_tnt.inspection.attention_maps(outer, np.zeros((1, 32, 48, 3)))
+    assert list(maps)[0] == "block_0/outer"
+
+
+@pytest.mark.parametrize("family", ["tnt", "deit_distilled", "cait", "pyramid_tnt"])
+def test_two_models_of_one_kind_have_layers_of_equal_names(family):
+    build = tiny_tnt if family == "tnt" else lambda: tiny(family)
+    first, second = build(), build()
+    assert [layer.name for layer in first.layers] == [layer.name for layer in second.layers]
+    assert first.layers[0].name == "images"
+
+
 def test_what_is_none_of_ours_or_several_is_refused():
     plain = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="not built from one of keras_tnt"):

@@ -70,3 +70,17 @@ def test_the_library_does_not_import_the_trainer():
             names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
             modules = [getattr(node, "module", None) or "", *names]
             assert not any(m.split(".")[0] in ("training", "savedmodels") for m in modules), path
+
+
+def test_one_module_writes_aside_and_asks_for_free_space():
+    files = [path for room in ("keras_tnt", "training", "savedmodels") for path in walk(room)]
+    told = ("mkdtemp", "mkstemp", "NamedTemporaryFile", "disk_usage", "statvfs")
+    assert [
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if any(word in path.read_text(encoding="utf-8") for word in told)
+    ] == ["keras_tnt/files.py"]
+
+
+def walk(room):
+    return sorted((ROOT / room).rglob("*.py"))

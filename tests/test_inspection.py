@@ -244,7 +244,7 @@ def test_images_that_do_not_fit_are_refused():
 
 def test_a_model_without_attention_is_refused():
     model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()], name="flat")
-    with pytest.raises(ValueError, match="'flat' has no attention layer"):
+    with pytest.raises(ValueError, match="'flat' is not built from one of keras_tnt's"):
         inspection.attention_maps(model, np.zeros((1, 8, 8, 3)))
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import keras_tnt
 from keras_tnt import registry
 from keras_tnt.registry import Variant
-from tests import toy_family
+from tests import toy_family, toy_stages
 from tests.checks import assert_equal, compute, entries, normal
 from tests.golden import assert_close
 
@@ -159,6 +159,25 @@ def test_it_is_looked_into_and_compiled(toy):
     features = keras_tnt.inspection.feature_maps(toy, blocks=(1,))
     assert features.output_shape == (None, 4, 4, 16)
     assert_close(keras_tnt.compile_inference(toy)(images), compute(toy, images), 1e-5)
+
+
+def test_stages_whose_layers_tell_no_sizes_are_found_by_their_tokens():
+    model = toy_stages.StageNet(input_shape=(32, 48, 3), classes=3, distilled=True)
+    found = keras_tnt.anatomy(model)
+    assert (found.grid, found.patch_size, found.class_tokens) == ((8, 12), 4, 2)
+    assert [(b.stage, b.grid, b.prefix_tokens) for b in found.blocks] == [
+        (0, (8, 12), 0),
+        (1, (4, 6), 2),
+    ]
+    images = 100 * normal((2, 32, 48, 3))
+    features = keras_tnt.inspection.feature_maps(model)
+    assert features.output_shape == [(None, 8, 12, 8), (None, 4, 6, 16)]
+    expected = compute(keras.Model(model.inputs[0], model.get_layer("high").output), images)[:, 2:]
+    assert_close(compute(features, images)[1], np.reshape(expected, (2, 4, 6, 16)), 1e-6)
+    rollout = keras_tnt.inspection.attention_rollout(model, images)
+    assert rollout.shape == (2, 2 + 4 * 6, 2 + 8 * 12)
+    assert_close(rollout.sum(axis=-1), np.ones((2, 26)), 1e-5)
+    assert keras_tnt.inspection.relevance(model, images).shape == (2, 8, 12)
 
 
 @pytest.mark.slow

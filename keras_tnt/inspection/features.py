@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import keras
 
-from keras_tnt.anatomy import Anatomy, Block, anatomy
+from keras_tnt.anatomy import Block, anatomy
 from keras_tnt.layers import SelectTokens
 
 
@@ -52,19 +52,19 @@ def feature_maps(model: keras.Model, blocks: Iterable[int] | None = None) -> ker
             f"`blocks` of model '{model.name}' are {kind} from 1 to {len(ends)}. "
             f"Received: {tuple(blocks)}"
         )
-    maps = [patch_map(found, ends[number - 1], number) for number in blocks]
+    maps = [patch_map(ends[number - 1], number) for number in blocks]
     return keras.Model(model.inputs[0], maps, name=f"{model.name}_features")
 
 
-def patch_map(found: Anatomy, block: Block, number: int):
+def patch_map(block: Block, number: int):
     """The symbolic map (batch, rows, columns, dim) of the patches after a block."""
     dtype = block.layer.dtype_policy
     inputs = keras.tree.flatten(block.layer.input)
     tokens = keras.tree.flatten(block.layer.output)[0]
     if tokens.shape[1] < inputs[0].shape[1]:  # the first tokens only
         tokens = keras.tree.flatten(block.layer(*inputs))[0]
-    if found.prefix_tokens:
-        select = SelectTokens(found.prefix_tokens, dtype=dtype, name=f"patches_{number}")
+    if block.prefix_tokens:
+        select = SelectTokens(block.prefix_tokens, dtype=dtype, name=f"patches_{number}")
         tokens = select(tokens)
     shape = (*block.grid, tokens.shape[-1])
     return keras.layers.Reshape(shape, dtype=dtype, name=f"map_{number}")(tokens)

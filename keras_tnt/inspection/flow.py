@@ -42,11 +42,14 @@ def patch_flows(subject, links, keep):
         drawn = along(read[:, :tokens], links[layer.attention.path])
         read[:, :tokens] *= keep
         read = read + drawn
-    read = read[:, len(read[0]) - patches - found.prefix_tokens :]
 
+    prefix = found.blocks[-1].prefix_tokens
+    read = read[:, len(read[0]) - patches - prefix :]
     stage, own = len(grids) - 1, keep ** len(found.blocks)
-    flows = [own * read[:, found.prefix_tokens :]]
+    flows = [own * read[:, prefix:]]
     for block in reversed(found.blocks):
+        # Class tokens that stood before this block's patches; later ones have read nothing here.
+        read, prefix = read[:, prefix - block.prefix_tokens :], block.prefix_tokens
         if block.stage < stage:
             merge = means(grids[stage - 1], grids[stage], 2)
             read, flows = read @ merge, [drawn @ merge for drawn in flows]
@@ -57,7 +60,7 @@ def patch_flows(subject, links, keep):
             drawn = drawn @ means(grids[stage], pooled, block.reduction)
         read = keep * read + drawn
         own /= keep
-        flows.append(own * drawn[:, found.prefix_tokens :])
+        flows.append(own * drawn[:, prefix:])
     return flows[::-1]
 
 

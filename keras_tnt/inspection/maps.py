@@ -46,7 +46,7 @@ def attention_maps(model, images):
 def check_images(model, images):
     """Raise ValueError for what is no batch of images that the model takes."""
     shape = tuple(np.shape(images))
-    expected = model.input_shape[1:]
+    expected = anatomy(model).image.shape
     if len(shape) != 4 or any(e not in (None, s) for s, e in zip(shape[1:], expected, strict=True)):
         raise ValueError(
             f"Model '{model.name}' takes a batch of images {('batch', *expected)}. "
@@ -88,18 +88,17 @@ def attention_rollout(model, images):
     >>> heat = rollout[:, 0, 1:].reshape(-1, 14, 14)
     """
     found = anatomy(model)
-    blocks = {
-        f"{block.name.removeprefix(found.layer_prefix)}/outer": block for block in found.blocks
-    }
+    blocks = {f"{block.name}/outer": block for block in found.blocks}
     rollout, grid = None, None
     for key, value in attention_maps(model, images).items():
         if key.endswith("/inner"):
             continue
         step = value.mean(axis=1)  # (b, queries, keys)
         block = blocks.get(key)
-        if len(found.stages) > 1:
-            pooled = tuple(side // block.reduction for side in block.grid)
-            step = step @ means(block.grid, pooled, block.reduction)
+        if block is not None and len(found.stages) > 1:
+            if block.reduction > 1:
+                pooled = tuple(side // block.reduction for side in block.grid)
+                step = step @ means(block.grid, pooled, block.reduction)
             if grid not in (None, block.grid):
                 rollout = means(grid, block.grid, 2) @ rollout
             grid = block.grid
