@@ -19,7 +19,7 @@ FLOORS = (
     ("building",),
     ("tnt", "pyramid_tnt", "deit", "cait"),
     ("images", "preprocessing", "inference", "teacher", "distillation", "inspection", "export"),
-    ("finetuning", "bundle"),
+    ("finetuning", "bundle", "classifier"),
     ("command", "__main__"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -162,7 +162,7 @@ class Pack:
                 "keys": [side // block.reduction for side in grid],
                 "reduction": block.reduction,
                 "inner": block.inner is not None,
-                "tokens": found.prefix_tokens,
+                "tokens": block.prefix_tokens,
                 "patchesRead": True,
             }
         for i, layer in enumerate(found.class_blocks, start=len(found.blocks)):
