@@ -225,3 +225,21 @@ def test_an_answer_is_right_if_it_is_one_of_several_labels():
     expected = -np.log(np.array([6, 0.5, 0.375]) / total)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert top1.numpy().tolist() == [1, 0, 0] and top5.numpy().tolist() == [1, 1, 0]
+
+
+def test_every_replica_and_part_draws_from_a_stream_of_its_own(mirrored):
+    seen = []
+
+    def teacher(images):
+        (kept,) = tf.numpy_function(lambda x: (seen.append(x), x)[1:], [images], [tf.float32])
+        return tf.zeros((2, 10)) + 0 * tf.reduce_sum(kept)
+
+    values = {"dataset": "synthetic", "distilled": True, "distill": "hard", "teacher": "any.keras"}
+    train(mirrored, updates=1, teach=teacher, accumulation=2, seed=3, **values)
+    expected = [
+        tf.random.stateless_uniform((2, 32, 32, 3), [0, stream + 3 * 1_000_003], 0, 255).numpy()
+        for stream in range(4)
+    ]
+    assert len(seen) == 4
+    for images in expected:
+        assert sum(np.array_equal(images, found) for found in seen) == 1
