@@ -30,8 +30,9 @@ def load_checkpoint(model, source: str | os.PathLike, ema: bool = False):
 
     Args:
         model: a model built by this package, or one with such a model inside.
-        source: path of a `.safetensors` file, or of a `.pth`, `.pt`, `.pth.tar` or `.bin` file
-            where torch is installed; of these only tensors are read, never code.
+        source: path of a `.safetensors` file, of a `.pth`, `.pt`, `.pth.tar` or `.bin` file where
+            torch is installed, of which only tensors are read, never code; or of a `.keras` or
+            `.weights.h5` file that Keras wrote of such a model.
         ema: whether to take the moving average (EMA) of the weights, which the files of some
             training runs hold beside the weights.
 
@@ -49,7 +50,10 @@ def load_checkpoint(model, source: str | os.PathLike, ema: bool = False):
     >>> model = keras_tnt.TNTSmall(weights=None)
     >>> keras_tnt.load_checkpoint(model, "tnt_s_patch16_224.safetensors")
     """
-    checkpoint.fill(model, open_tensors(source, ema), tensor_names(model))
+    if os.fspath(source).endswith(KERAS) and not ema:
+        load_keras_file(model, os.fspath(source))
+    else:
+        checkpoint.fill(model, open_tensors(source, ema), tensor_names(model))
     return model
 
 
@@ -310,11 +314,7 @@ def fill(model, source):
         ValueError: if there are no such weights, or they do not fit the model.
         OSError: if they cannot be downloaded.
     """
-    path = fetch(source)
-    if path.endswith(KERAS):
-        load_keras_file(model, path)
-    else:
-        load_checkpoint(model, path)
+    load_checkpoint(model, fetch(source))
     if source.normalisation:
         entrance = anatomy(model).entrance
         entrance.mean, entrance.std = source.normalisation

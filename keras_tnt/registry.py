@@ -147,7 +147,8 @@ class Family:
 
 
 _families: dict[str, Family] = {}
-_functions: dict[tuple[str, str], Callable] = {}
+# The row that a variant's function was made of, and the function.
+_functions: dict[tuple[str, str], tuple[Variant, Callable]] = {}
 
 
 def add(family: Family) -> None:
@@ -277,10 +278,10 @@ def _names() -> dict[str, tuple[Family, str | None]]:
 def _function(each: Family, variant: str | None) -> Callable:
     if variant is None:
         return each.builder
-    key = each.name, variant
-    if key not in _functions:
-        _functions[key] = each.make_variant(each, variant)
-    return _functions[key]
+    key, row = (each.name, variant), each.variants[variant]
+    if key not in _functions or _functions[key][0] is not row:
+        _functions[key] = row, each.make_variant(each, variant)
+    return _functions[key][1]
 
 
 def functions() -> dict[str, Callable]:

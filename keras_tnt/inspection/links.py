@@ -7,7 +7,7 @@ words and patches by, and let it be multiplied by gates.
 import keras
 from keras import ops
 
-from keras_tnt.layers.base import context_value, link_weights
+from keras_tnt.layers.base import observing_links
 
 
 def observe(model, images):
@@ -23,7 +23,7 @@ def observe(model, images):
         weights[layer.path] = values
         return values
 
-    with context_value(link_weights, look):
+    with observing_links(look):
         logits = model(images, training=False)
     return ops.convert_to_numpy(logits), weights
 
@@ -41,7 +41,7 @@ def gate_gradient_of(model):
     """
 
     def target_logits(gates, images, chosen):
-        with context_value(link_weights, lambda layer, x: x * gates[layer.path]):
+        with observing_links(lambda layer, x: x * gates[layer.path]):
             return sum_of_targets(model(images, training=False), chosen)
 
     gradient = gradient_of(target_logits, model.variables)

@@ -14,8 +14,8 @@ from keras_tnt.layers.base import (
     CompositeLayer,
     TruncatedNormal,
     at_least_float32,
-    context_value,
-    link_weights,
+    link_observer,
+    observing_links,
     projection,
     take_first,
     take_first_spec,
@@ -38,7 +38,7 @@ def record_attention():
             recorded[layer.path] = weights
         return weights
 
-    with context_value(link_weights, record):
+    with observing_links(record):
         yield recorded
 
 
@@ -113,12 +113,12 @@ class Attention(CompositeLayer):
     def attention_of_first(self, query, key, bias, first_tokens):
         """The attention of the first tokens alone if told so.
 
-        Whoever looks on by `link_weights` sees that of all tokens, and what it returns is used.
+        Whoever looks on by `observing_links` sees that of all tokens, and what it returns is used.
 
         Returns:
             (attention, sums that it is to be divided by), the second None where that is done.
         """
-        look = link_weights.get()
+        look = link_observer()
         if look is not None:
             attention = look(self, self.attention(query, key, bias))
             return self.mix_attention(take_first(attention, first_tokens)), None

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+from collections.abc import Callable
 
 import keras
 from keras import ops
@@ -10,9 +11,7 @@ from keras import ops
 _draws_initial_values = contextvars.ContextVar("draws_initial_values", default=True)
 _inference_device = contextvars.ContextVar("inference_device", default=None)
 
-# A function (layer, weights) to weights that sees by how much each word and patch is read, and may
-# change it: an attention layer's softmax, and a one for each word that `WordsToPatches` reads.
-link_weights = contextvars.ContextVar("link_weights", default=None)
+_link_observer = contextvars.ContextVar("link_observer", default=None)
 
 
 def without_initial_values() -> contextlib.AbstractContextManager:
@@ -38,6 +37,21 @@ def inference_on(device: str) -> contextlib.AbstractContextManager:
 def inference_device() -> str | None:
     """What `compile_inference` compiles for: "cpu", "accelerator"; None outside of its programs."""
     return _inference_device.get()
+
+
+def observing_links(observer: Callable) -> contextlib.AbstractContextManager:
+    """Within the context, a function sees by how much each word and patch is read.
+
+    Args:
+        observer: from a layer and its weights, an attention layer's softmax or a one for each word
+            that `WordsToPatches` reads, to the weights that the layer is to use.
+    """
+    return context_value(_link_observer, observer)
+
+
+def link_observer() -> Callable | None:
+    """The function that `observing_links` was given; None outside of it."""
+    return _link_observer.get()
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")

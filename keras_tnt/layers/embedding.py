@@ -10,7 +10,7 @@ from keras_tnt.layers.base import (
     CompositeLayer,
     LayerNormalization,
     TruncatedNormal,
-    link_weights,
+    link_observer,
     projection,
 )
 
@@ -243,7 +243,7 @@ class WordsToPatches(CompositeLayer):
 
     def weigh(self, x, words):
         """Each word of x, (b, n, words*inner_dim), by how much it is read: 1 unless changed."""
-        look = link_weights.get()
+        look = link_observer()
         if look is None:
             return x
         weights = look(self, ops.ones_like(words[..., 0]))  # (b, n, words)

@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_tnt.layers import ClassAttention, SelfAttention, TalkingHeadAttention
 from keras_tnt.layers.attention import HeadMixing, record_attention
-from keras_tnt.layers.base import context_value, link_weights
+from keras_tnt.layers.base import observing_links
 from tests.checks import assert_close, assert_equal, check_layer, compute, normal
 
 # No norm stands before attention alone, so that large inputs are large logits.
@@ -133,7 +133,7 @@ def test_nothing_is_recorded_outside_the_context():
 @pytest.mark.parametrize("layer_class", [SelfAttention, ClassAttention, TalkingHeadAttention])
 def test_what_a_look_at_the_attention_returns_is_used(layer_class):
     layer, x = layer_class(num_heads=2), normal((2, 5, 8))
-    with context_value(link_weights, lambda _, weights: 0 * weights):
+    with observing_links(lambda _, weights: 0 * weights):
         nothing = ops.convert_to_numpy(layer(x))
     assert not np.any(nothing) and np.any(ops.convert_to_numpy(layer(x)))
 

@@ -14,7 +14,7 @@ from keras_tnt.layers import (
     WordEmbedding,
     WordsToPatches,
 )
-from keras_tnt.layers.base import context_value, link_weights
+from keras_tnt.layers.base import observing_links
 from keras_tnt.layers.embedding import resample_positions
 from tests import golden
 from tests.checks import assert_close, assert_equal, check_layer, compute, normal
@@ -142,7 +142,7 @@ def test_a_word_of_no_weight_is_left_out_of_its_patch(layer_class):
         seen.append(ops.convert_to_numpy(weights))
         return ops.multiply(weights, np.array([1, 0, 1, 1], "float32"))
 
-    with context_value(link_weights, leave_out_the_second):
+    with observing_links(leave_out_the_second):
         without = ops.convert_to_numpy(layer(words))
     kernel = ops.convert_to_numpy(layer.projection.kernel).copy()
     kernel[6:12] = 0
