@@ -14,6 +14,7 @@ from keras_tnt.text import printable
 from keras_tnt.weights import KERAS, checkpoint, hub, load_keras_file
 from keras_tnt.weights.files import SAFETENSORS, TORCH, open_tensors
 from keras_tnt.weights.hub_config import LARGEST_FILE, parse_config
+from keras_tnt.weights.keras_files import read_shapes
 
 HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^@]+))?")
 # Files that hold the weights of a repository, best first.
@@ -284,6 +285,24 @@ def check_classes(source, classes):
         f"The weights {source.given!r} have {has}, the model {classes}. Say {say}"
         "include_top=False and put a head of your own behind it."
     )
+
+
+def count_classes(source):
+    """The number of classes that weights have, as far as it is told without building their model.
+
+    Args:
+        source: a `Source`; what lies on the hub is not downloaded.
+
+    Returns:
+        An integer, 0 for weights without a classifier; None where it is not known.
+    """
+    if source.classes is not None or source.path is None:
+        return source.classes
+    if source.path.endswith(KERAS):
+        shape = read_shapes(source.path).get("layers/dense/vars/0")
+        return shape[-1] if shape else 0
+    shape = open_tensors(source.path).shapes.get("head.weight")
+    return shape[0] if shape else None
 
 
 def fetch(source):

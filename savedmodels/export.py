@@ -52,6 +52,12 @@ def parse(arguments):
     source.add_argument("--model", help="a variant, such as TNTSmall, or a .keras file")
     source.add_argument("--run", help="working directory of a training run that has ended")
     parser.add_argument(
+        "--checkpoint",
+        choices=("best", "final", "final_ema"),
+        help="which weights of --run: of its best evaluation, of its end, or their moving average; "
+        "default: of the last two the one with the better accuracy",
+    )
+    parser.add_argument(
         "--plugins",
         default="",
         help="modules to import first, by commas: those that register models",
@@ -84,6 +90,8 @@ def check(options):
         stop("--run has its own weights, size and classes; leave out --weights and the like")
     if options.run and not os.path.isfile(final(options.run)):
         stop(f"{options.run} holds no final.keras: it is no training run, or has not ended")
+    if options.checkpoint and not options.run:
+        stop("--checkpoint goes with --run")
     if options.labels and not os.path.isfile(options.labels):
         stop(f"--labels: there is no file {options.labels}")
     if options.no_saved_model and not options.onnx:
@@ -103,7 +111,9 @@ def load(options):
     from keras_tnt.weights import load_keras_model
 
     if options.run:
-        return load_keras_model(final(options.run)), f"run {options.run}"
+        checkpoint = options.checkpoint or better(options.run)
+        print(f"The weights of {options.run} are {checkpoint}")
+        return load_checkpoint_of(options.run, checkpoint), f"run {options.run}, {checkpoint}"
     if options.model.endswith(".keras"):
         return load_keras_model(options.model), options.model
     try:
@@ -121,8 +131,48 @@ def load(options):
     return model, options.weights or f"the default of {options.model}"
 
 
-def final(run):
-    return os.path.join(run, "final.keras")
+def final(run, checkpoint="final"):
+    return os.path.join(run, f"{checkpoint}.keras")
+
+
+def better(run):
+    """The weights of a run that were the better at its end, as its results say: plain or averaged.
+
+    Returns:
+        "final" or "final_ema".
+    """
+    try:
+        with open(os.path.join(run, "results.json"), encoding="utf-8") as file:
+            return json.load(file).get("better", "final")
+    except FileNotFoundError:
+        return "final"
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{run}/results.json is damaged ({error}): say --checkpoint") from error
+
+
+def load_checkpoint_of(run, checkpoint):
+    """The model of a run with the weights of its end, or of its best evaluation."""
+    from keras_tnt.weights import load_keras_model
+
+    if checkpoint != "best":
+        path = final(run, checkpoint)
+        if not os.path.isfile(path):
+            raise ValueError(f"{run} holds no {checkpoint}.keras: the run had no --ema")
+        return load_keras_model(path)
+    from safetensors import SafetensorError, safe_open
+
+    model = load_keras_model(final(run))
+    path = os.path.join(run, "checkpoints", "best.safetensors")
+    if not os.path.isfile(path):
+        raise ValueError(f"{run} holds no checkpoints/best.safetensors")
+    try:
+        with safe_open(path, framework="np") as file:
+            values = {v.path: file.get_tensor(f"model/{v.path}") for v in model.weights}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged, or of another model: {error}") from error
+    for variable in model.weights:
+        variable.assign(values[variable.path])
+    return model
 
 
 def read_labels(path):

@@ -87,10 +87,10 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, 
     with strategy.scope():
         classes = config.classes or source.classes
         model = models.load(config, classes, run, weights, checkpoint)
-    if model.output_shape[-1] < source.classes:
+    if model.output_shape[-1] != classes:
         raise ValueError(
             f"the model tells {model.output_shape[-1]} classes apart, and --dataset="
-            f"{config.dataset} has {source.classes}"
+            f"{config.dataset} has {classes}"
         )
     corrupt = data.UnreadableImages(source, config.max_corrupt)
     config = dataclasses.replace(config, crop=models.crop_share(config, model))

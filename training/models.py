@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_tnt
-from keras_tnt import finetuning, registry
+from keras_tnt import finetuning, pretrained, registry
 from keras_tnt.files import replacing, write_atomically
 from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.layers.ends import scale_and_offset
@@ -51,7 +51,7 @@ def find_builder(name, flag="--model"):
         raise ValueError(f"{flag}: {error}") from error
 
 
-def build(config, classes, label_names=None):
+def build(config, classes, label_names=None, fresh_heads=True):
     """The model of a configuration, on pixels in [0, 255], in its precision.
 
     Args:
@@ -59,6 +59,8 @@ def build(config, classes, label_names=None):
         classes: number of classes.
         label_names: names of a data set's classes, which the model keeps if it has as many. It
             knows ImageNet's by itself.
+        fresh_heads: whether heads start afresh where `--weights` have other classes; if not, such
+            weights are refused.
 
     Returns:
         A `keras.Model`.
@@ -74,12 +76,20 @@ def build(config, classes, label_names=None):
             arguments[name] = getattr(config, name)
     if config.precision != "float32":
         arguments["dtype"] = f"mixed_{config.precision}"
-    builder, weights = find_builder(config.model), config.weights or None
-    if weights is None or classes == IMAGENET_CLASSES or weights.endswith(KERAS_FILES):
+    builder, weights = find_builder(config.model), file_of_run(config.weights) or None
+    theirs = classes_of(weights)
+    if not fresh_heads or theirs in (None, classes):
         model = builder(classes=classes, weights=weights, **arguments)
     else:
         model = builder(classes=classes, weights=None, **arguments)
-        take_all_but_heads(model, builder(weights=weights, **arguments))
+        arguments.pop("class_names", None)
+        top = {"classes": theirs} if theirs else {"include_top": False}
+        fresh = take_all_but_heads(model, builder(weights=weights, **top, **arguments))
+        print(
+            f"--weights={config.weights} has {theirs or 'no'} classes, the data {classes}: "
+            f"{', '.join(fresh)} start afresh",
+            flush=True,
+        )
     if config.remat:
         found = keras_tnt.anatomy(model)
         for layer in (*(block.layer for block in found.blocks), *found.class_blocks):
@@ -108,7 +118,8 @@ def load(config, classes, run, weights, checkpoint):
         if not os.path.isfile(weights):
             raise ValueError(f"--weights: there is no file {weights!r}")
         return load_keras_model(weights)
-    model = build(dataclasses.replace(config, weights=weights or ""), classes)
+    config = dataclasses.replace(config, weights=weights or "")
+    model = build(config, classes, fresh_heads=False)
     if weights:
         return model
     if checkpoint != "best":
@@ -124,11 +135,33 @@ def load(config, classes, run, weights, checkpoint):
 
 
 def take_all_but_heads(model, donor):
-    """Copy the weights of a model of other classes."""
+    """Copy the weights of a model of other classes; returns the paths of those that were left."""
     values = {v.path: v for v in donor.weights}
+    heads = {v.path for head in keras_tnt.anatomy(model).heads for v in head.weights}
     for variable in model.weights:
-        if not variable.path.startswith(("head/", "head_distillation/")):
+        if variable.path not in heads:
             variable.assign(values[variable.path].numpy())
+    return sorted(heads)
+
+
+def file_of_run(weights):
+    """The trained model of a run, where `--weights` names a run's directory; else `weights`."""
+    if not os.path.isdir(weights):
+        return weights
+    path = os.path.join(weights, "final.keras")
+    if not os.path.isfile(path):
+        raise ValueError(f"--weights={weights} holds no final.keras: has the run ended?")
+    return path
+
+
+def classes_of(weights):
+    """The number of classes that weights have; None if they, or no weights, do not tell."""
+    if weights is None or weights == "imagenet":
+        return weights and IMAGENET_CLASSES
+    try:
+        return pretrained.count_classes(pretrained.find(weights))
+    except ValueError as error:
+        raise ValueError(f"--weights: {error}") from error
 
 
 def build_teacher(config, student):

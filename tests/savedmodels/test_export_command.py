@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytest.importorskip("tensorflow_serving")
 
@@ -56,7 +58,31 @@ def test_a_training_run_is_exported(tmp_path, capsys):
     assert (version / "assets" / "labels.txt").read_text() == "ant\nbee\ncat\n"
     card = json.loads((version / "assets.extra" / "model.json").read_text())
     assert card["labels"] == ["ant", "bee", "cat"]
-    assert card["weights"] == f"run {run}"
+    assert card["weights"] == f"run {run}, final"
+
+
+@pytest.mark.one_backend
+def test_the_better_weights_of_a_run_are_exported_unless_told_otherwise(tmp_path):
+    models = {name: tiny() for name in ("final", "final_ema", "best")}
+    for name, model in models.items():
+        model.get_layer("head").bias.assign([0.0, 1.0, float(len(name))])
+    models["final"].save(tmp_path / "final.keras")
+    with pytest.raises(ValueError, match="holds no final_ema.keras: the run had no --ema"):
+        command.load_checkpoint_of(str(tmp_path), "final_ema")
+    models["final_ema"].save(tmp_path / "final_ema.keras")
+    (tmp_path / "checkpoints").mkdir()
+    tensors = {f"model/{v.path}": np.asarray(v) for v in models["best"].weights}
+    save_file(tensors, tmp_path / "checkpoints" / "best.safetensors")
+    for name in models:
+        found = command.load_checkpoint_of(str(tmp_path), name)
+        for ours, theirs in zip(found.get_weights(), models[name].get_weights(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert command.better(tmp_path) == "final"
+    (tmp_path / "results.json").write_text(json.dumps({"better": "final_ema"}))
+    assert command.better(tmp_path) == "final_ema"
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="results.json is damaged"):
+        command.better(tmp_path)
 
 
 @pytest.mark.one_backend

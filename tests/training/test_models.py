@@ -1,5 +1,8 @@
 """What the trainer knows of the models."""
 
+import dataclasses
+from unittest import mock
+
 import numpy as np
 import pytest
 
@@ -46,6 +49,31 @@ def test_a_checkpoint_of_other_classes_gives_all_but_its_head(tmp_path):
     others = {v.path for v in model.weights} - same
     # Resampled for 64x64; a zero bias of another length.
     assert others == {"patch_position/table", *(p for p in theirs if p.startswith("head"))}
+
+
+def test_weights_of_other_classes_of_any_kind_give_all_but_the_heads(tmp_path, capsys):
+    """A run's directory, Keras's files and safetensors; what starts afresh is said."""
+    donor = models.tnt_digits(classes=8, depth=1)
+    donor.save(tmp_path / "final.keras")
+    donor.save_weights(tmp_path / "donor.weights.h5")
+    keras_tnt.save_checkpoint(donor, tmp_path / "donor.safetensors")
+    theirs = {v.path: v.numpy() for v in donor.weights}
+    for name in ("", "final.keras", "donor.weights.h5", "donor.safetensors"):
+        weights = str(tmp_path / name)
+        config = dataclasses.replace(configuration.make("digits"), weights=weights)
+        with mock.patch.dict(models.TNT_DIGITS, depth=1):
+            model = models.build(config, classes=6)
+            with pytest.raises(ValueError, match="8.*classes|classes.*8"):
+                models.build(config, classes=6, fresh_heads=False)
+        said = capsys.readouterr().out
+        assert f"--weights={weights} has 8 classes, the data 6: head/bias, head/kernel" in said
+        for variable in model.weights:
+            if not variable.path.startswith("head/"):
+                np.testing.assert_array_equal(variable.numpy(), theirs[variable.path])
+    (tmp_path / "empty").mkdir()
+    config = dataclasses.replace(configuration.make("digits"), weights=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="holds no final.keras"):
+        models.build(config, classes=6)
 
 
 def test_a_teacher_has_its_public_weights(monkeypatch):
