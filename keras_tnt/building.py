@@ -270,9 +270,11 @@ def builder(function: Callable) -> Callable:
         source = pretrained.find(arguments["weights"])
         if source is not None:
             pretrained.check_classes(source, classes if arguments["include_top"] else None)
+            arguments["class_names"] = class_names or source.class_names
         with without_initial_values() if source is not None else contextlib.nullcontext():
             inputs, outputs = function(*given.args, **given.kwargs)
         model = make_model(inputs, outputs, arguments["name"])
+        own_entrance(model).architecture = architecture_told(signature, arguments)
         if source is not None:
             pretrained.fill(model, source)
         return model
@@ -287,6 +289,28 @@ def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.Bound
         return signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{name}() {error}") from None
+
+
+def own_entrance(model: keras.Model) -> ImageNormalization:
+    """The model's first layer of ours: the last of all where it is built upon another model."""
+    return [layer for layer in model.layers if isinstance(layer, ImageNormalization)][-1]
+
+
+def architecture_told(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict:
+    """What decides on the weights and is not the builder's default, in values that JSON can hold.
+
+    Args:
+        signature: of a family's builder.
+        arguments: all that it is told, or a part.
+    """
+    told = {
+        p.name: arguments[p.name]
+        for p in signature.parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+        and p.name not in WITHOUT_WEIGHTS
+        and arguments.get(p.name, p.default) != p.default
+    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
 
 
 # Names of the layers that models of this package have been built of upon a tensor.
@@ -439,8 +463,9 @@ def variant_docstring(family: Family, row: Variant) -> str:
     Args:
         weights: `"imagenet"`, for the public weights that fit the arguments and the image size; a
             name of `keras_tnt.list_weights()`; `"hf://owner/repository"` for a checkpoint of timm's
-            on the Hugging Face hub, whose number of classes and image size become the defaults;
-            the path of a file (`.safetensors`, `.pth`, `.weights.h5`, `.keras`); or None (random).
+            on the Hugging Face hub, whose number and names of classes and image size become the
+            defaults; a folder of that form, as `keras_tnt.save_pretrained` writes it; the path of
+            a file (`.safetensors`, `.pth`, `.weights.h5`, `.keras`); or None (random).
 
     All other arguments are those of `keras_tnt.{name}`, which explains them.
 

@@ -105,7 +105,8 @@ class Source:
         arguments: what the variant is told beside its own architecture.
         size: (height, width) of the images it was trained on; None: not known.
         classes: number of classes; None: not known.
-        normalisation: (mean, std) of the images it was trained on; None: the family's own.
+        class_names: list of the names of the classes; None: not known.
+        images: attributes of the model's `ImageNormalization` as far as they are known.
     """
 
     given: str
@@ -118,15 +119,21 @@ class Source:
     arguments: dict = dataclasses.field(default_factory=dict)
     size: tuple | None = None
     classes: int | None = None
-    normalisation: tuple | None = None
+    class_names: list | None = None
+    images: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def of_anyone(self):
+        """Whether a config.json tells of the model, and not a row of the table."""
+        return self.given.startswith("hf://") or os.path.isdir(self.given)
 
 
 def find(weights):
     """The source that `weights=` names, without downloading the weights themselves.
 
     Args:
-        weights: None, a name of `list_weights()`, "hf://owner/repository", the path of a file, or
-            what this function gave.
+        weights: None, a name of `list_weights()`, "hf://owner/repository", the path of a file or
+            of a folder that `save_pretrained` wrote, or what this function gave.
 
     Returns:
         A `Source`, or None.
@@ -147,6 +154,8 @@ def find(weights):
             "weights='imagenet' belongs to the variants, such as keras_tnt.TNTSmall. A builder "
             "takes a name of keras_tnt.list_weights(), 'hf://owner/repository', or a file's path."
         )
+    if os.path.isdir(given):
+        return from_folder(given)
     if not os.path.isfile(given):
         raise ValueError(
             "`weights` must be None, 'imagenet', a name of keras_tnt.list_weights(), "
@@ -186,7 +195,7 @@ def find_for(weights, model, arguments, defaults, size):
         )
     theirs = defaults | source.arguments
     differing = [name for name, value in arguments.items() if value != theirs[name]]
-    if differing and not source.given.startswith("hf://"):
+    if differing and not source.of_anyone:
         raise ValueError(
             f"The weights {source.given!r} belong to {typed(model, source.arguments)}, not to "
             f"{typed(model, arguments)}: leave out {', '.join(differing)}, or say weights=None."
@@ -245,6 +254,20 @@ def from_hub(given):
     return dataclasses.replace(source, **described(config, given))
 
 
+def from_folder(folder):
+    """The source that a folder with the files of such a repository is."""
+    paths = {name: os.path.join(folder, name) for name in ("config.json", *HUB_FILES)}
+    there = [name for name, path in paths.items() if os.path.isfile(path)]
+    if len(there) < 2 or there[0] != "config.json":
+        raise ValueError(
+            f"Folder {folder!r} holds no model: a config.json and {' or '.join(HUB_FILES)} are "
+            "looked for."
+        )
+    with open(paths["config.json"], "rb") as file:
+        config = parse_config(file.read(LARGEST_FILE + 1), folder)
+    return Source(folder, path=paths[there[1]], **described(config, folder))
+
+
 def described(config, given):
     """What a `HubConfig` tells of the model, as attributes of a `Source`."""
     known = {"classes": config.classes}
@@ -252,15 +275,22 @@ def described(config, given):
     if config.architecture in rows:
         row = rows[config.architecture]
         known |= {"model": row.model, "arguments": row.arguments, "size": (row.size, row.size)}
-    elif config.architecture:
+    elif config.architecture in registry.list_models():
+        known["model"] = registry.find_model(config.architecture).__name__
+    elif config.architecture and config.architecture not in [f.name for f in registry.families()]:
         raise ValueError(
             f"{given!r} holds a '{printable(config.architecture)}'. keras_tnt reads these "
             f"architectures of timm: {', '.join(rows)}."
         )
     if config.size:
         known["size"] = config.size
+    images = {"crop": config.crop, "interpolation": config.interpolation}
     if config.mean and config.std:
-        known["normalisation"] = (config.mean, config.std)
+        images |= {"mean": config.mean, "std": config.std}
+    known["images"] = {name: value for name, value in images.items() if value is not None}
+    names = config.class_names
+    if names and len(set(names)) == len(names):
+        known["class_names"] = list(names)
     return known
 
 
@@ -314,10 +344,11 @@ def fetch(source):
     """
     if source.path:
         return source.path
-    renew = source.given.startswith("hf://")
     for file in source.files:
         try:
-            return hub.fetch(source.repository, file, source.revision, source.sha256, renew=renew)
+            return hub.fetch(
+                source.repository, file, source.revision, source.sha256, renew=source.of_anyone
+            )
         except hub.MissingFile:
             continue
     raise ValueError(
@@ -334,9 +365,9 @@ def fill(model, source):
         OSError: if they cannot be downloaded.
     """
     load_checkpoint(model, fetch(source))
-    if source.normalisation:
-        entrance = anatomy(model).entrance
-        entrance.mean, entrance.std = source.normalisation
+    entrance = anatomy(model).entrance
+    for name, value in source.images.items():
+        setattr(entrance, name, value)
 
 
 # === The table of public weights ===

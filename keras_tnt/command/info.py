@@ -8,8 +8,8 @@ HELP = "what a model is: family, classes, parameters, multiply-accumulates, weig
 def add_arguments(parser):
     parser.add_argument(
         "model",
-        help="a name that `keras-tnt list` gives, a .keras or .onnx file, the directory of a run "
-        "or a SavedModel",
+        help="a name that `keras-tnt list` gives, a .keras or .onnx file, the directory of a run, "
+        "of save_pretrained or of a SavedModel",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -23,8 +23,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--model",
         default="TNTSmall",
-        help="a name that `keras-tnt list` gives, a .keras or .onnx file, the directory of a run "
-        "or a SavedModel",
+        help="a name that `keras-tnt list` gives, a .keras or .onnx file, the directory of a run, "
+        "of save_pretrained or of a SavedModel",
     )
     parser.add_argument(
         "--weights",

@@ -65,8 +65,8 @@ def open_runtime(name, weights, features, count):
     """Open a model.
 
     Args:
-        name: variant, or path of a `.keras` file, a run's directory, an `.onnx` file or a
-            SavedModel.
+        name: variant, or path of a `.keras` file, a run's directory, a folder of
+            `save_pretrained`, an `.onnx` file or a SavedModel.
         weights: of a variant.
         features: whether it is to give features in the place of scores.
         count: of the images that it is opened for.
@@ -101,9 +101,12 @@ def load_model(name, weights=None):
 
     if os.path.isdir(name):
         final = os.path.join(name, "final.keras")
+        if os.path.isfile(os.path.join(name, "model.safetensors")):
+            return keras_tnt.load_pretrained(name)
         if not os.path.isfile(final):
             raise ValueError(
-                f"Folder '{name}' holds no model: no final.keras of a run, and no SavedModel."
+                f"Folder '{name}' holds no model: no final.keras of a run, no model.safetensors of "
+                "save_pretrained, and no SavedModel."
             )
         name = final
     if name.endswith(".keras"):

@@ -46,6 +46,8 @@ class ImageNormalization(keras.layers.Layer):
         crop: share of the side that evaluation shows; None: by the family's rule.
         interpolation: with which images are resized.
         data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+        architecture: what the family's builder was told beside its defaults, of what decides on
+            the model's weights.
 
     Call arguments:
         images: `(batch, height, width, channels)`, or channels first.
@@ -63,6 +65,7 @@ class ImageNormalization(keras.layers.Layer):
         crop: float | None = None,
         interpolation: str = "bicubic",
         data_format: str | None = None,
+        architecture: dict | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -73,6 +76,7 @@ class ImageNormalization(keras.layers.Layer):
         self.crop = crop
         self.interpolation = interpolation
         self.data_format = data_format or keras.config.image_data_format()
+        self.architecture = dict(architecture or {})
 
     def call(self, images):
         if not self.normalises:
@@ -97,6 +101,7 @@ class ImageNormalization(keras.layers.Layer):
             "crop": self.crop,
             "interpolation": self.interpolation,
             "data_format": self.data_format,
+            "architecture": dict(self.architecture),
         }
 
 

@@ -1,7 +1,9 @@
 """A test double of the Hugging Face hub on the loopback: files of repositories, over HTTP."""
 
+import base64
 import hashlib
 import http.server
+import json
 import threading
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ COMMIT = "5" * 40
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Answers as the hub does to whoever downloads a file.
+    """Answers as the hub does to whoever downloads a file, or uploads small ones.
 
     Attributes:
         files: dict from (repository, file) to the path of what is served.
@@ -23,6 +25,9 @@ class Hub(http.server.ThreadingHTTPServer):
         status: HTTP status to give to everything.
         headers: dict of headers that every answer has beside, or in place of, the usual ones.
         endless: send more than was promised.
+        folder: where files go that are uploaded.
+        created: what was said of each repository that was to be made.
+        tokens: set of what uploads proved their right with.
     """
 
     daemon_threads = True
@@ -32,6 +37,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.files, self.requests, self.etags = {}, [], {}
         self.cut = self.size = self.status = None
         self.stall, self.headers, self.endless = 0, {}, False
+        self.folder, self.created, self.tokens = None, [], set()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.lock = threading.Lock()
         self.hashes = {}
@@ -66,6 +72,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.answer(with_body=True)
+
+    def do_POST(self):
+        hub = self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        if hub.status:
+            return self.refuse(hub.status)
+        hub.tokens.add(self.headers.get("Authorization"))
+        *_, action, _ = parts = self.path.strip("/").split("/")
+        if action == "repos":
+            hub.created.append(json.loads(body))
+            told = {"url": f"{hub.url}/someone/flowers"}
+        elif action == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            told = {
+                "files": [
+                    {"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files
+                ]
+            }
+        else:
+            for entry in map(json.loads, body.splitlines()):
+                if entry["key"] == "file":
+                    self.receive("/".join(parts[2:4]), **entry["value"])
+            told = {
+                "commitUrl": f"{hub.url}/{'/'.join(parts[2:4])}/commit/{COMMIT}",
+                "commitOid": COMMIT,
+            }
+        data = json.dumps(told).encode()
+        self.begin(200, {"Content-Type": "application/json", "Content-Length": str(len(data))})
+        self.wfile.write(data)
+
+    def receive(self, repository, content, path, encoding):
+        place = self.server.folder / repository / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(base64.b64decode(content))
+        self.server.add(repository, path, place)
 
     def answer(self, with_body):
         hub = self.server

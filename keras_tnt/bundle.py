@@ -1,0 +1,229 @@
+"""A model to share: weights in timm's names, and a config.json that tells of it in timm's form."""
+
+import inspect
+import json
+import os
+import tempfile
+
+import keras
+
+import keras_tnt
+from keras_tnt import registry
+from keras_tnt.anatomy import Anatomy, anatomy, class_names
+from keras_tnt.building import architecture_told
+from keras_tnt.files import write_atomically
+from keras_tnt.imagenet import imagenet_classes
+from keras_tnt.pretrained import save_checkpoint
+from keras_tnt.registry import Checkpoint
+from keras_tnt.text import printable
+from keras_tnt.weights import hub
+from keras_tnt.weights.hub_config import LARGEST_FILE
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# What the config.json has for us alone.
+OWN = "keras_tnt"
+
+
+def save_pretrained(model: keras.Model, directory: str | os.PathLike) -> str:
+    """Write a model's weights and what is to be known of it into a folder that can be shared.
+
+    `model.safetensors` has timm's names of tensors, `config.json` timm's form, with the names of
+    the classes and how images are prepared. The folder is what `weights=` takes, as a path or,
+    once it lies on the hub, as `"hf://owner/repository"`; timm takes it as
+    `timm.create_model("local-dir:<folder>")` where it has the architecture.
+
+    Args:
+        model: a model of this package, or one with such a model inside and a layer
+            `Dense(classes, name="head")` behind it.
+        directory: made if it does not exist; the two files in it are replaced.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        ValueError: for a quantized model, and layers that no checkpoint has.
+
+    Example:
+
+    >>> keras_tnt.save_pretrained(model, "tnt_small_flowers")
+    >>> model = keras_tnt.TNTSmall(weights="tnt_small_flowers")
+    """
+    directory = os.path.abspath(os.fspath(directory))
+    os.makedirs(directory, exist_ok=True)
+    config = describe(model)
+    save_checkpoint(model, os.path.join(directory, WEIGHTS))
+    write_atomically(os.path.join(directory, CONFIG), json.dumps(config, indent=1) + "\n")
+    return directory
+
+
+def load_pretrained(directory: str | os.PathLike) -> keras.Model:
+    """The model that `save_pretrained` wrote, whatever its architecture.
+
+    Raises:
+        ValueError: if the folder holds no such model.
+    """
+    directory = os.fspath(directory)
+    try:
+        with open(os.path.join(directory, CONFIG), "rb") as file:
+            config = json.loads(file.read(LARGEST_FILE))
+        own = config[OWN]
+        arguments = {"input_shape": tuple(own["input_shape"]), **own["arguments"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"Folder '{directory}' holds no model of keras_tnt.save_pretrained ({error!r}). A "
+            "model of timm's is loaded by its variant: keras_tnt.TNTSmall(weights='<folder>')."
+        ) from error
+    return keras_tnt.create_model(own["family"], weights=directory, **arguments)
+
+
+def push_to_hub(
+    model: keras.Model, repository: str, *, private: bool = False, token: str | None = None
+) -> str:
+    """Write a model to a repository of the Hugging Face hub, which is made if it does not exist.
+
+    Args:
+        model: as `save_pretrained` takes it.
+        repository: "owner/name".
+        private: whether only its owner sees a repository that is made.
+        token: of the hub; None: that of `hf auth login`, or of the variable HF_TOKEN.
+
+    Returns:
+        What `weights=` takes: "hf://owner/name".
+
+    Raises:
+        ValueError: as `save_pretrained`.
+        OSError: if the hub cannot be reached, or refuses.
+
+    Example:
+
+    >>> keras_tnt.push_to_hub(model, "someone/tnt_small_flowers")
+    """
+    from huggingface_hub import HfApi
+
+    if repository.count("/") != 1:
+        raise ValueError(f"A repository of the hub is 'owner/name'. Received: {repository!r}")
+    hub.check_names(repository, CONFIG, "main")
+    api = HfApi(endpoint=hub.endpoint(), token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=f"{model.name} of keras_tnt {keras_tnt.__version__}",
+            )
+        except Exception as error:
+            if not type(error).__module__.startswith(("http", "huggingface_hub")):
+                raise
+            reason = printable(str(error), longest=300)
+            raise ConnectionError(
+                f"'{repository}' cannot be written at {hub.endpoint()}: {reason}. Log in (`hf auth "
+                "login`, or HF_TOKEN), and check the network."
+            ) from error
+    return f"hf://{repository}"
+
+
+def describe(model: keras.Model) -> dict:
+    """The config.json of a model."""
+    parts = anatomy(model)
+    image, names = parts.image, class_names(model)
+    size = [image.height, image.width]
+    classes = parts.heads[0].units if parts.heads else 0
+    pooling = pooling_of(parts)
+    check_heads(model, parts, pooling)
+    row = checkpoint_like(parts)
+    config = {
+        "architecture": row.architecture if row else variant_like(parts) or parts.family,
+        "num_classes": classes,
+        "num_features": parts.norm.gamma.shape[-1] if parts.norm else None,
+        "global_pool": "token" if parts.class_tokens else "avg",
+        "pretrained_cfg": {
+            "tag": model.name,
+            "custom_load": False,
+            "input_size": [image.channels, *size],
+            "fixed_input_size": True,
+            "interpolation": image.interpolation,
+            "crop_pct": image.crop,
+            "crop_mode": "center",
+            "mean": list(image.mean),
+            "std": list(image.std),
+            "num_classes": classes,
+            "classifier": ["head", "head_dist"] if len(parts.heads) == 2 else "head",
+        },
+        OWN: {
+            "version": keras_tnt.__version__,
+            "family": parts.family,
+            "input_shape": list(parts.model.input_shape[1:]),
+            "arguments": {
+                **parts.entrance.architecture,
+                "include_preprocessing": image.normalises,
+                **(top_arguments(parts) if classes else {"include_top": False, "pooling": pooling}),
+            },
+        },
+    }
+    model_args = {"in_chans": image.channels} if image.channels != 3 else {}
+    if row and size != [row.size, row.size]:
+        model_args["img_size"] = size
+    if model_args:
+        config["model_args"] = model_args
+    if names and names != [name for _, name in imagenet_classes()]:
+        config["label_names"] = names
+    return config
+
+
+def top_arguments(parts: Anatomy) -> dict:
+    activation = getattr(parts.predictions or parts.heads[0], "activation", "softmax")
+    return {
+        "classes": parts.heads[0].units,
+        "classifier_activation": keras.activations.serialize(activation),
+    }
+
+
+def pooling_of(parts: Anatomy) -> str | None:
+    """The `pooling` that a model without its top was built with."""
+    names = {"token": "token", "avg_pool": "avg", "max_pool": "max"}
+    last = parts.model.layers[-1].name.removeprefix(parts.layer_prefix)
+    return names.get(last)
+
+
+def check_heads(model, parts, pooling):
+    """Refuse a classifier around a model that reads other than the family's own reads.
+
+    Raises:
+        ValueError: naming what it should read.
+    """
+    if not parts.heads or parts.heads[0] in parts.model.layers:
+        return
+    wanted = "token" if parts.class_tokens else "avg"
+    if pooling != wanted or parts.class_tokens > 1:
+        raise ValueError(
+            f"The classifier of model '{model.name}' reads pooling={pooling!r}; in a checkpoint of "
+            f"this family it reads pooling={wanted!r}, one token alone. Build the model with its "
+            "own head: classes=."
+        )
+
+
+def checkpoint_like(parts: Anatomy) -> Checkpoint | None:
+    """The public checkpoint of a model's architecture, nearest in size; None if there is none."""
+    family = registry.family(parts.family)
+    functions = {family.function_name(name): row for name, row in family.variants.items()}
+    found = [
+        row
+        for row in family.checkpoints
+        if same(parts, {**functions[row.model].architecture, **row.arguments})
+    ]
+    side = parts.image.height or 0
+    return min(found, key=lambda row: abs(row.size - side), default=None)
+
+
+def variant_like(parts: Anatomy) -> str | None:
+    """The name of the variant of a model's architecture; None if there is none."""
+    variants = registry.family(parts.family).variants
+    return next((name for name, row in variants.items() if same(parts, row.architecture)), None)
+
+
+def same(parts: Anatomy, architecture: dict) -> bool:
+    """Whether a model has an architecture, which leaves out the builder's defaults."""
+    signature = inspect.signature(registry.family(parts.family).builder)
+    return architecture_told(signature, architecture) == parts.entrance.architecture
