@@ -1,7 +1,8 @@
 """When the inner transformer is computed in C++, and with which of its weights.
 
-It is where `keras_tnt.compile_inference` compiles for a CPU, and the block is nothing but norms,
-self-attention, MLP and residuals in float32, among words that fill the processor's vectors.
+It is where `keras_tnt.compile_inference` compiles for a CPU, and where torch trains on one, if the
+block is nothing but norms, self-attention, MLP and residuals in float32, without dropout, among
+words that fill the processor's vectors.
 """
 
 import keras
@@ -9,7 +10,7 @@ from keras import ops
 
 from keras_tnt import native
 from keras_tnt.layers.attention import SelfAttention
-from keras_tnt.layers.base import inference_device
+from keras_tnt.layers.base import inference_device, link_weights
 from keras_tnt.native import runtimes
 
 
@@ -25,11 +26,31 @@ def inner_transformer(block, words, training=False):
         Words of the same shape.
     """
     operator = None
-    if inference_device() == "cpu" and not training:
+    if learns(block, words) if training else inference_device() == "cpu":
         operator = operator_for(block, words.shape)
     if operator is None:
         return block(words, training=training)
-    return operator(words, weights_of(block, words.shape), block.epsilon)
+    weights = weights_of(block, words.shape)
+    if not training:
+        return operator(words, weights, block.epsilon)
+    return operator(words, weights, block.epsilon, keep_of(block, words))
+
+
+def learns(block, words):
+    """Whether a block may train in C++ here."""
+    return (
+        keras.backend.backend() in runtimes.LEARNS
+        and words.device.type == "cpu"
+        and not (block.dropout or block.attention_dropout)
+        and link_weights.get() is None
+    )
+
+
+def keep_of(block, words):
+    """What stochastic depth multiplies the two branches by, `(2, batch, patches)`."""
+    ones = ops.ones((*words.shape[:2], 1, 1))
+    drops = block.drop_attention, block.drop_mlp
+    return ops.stack([drop(ones, training=True)[..., 0, 0] for drop in drops])
 
 
 def operator_for(block, words_shape):

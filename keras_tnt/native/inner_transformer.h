@@ -142,11 +142,11 @@ inline void attend(const Channel* qkv, Channel* y) {
   }
 }
 
-// x Phi(x) = max(x, 0) - s Phi(-s) with s = |x|, and Phi(-s) = e^(-s^2 / 2) t P(u) with a polynomial
-// P, within 5e-8 of its value; gelu_coefficients.py, beside this file, derives P and says how.
-inline Vec gelu(Vec x) {
+// Phi(-s) for s >= 0, within 5e-8 of its value before rounding: e^(-s^2 / 2) t P(u) with a polynomial
+// P that gelu_coefficients.py, beside this file, derives.
+inline Vec normal_tail(Vec s) {
   constexpr float shift = 2.9f;
-  const Vec s = larger(x, -x), t = 1.0f / (s + shift), u = 1.0f - 2.0f * shift * t;
+  const Vec t = 1.0f / (s + shift), u = 1.0f - 2.0f * shift * t;
   Vec y = u * -0.000327919197f - 0.000732461668f;
   y = y * u + 0.00174480859f;
   y = y * u + 0.00566905911f;
@@ -155,7 +155,13 @@ inline Vec gelu(Vec x) {
   y = y * u + 0.211311281f;
   y = y * u - 0.495965296f;
   y = y * u + 0.725277957f;
-  return larger(x, Vec{}) - s * t * y * exp(s * s * -0.5f);
+  return t * y * exp(s * s * -0.5f);
+}
+
+// x Phi(x) = max(x, 0) - s Phi(-s) with s = |x|.
+inline Vec gelu(Vec x) {
+  const Vec s = larger(x, -x);
+  return larger(x, Vec{}) - s * normal_tail(s);
 }
 
 inline void add(const Channel* branch, Channel* x) {
@@ -183,29 +189,49 @@ inline Weights as_weights(const float* const* pointers) {
   return weights;
 }
 
-// Transforms the patches from `first` to before `last`; in and out are (patches, words, dim).
+inline void read(const float* from, Channel* x) {
+  float* flat = reinterpret_cast<float*>(x);
+  for (int w = 0; w < words; ++w)
+    for (int c = 0; c < dim; ++c) flat[c * words + w] = from[w * dim + c];
+}
+
+inline void write(const Channel* x, float* to) {
+  const float* flat = reinterpret_cast<const float*>(x);
+  for (int w = 0; w < words; ++w)
+    for (int c = 0; c < dim; ++c) to[w * dim + c] = flat[c * words + w];
+}
+
+inline void scale(float factor, Channel* x) {
+  for (int c = 0; c < dim; ++c)
+    for (int p = 0; p < parts; ++p) x[c].part[p] *= factor;
+}
+
+// Transforms the patches from `first` to before `last`; in and out are (patches, words, dim). keep:
+// (2, patches), what the branches of attention and MLP are multiplied by, which are not computed
+// where it is 0; null: all ones.
 void transform(const float* in, float* out, const Weights& weights, float epsilon, int64_t first,
-               int64_t last) {
+               int64_t last, const float* keep = nullptr, int64_t patches = 0) {
   for (int64_t patch = first; patch < last; ++patch) {
-    const float* from = in + patch * words * dim;
-    float* to = out + patch * words * dim;
     Channel x[dim], normed[dim], qkv[3 * dim], mixed[dim], wide[hidden];
-    float* flat = reinterpret_cast<float*>(x);
-    for (int w = 0; w < words; ++w)
-      for (int c = 0; c < dim; ++c) flat[c * words + w] = from[w * dim + c];
-    layer_norm(x, weights.attention_gamma, weights.attention_beta, epsilon, normed);
-    dense<dim, 3 * dim>(normed, weights.qkv_kernel, weights.qkv_bias, qkv);
-    attend(qkv, mixed);
-    dense<dim, dim>(mixed, weights.projection_kernel, weights.projection_bias, normed);
-    add(normed, x);
-    layer_norm(x, weights.mlp_gamma, weights.mlp_beta, epsilon, normed);
-    dense<dim, hidden>(normed, weights.fc1_kernel, weights.fc1_bias, wide);
-    for (Channel& channel : wide)
-      for (Vec& part : channel.part) part = gelu(part);
-    dense<hidden, dim>(wide, weights.fc2_kernel, weights.fc2_bias, normed);
-    add(normed, x);
-    for (int w = 0; w < words; ++w)
-      for (int c = 0; c < dim; ++c) to[w * dim + c] = flat[c * words + w];
+    read(in + patch * words * dim, x);
+    if (!keep || keep[patch] != 0) {
+      layer_norm(x, weights.attention_gamma, weights.attention_beta, epsilon, normed);
+      dense<dim, 3 * dim>(normed, weights.qkv_kernel, weights.qkv_bias, qkv);
+      attend(qkv, mixed);
+      dense<dim, dim>(mixed, weights.projection_kernel, weights.projection_bias, normed);
+      if (keep) scale(keep[patch], normed);
+      add(normed, x);
+    }
+    if (!keep || keep[patches + patch] != 0) {
+      layer_norm(x, weights.mlp_gamma, weights.mlp_beta, epsilon, normed);
+      dense<dim, hidden>(normed, weights.fc1_kernel, weights.fc1_bias, wide);
+      for (Channel& channel : wide)
+        for (Vec& part : channel.part) part = gelu(part);
+      dense<hidden, dim>(wide, weights.fc2_kernel, weights.fc2_bias, normed);
+      if (keep) scale(keep[patches + patch], normed);
+      add(normed, x);
+    }
+    write(x, out + patch * words * dim);
   }
 }
 

@@ -24,6 +24,9 @@ SEEN = {
     "torch": ("2.13",),  # Inductor's and Dynamo's settings
 }
 
+# The backends of Keras whose operator has a gradient.
+LEARNS = ("torch",)
+
 _imported_in = os.getpid()
 _lock = threading.RLock()
 
@@ -61,8 +64,10 @@ def operator(backend: str, sizes: native.Sizes) -> Callable | None:
     """The inner transformer in C++ as an operation of a backend of Keras.
 
     Returns:
-        A function (words, weights, epsilon) to words, for words `(batch, patches, words, dim)` in
-        float32 and `native.Weights`; None, with a warning, where it cannot be had.
+        A function (words, weights, epsilon, keep=None) to words, for words `(batch, patches, words,
+        dim)` in float32 and `native.Weights`; None, with a warning, where it cannot be had. Where
+        `LEARNS` names the backend, it has a gradient, and `keep`, `(2, batch, patches)`, is what
+        the branches of attention and MLP are multiplied by.
     """
     with _lock:
         return _operator(backend, sizes)
@@ -132,11 +137,12 @@ def tensorflow_operator(sizes):
 
 
 def torch_operator(sizes):
-    if torch_function(sizes) is None:
+    if torch_library(sizes) is None:
         return None
 
-    def call(words, weights, epsilon):
-        return torch_operation()(words, list(weights), sizes.heads, epsilon, sizes.across_words)
+    def call(words, weights, epsilon, keep=None):
+        settings = sizes.heads, epsilon, sizes.across_words
+        return torch_operation()(words, list(weights), keep, *settings)
 
     return call
 
@@ -146,42 +152,99 @@ def torch_operation():
     """The operation that torch's programs name; sizes are read off its tensors."""
     import torch
 
+    def arguments(words, weights, keep, heads, across_words):
+        """What the C++ takes: the library, tensors side by side, and their pointers."""
+        weights = native.Weights(*(weight.contiguous() for weight in weights))
+        words = words.contiguous()
+        keep = None if keep is None else keep.contiguous()
+        sizes = native.Sizes(*words.shape[2:], heads, len(weights.fc1_bias), across_words)
+        pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
+        return torch_library(sizes), words, weights, keep, pointers
+
     @torch.library.custom_op(
         "keras_tnt::inner_transformer", mutates_args=(), tags=torch.Tag.flexible_layout
     )
     def run(
         words: torch.Tensor,
         weights: list[torch.Tensor],
+        keep: torch.Tensor | None,
         heads: int,
         epsilon: float,
         across_words: bool,
     ) -> torch.Tensor:
-        words = words.contiguous()
-        weights = native.Weights(*(weight.contiguous() for weight in weights))
+        library, words, weights, keep, pointers = arguments(
+            words, weights, keep, heads, across_words
+        )
         result = torch.empty_like(words)
-        hidden = len(weights.fc1_bias)
-        function = torch_function(native.Sizes(*words.shape[2:], heads, hidden, across_words))
-        pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
-        patches, threads = words.shape[0] * words.shape[1], torch.get_num_threads()
-        function(words.data_ptr(), result.data_ptr(), pointers, epsilon, patches, threads)
+        library.inner_transformer(
+            *(
+                words.data_ptr(),
+                result.data_ptr(),
+                pointers,
+                keep if keep is None else keep.data_ptr(),
+            ),
+            *(epsilon, words.shape[0] * words.shape[1], torch.get_num_threads()),
+        )
         return result
 
+    @torch.library.custom_op("keras_tnt::inner_transformer_gradient", mutates_args=())
+    def run_gradient(
+        words: torch.Tensor,
+        weights: list[torch.Tensor],
+        keep: torch.Tensor,
+        gradient: torch.Tensor,
+        heads: int,
+        epsilon: float,
+        across_words: bool,
+    ) -> list[torch.Tensor]:
+        library, words, weights, keep, pointers = arguments(
+            words, weights, keep, heads, across_words
+        )
+        gradient, result = gradient.contiguous(), torch.empty_like(words)
+        threads, counts = torch.get_num_threads(), [weight.numel() for weight in weights]
+        sums = torch.zeros(threads, sum(counts))
+        library.inner_transformer_gradient(
+            *(words.data_ptr(), gradient.data_ptr(), result.data_ptr(), pointers, keep.data_ptr()),
+            *(sums.data_ptr(), epsilon, words.shape[0] * words.shape[1], threads),
+        )
+        found = zip(sums[0].split(counts), weights, strict=True)
+        return [result, *(flat.reshape(weight.shape).clone() for flat, weight in found)]
+
     @run.register_fake
-    def _(words, weights, heads, epsilon, across_words):
+    def _(words, weights, keep, heads, epsilon, across_words):
         return torch.empty_like(words, memory_format=torch.contiguous_format)
 
+    @run_gradient.register_fake
+    def _(words, weights, keep, gradient, heads, epsilon, across_words):
+        return [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (words, *weights)
+        ]
+
+    def remember(ctx, inputs, output):
+        words, weights, keep, *ctx.settings = inputs
+        if keep is None:
+            keep = words.new_ones((2, *words.shape[:2]))
+        ctx.save_for_backward(words, keep, *weights)
+
+    def backward(ctx, gradient):
+        words, keep, *weights = ctx.saved_tensors
+        of_words, *of_weights = run_gradient(words, weights, keep, gradient, *ctx.settings)
+        return of_words, of_weights, None, None, None, None
+
+    run.register_autograd(backward, setup_context=remember)
     return run
 
 
 @functools.cache
-def torch_function(sizes):
+def torch_library(sizes):
     library = native.library("torch.cpp", sizes, "-fopenmp")
-    if library is None:
-        return None
-    function, pointer = library.inner_transformer, ctypes.c_void_p
-    function.argtypes = [*[pointer] * 3, ctypes.c_float, ctypes.c_int64, ctypes.c_int]
-    function.restype = None
-    return function
+    if library is not None:
+        pointer, numbers = ctypes.c_void_p, (ctypes.c_float, ctypes.c_int64, ctypes.c_int)
+        library.inner_transformer.argtypes = [*[pointer] * 4, *numbers]
+        library.inner_transformer_gradient.argtypes = [*[pointer] * 6, *numbers]
+        for function in (library.inner_transformer, library.inner_transformer_gradient):
+            function.restype = None
+    return library
 
 
 @contextlib.contextmanager

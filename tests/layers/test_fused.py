@@ -1,8 +1,10 @@
 """The inner transformer in C++ is the inner transformer, and stands in only where it may."""
 
 import keras
+import numpy as np
 import pytest
 
+import keras_tnt
 from keras_tnt.layers import TransformerBlock, fused
 from keras_tnt.layers.base import inference_on
 from keras_tnt.native import runtimes
@@ -70,3 +72,78 @@ def test_of_an_unknown_release_the_block_computes_itself(monkeypatch):
         again = fused.inner_transformer(block, words)  # and warns no more
     runtimes._operator.cache_clear()
     assert_equal([result, again], [expected, expected])
+
+
+learns_in_cpp = pytest.mark.skipif(
+    keras.backend.backend() not in runtimes.LEARNS, reason="this backend trains without C++"
+)
+
+
+def restart_seeds(layer):
+    generators = [x.seed_generator for x in layer._flatten_layers() if hasattr(x, "seed_generator")]
+    for i, generator in enumerate(generators):
+        generator.state.assign([1, i])
+
+
+def train(block, words):
+    """What a block makes of words while it trains, and the gradients by words and weights."""
+    restart_seeds(block)
+    block.zero_grad()
+    words = words.detach().requires_grad_()
+    result = fused.inner_transformer(block, words, training=True)
+    (result * keras.ops.convert_to_tensor(normal(result.shape, seed=1))).sum().backward()
+    gradients = [words.grad, *(weight.value.grad for weight in block.trainable_weights)]
+    return [keras.ops.convert_to_numpy(x) for x in (result.detach(), *gradients)]
+
+
+@learns_in_cpp
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 3, 16, 8), {"qkv_bias": True, "layer_scale": 0.5}),
+        ((2, 3, 16, 8), {"norm_axis": (-2, -1)}),
+        ((4, 7, 32, 12), {"qkv_bias": True, "stochastic_depth": 0.4}),
+        ((5, 9, 16, 4), {"mlp_ratio": 3, "norm_axis": (-2, -1), "stochastic_depth": 0.4}),
+    ],
+)
+def test_the_cpp_learns_what_the_block_learns(shape, options, monkeypatch):
+    block, words, _ = block_and_words(shape, **options)
+    monkeypatch.setattr(fused, "learns", lambda *_: False)
+    expected = train(block, words)
+    monkeypatch.undo()
+    monkeypatch.setattr(block, "call", None)
+    found = train(block, words)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert np.max(np.abs(actual - wanted)) <= 1e-5 * np.max(np.abs(wanted))
+    for first, second in zip(found, train(block, words), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@learns_in_cpp
+@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"attention_dropout": 0.1}])
+def test_a_block_with_dropout_learns_by_itself(options, monkeypatch):
+    monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
+    block, words, _ = block_and_words((1, 2, 16, 8), **options)
+    train(block, words)
+
+
+@learns_in_cpp
+def test_a_model_fits_alike_with_the_cpp_and_without(monkeypatch):
+    sizes = {"outer_dim": 16, "inner_dim": 8, "outer_heads": 2, "inner_heads": 2, "depth": 2}
+    model = keras_tnt.TNT(input_shape=(32, 32, 3), classes=3, stochastic_depth=0.2, **sizes)
+    start, used = model.get_weights(), []
+    inner = fused.operator_for
+    monkeypatch.setattr(fused, "operator_for", lambda *a: used.append(inner(*a)) or used[-1])
+
+    def fit():
+        restart_seeds(model)
+        model.set_weights(start)
+        model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
+        model.fit(normal((8, 32, 32, 3)), np.arange(8) % 3, batch_size=4, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    found = fit()
+    assert used and None not in used
+    monkeypatch.setattr(fused, "learns", lambda *_: False)
+    for actual, wanted in zip(found, fit(), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5)

@@ -1,0 +1,232 @@
+// The gradient of the inner transformer, patch by patch in the first caches. Nothing of the forward
+// pass is kept but its input: what is needed of it is computed again.
+//
+// Defined before this text: inner_transformer.h.
+
+namespace {
+
+// Where the gradients of the weights are summed: one after another, in the order of `Weights`.
+struct Gradients {
+  float attention_gamma[dim * words], attention_beta[dim * words];
+  float qkv_kernel[dim * 3 * dim], qkv_bias[3 * dim];
+  float projection_kernel[dim * dim], projection_bias[dim];
+  float mlp_gamma[dim * words], mlp_beta[dim * words];
+  float fc1_kernel[dim * hidden], fc1_bias[hidden];
+  float fc2_kernel[hidden * dim], fc2_bias[dim];
+};
+
+constexpr int gradient_count = sizeof(Gradients) / sizeof(float);
+
+// Kernels as (outputs, inputs), by which gradients go back.
+struct Transposed {
+  float qkv[3 * dim * dim], projection[dim * dim], fc1[hidden * dim], fc2[dim * hidden];
+  float zeros[hidden > 3 * dim ? hidden : 3 * dim] = {};
+
+  explicit Transposed(const Weights& weights) {
+    transpose(weights.qkv_kernel, dim, 3 * dim, qkv);
+    transpose(weights.projection_kernel, dim, dim, projection);
+    transpose(weights.fc1_kernel, dim, hidden, fc1);
+    transpose(weights.fc2_kernel, hidden, dim, fc2);
+  }
+
+  static void transpose(const float* from, int rows, int columns, float* to) {
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) to[j * rows + i] = from[i * columns + j];
+  }
+};
+
+inline float sum_of(const Channel& channel) {
+  Vec sum = channel.part[0];
+  for (int p = 1; p < parts; ++p) sum += channel.part[p];
+  float total = 0.0f;
+  for (int i = 0; i < lanes; ++i) total += sum[i];
+  return total;
+}
+
+// kernel += x^T dy and bias += the sum of dy, over the words.
+template <int inputs, int outputs>
+inline void dense_gradient(const Channel* x, const Channel* dy, float* kernel, float* bias) {
+  float rows[words][outputs];
+  for (int j = 0; j < outputs; ++j) {
+    bias[j] += sum_of(dy[j]);
+    for (int w = 0; w < words; ++w) rows[w][j] = dy[j].word(w);
+  }
+  for (int i = 0; i < inputs; ++i) {
+    float sum[outputs];
+    std::memcpy(sum, kernel + i * outputs, sizeof sum);
+    for (int w = 0; w < words; ++w) {
+      const float factor = x[i].word(w);
+      for (int j = 0; j < outputs; ++j) sum[j] += factor * rows[w][j];
+    }
+    std::memcpy(kernel + i * outputs, sum, sizeof sum);
+  }
+}
+
+// A norm's input centred and divided by its deviation, and one over the deviation.
+struct Normed {
+  Channel hat[dim];
+  Vec inverse[parts];
+
+  Normed(const Channel* x, float epsilon) {
+    Vec mean[parts] = {}, variance[parts] = {};
+    for (int c = 0; c < dim; ++c)
+      for (int p = 0; p < parts; ++p) mean[p] += x[c].part[p];
+    average(mean);
+    for (int c = 0; c < dim; ++c)
+      for (int p = 0; p < parts; ++p) {
+        hat[c].part[p] = x[c].part[p] - mean[p];
+        variance[p] += hat[c].part[p] * hat[c].part[p];
+      }
+    average(variance);
+    for (int p = 0; p < parts; ++p)
+      for (int i = 0; i < lanes; ++i) inverse[p][i] = 1.0f / std::sqrt(variance[p][i] + epsilon);
+    for (int c = 0; c < dim; ++c)
+      for (int p = 0; p < parts; ++p) hat[c].part[p] *= inverse[p];
+  }
+
+  void output(const float* gamma, const float* beta, Channel* y) const {
+    for (int c = 0; c < dim; ++c)
+      for (int p = 0; p < parts; ++p) {
+        const int at = c * words + p * lanes;
+        y[c].part[p] = hat[c].part[p] * load(gamma + at) + load(beta + at);
+      }
+  }
+
+  // dx += the gradient by the norm's input, for dy by its output, which is overwritten.
+  void gradient(Channel* dy, const float* gamma, float* dgamma, float* dbeta, Channel* dx) const {
+    Vec mean[parts] = {}, product[parts] = {};
+    for (int c = 0; c < dim; ++c)
+      for (int p = 0; p < parts; ++p) {
+        const int at = c * words + p * lanes;
+        const Vec g = dy[c].part[p], h = hat[c].part[p];
+        const Vec summed = load(dgamma + at) + g * h, moved = load(dbeta + at) + g;
+        std::memcpy(dgamma + at, &summed, sizeof summed);
+        std::memcpy(dbeta + at, &moved, sizeof moved);
+        dy[c].part[p] = g * load(gamma + at);
+        mean[p] += dy[c].part[p];
+        product[p] += dy[c].part[p] * h;
+      }
+    average(mean);
+    average(product);
+    for (int c = 0; c < dim; ++c)
+      for (int p = 0; p < parts; ++p)
+        dx[c].part[p] += (dy[c].part[p] - mean[p] - hat[c].part[p] * product[p]) * inverse[p];
+  }
+};
+
+// dqkv for dy, the gradient by the result of `attend`.
+inline void attend_gradient(const Channel* qkv, const Channel* dy, Channel* dqkv) {
+  const float scale = 1.0 / std::sqrt(double(head_dim));
+  for (int head = 0; head < heads; ++head) {
+    const int at = head * head_dim;
+    const Channel *query = qkv + at, *key = query + dim, *value = key + dim;
+    Channel *dquery = dqkv + at, *dkey = dquery + dim, *dvalue = dkey + dim;
+    Channel weight[words], dscore[words];  // of each key, queries along the lanes
+    for (int p = 0; p < parts; ++p) {
+      Vec most = all(-INFINITY), total = {}, mean = {};
+      for (int k = 0; k < words; ++k) {
+        Vec s = {}, d = {};
+        for (int c = 0; c < head_dim; ++c) {
+          s += query[c].part[p] * key[c].word(k);
+          d += dy[at + c].part[p] * value[c].word(k);
+        }
+        weight[k].part[p] = s * scale;
+        dscore[k].part[p] = d;
+        most = larger(most, weight[k].part[p]);
+      }
+      for (int k = 0; k < words; ++k) {
+        weight[k].part[p] = exp(weight[k].part[p] - most);
+        total += weight[k].part[p];
+      }
+      for (int k = 0; k < words; ++k) {
+        weight[k].part[p] /= total;
+        mean += weight[k].part[p] * dscore[k].part[p];
+      }
+      Vec sum[head_dim] = {};
+      for (int k = 0; k < words; ++k) {
+        dscore[k].part[p] = (dscore[k].part[p] - mean) * weight[k].part[p] * scale;
+        for (int c = 0; c < head_dim; ++c) sum[c] += dscore[k].part[p] * key[c].word(k);
+      }
+      for (int c = 0; c < head_dim; ++c) dquery[c].part[p] = sum[c];
+    }
+    Channel weight_of[words], dscore_of[words];  // of each query, keys along the lanes
+    float* to[] = {reinterpret_cast<float*>(weight_of), reinterpret_cast<float*>(dscore_of)};
+    for (int k = 0; k < words; ++k)
+      for (int q = 0; q < words; ++q) {
+        to[0][q * words + k] = weight[k].word(q);
+        to[1][q * words + k] = dscore[k].word(q);
+      }
+    for (int p = 0; p < parts; ++p) {
+      Vec keys[head_dim] = {}, values[head_dim] = {};
+      for (int q = 0; q < words; ++q)
+        for (int c = 0; c < head_dim; ++c) {
+          keys[c] += dscore_of[q].part[p] * query[c].word(q);
+          values[c] += weight_of[q].part[p] * dy[at + c].word(q);
+        }
+      for (int c = 0; c < head_dim; ++c) {
+        dkey[c].part[p] = keys[c];
+        dvalue[c].part[p] = values[c];
+      }
+    }
+  }
+}
+
+// The derivative of GELU, Phi(x) + x phi(x); x itself becomes GELU of x.
+inline Vec gelu_gradient(Vec& x) {
+  const Vec value = x, s = larger(value, -value), tail = normal_tail(s);
+  x = larger(value, Vec{}) - s * tail;
+  return (value > 0.0f ? 1.0f - tail : tail) + value * exp(s * s * -0.5f) * 0.398942280f;
+}
+
+// For the patches from `first` to before `last`: din, the gradient by `in` for dout by the result,
+// and the weights' gradients, added to what stands there. keep: (2, patches), by what the branches
+// of attention and MLP were multiplied; a branch of 0 is not computed.
+void transform_gradient(const float* in, const float* dout, float* din, const Weights& weights,
+                        const Transposed& back, Gradients& sums, const float* keep,
+                        int64_t patches, float epsilon, int64_t first, int64_t last) {
+  for (int64_t patch = first; patch < last; ++patch) {
+    const float keep_attention = keep[patch], keep_mlp = keep[patches + patch];
+    Channel x[dim], dx[dim], branch[dim], dbranch[dim];
+    Channel normed[dim], qkv[3 * dim], mixed[dim], dqkv[3 * dim];
+    read(in + patch * words * dim, x);
+    read(dout + patch * words * dim, dx);
+    const Normed norm_attention(x, epsilon);
+    if (keep_attention != 0) {
+      norm_attention.output(weights.attention_gamma, weights.attention_beta, normed);
+      dense<dim, 3 * dim>(normed, weights.qkv_kernel, weights.qkv_bias, qkv);
+      attend(qkv, mixed);
+      dense<dim, dim>(mixed, weights.projection_kernel, weights.projection_bias, branch);
+      scale(keep_attention, branch);
+      add(branch, x);
+    }
+    if (keep_mlp != 0) {
+      const Normed norm_mlp(x, epsilon);
+      Channel into[dim], wide[hidden], dwide[hidden];
+      norm_mlp.output(weights.mlp_gamma, weights.mlp_beta, into);
+      dense<dim, hidden>(into, weights.fc1_kernel, weights.fc1_bias, wide);
+      std::memcpy(dbranch, dx, sizeof dx);
+      scale(keep_mlp, dbranch);
+      dense<dim, hidden>(dbranch, back.fc2, back.zeros, dwide);
+      for (int h = 0; h < hidden; ++h)
+        for (int p = 0; p < parts; ++p) dwide[h].part[p] *= gelu_gradient(wide[h].part[p]);
+      dense_gradient<hidden, dim>(wide, dbranch, sums.fc2_kernel, sums.fc2_bias);
+      dense_gradient<dim, hidden>(into, dwide, sums.fc1_kernel, sums.fc1_bias);
+      dense<hidden, dim>(dwide, back.fc1, back.zeros, dbranch);
+      norm_mlp.gradient(dbranch, weights.mlp_gamma, sums.mlp_gamma, sums.mlp_beta, dx);
+    }
+    if (keep_attention != 0) {
+      std::memcpy(dbranch, dx, sizeof dx);
+      scale(keep_attention, dbranch);
+      dense_gradient<dim, dim>(mixed, dbranch, sums.projection_kernel, sums.projection_bias);
+      dense<dim, dim>(dbranch, back.projection, back.zeros, branch);
+      attend_gradient(qkv, branch, dqkv);
+      dense_gradient<dim, 3 * dim>(normed, dqkv, sums.qkv_kernel, sums.qkv_bias);
+      dense<3 * dim, dim>(dqkv, back.qkv, back.zeros, dbranch);
+      norm_attention.gradient(dbranch, weights.attention_gamma, sums.attention_gamma,
+                              sums.attention_beta, dx);
+    }
+    write(dx, din + patch * words * dim);
+  }
+}
+
+}  // namespace
