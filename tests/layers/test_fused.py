@@ -120,6 +120,17 @@ def test_the_cpp_learns_what_the_block_learns(shape, options, monkeypatch):
 
 
 @learns_in_cpp
+def test_torch_may_compile_what_learns():
+    import torch
+
+    block, words, _ = block_and_words((2, 3, 16, 8))
+    assert fused.operator_for(block, words.shape) is not None
+    weights, keep = list(fused.weights_of(block, words.shape)), torch.ones(2, 2, 3)
+    arguments = words.requires_grad_(), weights, keep, block.num_heads, 1e-5, False
+    torch.library.opcheck(runtimes.torch_operation(), arguments)
+
+
+@learns_in_cpp
 @pytest.mark.parametrize("options", [{"dropout": 0.1}, {"attention_dropout": 0.1}])
 def test_a_block_with_dropout_learns_by_itself(options, monkeypatch):
     monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
