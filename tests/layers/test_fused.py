@@ -125,7 +125,8 @@ def test_torch_may_compile_what_learns():
 
     block, words, _ = block_and_words((2, 3, 16, 8))
     assert fused.operator_for(block, words.shape) is not None
-    weights, keep = list(fused.weights_of(block, words.shape)), torch.ones(2, 2, 3)
+    weights = [x.detach().requires_grad_() for x in fused.weights_of(block, words.shape)]
+    keep = torch.ones(2, 2, 3)
     arguments = words.requires_grad_(), weights, keep, block.num_heads, 1e-5, False
     torch.library.opcheck(runtimes.torch_operation(), arguments)
 
