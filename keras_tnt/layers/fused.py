@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_tnt import native
 from keras_tnt.layers.attention import SelfAttention
-from keras_tnt.layers.base import inference_device, link_weights
+from keras_tnt.layers.base import inference_device, link_observer
 from keras_tnt.native import runtimes
 
 
@@ -42,7 +42,7 @@ def learns(block, words):
         keras.backend.backend() in runtimes.LEARNS
         and words.device.type == "cpu"
         and not (block.dropout or block.attention_dropout)
-        and link_weights.get() is None
+        and link_observer() is None
     )
 
 
