@@ -46,6 +46,7 @@ TEST = [
     *EXPORT,
     *TORCH,
     *PARQUET,
+    "scikit-image>=0.25,<1",  # photographs
     "ml_dtypes>=0.5,<1",
     "protobuf>=5",
     "pytest>=9,<10",
