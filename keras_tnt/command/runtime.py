@@ -137,8 +137,7 @@ def open_keras(model, features, count):
         image.covered_size(),
         image.channels,
         image.data_format == "channels_first",
-        None if image.normalises else np.array(image.mean, "float32"),
-        None if image.normalises else np.array(image.std, "float32"),
+        *normalisation(not image.normalises, image.mean, image.std, image.channels),
     )
     if features:
         model = keras.Model(model.inputs, serving_network(model).output["features"])
@@ -241,18 +240,21 @@ def saved_model_card(folder):
 
 def transform_of(card):
     """The `Transform` that an export's card tells."""
-    normalised = card["input"] == "normalised"
-    mean, std = (
-        np.array(card[name], "float32") if normalised else None for name in ("mean", "std")
-    )
     return Transform(
         tuple(card["image_size"]),
         tuple(card["resized_to_cover"]),
         card["channels"],
         card["data_format"] == "channels_first",
-        mean,
-        std,
+        *normalisation(card["input"] == "normalised", card["mean"], card["std"], card["channels"]),
     )
+
+
+def normalisation(wanted, mean, std, channels):
+    """(mean, std) of a `Transform`; averages where there is not one of them a channel."""
+    if not wanted:
+        return None, None
+    values = (np.array(value, "float32") for value in (mean, std))
+    return tuple(x if len(x) == channels else x.mean(keepdims=True) for x in values)
 
 
 def labels_of(card):

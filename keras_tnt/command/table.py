@@ -67,6 +67,7 @@ class Table:
         """
         self.record(self.command | {"width": width})
         with open(self.rows_path, "a+b") as file:
+            lock(file, self.path)
             file.seek(0)
             ends = [0]
             for line in file:
@@ -84,6 +85,24 @@ class Table:
             for row in read_rows(self.rows_path):
                 write(row)
         os.remove(self.rows_path)
+
+
+def lock(file, path):
+    """Keep other processes from adding rows for as long as the file is open, where the system can.
+
+    Raises:
+        ValueError: if another process is doing so.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"Another process is writing '{path}'.") from error
+    except OSError:  # of a file system that has no locks
+        return
 
 
 def command_path(path):

@@ -1,6 +1,7 @@
 """`keras-tnt predict` and `merge`: tables of folders."""
 
 import csv
+import fcntl
 import itertools
 import json
 import os
@@ -148,6 +149,27 @@ def test_features_are_what_the_heads_read(folder, model, model_file, tmp_path):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_grey_images_that_are_normalised_outside_of_the_model(folder, tmp_path, capsys):
+    model = keras_tnt.DeiT(
+        input_shape=(16, 16, 1),
+        patch_size=8,
+        embed_dim=8,
+        depth=1,
+        num_heads=1,
+        classes=3,
+        include_preprocessing=False,
+    )
+    path = tmp_path / "grey.keras"
+    model.save(path)
+    image = files(folder)[0]
+    assert main([image, f"--model={path}", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    pixels = keras_tnt.deit.preprocess_input(keras_tnt.load_image(image, model)[None])
+    expected = model.predict(pixels, verbose=0)[0]
+    found = {p["class"]: p["score"] for p in row["predictions"]}
+    np.testing.assert_allclose([found[i] for i in range(3)], expected, atol=1e-5)
+
+
 # === Killed ===
 
 
@@ -252,6 +274,17 @@ def test_a_table_of_another_command_is_left_alone(folder, model_file, model, tmp
         assert run(*arguments) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert "belongs to another command" in line and f"its {what} was" in line
+
+
+def test_two_processes_do_not_write_one_table(folder, model_file, tmp_path, capsys):
+    path = tmp_path / "all.csv"
+    begin(folder, model_file, path, 1)
+    with open(tmp_path / "all.csv.rows", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        capsys.readouterr()
+        assert run(folder, model_file, path) == 2
+        assert "Another process is writing" in capsys.readouterr().err
+    assert run(folder, model_file, path) == 0
 
 
 # === Shards ===
