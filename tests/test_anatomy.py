@@ -66,7 +66,19 @@ def test_the_crop_is_the_published_one(family, side, crop):
     assert image.covered_size() == (int(side / crop),) * 2
 
 
-@pytest.mark.parametrize("family", ["tnt", "deit_distilled", "cait", "pyramid_tnt"])
+ONE_BACKEND = pytest.mark.one_backend
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "tnt",
+        *(
+            pytest.param(name, marks=ONE_BACKEND)
+            for name in ("deit_distilled", "cait", "pyramid_tnt")
+        ),
+    ],
+)
 def test_it_is_told_alike_of_a_model_loaded_cloned_and_quantized(family, tmp_path):
     build = tiny_tnt if family == "tnt" else lambda **options: tiny(family, **options)
     model = build(class_names=NAMES)

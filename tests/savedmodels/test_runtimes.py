@@ -74,6 +74,7 @@ def test_signatures_in_the_c_api_and_in_a_session(tmp_path):
     check_signatures(model, keras_tnt.export.saved_model(model, tmp_path / "tnt"))
 
 
+@pytest.mark.one_backend
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHALLOW)
 def test_signatures_of_the_smallest_variant_of_each_family(name, tmp_path):

@@ -77,6 +77,7 @@ def test_a_head_first_then_everything(checkpoint, digits, tmp_path):
     golden.assert_close(predict(again, digits), predict(model, digits), 1e-5)
 
 
+@pytest.mark.one_backend
 @pytest.mark.slow
 def test_lora_trains_few_weights_and_is_saved_and_loaded_again(checkpoint, digits, tmp_path):
     backbone = keras_tnt.TNTSmall(
