@@ -125,7 +125,7 @@ def test_another_configuration_is_refused_and_the_difference_shown(finished):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": "tnt_huge"}, "--model: there is no 'tnt_huge'. There are: tnt_digits"),
+        ({"model": "tnt_huge"}, "--model: There is no model 'tnt_huge'. Did you mean"),
         ({"batch_size": 9, "accumulation": 2}, "must be a multiple of 2"),
         ({"batch_size": 9, "mixup": 0.2}, "mixing takes images two by two"),
         ({"batch_size": 2000, "steps_per_epoch": 0}, "more than the 1437 images"),
