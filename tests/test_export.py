@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import keras
@@ -375,8 +376,12 @@ def test_onnx_gives_the_same_logits_in_node(tmp_path, pytestconfig):
 
 def test_litert_agrees_with_the_model(tmp_path):
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")
-    model = keras_tnt.TNT(**TINY)
-    path = keras_tnt.export.litert(model, tmp_path / "tnt.tflite")
+    names = [f"class {i}" for i in range(TINY["classes"])]
+    model = keras_tnt.TNT(**TINY, class_names=names)
+    path = keras_tnt.export.litert(model, tmp_path / "tnt.tflite", weights="this test")
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("labels.txt").decode().splitlines() == names
+        assert json.loads(archive.read("model.json"))["weights"] == "this test"
     run = interpreter.Interpreter(path).get_signature_runner()
     for batch in (1, 5):
         images = images_of(model, batch)

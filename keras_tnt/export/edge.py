@@ -1,6 +1,8 @@
 """LiteRT and OpenVINO files, by Keras's own export."""
 
+import json
 import os
+import zipfile
 
 import keras
 
@@ -13,15 +15,24 @@ from keras_tnt.export.verification import examples, verify
 from keras_tnt.files import check_space
 
 
-def litert(model: keras.Model, path: str | os.PathLike) -> str:
+def litert(
+    model: keras.Model,
+    path: str | os.PathLike,
+    *,
+    labels: list[str] | None = None,
+    weights: str | None = None,
+) -> str:
     """Write a model for LiteRT (TensorFlow Lite), and check the file against the model.
 
     Its signature takes `images` of any batch to `probabilities`, `logits` and `features`, as far as
-    the model has them.
+    the model has them. Behind the model the file is a zip archive, as LiteRT has associated files:
+    `labels.txt`, a class name a line, and `model.json`, which tells of images and weights.
 
     Args:
         model: a functional model of this package, or one built around it.
         path: of the file, ending in `.tflite`; one that exists is replaced.
+        labels: names of the classes; None: the model's own, else numbers.
+        weights: where the weights come from, for the metadata.
 
     Returns:
         The file's absolute path.
@@ -36,10 +47,11 @@ def litert(model: keras.Model, path: str | os.PathLike) -> str:
     >>> path = keras_tnt.export.litert(model, "tnt.tflite")
     >>> runner = Interpreter(path).get_signature_runner()  # of ai_edge_litert.interpreter
     >>> runner(images=images)["probabilities"]
+    >>> zipfile.ZipFile(path).read("labels.txt").decode().splitlines()
     """
     require("tensorflow")
     require("ai_edge_litert", package="ai-edge-litert")
-    return export("write_litert", model, path, ".tflite")
+    return export("write_litert", model, path, ".tflite", labels, weights)
 
 
 def openvino(model: keras.Model, path: str | os.PathLike) -> str:
@@ -67,7 +79,7 @@ def openvino(model: keras.Model, path: str | os.PathLike) -> str:
     return export("write_openvino", model, path, ".xml")
 
 
-def export(write, model, path, extension):
+def export(write, model, path, extension, labels=None, weights=None):
     path = os.path.abspath(os.fspath(path))
     if not path.endswith(extension):
         raise ValueError(f"`path` must end in {extension}. Received: '{path}'")
@@ -75,11 +87,13 @@ def export(write, model, path, extension):
     network = serving_network(model)
     # A SavedModel is what both are made from.
     check_space(os.path.dirname(path), 2 * files.size_of(network), "The export")
-    references = {"images": examples(network, describe(model, network))}
+    card = describe(model, network, labels, weights)
+    references = {"images": examples(network, card)}
+    arguments = {"path": path, "card": card}
     if keras.backend.backend() == "tensorflow":
-        return globals()[write](network, references, path)
+        return globals()[write](network, references, **arguments)
     function, folder = f"{__name__}:{write}", os.path.dirname(path)
-    return in_tensorflow(function, network, references, {"path": path}, folder)
+    return in_tensorflow(function, network, references, arguments, folder)
 
 
 def with_named_input(network):
@@ -87,7 +101,7 @@ def with_named_input(network):
     return keras.Model(images, network(images), name=network.name)
 
 
-def write_litert(network, references, path):
+def write_litert(network, references, path, card):
     from ai_edge_litert.interpreter import Interpreter
 
     with files.new_file(path) as temporary:
@@ -95,10 +109,14 @@ def write_litert(network, references, path):
         run = Interpreter(temporary).get_signature_runner()
         for example in references["images"]:
             verify(run(images=example.images), example, "The LiteRT file")
+        with zipfile.ZipFile(temporary, "a") as archive:
+            archive.writestr("model.json", json.dumps(card, indent=1))
+            if card["labels"]:
+                archive.writestr("labels.txt", "".join(f"{label}\n" for label in card["labels"]))
     return path
 
 
-def write_openvino(network, references, path):
+def write_openvino(network, references, path, card):
     import openvino as runtime
 
     with files.new_file(path, ".bin") as temporary:
