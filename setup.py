@@ -41,9 +41,11 @@ EXPORT = [
     "grpcio>=1.68,<2",
     *IMAGES,
 ]
+EDGE = ["ai-edge-litert>=2,<3", "openvino>=2026.1,<2027"]
 TEST = [
     *TRAIN,
     *EXPORT,
+    *EDGE,
     *TORCH,
     *PARQUET,
     "scikit-image>=0.25,<1",  # photographs
@@ -87,6 +89,7 @@ setup(
         "plots": PLOTS,
         "train": TRAIN,
         "export": EXPORT,
+        "edge": EDGE,
         "test": TEST,
     },
 )

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
 PARTS = ("keras_tnt", "training", "savedmodels", "benchmarks", "tests")
 # Looked for at run time and used where a user has them; no extra brings them.
-NOT_BROUGHT = {"timm", "ai_edge_litert", "openvino"}
+NOT_BROUGHT = {"timm"}
 
 
 @pytest.fixture(scope="module")
