@@ -16,7 +16,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint mutation bench clean
+.PHONY: help setup demo test lint docs dist installs mutation bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,16 @@ test: setup ## lint, then the tests on each backend (BACKENDS=jax, WORKERS=4, PY
 	done; \
 	if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi; \
 	printf '\n== passed: lint $(BACKENDS) ==\n'
+
+# `numpy` is Keras's smallest backend: pages are made of docstrings and tables, nothing is computed.
+docs: setup ## build the site in build/docs; a broken link, or a public name without an entry, is an error
+	KERAS_BACKEND=numpy $(RUN) -m sphinx -E -W --keep-going -q docs build/docs
+
+dist: setup ## sdist and wheel in dist/, built twice and compared, and what they say of themselves checked
+	$(RUN) tests/release.py build
+
+installs: dist ## install dist/ into clean environments: each extra alone, the oldest versions, the newest
+	$(RUN) tests/release.py install
 
 mutation: setup ## change FILE in small ways, one by one, and see if its tests notice (SAMPLE=50)
 	$(RUN) tests/mutation.py $(FILE) --sample $(SAMPLE)

@@ -42,12 +42,14 @@ EXPORT = [
     *IMAGES,
 ]
 EDGE = ["ai-edge-litert>=2,<3", "openvino>=2026.1,<2027"]
+DOCS = ["sphinx>=8.2,<10", "furo>=2025.7", "myst-parser>=4,<6", "absl-py>=2.1,<3"]
 TEST = [
     *TRAIN,
     *EXPORT,
     *EDGE,
     *TORCH,
     *PARQUET,
+    *DOCS,
     "scikit-image>=0.25,<1",  # photographs
     "ml_dtypes>=0.5,<1",
     "protobuf>=5",
@@ -57,6 +59,10 @@ TEST = [
     "kubernetes-validate>=1.32",
     "pyyaml>=6",
     "ruff>=0.17,<0.18",
+    "nbclient>=0.10,<1",  # the notebooks of examples/
+    "ipykernel>=6.29,<8",
+    "build>=1.2,<2",  # make dist
+    "twine>=6,<8",
 ]
 
 setup(
@@ -65,8 +71,21 @@ setup(
     description="Transformer-in-Transformer image models for Keras 3",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="keras_tnt",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["keras", "tensorflow", "jax", "torch", "vision transformer", "TNT", "DeiT", "CaiT"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["keras_tnt", "keras_tnt.*"]),
     entry_points={"console_scripts": ["keras-tnt=keras_tnt.command:main"]},
@@ -90,6 +109,7 @@ setup(
         "train": TRAIN,
         "export": EXPORT,
         "edge": EDGE,
+        "docs": DOCS,
         "test": TEST,
     },
 )

@@ -6,6 +6,8 @@ import keras
 
 from keras_tnt.anatomy import anatomy
 
+__all__ = ["freeze", "layerwise", "unfreeze"]
+
 # Optimizers of others, which have no step of their own.
 WRAPPERS = (keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer)
 

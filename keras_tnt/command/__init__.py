@@ -39,10 +39,16 @@ def parse(arguments):
     """The options; a first argument that is no command is an image of `predict`."""
     if arguments and arguments[0] not in (*COMMANDS, "-h", "--help"):
         arguments = ["predict", *arguments]
+    return parsers()[NAME].parse_args(arguments)
+
+
+def parsers():
+    """The parser of `keras-tnt`, and that of each command, by name."""
     parser = argparse.ArgumentParser(
         prog=NAME, description="Transformer-in-Transformer image models."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    found = {NAME: parser}
     for name in COMMANDS:
         module = importlib.import_module(f"{__name__}.{name}")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
@@ -51,7 +57,8 @@ def parse(arguments):
             "--plugins", default="", help="modules to import, by commas, that register families"
         )
         command.set_defaults(run=module.run)
-    return parser.parse_args(arguments)
+        found[name] = command
+    return found
 
 
 def fail(message, status=2):

@@ -5,13 +5,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Values for a `training.configuration.Config`, and what they are for.
+    """Values for the trainer's configuration, and what they are for.
 
     Args:
         command: how to run it, on what the result was published for.
         source: where the values stand.
         result: what it aims for.
-        values: fields of `Config`.
+        values: of flags, by their names.
     """
 
     command: str

@@ -1,0 +1,74 @@
+"""The floors of the house as a picture, drawn of the imports as they are."""
+
+from tests.floors import FLOORS, room_imports
+
+WIDTH, ROW, TOP = 860, 84, 30
+BOX_HEIGHT, GAP, LETTER = 34, 14, 7.6
+
+
+def places():
+    """{room: (left, top, width)} of each box, the ground at the bottom."""
+    found = {}
+    for number, rooms in enumerate(FLOORS):
+        widths = [max(64, LETTER * len(room) + 20) for room in rooms]
+        left = (WIDTH - sum(widths) - GAP * (len(rooms) - 1)) / 2
+        top = TOP + (len(FLOORS) - 1 - number) * ROW
+        for room, width in zip(rooms, widths, strict=True):
+            found[room] = (left, top, width)
+            left += width + GAP
+    return found
+
+
+def needed(imports):
+    """The imports between rooms that no chain of others stands for."""
+
+    def reaches(room, goal, seen):
+        if room == goal:
+            return True
+        seen.add(room)
+        return any(
+            reaches(other, goal, seen) for other in imports.get(room, ()) if other not in seen
+        )
+
+    return {
+        (room, used)
+        for room, all_used in imports.items()
+        for used in all_used
+        if not any(reaches(other, used, {room}) for other in all_used - {used})
+    }
+
+
+def draw():
+    """The picture, as SVG in one line of Markdown."""
+    boxes, imports = places(), room_imports()
+    strong = needed(imports)
+    height = TOP + len(FLOORS) * ROW
+    parts = [
+        f'<svg class="floors" viewBox="0 0 {WIDTH} {height}" role="img" '
+        'aria-label="Modules of keras_tnt by floor; every line is an import, and goes down.">'
+    ]
+    for number in range(len(FLOORS)):
+        top = TOP + number * ROW - (ROW - BOX_HEIGHT) / 2
+        parts.append(f'<rect class="floor" x="0" y="{top:.0f}" width="{WIDTH}" height="{ROW}"/>')
+    edges = [(room, used) for room, all_used in imports.items() for used in sorted(all_used)]
+    for room, used in sorted(edges, key=lambda edge: edge in strong):
+        (left, top, width), (left_, top_, width_) = boxes[room], boxes[used]
+        x, x_, y, y_ = left + width / 2, left_ + width_ / 2, top + BOX_HEIGHT, top_
+        if top == top_:  # neighbours on one floor: a bow below them
+            y = y_ = top + BOX_HEIGHT
+            bow = f"C{x:.0f} {y + 22:.0f} {x_:.0f} {y + 22:.0f} {x_:.0f} {y:.0f}"
+        else:
+            middle = (y + y_) / 2
+            bow = f"C{x:.0f} {middle:.0f} {x_:.0f} {middle:.0f} {x_:.0f} {y_:.0f}"
+        kind = "import" if (room, used) in strong else "import short"
+        parts.append(
+            f'<path class="{kind}" d="M{x:.0f} {y:.0f}{bow}">'
+            f"<title>{room} imports {used}</title></path>"
+        )
+    for room, (left, top, width) in boxes.items():
+        parts.append(
+            f'<g class="room"><rect x="{left:.0f}" y="{top}" width="{width:.0f}" '
+            f'height="{BOX_HEIGHT}" rx="6"/><text x="{left + width / 2:.0f}" '
+            f'y="{top + BOX_HEIGHT / 2 + 5:.0f}">{room}</text></g>'
+        )
+    return "".join([*parts, "</svg>"])
