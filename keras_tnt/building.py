@@ -22,6 +22,7 @@ from keras_tnt.layers import ImageNormalization, Predictions, SelectToken, Selec
 from keras_tnt.layers.base import at_least_float32, projection, without_initial_values
 from keras_tnt.layers.ends import along_channels, scale_and_offset
 from keras_tnt.registry import Checkpoint, Family, ImageTransform, Variant
+from keras_tnt.text import is_encodable, is_line
 from keras_tnt.weights.names import HEADS
 
 POOLINGS = (None, "avg", "max", "token")
@@ -220,9 +221,12 @@ def check_class_names(class_names) -> list[str] | None:
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise ValueError(f"Each of `class_names` must be a string. Received: {wrong[0]!r}")
-    wrong = [name for name in names if not name.strip() or name.splitlines() != [name]]
+    wrong = [name for name in names if not is_line(name)]
     if wrong:
         raise ValueError(f"A class name must be one line that is not blank. Received: {wrong[0]!r}")
+    wrong = [name for name in names if not is_encodable(name)]
+    if wrong:
+        raise ValueError(f"A class name is no text that UTF-8 can hold: {wrong[0]!r}")
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"`class_names` must differ from each other. Received twice: {twice[0]!r}")

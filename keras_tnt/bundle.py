@@ -17,11 +17,24 @@ from keras_tnt.pretrained import save_checkpoint
 from keras_tnt.registry import Checkpoint
 from keras_tnt.text import printable
 from keras_tnt.weights import hub
-from keras_tnt.weights.hub_config import LARGEST_FILE
+from keras_tnt.weights.files import open_tensors
+from keras_tnt.weights.hub_config import (
+    LARGEST_FILE,
+    LARGEST_SIDE,
+    as_number,
+    as_object,
+    as_text,
+    as_whole,
+    parse_json,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # What the config.json has for us alone.
 OWN = "keras_tnt"
+# Arguments of builders that a folder does not tell among the others.
+NOT_TOLD = {"weights", "input_tensor", "input_shape", "name", "class_names"}
+# Numbers up to this need no tensor as large: ratios, rates, sides of patches.
+LARGEST_SETTING = 256
 
 
 def save_pretrained(model: keras.Model, directory: str | os.PathLike) -> str:
@@ -65,15 +78,51 @@ def load_pretrained(directory: str | os.PathLike) -> keras.Model:
     directory = os.fspath(directory)
     try:
         with open(os.path.join(directory, CONFIG), "rb") as file:
-            config = json.loads(file.read(LARGEST_FILE))
-        own = config[OWN]
-        arguments = {"input_shape": tuple(own["input_shape"]), **own["arguments"]}
+            own = as_object(OWN, parse_json(file.read(LARGEST_FILE + 1))[OWN])
+        family = registry.family(as_text("family", own["family"]))
+        arguments = as_arguments(own, family, open_tensors(os.path.join(directory, WEIGHTS)))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"Folder '{directory}' holds no model of keras_tnt.save_pretrained ({error!r}). A "
             "model of timm's is loaded by its variant: keras_tnt.TNTSmall(weights='<folder>')."
         ) from error
-    return keras_tnt.create_model(own["family"], weights=directory, **arguments)
+    try:
+        return family.builder(weights=directory, **arguments)
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise ValueError(
+            f"The model in folder '{directory}' cannot be built and filled: {error}"
+        ) from error
+
+
+def as_arguments(own, family, file):
+    """The builder's arguments as a folder tells them, checked before anything is allocated.
+
+    Args:
+        own: what its config.json has for us.
+        family: the `registry.Family`.
+        file: the folder's tensors, which no size of the model can exceed.
+
+    Raises:
+        ValueError: if they are of another kind, or out of bounds.
+    """
+    arguments = as_object("arguments", own["arguments"])
+    known = inspect.signature(family.builder).parameters.keys() - NOT_TOLD
+    if unknown := sorted(arguments.keys() - known):
+        raise ValueError(f"`arguments` has {printable(unknown[0])}, which no {family.name} takes.")
+    largest = max(LARGEST_SETTING, len(file.shapes), *map(max, filter(None, file.shapes.values())))
+    for name, value in arguments.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int | float) and not isinstance(each, bool):
+                as_number(name, each, -largest, largest)
+            elif each not in (None, True, False):
+                as_text(name, each)
+    sides = own["input_shape"]
+    if not isinstance(sides, list) or len(sides) != 3:
+        raise ValueError(f"`input_shape` must be three sides. It is {printable(sides)}.")
+    sides = tuple(
+        side if side is None else as_whole("input_shape", side, 1, LARGEST_SIDE) for side in sides
+    )
+    return {**arguments, "input_shape": sides}
 
 
 def push_to_hub(

@@ -7,16 +7,26 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 ASIDE = ".writing-"
+# A folder that is not locked so long after it was written to is nobody's.
+SECONDS_TO_LOCK = 3600
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 @contextlib.contextmanager
 def scratch(folder: str | os.PathLike) -> Iterator[str]:
     """A temporary folder inside `folder`, on the same disk, removed at the end of the block.
 
-    What processes of this host left there when they were killed is removed first.
+    What processes left there when they were killed is removed first. The folder is locked while
+    it is used, where the file system has locks: they end with their process.
 
     Args:
         folder: made if it does not exist.
@@ -28,7 +38,8 @@ def scratch(folder: str | os.PathLike) -> Iterator[str]:
     remove_leftovers(folder)
     aside = tempfile.mkdtemp(prefix=f"{ASIDE}{socket.gethostname()}-{os.getpid()}-", dir=folder)
     try:
-        yield aside
+        with locked(aside):
+            yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -73,8 +84,54 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
     """Remove the temporary folders of processes of this host that no longer run."""
     for name in os.listdir(folder):
         found = re.match(rf"{re.escape(ASIDE)}(.*)-(\d+)-", name)
-        if found and found[1] == socket.gethostname() and not runs(int(found[2])):
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+        if found and found[1] == socket.gethostname():
+            path = os.path.join(folder, name)
+            if is_left(path, int(found[2])):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def is_left(path: str, process: int) -> bool:
+    """Whether the process that made a temporary folder is gone.
+
+    Containers may share a host's name and not its processes, and one that is started again gives
+    their numbers anew: where locks tell more, they are believed.
+    """
+    try:
+        with locked(path, required=True):
+            age = time.time() - os.stat(path).st_mtime
+    except BlockingIOError:
+        return False
+    except OSError:
+        return not runs(process)
+    return not runs(process) or age > SECONDS_TO_LOCK
+
+
+@contextlib.contextmanager
+def locked(folder: str, required: bool = False) -> Iterator[None]:
+    """Lock a folder for as long as the block and this process last.
+
+    Args:
+        folder: its path.
+        required: whether it is an error if the folder cannot be locked.
+
+    Raises:
+        BlockingIOError: if it is required, and another process has the lock.
+        OSError: if it is required, and the system or the file system has no such locks.
+    """
+    if fcntl is None:
+        if required:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), folder)
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if required:
+                raise
+        yield
 
 
 def runs(process: int) -> bool:
@@ -110,3 +167,27 @@ def check_space(folder: str | os.PathLike, needed: int, what: str) -> None:
             "Make room, or write elsewhere",
             folder,
         )
+
+
+@contextlib.contextmanager
+def telling_of_a_full_disk(folder: str | os.PathLike, what: str) -> Iterator[None]:
+    """One clear error, whatever the libraries that write say when the disk is full.
+
+    Args:
+        folder: where it is written.
+        what: is written, for the message: "the export".
+
+    Raises:
+        OSError: of number ENOSPC.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not any(said in str(error) for said in FULL):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk ran full while {what} was written, of which nothing was kept. Make room, "
+            "or write elsewhere",
+            os.fspath(folder),
+        ) from error

@@ -313,8 +313,13 @@ def load_plugins(modules: str | Iterable[str] | None) -> None:
         ValueError: if there is no such module.
     """
     if isinstance(modules, str):
-        modules = modules.split(",")
+        modules = map(str.strip, modules.split(","))
     for module in filter(None, modules or ()):
+        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", module):
+            raise ValueError(
+                f"{module!r} is no name of a module. A file plugins/mine.py is the module "
+                "plugins.mine, found on Python's path."
+            )
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

@@ -20,3 +20,23 @@ def printable(text, longest=LONGEST):
     if len(text) > longest:
         text = text[:longest] + "..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def first_line(text):
+    """The first line of a message, whole, in the form of `printable`."""
+    return printable((str(text).splitlines() or [""])[0], longest=10_000)
+
+
+def drawable(text):
+    """Text for matplotlib, which takes what stands between dollars for mathematics."""
+    return printable(text).replace("$", r"\$")
+
+
+def is_line(text):
+    """Whether a text is one line that is not blank."""
+    return bool(text.strip()) and text.splitlines() == [text]
+
+
+def is_encodable(text):
+    """Whether UTF-8 can hold a text: a name of a file that is no UTF-8 it cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)

@@ -42,7 +42,9 @@ def parse(arguments):
 
 def fail(error, status):
     """Say what went wrong; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr)
+    # As keras_tnt.text.printable, which would import Keras before a wrong flag is told.
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error))
+    print(f"error: {text}", file=sys.stderr)
     return status
 
 

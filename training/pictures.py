@@ -5,6 +5,7 @@ import textwrap
 import numpy as np
 
 from keras_tnt.files import replacing
+from keras_tnt.text import drawable
 
 # Up to so many classes each has its row with its name; up to so many, its counts written out.
 NAMED = 30
@@ -36,7 +37,7 @@ def confusion(matrix, names, path):
         left.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     left.set(xlabel="taken for", ylabel="is", title=title)
     if number <= NAMED:
-        short = [textwrap.shorten(name, 24, placeholder="…") for name in names]
+        short = [shortened(name, 24) for name in names]
         left.set_xticks(range(number), short, rotation=60, ha="right")
         left.set_yticks(range(number), short)
     if number <= COUNTED:
@@ -72,10 +73,7 @@ def most_often(axes, matrix, names):
     order = np.argsort(-apart, axis=None, kind="stable")[:PAIRS]
     pairs = [divmod(int(place), len(names)) for place in order if apart.flat[place]]
     axes.barh(range(len(pairs)), [apart[pair] for pair in pairs], color="C3")
-    labels = [
-        " → ".join(textwrap.shorten(names[each], 22, placeholder="…") for each in pair)
-        for pair in pairs
-    ]
+    labels = [" → ".join(shortened(names[each], 22) for each in pair) for pair in pairs]
     axes.set_yticks(range(len(pairs)), labels, fontsize=8)
     axes.set_ylim(max(len(pairs), 5) - 0.4, -0.6)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -100,7 +98,7 @@ def mistakes(shown, wrong, total, path):
         axes.axis("off")
     for axes, (image, answer, label, probability) in zip(grid.flat, shown, strict=False):
         axes.imshow(image)
-        answer, label = (textwrap.shorten(x, 20, placeholder="…") for x in (answer, label))
+        answer, label = shortened(answer, 20), shortened(label, 20)
         axes.set_title(f"{answer} {probability:.0%}\nis {label}", fontsize=9)
     figure.suptitle(
         f"Of {total:,} images {wrong:,} were misread; the most certain of them"
@@ -123,6 +121,10 @@ def learning_rates(rates, losses, smooth, chosen, path):
     axes.legend()
     axes.grid(alpha=0.3)
     save(figure, path)
+
+
+def shortened(name, longest):
+    return drawable(textwrap.shorten(name, longest, placeholder="…"))
 
 
 def pyplot():

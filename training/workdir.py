@@ -1,6 +1,7 @@
 """The directory of a run: held by one trainer, its configuration recorded and compared."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -36,7 +37,7 @@ def held(workdir):
         ValueError: if another process holds it, or if it cannot be a directory.
     """
     make_directory(workdir)
-    with open(Path(workdir) / LOCK, "a+", encoding="utf-8") as file:
+    with open_lock(Path(workdir) / LOCK) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -53,6 +54,21 @@ def held(workdir):
         )
         file.flush()
         yield
+
+
+def open_lock(path):
+    """The file that is locked, which is written to: a link to another file is not followed.
+
+    Raises:
+        ValueError: if a link stands in its place.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path} is a link to another file: remove it") from error
+    return open(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
 def make_directory(workdir):

@@ -9,6 +9,8 @@ import argparse
 import importlib
 import sys
 
+from keras_tnt.text import first_line
+
 COMMANDS = ("predict", "merge", "list", "info", "explain")
 NAME = "keras-tnt"
 
@@ -63,5 +65,5 @@ def parsers():
 
 def fail(message, status=2):
     """Say what is wrong, in one line."""
-    print(f"error: {str(message).splitlines()[0]}", file=sys.stderr)
+    print(f"error: {first_line(message)}", file=sys.stderr)
     return status

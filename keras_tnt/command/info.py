@@ -2,6 +2,8 @@
 
 import json
 
+from keras_tnt.text import first_line, printable
+
 HELP = "what a model is: family, classes, parameters, multiply-accumulates, weights"
 
 
@@ -24,9 +26,10 @@ def run(options):
         shown = f"{value:,}" if isinstance(value, int) else value
         if isinstance(value, list):
             shown = ", ".join(map(str, value))
-        print(f"{name.replace('_', ' '):22}  {shown}")
+        print(f"{name.replace('_', ' '):22}  {first_line(shown)}")
     if names:
-        print(f"{'class names':22}  {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+        listed = printable(", ".join(names[:10]), longest=1000)
+        print(f"{'class names':22}  {listed}{', ...' if len(names) > 10 else ''}")
     return 0
 
 
@@ -39,12 +42,12 @@ def about(name):
     Returns:
         A dict of what JSON can hold.
     """
-    from keras_tnt.command import runtime
+    from keras_tnt.command import cards
 
     if name.endswith(".onnx"):
-        return about_card(*runtime.onnx_card(name))
-    if folder := runtime.saved_model_folder(name):
-        return about_card(runtime.saved_model_card(folder), None)
+        return about_card(*cards.onnx_card(name))
+    if folder := cards.saved_model_folder(name):
+        return about_card(cards.saved_model_card(folder), None)
     return about_keras(name)
 
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from keras_tnt.command.images import evaluation_array, find_images
 from keras_tnt.command.table import Table, shard_path
+from keras_tnt.text import first_line, printable
 
+LONGEST = 4096  # characters of a name that are shown
 HELP = "name what images show, or give their features"
 
 
@@ -112,7 +114,7 @@ def show(options, count):
     batches = predictions(find_images(options.images), runtime, options)
     for row in itertools.chain.from_iterable(batches):
         if "error" in row:
-            print(f"error: {row['error']}", file=sys.stderr)
+            print(f"error: {first_line(row['error'])}", file=sys.stderr)
             status = 1
             continue
         if options.json:
@@ -127,12 +129,12 @@ def show(options, count):
 
 
 def as_text(row):
-    lines = [row["file"]]
+    lines = [printable(row["file"], LONGEST)]
     if "features" in row:
         lines.append("  " + " ".join(f"{value:.4g}" for value in row["features"]))
     for found in row.get("predictions", ()):
         name = found.get("name", f"class {found['class']}")
-        lines.append(f"  {found['score']:6.1%}  {name}")
+        lines.append(f"  {found['score']:6.1%}  {printable(name, LONGEST)}")
     return "\n".join(lines)
 
 
@@ -157,18 +159,23 @@ def predictions(paths, runtime, options):
     while batch := list(itertools.islice(images, options.batch_size)):
         readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
         if not readable:
-            yield [{"file": path, "error": error} for path, error in batch]
+            yield [{"file": text_of(path), "error": error} for path, error in batch]
             continue
         # What cannot be read leaves its place empty, so that the size stays one that is compiled.
         blank = np.zeros_like(readable[0])
         pixels = np.stack([blank if isinstance(x, str) else x for _, x in batch])
         results = np.asarray(runtime.predict(pixels), "float32")
         yield [
-            {"file": path, "error": found}
+            {"file": text_of(path), "error": found}
             if isinstance(found, str)
-            else {"file": path, **describe(result, runtime, options.top)}
+            else {"file": text_of(path), **describe(result, runtime, options.top)}
             for (path, found), result in zip(batch, results, strict=True)
         ]
+
+
+def text_of(path):
+    """A path as text; bytes of it that are no UTF-8 stand as \\xff and the like."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def decoded(paths, transform, ahead):
@@ -192,7 +199,7 @@ def read(path, transform):
     try:
         return evaluation_array(path, transform)
     except (ValueError, OSError, MemoryError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return first_line(error) or type(error).__name__
 
 
 def features_of(result, runtime, top):

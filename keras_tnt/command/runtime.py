@@ -2,18 +2,16 @@
 
 import dataclasses
 import hashlib
-import json
-import math
 import os
 from collections.abc import Callable
 
 import numpy as np
 
+from keras_tnt.command.cards import onnx_card, saved_model_card, saved_model_folder
 from keras_tnt.imagenet import imagenet_classes
 
 # Fewer images than these are predicted sooner without a compiler.
 WORTH_COMPILING = 64
-CARD = os.path.join("assets.extra", "model.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +93,8 @@ def default_batch_size(name):
 
 def load_model(name, weights=None):
     """The Keras model of a variant, a `.keras` file, or a directory that holds one."""
-    import keras
-
     import keras_tnt
+    from keras_tnt.weights import load_keras_model
 
     if os.path.isdir(name):
         final = os.path.join(name, "final.keras")
@@ -112,10 +109,7 @@ def load_model(name, weights=None):
     if name.endswith(".keras"):
         if not os.path.isfile(name):
             raise FileNotFoundError(f"There is no file '{name}'.")
-        try:
-            return keras.models.load_model(name, compile=False)
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"'{name}' cannot be loaded as a model: {error}") from error
+        return load_keras_model(name)
     if os.path.exists(name):
         raise ValueError(
             f"'{name}' is no model: a .keras or .onnx file, a run's directory and a SavedModel are."
@@ -155,7 +149,10 @@ def open_onnx(path, features):
     from keras_tnt.export import onnx_session
 
     card, _ = onnx_card(path)
-    session = onnx_session(path)
+    try:
+        session = onnx_session(path)
+    except Exception as error:  # of ONNX Runtime's, which has many
+        raise ValueError(f"'{path}' cannot be opened in ONNX Runtime: {error}") from error
     widths = {output.name: output.shape[-1] for output in session.get_outputs()}
     wanted = "features" if features else "probabilities"
     if wanted not in widths:
@@ -164,34 +161,8 @@ def open_onnx(path, features):
     def predict(images):
         return session.run([wanted], {"images": images})[0]
 
-    return Runtime(transform_of(card), predict, widths[wanted], labels_of(card))
-
-
-def onnx_card(path):
-    """(card, number of parameters) of a file of `keras_tnt.export.onnx`."""
-    from keras_tnt.export.requirements import require
-
-    require("onnx", "onnxruntime")
-    import onnx
-
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no file '{path}'.")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except Exception as error:  # of protobuf's, which has several
-        raise ValueError(f"'{path}' is no ONNX file.") from error
-    metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    if "resized_to_cover" not in metadata:
-        raise ValueError(f"'{path}' is no file of keras_tnt.export.onnx: it tells no image size.")
-    parameters = sum(math.prod(tensor.dims) for tensor in proto.graph.initializer)
-    return {key: as_json(value) for key, value in metadata.items()}, parameters
-
-
-def as_json(text):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    width = widths[wanted]
+    return Runtime(transform_of(card), predict, width, None if features else labels_of(card, width))
 
 
 def open_saved_model(folder, features):
@@ -217,25 +188,8 @@ def open_saved_model(folder, features):
     def predict(images):
         return loaded.signatures[signature](images=tf.constant(images))[wanted].numpy()
 
-    return Runtime(transform_of(card), predict, outputs[wanted].shape[-1], labels_of(card))
-
-
-def saved_model_folder(path):
-    """The folder of a SavedModel of ours, the newest version of several; None if there is none."""
-    versions = []
-    if os.path.isdir(path):
-        versions = sorted(
-            (int(name) for name in os.listdir(path) if name.isdecimal()), reverse=True
-        )
-    for folder in (path, *(os.path.join(path, str(version)) for version in versions)):
-        if os.path.isfile(os.path.join(folder, CARD)):
-            return folder
-    return None
-
-
-def saved_model_card(folder):
-    with open(os.path.join(folder, CARD), encoding="utf-8") as file:
-        return json.load(file)
+    width = outputs[wanted].shape[-1]
+    return Runtime(transform_of(card), predict, width, None if features else labels_of(card, width))
 
 
 def transform_of(card):
@@ -257,11 +211,18 @@ def normalisation(wanted, mean, std, channels):
     return tuple(x if len(x) == channels else x.mean(keepdims=True) for x in values)
 
 
-def labels_of(card):
-    """The names in an export's card, where they say more than numbers do."""
+def labels_of(card, width):
+    """The names in an export's card, where they say more than numbers do.
+
+    Raises:
+        ValueError: if they are not as many as the classes.
+    """
     labels = card["labels"]
-    numbers = labels is None or labels == [str(i) for i in range(len(labels))]
-    return None if numbers else labels
+    if labels is None or labels == [str(i) for i in range(len(labels))]:
+        return None
+    if len(labels) != width:
+        raise ValueError(f"The model names {len(labels)} classes and gives scores of {width}.")
+    return labels
 
 
 def identity(path):

@@ -6,6 +6,7 @@ import numpy as np
 import keras_tnt
 from keras_tnt.anatomy import class_names
 from keras_tnt.preprocessing import sized_image
+from keras_tnt.text import is_encodable, is_line
 
 
 def describe(model, network, labels=None, weights=None):
@@ -63,7 +64,9 @@ def label_names(model, network, labels):
             f"`labels` must name each of the model's {classes} classes. Received: {len(labels)} "
             "labels."
         )
-    unfit = [label for label in labels if "\n" in label or "\r" in label or not label.strip()]
+    unfit = [label for label in labels if not is_line(label) or not is_encodable(label)]
     if unfit:
-        raise ValueError(f"A label must be one line that is not blank. Received: {unfit[0]!r}")
+        raise ValueError(
+            f"A label must be one line of text that is not blank. Received: {unfit[0]!r}"
+        )
     return labels

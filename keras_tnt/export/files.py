@@ -1,16 +1,15 @@
 """Exported files, and a model's directory of versions: each appears whole."""
 
 import contextlib
-import errno
 import os
 import re
 import tempfile
 
 import numpy as np
 
-from keras_tnt.files import flush_to_disk, replacing, scratch
+from keras_tnt.files import flush_to_disk, replacing, scratch, telling_of_a_full_disk
 
-FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+WHAT = "the export"
 
 
 def versions(directory):
@@ -61,7 +60,7 @@ def new_version(directory, version=None):
     Yields:
         A `Place`: `aside` is the folder to write into, `path`, after the block, where it lies.
     """
-    with telling_of_a_full_disk(directory), scratch(directory) as aside:
+    with telling_of_a_full_disk(directory, WHAT), scratch(directory) as aside:
         place = Place(aside)
         yield place
         for folder, _, names in os.walk(aside, topdown=False):
@@ -93,7 +92,7 @@ class Place:
 def new_file(path, *companions):
     """As `keras_tnt.files.replacing`; what tools write meanwhile lies beside the file, too."""
     folder = os.path.dirname(os.path.abspath(path))
-    with telling_of_a_full_disk(folder), replacing(path, *companions) as temporary:
+    with telling_of_a_full_disk(folder, WHAT), replacing(path, *companions) as temporary:
         with temporary_files_in(os.path.dirname(temporary)):
             yield temporary
 
@@ -106,23 +105,3 @@ def temporary_files_in(folder):
         yield
     finally:
         tempfile.tempdir = before
-
-
-@contextlib.contextmanager
-def telling_of_a_full_disk(folder):
-    """One clear error, whatever the libraries that write say when the disk is full.
-
-    Raises:
-        OSError: of number ENOSPC.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not any(said in str(error) for said in FULL):
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            "The disk ran full during the export, of which nothing was kept. Make room, or export "
-            "elsewhere",
-            os.fspath(folder),
-        ) from error

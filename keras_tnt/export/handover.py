@@ -13,7 +13,7 @@ import numpy as np
 from keras_tnt.export import files
 from keras_tnt.export.network import all_layers
 from keras_tnt.export.verification import Example
-from keras_tnt.files import check_space, scratch
+from keras_tnt.files import check_space, scratch, telling_of_a_full_disk
 
 # What the fresh process hands back as it is; by any other error it ends.
 ERRORS = (RuntimeError, ValueError, OSError, ImportError)
@@ -36,7 +36,7 @@ def in_tensorflow(function, network, references, arguments, directory):
         The error that it failed by, if it is one of `ERRORS`; if not, a RuntimeError that tells it.
     """
     check_space(directory, 2 * files.size_of(network), "The export")
-    with files.telling_of_a_full_disk(directory), scratch(directory) as folder:
+    with telling_of_a_full_disk(directory, files.WHAT), scratch(directory) as folder:
         network.save(os.path.join(folder, "network.keras"))
         kinds = {
             kind: [save_example(folder, f"{kind}-{i}", e) for i, e in enumerate(examples)]

@@ -50,7 +50,11 @@ def load_images(image_bytes, size, covered, channels=3):
     broken = tf.sets.difference([tf.range(batch + 1)], [places]).values
     tf.debugging.Assert(
         tf.size(broken) == 0,
-        [f"Not an image that can be decoded: {READ}. Places in the batch:", broken],
+        # TensorFlow leaves out what there is no memory for as it does what it cannot decode.
+        [
+            f"Not an image that can be decoded, or no memory for it: {READ}. Places in the batch:",
+            broken,
+        ],
         summarize=100,
     )
     return tf.ensure_shape(images[:-1], (None, *shape))

@@ -117,7 +117,9 @@ def fill(page, data):
         "ARRAYS": arrays,
     }
     text = template.read_text(encoding="utf-8")
-    return re.sub(r"%%([A-Z]+)%%", lambda found: values[found[1]], text)
+    text = re.sub(r"%%([A-Z]+)%%", lambda found: values[found[1]], text)
+    # Halves of characters, in names of files that are no UTF-8, become escapes, which JSON knows.
+    return text.encode("utf-8", "backslashreplace")
 
 
 class Pack:

@@ -8,6 +8,7 @@ import numpy as np
 from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.files import replacing
 from keras_tnt.inspection.maps import attention_maps, attention_rollout
+from keras_tnt.text import drawable
 
 COLOURS = ("#ff5964", "#35c4dc", "#7ac74f")
 GLOW = (1.0, 0.6, 0.0, 0.8)
@@ -106,7 +107,7 @@ def prediction(model, image):
         return "image"
     names, best = class_names(model), outputs[0].argmax()
     name = f"class {best}" if names is None else names[best]
-    return f"predicted\n{name}, {outputs[0].max():.0%}"
+    return f"predicted\n{drawable(name)}, {outputs[0].max():.0%}"
 
 
 def displayed(image):

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 
-from keras_tnt.files import replacing
+from keras_tnt.files import check_space, replacing, telling_of_a_full_disk
 from keras_tnt.text import printable
 from keras_tnt.weights.files import SAFETENSORS
 from keras_tnt.weights.names import UNUSED, conventions, entries
@@ -62,6 +62,7 @@ def write(model, path, names):
 
     Raises:
         ValueError: for another ending, a quantized model, and layers that no checkpoint has.
+        OSError: if the disk has no room for it, or runs full; nothing is kept.
     """
     path = os.fspath(path)
     if not path.endswith(SAFETENSORS):
@@ -71,7 +72,9 @@ def write(model, path, names):
         tensors.update(zip(entry.names, entry.to_torch(entry.value), strict=True))
     from safetensors.numpy import save_file
 
-    with replacing(path) as unfinished:
+    folder, what = os.path.dirname(os.path.abspath(path)), "the checkpoint"
+    check_space(folder, sum(tensor.nbytes for tensor in tensors.values()), what)
+    with telling_of_a_full_disk(folder, what), replacing(path) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
 
 

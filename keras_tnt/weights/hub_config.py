@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from keras_tnt.text import printable
+from keras_tnt.text import is_encodable, printable
 
 # What lies beyond these is taken for an attack or a mistake, before anything is allocated.
 LARGEST_FILE = 16 * 2**20  # bytes
@@ -136,8 +136,7 @@ def as_object(name, value):
 
 def as_text(name, value):
     # JSON may hold halves of characters, which no file can.
-    halves = isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value)
-    if not isinstance(value, str) or halves or not value.strip():
+    if not isinstance(value, str) or not is_encodable(value) or not value.strip():
         raise wrong(name, "a text", value)
     return value
 

@@ -1,15 +1,14 @@
 """Trains and is killed, many times: python -m tests.training.killing DIRECTORY STRATEGY KILLS
 
 The trainer runs in processes forked after TensorFlow is imported and before it starts, and each
-run has to end with the weights and reports of one that nobody disturbed. Prints what was counted.
+run has to end with the weights and reports of one that nobody disturbed. Each kill is told on
+standard error; what was counted is printed at the end, however that comes.
 """
 
+import collections
 import json
 import os
-import signal
 import sys
-import time
-import traceback
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -18,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.killing import finish, forked, is_killed
 from training import checkpoint, configuration, loop, models
 
 STEPS = 8
@@ -26,36 +26,15 @@ TINY = {"depth": 1, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_st
 
 def start(workdir, strategy):
     """Begin a run, or go on with it, in a process of its own; returns its id."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        sys.stdout = sys.stderr = open(workdir.with_suffix(".log"), "a")
+
+    def train():
         models.TNT_DIGITS |= TINY
         values = {"epochs": 2, "steps_per_epoch": STEPS // 2, "batch_size": 8, "ema": 0.9}
         values |= {"checkpoint_steps": 1, "report_steps": 1, "evaluate_epochs": 2}
         values |= {"stochastic_depth": 0.2, "strategy": strategy, "cpu_devices": 2, "report": False}
         loop.train(configuration.make("digits", workdir=str(workdir), **values))
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
 
-
-def ends_within(process, seconds):
-    """Whether a process ended by itself, and well; it is killed otherwise."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            if status:
-                raise SystemExit(f"the trainer ended with status {status}")
-            return True
-        time.sleep(0.002)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return False
+    return forked(train, workdir.with_suffix(".log"))
 
 
 def outcome(workdir):
@@ -77,21 +56,35 @@ def check(workdir, expected):
 
 def main(directory, strategy, kills):
     directory, random = Path(directory), np.random.default_rng(0)
-    undisturbed, began = directory / "undisturbed", time.monotonic()
-    assert ends_within(start(undisturbed, strategy), 600)
-    length, expected = time.monotonic() - began, outcome(undisturbed)
+    undisturbed = directory / "undisturbed"
+    length = finish(start(undisturbed, strategy), directory)
+    expected = outcome(undisturbed)
     killed = finished = 0
-    while killed < int(kills):
+    steps = collections.Counter()
+    try:
+        while killed < int(kills):
+            workdir = directory / f"killed_{finished}"
+            if is_killed(start(workdir, strategy), random.uniform(0, 1.1 * length), directory):
+                killed += 1
+                steps[newest_step(workdir)] += 1
+                print(f"kill {killed} of {kills}", file=sys.stderr, flush=True)
+            else:
+                check(workdir, expected)
+                finished += 1
         workdir = directory / f"killed_{finished}"
-        if ends_within(start(workdir, strategy), random.uniform(0, 1.1 * length)):
-            check(workdir, expected)
-            finished += 1
-        else:
-            killed += 1
-    workdir = directory / f"killed_{finished}"
-    assert ends_within(start(workdir, strategy), 600)
-    check(workdir, expected)
-    print(json.dumps({"killed": killed, "runs": finished + 1, "seconds_undisturbed": length}))
+        finish(start(workdir, strategy), directory)
+        check(workdir, expected)
+        finished += 1
+    finally:
+        counted = {"killed": killed, "identical_runs": finished}
+        counted |= {"kills_by_newest_checkpoint": dict(sorted(steps.items()))}
+        print(json.dumps({**counted, "processor_seconds_undisturbed": length}), flush=True)
+
+
+def newest_step(workdir):
+    """The step of the newest checkpoint; 0 without any."""
+    paths = (workdir / "checkpoints").glob("step_*.safetensors")
+    return max(map(checkpoint.step_of, paths), default=0)
 
 
 if __name__ == "__main__":

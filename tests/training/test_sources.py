@@ -121,6 +121,17 @@ def test_options_of_other_data_sets_are_refused():
 # === Folders ===
 
 
+def test_images_whose_names_are_no_text_are_read_and_classes_must_have_a_name(tmp_path):
+    write_images(tmp_path, "a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg")
+    os.rename(tmp_path / "a" / "0.jpg", os.fsencode(tmp_path / "a") + b"/\xff.jpg")
+    source, labels = read("folder", tmp_path, validation_share=0.5)
+    assert sorted(labels) == [0, 1] and source.label_names == ["a", "b"]
+    for name in (b"caf\xe9", b"two\nlines"):
+        os.rename(tmp_path / "b", os.fsencode(tmp_path) + b"/" + name)
+        refused("which can name no class: rename it", "folder", tmp_path, validation_share=0.5)
+        os.rename(os.fsencode(tmp_path) + b"/" + name, tmp_path / "b")
+
+
 def test_a_flat_folder_is_split_alike_in_every_class_by_the_seed(tmp_path):
     write_images(
         tmp_path, *(f"cat/{i}.jpg" for i in range(10)), *(f"dog/{i}.png" for i in range(20))

@@ -32,6 +32,15 @@ def test_a_second_trainer_is_told_who_holds_the_directory_until_that_one_dies(tm
         assert "process" in (tmp_path / workdir.LOCK).read_text()
 
 
+def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / workdir.LOCK).symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"\.lock is a link to another file: remove it"):
+        with workdir.held(tmp_path):
+            pass
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
     def refuse(*arguments):
         raise OSError(37, "No locks available")

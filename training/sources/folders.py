@@ -66,10 +66,24 @@ def flat_folder(config, root, held_out):
 
 
 def class_folders(directory):
-    """Names of the folders in a directory, in order of the alphabet, without hidden ones."""
+    """Names of the folders in a directory, in order of the alphabet, without hidden ones.
+
+    Raises:
+        ValueError: if one of them can be no class's name.
+    """
     if not directory.is_dir():
         return []
-    return sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name[0] != ".")
+    # Not above: importing the package takes longer than it takes to refuse a wrong flag.
+    from keras_tnt.text import is_encodable, is_line
+
+    names = sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name[0] != ".")
+    for name in names:
+        if not is_line(name) or not is_encodable(name):
+            raise ValueError(
+                f"{directory} has the folder {name!r}, which can name no class: rename it to one "
+                "line of UTF-8 text"
+            )
+    return names
 
 
 def images_of(directory):

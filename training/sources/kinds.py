@@ -1,6 +1,7 @@
 """The two kinds of sources: one whose images are had by index, and one that is read in order."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -104,7 +105,8 @@ def of_files(paths, labels, label_names):
     import tensorflow as tf
 
     numbers = np.asarray(labels, "int64")
-    files, labels = tf.constant(paths), tf.constant(numbers)
+    # As bytes: names of files need not be UTF-8.
+    files, labels = tf.constant([os.fsencode(path) for path in paths]), tf.constant(numbers)
 
     def item(index):
         path = tf.gather(files, index)

@@ -1,0 +1,110 @@
+"""The cards of exported models: what they tell of themselves, read without trust."""
+
+import json
+import math
+import os
+
+from keras_tnt.images import MAX_SIDE
+from keras_tnt.weights import hub_config
+from keras_tnt.weights.hub_config import as_names, as_number, as_text, as_whole, wrong
+
+CARD = os.path.join("assets.extra", "model.json")
+TEXTS = ("name", "input", "data_format", "made_with")
+MOST_CHANNELS = 4096
+
+
+def onnx_card(path):
+    """(card, number of parameters) of a file of `keras_tnt.export.onnx`.
+
+    Raises:
+        OSError, ValueError: if it is none.
+    """
+    from keras_tnt.export.requirements import require
+
+    require("onnx", "onnxruntime")
+    import onnx
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception as error:  # of protobuf's, which has several
+        raise ValueError(f"'{path}' is no ONNX file.") from error
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    if "resized_to_cover" not in metadata:
+        raise ValueError(f"'{path}' is no file of keras_tnt.export.onnx: it tells no image size.")
+    parameters = sum(math.prod(tensor.dims) for tensor in proto.graph.initializer)
+    card = {key: value if key in TEXTS else as_json(value) for key, value in metadata.items()}
+    return checked(card, path), parameters
+
+
+def as_json(text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def saved_model_folder(path):
+    """The folder of a SavedModel of ours, the newest version of several; None if there is none."""
+    versions = []
+    if os.path.isdir(path):
+        versions = sorted(
+            (int(name) for name in os.listdir(path) if name.isdecimal()), reverse=True
+        )
+    for folder in (path, *(os.path.join(path, str(version)) for version in versions)):
+        if os.path.isfile(os.path.join(folder, CARD)):
+            return folder
+    return None
+
+
+def saved_model_card(folder):
+    """The card of a SavedModel of ours.
+
+    Raises:
+        OSError, ValueError: if it has none.
+    """
+    path = os.path.join(folder, CARD)
+    with open(path, "rb") as file:
+        data = file.read(hub_config.LARGEST_FILE + 1)
+    try:
+        card = hub_config.parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is no card of an exported model: {error}") from error
+    return checked(card, path)
+
+
+def checked(card, path):
+    """A card whose values are of their kinds and within bounds.
+
+    Raises:
+        ValueError: naming the file, and the first value that is not.
+    """
+    try:
+        for name in TEXTS:
+            as_text(name, card[name])
+        channels = as_whole("channels", card["channels"], 1, MOST_CHANNELS)
+        sizes = {name: check_size(name, card[name]) for name in ("image_size", "resized_to_cover")}
+        check_numbers("mean", card["mean"], channels, -hub_config.LARGEST_STATISTIC)
+        check_numbers("std", card["std"], channels, hub_config.SMALLEST_STD)
+        labels = card["labels"] and list(as_names("labels", card["labels"]))
+        return {**card, **sizes, "labels": labels, "weights": card["weights"]}
+    except KeyError as error:
+        reason = f"it has no {error}."
+    except ValueError as error:
+        reason = error
+    raise ValueError(f"'{path}' is no card of an exported model: {reason}")
+
+
+def check_size(name, value):
+    """[height, width] of images."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise wrong(name, "two sides", value)
+    return [as_whole(name, side, 1, MAX_SIDE) for side in value]
+
+
+def check_numbers(name, value, channels, least):
+    if not isinstance(value, list) or len(value) not in (1, 3, channels):
+        raise wrong(name, "a list of numbers, one a channel", value)
+    for number in value:
+        as_number(name, number, least, hub_config.LARGEST_STATISTIC)
