@@ -90,7 +90,11 @@ setup(
     packages=find_packages(include=["keras_tnt", "keras_tnt.*"]),
     entry_points={"console_scripts": ["keras-tnt=keras_tnt.command:main"]},
     package_data={
-        "keras_tnt": ["py.typed", *(f"**/*.{kind}" for kind in ("txt", "html", "h", "cpp"))]
+        "keras_tnt": [
+            "py.typed",
+            "export/servers/*.py",  # run by servers, with what they bring
+            *(f"**/*.{kind}" for kind in ("txt", "html", "h", "cpp")),
+        ]
     },
     install_requires=[
         "keras>=3.15,<4",

@@ -246,6 +246,23 @@ def evaluation_crop(picture, size, covered):
     return picture.transpose(Image.Transpose.TRANSPOSE)
 
 
+def evaluation_pixels(picture, size, covered, channels, data_format):
+    """The evaluation crop of a `PIL.Image` of any mode as `keras_tnt.load_image` returns it.
+
+    Args:
+        picture: a `PIL.Image`.
+        size, covered: as `evaluation_crop`.
+        channels: 1 or 3.
+        data_format: where they stand in the result, "channels_last" or "channels_first".
+
+    Returns:
+        float32 array `(height, width, channels)`, or channels first, in [0, 255].
+    """
+    crop = evaluation_crop(convert(picture, channels), size, covered)
+    pixels = np.reshape(np.asarray(crop, "float32"), (*size, channels))
+    return np.moveaxis(pixels, -1, 0) if data_format == "channels_first" else pixels
+
+
 def covering(size, covered):
     """(rows, columns) of an image of `size`, (width, height), that covers (height, width)."""
     (width, height), (covered_height, covered_width) = size, covered

@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.imagenet import imagenet_classes
-from keras_tnt.images import convert, evaluation_crop, open_picture
+from keras_tnt.images import evaluation_pixels, open_picture
 
 # === Images ===
 
@@ -42,16 +42,7 @@ def load_image(image, model: keras.Model) -> np.ndarray:
     >>> image = keras_tnt.load_image("cat.jpg", model)
     >>> keras_tnt.decode_predictions(model.predict(image[None]))
     """
-    return evaluation_pixels(open_picture(image), model)
-
-
-def evaluation_pixels(picture, model):
-    """The evaluation crop of a `PIL.Image` as the array that `load_image` returns."""
-    wanted = sized_image(model)
-    size = (wanted.height, wanted.width)
-    crop = evaluation_crop(convert(picture, wanted.channels), size, wanted.covered_size())
-    pixels = np.reshape(np.asarray(crop, "float32"), (*size, wanted.channels))
-    return np.moveaxis(pixels, -1, 0) if wanted.data_format == "channels_first" else pixels
+    return evaluation_pixels(open_picture(image), *wanted_pixels(model))
 
 
 def load_images(images, model: keras.Model) -> np.ndarray:
@@ -72,7 +63,15 @@ def load_images(images, model: keras.Model) -> np.ndarray:
     pictures = (
         open_picture(image, f"Image {place} of the batch") for place, image in enumerate(images)
     )
-    return np.stack([evaluation_pixels(picture, model) for picture in pictures])
+    wanted = wanted_pixels(model)
+    return np.stack([evaluation_pixels(picture, *wanted) for picture in pictures])
+
+
+def wanted_pixels(model):
+    """What `evaluation_pixels` is told of a model."""
+    wanted = sized_image(model)
+    size = (wanted.height, wanted.width)
+    return size, wanted.covered_size(), wanted.channels, wanted.data_format
 
 
 def sized_image(model):

@@ -1,7 +1,8 @@
-"""Ask a TF Serving server about images, by REST or gRPC: see savedmodels/README.md.
+"""Ask a server about images: TF Serving by REST or gRPC, Triton and MLServer by KServe's protocol.
 
 python savedmodels/client.py cat.jpg dog.png --model=tnt_small
 python savedmodels/client.py --call=status --model=tnt_small --protocol=grpc
+python savedmodels/client.py cat.jpg --model=tnt_small_bytes --protocol=kserve --port=8000
 """
 
 import argparse
@@ -18,7 +19,7 @@ import threading
 import time
 import urllib.parse
 
-PORTS = {"rest": 8501, "grpc": 8500}
+PORTS = {"rest": 8501, "grpc": 8500, "kserve": 8000}
 MAX_REPLY = 2**26  # bytes
 
 
@@ -26,8 +27,8 @@ class ServerError(Exception):
     """The server cannot be reached, or refuses; the message says which and what to do."""
 
 
-class RestClient:
-    """Calls of TF Serving's REST interface.
+class HttpClient:
+    """Calls by HTTP and JSON, which end in time.
 
     Args:
         host, port: where the server listens.
@@ -38,10 +39,73 @@ class RestClient:
 
     def __init__(self, host, port, model, version=None, timeout=10.0):
         self.host, self.port, self.address = host, port, f"{host}:{port}"
-        self.path = "/v1/models/" + urllib.parse.quote(model, safe="", errors="surrogateescape")
+        self.model, self.version, self.timeout = model, version, timeout
+        self.path = "/models/" + urllib.parse.quote(model, safe="", errors="surrogateescape")
         if version is not None:
             self.path += f"/versions/{version}"
-        self.timeout = timeout
+
+    def understood(self):
+        return understood(self.address, self.KIND)
+
+    def ask(self, path, body=None):
+        """The JSON that the server answers with, within the time that a call may take."""
+        answer = concurrent.futures.Future()
+
+        def exchange():
+            try:
+                answer.set_result(self.exchange(path, body))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        # A thread that is left to itself when time is up: whatever a server drips, and however long
+        # its name is looked for. The timeout of a socket begins anew with each byte.
+        threading.Thread(target=exchange, daemon=True).start()
+        try:
+            status, reason, text = answer.result(self.timeout)
+        except TimeoutError as error:
+            raise ServerError(no_answer(self.address, self.timeout)) from error
+        except http.client.HTTPException as error:  # some are OSErrors, too
+            raise ServerError(no_such_server(self.address, self.KIND)) from error
+        except (OSError, UnicodeError) as error:
+            raise ServerError(unreachable(self.address)) from error
+        if len(text) > MAX_REPLY:
+            other = no_such_server(self.address, self.KIND)
+            raise ServerError(f"{other} Its reply has more than 67 MB.")
+        if status == 200:
+            return json.loads(text)
+        try:
+            refusal = str(json.loads(text)["error"])
+            elsewhere = refusal.startswith(self.UNKNOWN_PATH) or (
+                status in (404, 405) and refusal == reason
+            )
+        except (ValueError, KeyError, TypeError, RecursionError):
+            refusal = f"HTTP {status} {reason}: {text[:200].decode(errors='replace')}"
+            elsewhere = status in (404, 405)
+        if elsewhere:  # there is no such path, and not merely no such model
+            raise ServerError(f"{no_such_server(self.address, self.KIND)} It says: {refusal[:200]}")
+        raise ServerError(f"The server refuses: {refusal[:2000]}")
+
+    def exchange(self, path, body):
+        """(status, reason, the first bytes) of a reply; redirections are not followed."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
+        try:
+            connection.request(
+                "GET" if body is None else "POST",
+                path,
+                None if body is None else json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with connection.getresponse() as response:
+                return response.status, response.reason, response.read(MAX_REPLY + 1)
+        finally:
+            connection.close()
+
+
+class RestClient(HttpClient):
+    """Calls of TF Serving's REST interface; arguments as those of `HttpClient`."""
+
+    KIND = "TF Serving"
+    UNKNOWN_PATH = ()
 
     def predict(self, images):
         """A list of (class, score) for each encoded image, from signature serving_bytes."""
@@ -49,8 +113,8 @@ class RestClient:
             "signature_name": "serving_bytes",
             "instances": [{"image_bytes": encoded(image)} for image in images],
         }
-        with understood(self.address):
-            predictions = self.ask(":predict", body)["predictions"]
+        with self.understood():
+            predictions = self.call(":predict", body)["predictions"]
             rows = [list(zip(p["classes"], p["scores"], strict=True)) for p in predictions]
             return checked(rows, images)
 
@@ -60,13 +124,13 @@ class RestClient:
             "signature_name": "classify",
             "examples": [{"image/encoded": encoded(image)} for image in images],
         }
-        with understood(self.address):
-            return checked(self.ask(":classify", body)["results"], images)
+        with self.understood():
+            return checked(self.call(":classify", body)["results"], images)
 
     def metadata(self):
         """Inputs and outputs, with dtype and shape, of each signature."""
-        with understood(self.address):
-            signatures = self.ask("/metadata")["metadata"]["signature_def"]["signature_def"]
+        with self.understood():
+            signatures = self.call("/metadata")["metadata"]["signature_def"]["signature_def"]
             return {
                 name: {
                     end: {
@@ -82,58 +146,86 @@ class RestClient:
 
     def status(self):
         """The state of each version that the server has."""
-        with understood(self.address):
+        with self.understood():
             return {
                 int(entry["version"]): entry["state"]
                 + (f": {message}" if (message := entry["status"]["error_message"]) else "")
-                for entry in self.ask("")["model_version_status"]
+                for entry in self.call("")["model_version_status"]
             }
 
-    def ask(self, call, body=None):
-        """The JSON that the server answers with, within the time that a call may take."""
-        answer = concurrent.futures.Future()
+    def call(self, call, body=None):
+        return self.ask(f"/v1{self.path}{call}", body)
 
-        def exchange():
-            try:
-                answer.set_result(self.exchange(call, body))
-            except BaseException as error:
-                answer.set_exception(error)
 
-        # A thread that is left to itself when time is up: whatever a server drips, and however long
-        # its name is looked for. The timeout of a socket begins anew with each byte.
-        threading.Thread(target=exchange, daemon=True).start()
-        try:
-            status, reason, text = answer.result(self.timeout)
-        except TimeoutError as error:
-            raise ServerError(no_answer(self.address, self.timeout)) from error
-        except http.client.HTTPException as error:  # some are OSErrors, too
-            raise ServerError(no_serving(self.address)) from error
-        except (OSError, UnicodeError) as error:
-            raise ServerError(unreachable(self.address)) from error
-        if len(text) > MAX_REPLY:
-            raise ServerError(f"{no_serving(self.address)} Its reply has more than 67 MB.")
-        if status == 200:
-            return json.loads(text)
-        try:
-            refusal = json.loads(text)["error"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            refusal = f"HTTP {status} {reason}: {text[:200].decode(errors='replace')}"
-        raise ServerError(f"The server refuses: {str(refusal)[:2000]}")
+class KServeClient(HttpClient):
+    """Calls of KServe's protocol, version 2, as Triton and MLServer speak it, by HTTP."""
 
-    def exchange(self, call, body):
-        """(status, reason, the first bytes) of a reply; redirections are not followed."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
-        try:
-            connection.request(
-                "GET" if body is None else "POST",
-                self.path + call,
-                None if body is None else json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
-            with connection.getresponse() as response:
-                return response.status, response.reason, response.read(MAX_REPLY + 1)
-        finally:
-            connection.close()
+    KIND = "server of KServe's protocol"
+    UNKNOWN_PATH = "Malformed request"  # TF Serving
+
+    def predict(self, images):
+        """A list of (class, score) for each encoded image."""
+        body = {
+            "parameters": {"content_type": "base64"},
+            "inputs": [
+                {
+                    "name": "image_bytes",
+                    "datatype": "BYTES",
+                    "shape": [len(images), 1],
+                    "data": [base64.b64encode(image).decode() for image in images],
+                }
+            ],
+            "outputs": [{"name": "classes"}, {"name": "scores"}],
+        }
+        with self.understood():
+            outputs = self.ask(f"/v2{self.path}/infer", body)["outputs"]
+            tensors = {output["name"]: rows_of(output) for output in outputs}
+            pairs = zip(tensors["classes"], tensors["scores"], strict=True)
+            return checked([list(zip(*pair, strict=True)) for pair in pairs], images)
+
+    def classify(self, images):
+        raise ServerError(
+            "--call=classify is TF Serving's own; KServe's protocol has --call=predict."
+        )
+
+    def metadata(self):
+        """Inputs and outputs, with dtype and shape."""
+        with self.understood():
+            found = self.ask(f"/v2{self.path}")
+            return {
+                end: {
+                    tensor["name"]: f"{tensor['datatype']} "
+                    + dimensions([{"size": size} for size in tensor["shape"]])
+                    for tensor in found[end]
+                }
+                for end in ("inputs", "outputs")
+            }
+
+    def status(self):
+        """The state of each version that the server has."""
+        with self.understood():
+            found = self.ask("/v2/repository/index", {})
+            if not isinstance(found, list):
+                raise ValueError("no list of versions")
+            states = {
+                entry.get("version") or "": entry["state"]
+                + (f": {reason}" if (reason := entry.get("reason")) else "")
+                for entry in found
+                if entry["name"] == self.model
+                and self.version in (None, int(entry.get("version") or -1))
+            }
+        if not states:
+            raise ServerError(f"The server at {self.address} has no such model or version.")
+        return states
+
+
+def rows_of(output):
+    """The rows of a tensor of two axes in KServe's protocol."""
+    rows, columns = output["shape"]
+    data = output["data"]
+    if not isinstance(data, list) or len(data) != rows * columns:
+        raise ValueError("not the shape that it tells")
+    return [data[row * columns : (row + 1) * columns] for row in range(rows)]
 
 
 class GrpcClient:
@@ -236,6 +328,10 @@ class GrpcClient:
         try:
             return call(request, timeout=self.timeout)
         except grpc.RpcError as error:
+            said = error.details() or ""
+            other = "Failed parsing HTTP/2" in said or "http1" in said
+            if other or error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                raise ServerError(no_such_server(self.address)) from error
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 raise ServerError(unreachable(self.address)) from error
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -243,7 +339,7 @@ class GrpcClient:
             raise ServerError(f"The server refuses: {error.details()}") from error
 
 
-CLIENTS = {"rest": RestClient, "grpc": GrpcClient}
+CLIENTS = {"rest": RestClient, "grpc": GrpcClient, "kserve": KServeClient}
 
 
 def encoded(image):
@@ -255,8 +351,8 @@ def dimensions(sizes):
 
 
 @contextlib.contextmanager
-def understood(address):
-    """A reply of another shape than TF Serving's is one error, wherever it is noticed."""
+def understood(address, kind="TF Serving"):
+    """A reply of another shape than the protocol's is one error, wherever it is noticed."""
     try:
         yield
     except (
@@ -267,7 +363,7 @@ def understood(address):
         OverflowError,
         RecursionError,
     ) as error:
-        raise ServerError(no_serving(address)) from error
+        raise ServerError(no_such_server(address, kind)) from error
 
 
 def checked(rows, images):
@@ -289,8 +385,11 @@ def unreachable(address):
     return f"No server can be reached at {address}. Is it running, and are host and port right?"
 
 
-def no_serving(address):
-    return f"What answers at {address} is no TF Serving, or answers as none does."
+def no_such_server(address, kind="TF Serving"):
+    return (
+        f"What answers at {address} is no {kind}, or answers as none does. --protocol=rest or grpc "
+        "asks TF Serving, kserve Triton or MLServer."
+    )
 
 
 def no_answer(address, timeout):
@@ -320,7 +419,10 @@ def main(arguments=None):
     call = getattr(client, options.call)
     if options.benchmark:
         batch = [images[i % len(images)] for i in range(options.batch)]
-        print(json.dumps(benchmark(call, batch, options.benchmark, options.concurrency), indent=2))
+        found = [benchmark(call, batch, options.benchmark, n) for n in options.concurrency]
+        if options.plot:
+            plot(found, options.plot)
+        print(json.dumps(found if len(found) > 1 else found[0], indent=2))
         return
     results = {}
     for start in range(0, len(images), options.batch):
@@ -357,15 +459,22 @@ def parse(arguments):
         "--benchmark", type=int, metavar="CALLS", help="time so many calls of full batches"
     )
     parser.add_argument(
-        "--concurrency", type=int, default=1, help="calls at a time, in a benchmark; default: 1"
+        "--concurrency",
+        type=lambda numbers: [int(number) for number in numbers.split(",")],
+        default=[1],
+        help="calls at a time, in a benchmark; several are measured in turn: 1,2,4; default: 1",
     )
+    parser.add_argument("--plot", metavar="PNG", help="write a benchmark as a picture as well")
     options = parser.parse_args(arguments)
     options.call = options.call or "predict"
     if options.call in ("predict", "classify") and not options.images:
         parser.error(f"--call={options.call} needs image files")
     for name in ("batch", "concurrency", "timeout"):
-        if not 0 < getattr(options, name) < math.inf:
+        given = getattr(options, name)
+        if not all(0 < n < math.inf for n in (given if isinstance(given, list) else [given])):
             parser.error(f"--{name} must be positive")
+    if options.plot and not options.benchmark:
+        parser.error("--plot goes with --benchmark")
     if options.timeout > threading.TIMEOUT_MAX:
         parser.error(f"--timeout must be at most {threading.TIMEOUT_MAX:.0f}")
     if options.port is not None and not 0 < options.port < 2**16:
@@ -413,6 +522,36 @@ def benchmark(call, batch, calls, concurrency):
         "images_per_second": round(calls * len(batch) / elapsed, 1),
         "latency_ms": {f"p{p}": round(1000 * seconds, 1) for p, seconds in at.items()},
     }
+
+
+def plot(measured, path):
+    """Write throughput and latency by concurrency as a picture.
+
+    Args:
+        measured: what `benchmark` returned, for each concurrency.
+        path: of a PNG file.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ServerError('--plot needs matplotlib: pip install "keras-tnt[plots]"') from error
+    calls = [row["concurrency"] for row in measured]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    throughput, latency = figure.subplots(1, 2)
+    throughput.plot(calls, [row["images_per_second"] for row in measured], "o-")
+    throughput.set(ylabel="images/s", ylim=(0, None))
+    for percentile in ("p99", "p90", "p50"):
+        values = [row["latency_ms"][percentile] for row in measured]
+        latency.plot(calls, values, "o-", label=percentile)
+    latency.set(ylabel="milliseconds a call", ylim=(0, None))
+    latency.legend(frameon=False)
+    for axes in (throughput, latency):
+        axes.set(xlabel="calls at a time", xscale="log", xticks=calls, xticklabels=calls)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Batches of {measured[0]['batch']}")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

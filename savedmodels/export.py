@@ -1,7 +1,8 @@
-"""Export a model for TF Serving, and as ONNX: see savedmodels/README.md.
+"""Export a model for TF Serving, for Triton and MLServer, and as ONNX: see docs/serve.md.
 
 python savedmodels/export.py --model=TNTSmall --weights=imagenet
 python savedmodels/export.py --run=runs/demo --onnx=digits.onnx
+python savedmodels/export.py --run=runs/demo --no_saved_model --triton=repository
 """
 
 import argparse
@@ -42,6 +43,18 @@ def main(arguments=None):
             weights=weights,
         )
         print(f"ONNX, verified: {path} ({agreement(path)})")
+    if options.triton:
+        path = keras_tnt.export.triton(
+            model,
+            options.triton,
+            version=options.version,
+            name=options.name,
+            opset=options.opset,
+            precision=options.precision,
+            labels=labels,
+            weights=weights,
+        )
+        print(f"Triton repository, verified: {path}")
 
 
 def parse(arguments):
@@ -75,8 +88,16 @@ def parse(arguments):
         type=lambda names: names.split(","),
         help="comma-separated; default: serving_default,serving_bytes,classify,features",
     )
-    parser.add_argument("--no_saved_model", action="store_true", help="write ONNX alone")
+    parser.add_argument(
+        "--no_saved_model", action="store_true", help="write what else is named alone"
+    )
     parser.add_argument("--onnx", help="path of an ONNX file to write as well")
+    parser.add_argument(
+        "--triton", help="a Triton model repository to write a version into as well"
+    )
+    parser.add_argument(
+        "--name", help="what the model is called in the --triton repository; default: its own name"
+    )
     parser.add_argument("--opset", type=int, help="of the ONNX file, 13 to 18 or 23; default: 18")
     parser.add_argument(
         "--precision", choices=("float32", "float16", "int8"), default="float32", help="of the ONNX"
@@ -94,8 +115,10 @@ def check(options):
         stop("--checkpoint goes with --run")
     if options.labels and not os.path.isfile(options.labels):
         stop(f"--labels: there is no file {options.labels}")
-    if options.no_saved_model and not options.onnx:
-        stop("--no_saved_model leaves nothing to do without --onnx")
+    if options.no_saved_model and not (options.onnx or options.triton):
+        stop("--no_saved_model leaves nothing to do without --onnx or --triton")
+    if options.name and not options.triton:
+        stop("--name goes with --triton")
     is_file = options.model and options.model.endswith(".keras")
     if is_file and not os.path.isfile(options.model):
         stop(f"--model: there is no file {options.model}")

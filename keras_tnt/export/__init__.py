@@ -1,6 +1,7 @@
-"""Models for other runtimes: SavedModel for TF Serving, ONNX; verified after writing."""
+"""Models for other runtimes and servers, verified after writing."""
 
 from keras_tnt.export.edge import litert, openvino
 from keras_tnt.export.onnx_file import onnx
 from keras_tnt.export.onnx_runtime import onnx_session
 from keras_tnt.export.servable import saved_model
+from keras_tnt.export.triton_repository import triton

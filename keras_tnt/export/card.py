@@ -1,7 +1,6 @@
 """What whoever serves a model has to know about it: metadata beside the file or in it."""
 
 import keras
-import numpy as np
 
 import keras_tnt
 from keras_tnt.anatomy import class_names
@@ -39,12 +38,6 @@ def describe(model, network, labels=None, weights=None):
         "labels": label_names(model, network, labels),
         "made_with": f"keras_tnt {keras_tnt.__version__}, keras {keras.__version__}",
     }
-
-
-def normalisation_of(card):
-    """A card's mean and std as arrays, a value a channel of the model."""
-    mean_and_std = (np.asarray(card[name], dtype="float32") for name in ("mean", "std"))
-    return [x if card["channels"] == len(x) else x.mean(keepdims=True) for x in mean_and_std]
 
 
 def label_names(model, network, labels):

@@ -2,10 +2,8 @@
 
 import keras
 
-from keras_tnt.export.card import normalisation_of
 from keras_tnt.export.image import load_images
-
-TOP = 5  # classes that the signatures with names give
+from keras_tnt.export.pictures import TOP, normalisation_of
 
 
 def tensorflow_function(network):

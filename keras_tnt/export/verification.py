@@ -6,7 +6,7 @@ import io
 import keras
 import numpy as np
 
-from keras_tnt.export.card import normalisation_of
+from keras_tnt.export.pictures import normalised
 from keras_tnt.preprocessing import load_images
 
 BATCHES = (1, 5)
@@ -59,9 +59,7 @@ def picture_examples(model, network, card):
         pictures = tuple(draw_picture(seed) for seed in range(batch))
         images = load_images(list(pictures), model)
         if card["input"] == "normalised":
-            mean, std = normalisation_of(card)
-            shape = (-1, 1, 1) if card["data_format"] == "channels_first" else (-1,)
-            images = (images / 255 - np.reshape(mean, shape)) / np.reshape(std, shape)
+            images = normalised(images, card)
         found.append(example(network, images.astype("float32"), pictures))
     return found
 

@@ -69,6 +69,7 @@ def reach(request, served):
         "--model=tiny",
         f"--protocol={request.param}",
         f"--port={getattr(served[1], request.param)}",
+        "--timeout=60",  # the first call makes the graph's kernels, and the machine may be busy
     ]
 
 
@@ -194,6 +195,11 @@ def server_that_says(parts):
         server.shutdown()
 
 
+def tensors(classes=("ant",), scores=(0.5,), shape=(1, 1)):
+    found = [("classes", classes), ("scores", scores)]
+    return {"outputs": [{"name": n, "shape": shape, "data": data} for n, data in found]}
+
+
 def row(classes=("ant",), scores=(0.5,)):
     return http_reply({"predictions": [{"classes": classes, "scores": scores}]})
 
@@ -237,6 +243,73 @@ def test_whatever_a_server_answers_is_one_error(lie, images):
                 [str(images[0]), "--model=x", "--host=127.0.0.1", f"--port={port}", "--timeout=1"]
             )
     assert "\n" not in str(caught.value)
+
+
+KSERVE_LIES = {
+    "TF Serving's answer": {"predictions": []},
+    "nothing": {"outputs": []},
+    "too many images": tensors(["ant", "bee"], [0.5, 0.5], [2, 1]),
+    "a shape that is too large": tensors(shape=[1, 10**12]),
+    "a shape of one axis": tensors(shape=[1]),
+    "a shape that is none": tensors(shape=None),
+    "text for a list": tensors("a", "b"),
+    "classes that are numbers": tensors([1]),
+    "scores that are words": tensors(scores=["high"]),
+    "scores that are missing": {"outputs": tensors()["outputs"][:1]},
+    "outputs that are none": {"outputs": 1},
+}
+
+
+@pytest.mark.parametrize("lie", KSERVE_LIES)
+def test_whatever_a_kserve_server_answers_is_one_error(lie, images):
+    with server_that_says(http_reply(KSERVE_LIES[lie])) as port:
+        with pytest.raises(client.ServerError, match="no server of KServe's protocol") as caught:
+            ask_kserve(port, images[0])
+    assert "\n" not in str(caught.value)
+
+
+def ask_kserve(port, *arguments):
+    named = ["--model=x", "--host=127.0.0.1", f"--port={port}", "--protocol=kserve"]
+    client.main([*named, "--timeout=5", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("call", ["metadata", "status"])
+@pytest.mark.parametrize(
+    "body", [[1], {}, 1, {"inputs": 1}, [{"name": "x"}], [{"name": "x", "state": []}]]
+)
+def test_kserve_replies_of_another_shape_to_each_call(call, body):
+    with server_that_says(http_reply(body)) as port:
+        with pytest.raises(client.ServerError, match="no server of KServe's protocol"):
+            ask_kserve(port, f"--call={call}")
+
+
+def test_kserve_has_no_call_of_tf_serving(images):
+    with pytest.raises(client.ServerError, match="is TF Serving's own.*--call=predict"):
+        ask_kserve(1, images[0], "--call=classify")
+
+
+def test_the_wrong_protocol_for_a_server_is_one_line(served, images, capsys):
+    double = served[1]
+    for protocol, port in (("kserve", double.rest), ("kserve", double.grpc), ("rest", double.grpc),
+                           ("grpc", double.rest)):  # fmt: skip
+        with pytest.raises(client.ServerError, match="--protocol=rest or grpc asks TF") as caught:
+            client.main([str(images[0]), "--model=tiny", f"--protocol={protocol}",
+                         f"--port={port}", "--timeout=20"])  # fmt: skip
+        assert "\n" not in str(caught.value)
+    # As Triton, MLServer and others answer paths that they do not know.
+    for body in ({"error": "Not Found"}, {"detail": "Not Found"}, b""):
+        with server_that_says(http_reply(body, "404 Not Found")) as port:
+            with pytest.raises(client.ServerError, match="no TF Serving.*--protocol"):
+                client.main([str(images[0]), "--model=x", "--host=127.0.0.1", f"--port={port}"])
+
+
+def test_a_benchmark_is_measured_by_concurrency_and_drawn(served, images, tmp_path, capsys):
+    picture = tmp_path / "benchmark.png"
+    arguments = ["--model=tiny", f"--port={served[1].rest}", "--timeout=60", "--batch=1"]
+    found = json.loads(run(capsys, images[0], *arguments, "--benchmark=2", "--concurrency=1,2",
+                           f"--plot={picture}"))  # fmt: skip
+    assert [row["concurrency"] for row in found] == [1, 2]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("call", ["metadata", "status", "classify"])

@@ -1,0 +1,365 @@
+"""A model repository for Triton, whose versions for pictures MLServer serves, too."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_tnt.export import files
+from keras_tnt.export.card import describe
+from keras_tnt.export.network import serving_network
+from keras_tnt.export.onnx_file import SIGNATURES, TOLERANCES, onnx
+from keras_tnt.export.pictures import TOP, PictureModel
+from keras_tnt.export.requirements import require
+from keras_tnt.export.triton_config import configuration
+from keras_tnt.export.verification import draw_picture, picture_examples, verify, verify_names
+from keras_tnt.files import check_space, flush_to_disk, scratch
+
+PACKAGE = Path(__file__).parent.parent
+SERVERS = PACKAGE / "export" / "servers"
+# What a server runs of this package, none of which imports Keras: beside its version, whole.
+RUNTIME = (
+    "files.py", "images.py", "native", "export/onnx_fusion.py", "export/onnx_runtime.py",
+    "export/pictures.py", "export/requirements.py",
+)  # fmt: skip
+COMPILED = shutil.ignore_patterns("__pycache__")
+# What every version of a model has in common, for those who ask a server and for its config.pbtxt.
+INTERFACE = ("labels", "image_size", "channels", "data_format", "input", "outputs")
+
+
+def triton(
+    model: keras.Model,
+    repository: str | os.PathLike,
+    version: int | None = None,
+    labels: list[str] | None = None,
+    *,
+    name: str | None = None,
+    opset: int | None = None,
+    precision: str = "float32",
+    weights: str | None = None,
+    max_batch_size: int | None = None,
+    max_queue_delay: float | None = None,
+    instances: int | None = None,
+) -> str:
+    """Write a model into a Triton model repository, and check what was written against the model.
+
+    Two models come to lie there, each with `config.pbtxt`, `labels.txt`, requests to warm up by and
+    a folder for each version:
+
+    - `<name>`, for the ONNX Runtime backend: `images`, float32, as the model takes them, to
+      `probabilities` and `logits`.
+    - `<name>_bytes`, for the Python backend: `image_bytes`, encoded images of any size, through the
+      evaluation transform of `keras_tnt.load_image` to `classes` and `scores` of the best five, and
+      `probabilities`. It runs in `onnx_session`, and brings along what it needs of this package;
+      the server's Python needs NumPy, Pillow, ONNX and ONNX Runtime. Each of its versions holds the
+      `model-settings.json` by which MLServer serves it, too.
+
+    A model without a classifier gives `features` in both. One that takes other than 1 or 3 channels
+    has no model for encoded images.
+
+    Args:
+        model: a functional model of this package, or one built around it.
+        repository: what a server is told as its `--model-repository`; made if it does not exist.
+        version: positive integer that neither model has yet; None: the next that is free.
+        labels: names of the classes; None: the model's own, else numbers.
+        name: what the server calls the model; None: `model.name`.
+        opset, precision: of the ONNX file, as `keras_tnt.export.onnx` takes them.
+        weights: where the weights come from, for the metadata.
+        max_batch_size: images that the server computes at a time; None: 8.
+        max_queue_delay: seconds that a request waits for others to be computed with; None: 0.001.
+        instances: copies of the model that compute side by side; None: 1.
+
+    The last three stand in `config.pbtxt`, which further versions leave as it is.
+
+    Returns:
+        The repository's absolute path.
+
+    Raises:
+        ValueError: for a model or an argument that cannot be exported, and for a repository that
+            holds another model of this name.
+        FileExistsError: if the version exists.
+        NotADirectoryError: if `repository` is a file.
+        OSError: if the disk has no room for it, or runs full; nothing is kept.
+        RuntimeError: if what was written does not compute what the model does; nothing is kept.
+
+    Example:
+
+    >>> keras_tnt.export.triton(model, "repository")
+    """
+    require("tensorflow", "tf2onnx", "onnx", "onnxruntime", "PIL")
+    repository = os.path.abspath(os.fspath(repository))
+    files.check_directory(repository)
+    network = serving_network(model)
+    card = describe(model, network, labels, weights)
+    settings = checked_settings(max_batch_size, max_queue_delay, instances)
+    parts = models_of(model.name if name is None else name, network, card)
+    check_repository(repository)
+    for part in parts:
+        part.check(repository, version, settings)
+    needed = len(parts) * files.size_of(network)
+    check_space(repository, needed, "The export")
+
+    os.makedirs(repository, exist_ok=True)
+    with files.telling_of_a_full_disk(repository), scratch(beside(repository)) as aside:
+        for part in parts:
+            part.write_home(aside, settings)
+        path = onnx(
+            model, os.path.join(parts[0].version, "model.onnx"), opset, precision=precision,
+            labels=labels, weights=weights,
+        )  # fmt: skip
+        for part in parts[1:]:
+            shutil.copy(path, part.version)
+            part.write_runtime()
+            check_pictures(part, picture_examples(model, network, card), precision)
+        publish(parts, repository, version)
+    return repository
+
+
+def checked_settings(max_batch_size, max_queue_delay, instances):
+    """The settings of `config.pbtxt`; those that were not given are left out."""
+    for name, value in (("max_batch_size", max_batch_size), ("instances", instances)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` must be a positive integer or None. Received: {value!r}")
+    if max_queue_delay is not None and not 0 <= max_queue_delay <= 60:
+        raise ValueError(
+            f"`max_queue_delay` must lie in 0 to 60 seconds. Received: {max_queue_delay!r}"
+        )
+    given = {
+        "max_batch_size": max_batch_size,
+        "max_queue_delay": max_queue_delay,
+        "instances": instances,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def models_of(name, network, card):
+    """The `Part`s that a model becomes."""
+    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        raise ValueError(
+            "A model's name in a repository is letters, digits and any of `_.-`. Received: "
+            f"{name!r}. Say another `name`."
+        )
+    shapes = {key: tuple(tensor.shape[1:]) for key, tensor in network.output.items()}
+    outputs = [key for key in SIGNATURES["images"] if key in shapes] or ["features"]
+    images = {"images": ("TYPE_FP32", network.inputs[0].shape[1:])}
+    floats = {key: ("TYPE_FP32", shapes[key]) for key in outputs}
+    parts = [Part(name, "onnxruntime", images, floats, card)]
+    if card["channels"] in (1, 3):
+        floats = {outputs[0]: floats[outputs[0]]}
+        if card["labels"]:
+            best = (min(TOP, len(card["labels"])),)
+            floats |= {"classes": ("TYPE_STRING", best), "scores": ("TYPE_FP32", best)}
+        pictures = {"image_bytes": ("TYPE_STRING", (1,))}
+        parts.append(Part(f"{name}_bytes", "python", pictures, floats, card))
+    return parts
+
+
+class Part:
+    """One of the models that a model becomes in a repository.
+
+    Args:
+        name: what the server calls it.
+        backend: Triton's, that runs it.
+        inputs, outputs: (type, shape without the batch) by name.
+        card: as `describe` gives it.
+    """
+
+    def __init__(self, name, backend, inputs, outputs, card):
+        self.name, self.backend, self.inputs, self.outputs = name, backend, inputs, outputs
+        computed = [key for key in outputs if key not in ("classes", "scores")]
+        self.card = {**card, "outputs": {key: list(outputs[key][1]) for key in computed}}
+
+    def check(self, repository, version, settings):
+        """Refuse a repository that cannot take another version of this model."""
+        self.home = os.path.join(repository, self.name)
+        files.check_directory(self.home, version)
+        if not os.path.isdir(self.home):
+            return
+        found = card_in(self.home)
+        differ = [key for key in INTERFACE if found.get(key) != self.card[key]]
+        if differ:
+            raise ValueError(
+                f"'{self.home}' holds another model: {told(differ[0], found)} instead of "
+                f"{told(differ[0], self.card)}. Say another `name`, or another `repository`."
+            )
+        if settings:
+            with open(os.path.join(self.home, "config.pbtxt"), encoding="utf-8") as file:
+                if file.read() != self.configuration(settings):
+                    raise ValueError(
+                        f"'{self.home}/config.pbtxt' exists, and holds for every version. Edit it, "
+                        f"and leave `{next(iter(settings))}` out."
+                    )
+
+    def configuration(self, settings):
+        return configuration(
+            self.name,
+            self.backend,
+            self.inputs,
+            self.outputs,
+            bool(self.card["labels"]),
+            **settings,
+        )
+
+    def write_home(self, aside, settings):
+        """Write, inside a folder, what the model's directory holds, with an empty version."""
+        self.aside = os.path.join(aside, self.name)
+        self.version = os.path.join(self.aside, "version")
+        os.makedirs(self.version)
+        write(os.path.join(self.aside, "config.pbtxt"), self.configuration(settings))
+        if self.card["labels"]:
+            lines = "".join(f"{label}\n" for label in self.card["labels"])
+            write(os.path.join(self.aside, "labels.txt"), lines)
+        if "image_bytes" in self.inputs:
+            picture = draw_picture(0)
+            os.makedirs(os.path.join(self.aside, "warmup"))
+            write(
+                os.path.join(self.aside, "warmup", "picture"),
+                struct.pack("<I", len(picture)) + picture,
+            )
+        write(os.path.join(self.version, "model.json"), json.dumps(self.card, indent=1))
+
+    def write_runtime(self):
+        """Write into the version what a server's Python runs."""
+        version, package = Path(self.version), Path(self.version) / PACKAGE.name
+        shutil.copytree(SERVERS, version, ignore=COMPILED, dirs_exist_ok=True)
+        (package / "export").mkdir(parents=True)
+        for folder in (package, package / "export"):
+            (folder / "__init__.py").touch()
+        for name in RUNTIME:
+            if (PACKAGE / name).is_dir():
+                shutil.copytree(PACKAGE / name, package / name, ignore=COMPILED)
+            else:
+                shutil.copy(PACKAGE / name, package / name)
+        # A file in the place of the folder where Python would keep compiled code: Triton loads a
+        # version anew when a file is written into it.
+        for folder in {path.parent for path in version.rglob("*.py")}:
+            (folder / "__pycache__").touch()
+
+    def number(self, number):
+        """Tell the version its number."""
+        if self.backend == "python":
+            kinds = {"TYPE_FP32": "FP32", "TYPE_STRING": "BYTES"}
+            ends = {
+                end: [
+                    {"name": name, "datatype": kinds[kind], "shape": [-1, *shape]}
+                    for name, (kind, shape) in tensors.items()
+                ]
+                for end, tensors in (("inputs", self.inputs), ("outputs", self.outputs))
+            }
+            settings = {
+                "name": self.name,
+                "implementation": "mlserver_runtime.PictureRuntime",
+                "parameters": {"uri": ".", "version": str(number)},
+                **ends,
+            }
+            path = os.path.join(self.version, "model-settings.json")
+            write(path, json.dumps(settings, indent=1))
+
+    def move(self, number):
+        """Put the version, with the model's directory if there is none, in its place."""
+        if os.path.isdir(self.home):
+            os.rename(self.version, os.path.join(self.home, str(number)))
+            flush_to_disk(self.home)
+        else:
+            numbered = os.path.join(self.aside, str(number))
+            os.rename(self.version, numbered)
+            self.version = numbered
+            os.rename(self.aside, self.home)
+            flush_to_disk(os.path.dirname(self.home))
+
+
+def write(path, data):
+    with open(path, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def check_repository(repository):
+    """Refuse a folder that is a model's own, and no repository of models."""
+    inside = os.listdir(repository) if os.path.isdir(repository) else []
+    own = [name for name in inside if name == "config.pbtxt" or name.isdigit()]
+    if own:
+        raise ValueError(
+            f"'{repository}' is the directory of one model, for it holds {own[0]}. A repository "
+            "holds such directories: say another path."
+        )
+
+
+def card_in(home):
+    """The card of the last version in a model's directory.
+
+    Raises:
+        ValueError: if no export of ours wrote it.
+    """
+    for version in reversed(files.versions(home)):
+        try:
+            with open(os.path.join(home, str(version), "model.json"), encoding="utf-8") as file:
+                card = json.load(file)
+            if isinstance(card, dict) and os.path.isfile(os.path.join(home, "config.pbtxt")):
+                return card
+        except (OSError, ValueError):
+            continue
+    raise ValueError(
+        f"'{home}' holds another model, not exported by keras_tnt. Say another `name`, or another "
+        "`repository`."
+    )
+
+
+def told(key, card):
+    """A value of a card in a few words."""
+    value = card.get(key)
+    if key == "labels" and value:
+        return f"{len(value)} classes, '{value[0]}' to '{value[-1]}',"
+    return f"{key} {json.dumps(value)}"
+
+
+def beside(repository):
+    """Where to write what is moved into a repository when it is whole.
+
+    Not inside, for servers take each folder there for a model; unless there is no other place on
+    the same disk.
+    """
+    parent = os.path.dirname(repository)
+    on_the_same_disk = os.stat(parent).st_dev == os.stat(repository).st_dev
+    return parent if on_the_same_disk and os.access(parent, os.W_OK) else repository
+
+
+def check_pictures(part, examples, precision):
+    """Compare the model for pictures, as it was written, with the model."""
+    what = "The model for encoded images"
+    written = PictureModel(part.version)
+    for example in examples:
+        images = written.read(list(example.pictures))
+        if not np.allclose(images, example.images, atol=1e-3):
+            raise RuntimeError(f"{what} does not read images as load_image. Nothing was kept.")
+        outputs = written.run(images)
+        names = [outputs.pop(name, None) for name in ("classes", "scores")]
+        verify(outputs, example, what, TOLERANCES[precision])
+        if precision == "float32" and part.card["labels"]:
+            verify_names(*names, example, part.card["labels"], what)
+
+
+def publish(parts, repository, version):
+    """Put a version of each part in its place, under one number."""
+    for part in parts:
+        for folder, _, names in os.walk(part.aside, topdown=False):
+            for name in (*names, ""):
+                flush_to_disk(os.path.join(folder, name))
+    while True:
+        number = version or 1 + max(max(files.versions(p.home), default=0) for p in parts)
+        for part in parts:
+            part.number(number)
+        try:
+            for part in parts:
+                part.move(number)
+            return
+        except OSError as error:
+            # Another export was faster, and took the number of the first part.
+            raced = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and part is parts[0]
+            if not raced or version is not None:
+                raise

@@ -1,0 +1,277 @@
+"""The real tritonserver serves what `keras_tnt.export.triton` writes, and the client asks it."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import keras_tnt
+from keras_tnt.export.verification import draw_picture
+from tests.savedmodels.test_client import client
+from tests.servers.running import ROOT, Asker, Triton, marks
+
+pytestmark = marks
+NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnü"]
+TOLERANCE = 1e-5  # of probabilities, between the server and Keras
+
+
+def build(seed):
+    keras.utils.set_random_seed(seed)
+    model = keras_tnt.TNT(
+        input_shape=(32, 32, 3), outer_dim=16, inner_dim=8, depth=2, outer_heads=2, inner_heads=2,
+        class_names=NAMES, name="tiny",
+    )  # fmt: skip
+    head = model.get_layer("head")
+    head.kernel.assign(100 * keras.ops.convert_to_numpy(head.kernel))  # answers that differ
+    return model
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The model and a server of it, which waits long enough that requests come together."""
+    folder = tmp_path_factory.mktemp("triton")
+    model = build(0)
+    keras_tnt.export.triton(model, folder / "repository", max_queue_delay=0.1)
+    with Triton(folder / "repository", folder / "server") as server:
+        yield model, server.wait_for("tiny_bytes")
+
+
+@pytest.fixture(scope="module")
+def asker():
+    with Asker() as asker:
+        yield asker
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in range(5):
+        (folder / f"{seed}.img").write_bytes(draw_picture(30 + seed))
+    return sorted(map(str, folder.iterdir()))
+
+
+def expected(model, pictures):
+    return model.predict(keras_tnt.load_images(pictures, model), verbose=0)
+
+
+def ask(server, *arguments):
+    named = ["--model=tiny_bytes", "--protocol=kserve", f"--port={server.http}", "--timeout=60"]
+    client.main([*map(str, arguments), *named])
+
+
+def test_triton_s_own_protocol_buffer_reads_the_configurations(served, asker):
+    _, server = served
+    images, encoded = (
+        asker("configuration", path=str(server.repository / name / "config.pbtxt"))
+        for name in ("tiny", "tiny_bytes")
+    )
+    assert (images["name"], images["backend"]) == ("tiny", "onnxruntime")
+    assert (encoded["name"], encoded["backend"]) == ("tiny_bytes", "python")
+    assert images["input"] == [
+        {"name": "images", "data_type": "TYPE_FP32", "dims": ["32", "32", "3"]}
+    ]
+    assert [output["name"] for output in images["output"]] == ["probabilities", "logits"]
+    assert images["output"][0]["label_filename"] == "labels.txt"
+    for config in (images, encoded):
+        assert config["max_batch_size"] == 8
+        assert config["dynamic_batching"] == {"max_queue_delay_microseconds": "100000"}
+        assert [group["count"] for group in config["instance_group"]] == [1]
+        assert [sample["batch_size"] for sample in config["model_warmup"]] == [1, 8]
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_answers_are_the_model_s(kind, served, asker, pictures):
+    model, server = served
+    answer = asker("classify", kind=kind, address=f"127.0.0.1:{getattr(server, kind)}",
+                   model="tiny_bytes", pictures=pictures)  # fmt: skip
+    probabilities = expected(model, pictures)
+    np.testing.assert_allclose(answer["probabilities"], probabilities, atol=TOLERANCE)
+    best = np.argsort(-probabilities, axis=-1)[:, :5]
+    assert answer["classes"] == [[NAMES[i] for i in row] for row in best]
+    np.testing.assert_allclose(
+        answer["scores"], np.take_along_axis(probabilities, best, -1), atol=TOLERANCE
+    )
+
+
+def test_requests_that_come_together_are_computed_together(served, asker, pictures):
+    model, server = served
+    address = f"127.0.0.1:{server.http}"
+    before = asker("statistics", address=address, model="tiny_bytes")
+    answers = asker("classify", kind="http", address=address, model="tiny_bytes",
+                    pictures=pictures[:1], together=24)  # fmt: skip
+    after = asker("statistics", address=address, model="tiny_bytes")
+    inferences, executions = (
+        int(after[name]) - int(before[name]) for name in ("inference_count", "execution_count")
+    )
+    assert inferences == 24
+    assert executions < 24
+    assert max(int(entry["batch_size"]) for entry in after["batch_stats"]) > 1
+    for answer in answers:
+        np.testing.assert_allclose(
+            answer["probabilities"], expected(model, pictures[:1]), atol=TOLERANCE
+        )
+
+
+def test_a_broken_image_is_an_error_of_its_own_request(served, asker, pictures, tmp_path):
+    model, server = served
+    broken = tmp_path / "broken.img"
+    broken.write_bytes(draw_picture(30)[:100])
+    with pytest.raises(RuntimeError, match="Image 1 of the batch cannot be read as an image"):
+        asker("classify", kind="grpc", address=f"127.0.0.1:{server.grpc}", model="tiny_bytes",
+              pictures=[pictures[0], str(broken)])  # fmt: skip
+
+    def one(path):
+        found = []
+        with contextlib.suppress(client.ServerError):
+            kserve = client.KServeClient("127.0.0.1", server.http, "tiny_bytes", timeout=60)
+            with open(path, "rb") as file:
+                found = kserve.predict([file.read()])
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(one, [pictures[0], broken] * 8))
+    assert found[1::2] == [[]] * 8
+    best = NAMES[expected(model, pictures[:1]).argmax()]
+    assert [rows[0][0][0] for rows in found[::2]] == [best] * 8
+
+
+def test_the_client_speaks_kserve_s_protocol(served, pictures, capsys):
+    model, server = served
+    ask(server, *pictures, "--json")
+    rows = json.loads(capsys.readouterr().out)
+    for path, probabilities in zip(pictures, expected(model, pictures), strict=True):
+        assert [name for name, _ in rows[path]] == [
+            NAMES[i] for i in np.argsort(-probabilities)[:5]
+        ]
+        np.testing.assert_allclose(rows[path][0][1], probabilities.max(), atol=TOLERANCE)
+    ask(server, "--call=metadata")
+    assert json.loads(capsys.readouterr().out) == {
+        "inputs": {"image_bytes": "BYTES (batch, 1)"},
+        "outputs": {
+            "classes": "BYTES (batch, 5)",
+            "probabilities": "FP32 (batch, 7)",
+            "scores": "FP32 (batch, 5)",
+        },
+    }
+    ask(server, "--call=status")
+    assert json.loads(capsys.readouterr().out)["1"] == "READY"
+    ask(server, *pictures[:2], "--benchmark=6", "--concurrency=1,3", "--batch=2")
+    assert [row["concurrency"] for row in json.loads(capsys.readouterr().out)] == [1, 3]
+
+
+def test_what_the_server_refuses_is_one_line(served, pictures):
+    _, server = served
+    command = [sys.executable, ROOT / "savedmodels" / "client.py", pictures[0], "--timeout=60"]
+
+    def refused(*arguments):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done
+        return done.stderr
+
+    kserve = ["--protocol=kserve", f"--port={server.http}"]
+    assert "unknown model: 'no'" in refused("--model=no", *kserve)
+    assert "version 7" in refused("--model=tiny_bytes", "--version=7", *kserve)
+    for protocol, port in (("rest", server.http), ("grpc", server.grpc), ("kserve", server.grpc)):
+        said = refused("--model=tiny_bytes", f"--protocol={protocol}", f"--port={port}")
+        assert "--protocol=rest or grpc asks TF Serving, kserve Triton or MLServer" in said
+
+
+def test_a_new_version_takes_over_under_load_without_an_error(served, pictures):
+    model, server = served
+    newer = build(1)
+    answers, errors, stop = [], [], threading.Event()
+    kserve = client.KServeClient("127.0.0.1", server.http, "tiny_bytes", timeout=60)
+    with open(pictures[0], "rb") as file:
+        picture = file.read()
+
+    def keep_asking():
+        while not stop.is_set():
+            try:
+                answers.append(kserve.predict([picture])[0][0])
+            except client.ServerError as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=keep_asking) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        keras_tnt.export.triton(newer, server.repository)
+        server.wait_for("tiny_bytes", 2)
+        time.sleep(1)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    old, new = (expected(m, pictures[:1])[0] for m in (model, newer))
+    assert errors == []
+    kinds = []
+    for name, score in answers:
+        fits = [abs(p[NAMES.index(name)] - score) < TOLERANCE for p in (old, new)]
+        assert any(fits), (name, score)
+        kinds.append(fits.index(True))
+    assert kinds[0] == 0 and kinds[-1] == 1
+
+
+def test_a_soak_within_bounded_memory(served, pictures):
+    """KERAS_TNT_SOAK: for how many seconds."""
+    _, server = served
+    seconds = float(os.environ.get("KERAS_TNT_SOAK", 10))
+    kserve = client.KServeClient("127.0.0.1", server.http, "tiny_bytes", timeout=60)
+    batch = [open(path, "rb").read() for path in pictures]  # noqa: SIM115
+    measured = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        client.benchmark(kserve.predict, batch, 20, 4)
+        measured.append(server.memory())
+    print(f"{20 * len(measured) * len(batch)} images in {seconds} s, MiB: {measured}")
+    # What is kept for good is taken at first; afterwards it grows no further.
+    settled = measured[len(measured) // 4]
+    assert max(measured) < 1.1 * settled + 32
+
+
+def test_a_stop_under_load_loses_nothing(tmp_path, pictures):
+    model = build(0)
+    keras_tnt.export.triton(model, tmp_path / "repository", name="last", instances=2)
+    with open(pictures[0], "rb") as file:
+        picture = file.read()
+    best = NAMES[expected(model, pictures[:1]).argmax()]
+    asked = []  # (when, whether it was answered, or what was said)
+
+    with Triton(tmp_path / "repository", tmp_path / "server") as server:
+        server.wait_for("last_bytes")
+        kserve = client.KServeClient("127.0.0.1", server.http, "last_bytes", timeout=60)
+        stopped = threading.Event()
+
+        def keep_asking():
+            while not stopped.is_set():
+                start = time.monotonic()
+                try:
+                    asked.append((start, kserve.predict([picture] * 4)[0][0][0] == best))
+                except client.ServerError as error:
+                    asked.append((start, str(error)))
+                    time.sleep(0.01)
+
+        threads = [threading.Thread(target=keep_asking) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        time.sleep(2)
+        server.process.terminate()
+        told = time.monotonic()
+        assert server.process.wait(60) == 0
+        stopped.set()
+        for thread in threads:
+            thread.join()
+    before = [answer for start, answer in asked if start < told - 0.2]
+    after = [answer for start, answer in asked if start > told]
+    assert len(before) > 8
+    assert set(before) == {True}, set(before)
+    # Whoever comes later is answered, or told; nobody is given a wrong answer.
+    assert all(answer is True or "server" in str(answer) for answer in after), set(after)
