@@ -9,6 +9,7 @@ SAMPLE ?= 0
 
 VENV := .venv
 READY := $(VENV)/ready
+SERVERS := .venv-servers
 RUN := $(VENV)/bin/python
 
 # TensorFlow's start-up messages; its errors still show.
@@ -16,7 +17,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint docs dist installs mutation bench clean
+.PHONY: help setup demo test servers lint docs dist installs mutation bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -50,6 +51,17 @@ test: setup ## lint, then the tests on each backend (BACKENDS=jax, WORKERS=4, PY
 	if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi; \
 	printf '\n== passed: lint $(BACKENDS) ==\n'
 
+servers: setup $(SERVERS)/ready ## the tests against real servers, Triton and MLServer, in an environment of their own
+	KERAS_BACKEND=tensorflow $(RUN) -m pytest tests/servers $(PYTEST_ARGS)
+
+# The page in savedmodels/web wants npm's onnxruntime-web, too; its test skips itself without.
+$(SERVERS)/ready: tests/servers/requirements.txt savedmodels/web/package-lock.json
+	@echo "== set-up: $(SERVERS), a few minutes and 0.5 GB the first time =="
+	$(PYTHON) -m venv --clear $(SERVERS)
+	$(SERVERS)/bin/python -m pip install -r tests/servers/requirements.txt
+	@npm ci --prefix savedmodels/web --no-audit --no-fund || echo "npm gives no onnxruntime-web."
+	@touch $@
+
 # `numpy` is Keras's smallest backend: pages are made of docstrings and tables, nothing is computed.
 docs: setup ## build the site in build/docs; a broken link, or a public name without an entry, is an error
 	KERAS_BACKEND=numpy $(RUN) -m sphinx -E -W --keep-going -q docs build/docs
@@ -67,5 +79,5 @@ bench: setup ## measure speed on each backend, beside timm where it is installed
 	$(RUN) benchmarks/speed.py
 
 clean: ## remove .venv, runs/ and caches; exported models stay
-	rm -rf $(VENV) runs *.egg-info build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SERVERS) savedmodels/web/node_modules runs *.egg-info build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -156,8 +156,7 @@ class Asker:
         return self
 
     def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.wait(60)
+        self.process.communicate(timeout=60)
 
     def __call__(self, function, **arguments):
         self.process.stdin.write(json.dumps([function, arguments]) + "\n")
