@@ -5,7 +5,7 @@ BACKENDS ?= tensorflow jax torch
 WORKERS ?= 2
 PYTEST_ARGS ?=
 FILE ?= training/augmentation.py
-SAMPLE ?= 0
+SAMPLE ?= 20
 
 VENV := .venv
 READY := $(VENV)/ready

@@ -1,21 +1,35 @@
-"""Whether the tests would see a change: small mutations of a file, one by one, by cosmic-ray.
+"""Whether the tests would see a change: small mutations of a file, one by one.
 
     make mutation FILE=training/data.py SAMPLE=50
 
-Each mutation is made in a copy of the repository, and the file's tests run there until one fails.
-What survives is printed as a difference; tests/mutation.md lists those that are known, and why.
+cosmic-ray's operators say which mutations there are. Each is made in a copy of the repository, and
+there run the tests that call the function that it lies in, the shortest first, until one fails.
+They run in a process forked from this one, which has imported TensorFlow and Keras and started
+neither. What survives is printed as a difference; tests/mutation.md lists those that are known, and
+why.
 """
 
 import argparse
+import ast
+import difflib
+import importlib
+import json
+import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
-from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
+import cosmic_ray.plugins
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0
@@ -25,7 +39,10 @@ TESTS = {
     "training/augmentation.py": ["tests/training/test_augmentation.py"],
     "training/data.py": ["tests/training/test_data.py"],
     "training/step_functions.py": ["tests/training/test_step_functions.py"],
-    "training/optimization.py": ["tests/training/test_optimization.py"],
+    "training/optimization.py": [
+        "tests/training/test_optimization.py",
+        "tests/training/test_optimizers.py",
+    ],
     "keras_tnt/distillation.py": ["tests/test_distillation.py"],
     "keras_tnt/preprocessing.py": ["tests/test_preprocessing.py"],
 } | {
@@ -41,48 +58,42 @@ LEFT_OUT = (
     r"core/ReplaceComparisonOperator_\w+_(Is|IsNot)",
 )
 
-CONFIGURATION = """
-[cosmic-ray]
-module-path = "{file}"
-timeout = {timeout}
-excluded-modules = []
-test-command = "{python} -m pytest -q -x -p no:cacheprovider -m 'not slow' {tests}"
-[cosmic-ray.distributor]
-name = "local"
-[cosmic-ray.filters.operators-filter]
-exclude-operators = [{left_out}]
-"""
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", choices=sorted(TESTS), help="the file to change")
-    parser.add_argument("--sample", type=int, default=0, help="so many mutations; 0: all")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for a test run")
+    parser.add_argument("files", nargs="*", help=f"the files to change: {', '.join(TESTS)}")
+    parser.add_argument("--sample", type=int, default=0, help="so many of each file; 0: all")
+    parser.add_argument("--tests", type=int, default=0, help="the so many shortest tests; 0: all")
+    parser.add_argument("--output", help="a file to write what survived to, as JSON")
     arguments = parser.parse_args()
+    files = arguments.files or sorted(TESTS)
+    if unknown := sorted(set(files) - set(TESTS)):
+        parser.error(f"{', '.join(unknown)}: the files are {', '.join(sorted(TESTS))}")
+    warm_up()
+    results = {}
     with tempfile.TemporaryDirectory() as copy:
         copy_repository(copy)
-        session = Path(copy) / "session.sqlite"
-        configuration = Path(copy) / "mutation.toml"
-        configuration.write_text(
-            CONFIGURATION.format(
-                file=arguments.file,
-                timeout=arguments.timeout,
-                python=sys.executable,
-                tests=" ".join(TESTS[arguments.file]),
-                left_out=", ".join(f"'{pattern}'" for pattern in LEFT_OUT),
-            )
-        )
-        tool = Path(sys.executable).parent
-        for command in (
-            [tool / "cosmic-ray", "baseline", configuration],  # the tests pass as things stand
-            [tool / "cosmic-ray", "init", configuration, session],
-            [tool / "cr-filter-operators", session, configuration],
-        ):
-            subprocess.run(command, cwd=copy, check=True)
-        choose(session, arguments.sample)
-        subprocess.run([tool / "cosmic-ray", "exec", configuration, session], cwd=copy, check=True)
-        return report(session)
+        baselines = {}
+        for file in files:
+            tests = tuple(TESTS[file])
+            if tests not in baselines:
+                baselines[tests] = baseline(Path(copy), tests)
+            results[file] = sweep(Path(copy), file, baselines[tests], arguments)
+            if arguments.output:
+                Path(arguments.output).write_text(json.dumps(results, indent=1))
+    for file, result in results.items():
+        print(f"{file}: {result['caught']} of {result['tried']} mutations were caught")
+    return 1 if any(result["survived"] for result in results.values()) else 0
+
+
+def warm_up():
+    """Import what is slow to import; whatever starts threads would not survive a fork."""
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Plugins of other packages, which the tests need none of.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    for name in ("tensorflow", "keras", "PIL.Image", "sklearn.datasets", "sklearn.model_selection"):
+        importlib.import_module(name)
 
 
 def copy_repository(folder):
@@ -95,27 +106,216 @@ def copy_repository(folder):
             shutil.copy2(ROOT / name, Path(folder) / name)
 
 
-def choose(session, count):
-    """Leave a sample of the mutations to do, the same at each call."""
-    with use_db(session, WorkDB.Mode.open) as database:
-        pending = sorted(item.job_id for item in database.pending_work_items)
-        places = {item.job_id: str(item.mutations) for item in database.pending_work_items}
-        pending.sort(key=places.get)
-        kept = set(random.Random(SEED).sample(pending, min(count or len(pending), len(pending))))
-        for job in pending:
-            if job not in kept:
-                database.set_result(job, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
+def sweep(copy, file, tests, arguments):
+    """Try the mutations of a file, or a sample of them; returns what was found, for JSON."""
+    path = copy / file
+    source = path.read_text(encoding="utf-8")
+    there_are, chosen = mutations(source, arguments.sample)
+    print(f"{file}: {len(chosen)} of {there_are} mutations, {len(tests)} tests", flush=True)
+    survived = []
+    for number, (mutated, line) in enumerate(chosen, 1):
+        selected = those_that_call(tests, file, function_at(functions_of(source), line))
+        selected = selected[: arguments.tests or None]
+        seconds = 60 + 20 * sum(tests[name]["seconds"] for name in selected)
+        path.write_text(mutated, encoding="utf-8")
+        # Bytecode is told apart by size and whole seconds: no two mutations have the same.
+        os.utime(path, (number, number))
+        began = time.monotonic()
+        caught = bool(selected) and run_tests(copy, selected, seconds) != 0
+        told = "caught" if caught else "SURVIVED"
+        print(f"{number} {told} line {line}, {time.monotonic() - began:.0f} s", flush=True)
+        if not caught:
+            difference = "".join(
+                difflib.unified_diff(
+                    source.splitlines(True), mutated.splitlines(True), file, file, n=1
+                )
+            )
+            print(difference, flush=True)
+            survived.append(difference)
+    path.write_text(source, encoding="utf-8")
+    return {
+        "there_are": there_are,
+        "tried": len(chosen),
+        "caught": len(chosen) - len(survived),
+        "survived": survived,
+    }
 
 
-def report(session):
-    """Print how many mutations were caught, and those that were not; returns the exit status."""
-    with use_db(session, WorkDB.Mode.open) as database:
-        results = [r for _, r in database.results if r.worker_outcome != WorkerOutcome.SKIPPED]
-    survived = [r for r in results if r.test_outcome == TestOutcome.SURVIVED]
-    for result in survived:
-        print(result.diff)
-    print(f"{len(results) - len(survived)} of {len(results)} mutations were caught")
-    return 1 if survived else 0
+# === The mutations ===
+
+
+def places(source):
+    """(operator, which of its places) of each mutation."""
+    tree = get_ast(source)
+    for name in sorted(cosmic_ray.plugins.operator_names()):
+        operator = cosmic_ray.plugins.get_operator(name)
+        if operator.arguments() or any(re.fullmatch(pattern, name) for pattern in LEFT_OUT):
+            continue
+        operator = operator()
+        found = [p for node in ast_nodes(tree) for p in operator.mutation_positions(node)]
+        for occurrence, (start, _) in enumerate(found):
+            yield operator, occurrence, start[0]
+
+
+def mutations(source, count):
+    """(the mutated source, number of the line) of a sample of the mutations, in their order."""
+    found = list(places(source))
+    order = random.Random(SEED).sample(range(len(found)), len(found))
+    seen, chosen = {source}, {}
+    for place in order:
+        operator, occurrence, line = found[place]
+        mutated = mutate_code(source, operator, occurrence)
+        if mutated and mutated not in seen and not same_program(source, mutated):
+            seen.add(mutated)
+            chosen[place] = mutated, line
+        if len(chosen) == count:
+            break
+    return len(found), [chosen[place] for place in sorted(chosen)]
+
+
+def same_program(source, mutated):
+    try:
+        return ast.dump(ast.parse(source)) == ast.dump(ast.parse(mutated))
+    except SyntaxError:
+        return True
+
+
+def functions_of(source):
+    """(name, first line, last line) of each function and method that lies in no other."""
+    found = []
+
+    def look(node):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                first = min([child.lineno, *(d.lineno for d in child.decorator_list)])
+                found.append((child.name, first, child.end_lineno))
+            elif isinstance(child, ast.ClassDef):
+                look(child)
+
+    look(ast.parse(source))
+    return found
+
+
+def function_at(functions, line):
+    """The first line of the function that a line lies in; None outside of all."""
+    return next((first for _, first, last in functions if first <= line <= last), None)
+
+
+# === The tests ===
+
+
+def baseline(copy, tests):
+    """Run tests as things stand: by name the seconds of each, and what it calls.
+
+    Raises:
+        SystemExit: if a test fails.
+    """
+    record = copy / "called.json"
+    record.unlink(missing_ok=True)
+    functions = {
+        str(copy / file): functions_of((copy / file).read_text(encoding="utf-8"))
+        for file in TESTS
+        if tuple(TESTS[file]) == tests
+    }
+    if run_tests(copy, tests, 3600, Calls(functions, record)):
+        raise SystemExit((copy / "output.txt").read_text()[-3000:])
+    return json.loads(record.read_text())
+
+
+def those_that_call(tests, file, function):
+    """The tests that reach a function, the shortest first; all that reach the file for None."""
+    chosen = [
+        name
+        for name, each in tests.items()
+        if any(path.endswith(f"/{file}") and function in (None, f) for path, f in each["calls"])
+    ]
+    return sorted(chosen, key=lambda name: tests[name]["seconds"])
+
+
+def run_tests(copy, names, seconds, plugin=None):
+    """pytest's status in a process forked from this one; -1 if it took too long."""
+    process = os.fork()
+    if not process:
+        status = 70
+        try:
+            os.setsid()
+            os.chdir(copy)
+            sys.path.insert(0, str(copy))
+            output = os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            options = ["-q", "-x", "-p", "no:cacheprovider"]
+            options += ["-m", "not slow", "--durations=0"]
+            status = int(pytest.main([*options, *names], [plugin] if plugin else []))
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return -1
+
+
+class Calls:
+    """A pytest plugin that records which functions of some files each test calls.
+
+    What a fixture of a module or session calls counts for every test that takes the fixture.
+
+    Args:
+        functions: by path, of `functions_of`.
+        record: where to write it to, as JSON.
+    """
+
+    def __init__(self, functions, record):
+        self.functions, self.record = functions, record
+        self.tests, self.fixtures, self.seconds = {}, {}, {}
+        self.now = set()
+
+    def profile(self, frame, event, argument):
+        if event != "call":
+            return
+        code = frame.f_code
+        path, name = code.co_filename, code.co_name
+        if path in self.functions:
+            self.now.add((path, function_at(self.functions[path], code.co_firstlineno)))
+        elif name.startswith("tf__") and "__autograph_generated" in path:
+            for path, functions in self.functions.items():
+                self.now |= {(path, first) for each, first, _ in functions if name == f"tf__{each}"}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        before, self.now = self.now, set()
+        result = yield
+        if fixturedef.scope != "function":
+            self.fixtures.setdefault(fixturedef.argname, set()).update(self.now)
+        self.now |= before
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        self.now, began = set(), time.monotonic()
+        threading.setprofile(self.profile)
+        sys.setprofile(self.profile)
+        result = yield
+        sys.setprofile(None)
+        threading.setprofile(None)
+        self.seconds[item.nodeid] = time.monotonic() - began
+        self.tests[item.nodeid] = (self.now, item.fixturenames)
+        return result
+
+    def pytest_sessionfinish(self, session):
+        known = {
+            name: {
+                "seconds": round(self.seconds[name], 2),
+                "calls": list(calls.union(*(self.fixtures.get(f, ()) for f in fixtures))),
+            }
+            for name, (calls, fixtures) in self.tests.items()
+        }
+        Path(self.record).write_text(json.dumps(known))
 
 
 if __name__ == "__main__":

@@ -62,12 +62,13 @@ class UnreadableImages:
             print(f"corrupt image {len(self.names)} (of {self.size}), skipped: {name}", flush=True)
         return np.float32(0)
 
-    def check(self):
-        """Raise a ValueError if there are too many."""
-        if len(self.names) > self.limit:
+    def check(self, count=None):
+        """Raise a ValueError if there are too many: `count`, or those that this process found."""
+        count = len(self.names) if count is None else count
+        if count > self.limit:
             raise ValueError(
-                f"{len(self.names)} of {self.size} images cannot be read, more than --max_corrupt "
-                f"allows ({self.limit}). Among them: {', '.join(sorted(self.names)[:5])}"
+                f"{count} of {self.size} images cannot be read, more than --max_corrupt allows "
+                f"({self.limit}). Among them: {', '.join(sorted(self.names)[:5])}"
             )
 
     @contextlib.contextmanager
@@ -161,17 +162,25 @@ def training_batches(source, config, size, fill, epoch, first_step, steps, share
 
 
 def evaluation_batches(source, config, size, share, unreadable):
-    """Every image once, filled up with images of weight 0 to whole batches."""
+    """Every image once, filled up with images of weight 0 to whole batches.
+
+    Returns:
+        A `tf.data.Dataset` of dicts: `image` uint8, `label`, `weight`, and `place`, an image's
+        number in the data set; what only fills a batch has none that an image has.
+    """
 
     def transform(image, place):
-        return {"image": augmentation.evaluation_image(image, config.crop, size)}
+        return {"image": augmentation.evaluation_image(image, config.crop, size), "place": place}
 
     if isinstance(source, Streamed):
         steps = -(-source.size // config.batch_size)
         items = source.stream(None, share.index, share.workers)
-        items = items.map(lambda *item: (*item, tf.constant(0, tf.int64), tf.constant(True)))
-        filling = tuple(tf.zeros(spec.shape, spec.dtype) for spec in items.element_spec)
-        items = items.concatenate(tf.data.Dataset.from_tensors(filling).repeat())
+        items = items.enumerate().map(
+            lambda place, item: (*item, place * share.workers + share.index, tf.constant(True))
+        )
+        filling = [tf.zeros(spec.shape, spec.dtype) for spec in items.element_spec]
+        filling[-2] = tf.constant(-1, tf.int64)
+        items = items.concatenate(tf.data.Dataset.from_tensors(tuple(filling)).repeat())
         items = items.take(steps * (config.batch_size // share.workers))
     else:
         order = evaluation_order(config.batch_size, source.size)
@@ -239,6 +248,9 @@ def image_or_black(item, finish, unreadable, in_process):
 
     def black(name, image, label, place, counts):
         element = {key: tf.zeros(value.shape, value.dtype) for key, value in spec.items()}
+        element["label"] = label
+        if "place" in spec:
+            element["place"] = place
         if in_process:
             counted = tf.cond(
                 counts,

@@ -80,8 +80,8 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, 
     if config.batch_size % replicas:
         raise ValueError(f"--batch_size={config.batch_size} must be a multiple of {replicas}")
     source = sources.open_split(config, held_out=True)
-    if report and (share.workers > 1 or getattr(source, "several_labels", False)):
-        raise ValueError("--report is of one process, and of images with one right label each")
+    if report and source.several_labels:
+        raise ValueError("--report is of images with one right label each")
     if run:
         sources.check_label_names(source, read_record(run).get("label_names"))
     with strategy.scope():
@@ -102,9 +102,12 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, 
         result = step_functions.evaluate(strategy, step, dataset)
         if report:
             found = predictions.predict(strategy, model, dataset, source.size)
-            result["calibration_error"], _ = predictions.write_report(found, source, model, report)
-    corrupt.check()
-    return {**result, "corrupt": len(corrupt.names)}
+            if share.index == 0:
+                error, _ = predictions.write_report(found, source, model, report)
+                result["calibration_error"] = error
+    result["corrupt"] = strategies.total(strategy, len(corrupt.names))
+    corrupt.check(result["corrupt"])
+    return result
 
 
 def make_config(given, run):

@@ -29,6 +29,8 @@ from training.checkpoint import Checkpoints, NoneReadable, read
 from training.find_rate import find_learning_rate
 
 PICTURES = 16  # of the first training images in TensorBoard
+# What a collective says when its other end is gone.
+LOST_WORKER = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -58,7 +60,7 @@ def train(config):
         ValueError: for what cannot be, before any long work.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
         OSError: if the disk is full; the last checkpoint is whole.
-        RuntimeError: if the loss blew up more than `max_rollbacks` times.
+        RuntimeError: if the loss blew up more than `max_rollbacks` times, or another worker died.
     """
     models.find_builder(config.model)
     optimizers.find_optimizer(config.optimizer)
@@ -69,8 +71,16 @@ def train(config):
     strategy = strategies.make(config)
     share = data.WorkerShare(*strategies.worker(strategy), strategy.num_replicas_in_sync)
     check_batch(config, strategy)
-    with workdir.held(config.workdir) if share.index == 0 else contextlib.nullcontext():
-        return train_held(config, strategy, share)
+    try:
+        with workdir.held(config.workdir) if share.index == 0 else contextlib.nullcontext():
+            return train_held(config, strategy, share)
+    except LOST_WORKER as error:
+        if share.workers == 1:
+            raise
+        raise RuntimeError(
+            f"worker {share.index} of {share.workers} has lost another one, and ends: started "
+            "again, all of them go on from the last checkpoint"
+        ) from error
 
 
 def train_held(config, strategy, share):
@@ -385,9 +395,10 @@ class Run:
             if self.optimizer.averages:
                 with self.optimizer.averaged():
                     files |= models.save_final(*arguments, "final_ema")
-            if self.config.report and self.workers == 1:
-                with self.optimizer.averaged() if averaged else contextlib.nullcontext():
-                    files |= self.write_report(step, evaluation_batches, held_out, results)
+        if self.config.report:
+            with self.optimizer.averaged() if averaged else contextlib.nullcontext():
+                files |= self.write_report(step, evaluation_batches, held_out, results)
+        if self.chief:
             record = {"step": step, **results, "files": files}
             write_atomically(self.workdir / "results.json", json.dumps(record, indent=2))
             for name in ("config.json", "metrics.jsonl", "results.json", "checkpoints"):
@@ -400,6 +411,8 @@ class Run:
             found = predictions.predict(
                 self.strategy, self.model, evaluation_batches(), held_out.size
             )
+        if not self.chief:
+            return {}
         directory = self.workdir / "report"
         error, files = predictions.write_report(found, held_out, self.model, directory)
         results["calibration_error"] = error

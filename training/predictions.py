@@ -42,13 +42,13 @@ class Predictions:
 
 
 def predict(strategy, model, dataset, size, mistakes=24):
-    """Answers to the images of `data.evaluation_batches`, in one process.
+    """Answers to the images of `data.evaluation_batches`: every worker learns those of all.
 
     Args:
         strategy: a `tf.distribute.Strategy`.
         model: the `keras.Model`, on pixels.
-        dataset: a `tf.data.Dataset` of batches for one replica each.
-        size: number of images; what follows them only fills the last batch.
+        dataset: a `tf.data.Dataset` of batches for one replica each: this worker's share.
+        size: number of images of all workers.
         mistakes: how many of the most certain wrong answers to keep the pictures of.
     """
     logits_model = models.logits_model(model)
@@ -57,27 +57,78 @@ def predict(strategy, model, dataset, size, mistakes=24):
         logits = keras.tree.flatten(logits_model(tf.cast(batch["image"], tf.float32)))
         probabilities = tf.nn.softmax(tf.cast(tf.add_n(logits) / len(logits), tf.float32))
         best = tf.math.top_k(probabilities, min(TOP, probabilities.shape[-1]))
-        return batch["label"], best.indices, best.values, batch["weight"], batch["image"]
+        answers = batch["place"], batch["label"], best.indices, best.values, batch["weight"]
+        return answers, batch["image"]
 
     @tf.function(autograph=False)
     def step(batch):
-        return strategy.run(replica_step, args=(batch,))
+        answers, images = strategy.run(replica_step, args=(batch,))
+        return [strategy.gather(each, axis=0) for each in answers], answers, images
 
-    parts, worst, place = [], [], 0
+    parts, worst = [], []
     for batch in strategy.distribute_datasets_from_function(lambda context: dataset):
-        local = [strategy.experimental_local_results(each) for each in step(batch)]
-        *answers, images = (np.concatenate([x.numpy() for x in each]) for each in local)
-        labels, classes, probabilities, weight = answers
-        wrong = np.flatnonzero((classes[:, 0] != labels) & (weight > 0))
-        worst += [(probabilities[i, 0], place + i, images[i].astype("uint8")) for i in wrong]
-        worst = sorted(worst, key=lambda each: -each[0])[:mistakes]
-        parts.append(answers)
-        place += len(labels)
-    labels, classes, probabilities, weight = (
-        np.concatenate(each)[:size] for each in zip(*parts, strict=True)
-    )
+        gathered, *local = step(batch)
+        parts.append([each.numpy() for each in gathered])
+        answers, images = ([on_host(strategy, x) for x in tf.nest.flatten(each)] for each in local)
+        worst = surest_mistakes([*worst, *wrong(*answers, *images)], mistakes)
+    place, *answers = (np.concatenate(each) for each in zip(*parts, strict=True))
+    order = np.argsort(place, kind="stable")[np.sum(place < 0) :]
+    labels, classes, probabilities, weight = (each[order] for each in answers)
+    assert len(order) == size
+    worst = gather_mistakes(strategy, worst, mistakes, images[0].shape[1:])
     pictured = [(number, image) for _, number, image in worst]
     return Predictions(labels, classes, probabilities, weight > 0, pictured)
+
+
+def on_host(strategy, value):
+    """This worker's rows of a value that each replica has some of."""
+    return np.concatenate([x.numpy() for x in strategy.experimental_local_results(value)])
+
+
+def wrong(place, labels, classes, probabilities, weight, images):
+    """(probability, place, uint8 image) of each wrong answer of a batch."""
+    return [
+        (float(probabilities[i, 0]), int(place[i]), images[i].astype("uint8"))
+        for i in np.flatnonzero((classes[:, 0] != labels) & (weight > 0))
+    ]
+
+
+def surest_mistakes(mistakes, number):
+    """The most certain of some mistakes, the most certain first."""
+    return sorted(mistakes, key=lambda each: (-each[0], each[1]))[:number]
+
+
+def gather_mistakes(strategy, mistakes, number, shape):
+    """The most certain mistakes of all workers, as `surest_mistakes` gives them.
+
+    Args:
+        strategy: a `tf.distribute.Strategy`.
+        mistakes: this worker's, of `surest_mistakes`.
+        number: how many are wanted.
+        shape: (height, width, channels) of an image.
+    """
+    none = (-1.0, -1, np.zeros(shape))
+    devices = len(strategy.extended.worker_devices)  # of this worker
+
+    def rows(context):
+        first = context.replica_id_in_sync_group % devices == 0
+        return [*(mistakes if first else ()), *[none] * number][:number]
+
+    columns = []
+    # Not every collective takes bytes.
+    for i, kind in enumerate((np.float32, np.int64, np.int32)):
+        local = strategy.experimental_distribute_values_from_function(
+            lambda context, i=i, kind=kind: tf.constant(
+                np.array([row[i] for row in rows(context)], kind)
+            )
+        )
+        columns.append(strategy.gather(local, axis=0).numpy())
+    gathered = [
+        (probability, place, image.astype("uint8"))
+        for probability, place, image in zip(*columns, strict=True)
+        if place >= 0
+    ]
+    return surest_mistakes(gathered, number)
 
 
 def image_names(source):

@@ -119,3 +119,15 @@ def worker(strategy):
             1, len(resolver.cluster_spec().as_dict().get("worker", []))
         )
     return 0, 1
+
+
+def total(strategy, number):
+    """The sum of a number over the workers, each of which calls this."""
+    devices = len(strategy.extended.worker_devices)  # of this worker, the first of which counts
+
+    def share(context):
+        first = context.replica_id_in_sync_group % devices == 0
+        return tf.constant(number if first else 0, tf.int64)
+
+    shares = strategy.experimental_distribute_values_from_function(share)
+    return int(strategy.reduce(tf.distribute.ReduceOp.SUM, shares, axis=None))

@@ -21,20 +21,28 @@ from tests.killing import finish, forked, is_killed
 from training import checkpoint, configuration, loop, models
 
 STEPS = 8
+# Those with most to remember.
+OPTIMIZERS = {"one_device": "muon", "mirrored": "adamw"}
 TINY = {"depth": 1, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_stride": 4}
 
 
 def start(workdir, strategy):
     """Begin a run, or go on with it, in a process of its own; returns its id."""
+    values = {"strategy": strategy, "cpu_devices": 2, "stochastic_depth": 0.2}
+    return fork(workdir, workdir.with_suffix(".log"), {}, optimizer=OPTIMIZERS[strategy], **values)
+
+
+def fork(workdir, log, environment, **values):
+    """The same with other values, and a log and environment variables of the process's own."""
 
     def train():
+        os.environ |= environment
         models.TNT_DIGITS |= TINY
-        values = {"epochs": 2, "steps_per_epoch": STEPS // 2, "batch_size": 8, "ema": 0.9}
-        values |= {"checkpoint_steps": 1, "report_steps": 1, "evaluate_epochs": 2}
-        values |= {"stochastic_depth": 0.2, "strategy": strategy, "cpu_devices": 2, "report": False}
-        loop.train(configuration.make("digits", workdir=str(workdir), **values))
+        short = {"epochs": 2, "steps_per_epoch": STEPS // 2, "batch_size": 8, "ema": 0.9}
+        short |= {"checkpoint_steps": 1, "report_steps": 1, "evaluate_epochs": 2, "report": False}
+        loop.train(configuration.make("digits", workdir=str(workdir), **{**short, **values}))
 
-    return forked(train, workdir.with_suffix(".log"))
+    return forked(train, log)
 
 
 def outcome(workdir):

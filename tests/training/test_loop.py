@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from training import checkpoint, configuration, evaluate, loop, plot, step_functions
+from training import (
+    checkpoint,
+    configuration,
+    evaluate,
+    loop,
+    optimizers,
+    plot,
+    step_functions,
+    strategies,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -162,6 +170,35 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_same_weights_are_reached(
     assert [line["step"] for line in lines if "loss" in line] == [4, 8]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "jit"), [*((name, "off") for name in optimizers.OPTIMIZERS), ("muon", "on")]
+)
+def test_each_optimizer_goes_on_to_the_bit_from_what_a_checkpoint_holds(
+    tiny, tmp_path, optimizer, jit, mirrored, monkeypatch
+):
+    epoch, ends = loop.Run.epoch, []
+
+    def twice(self, step, *arguments):
+        epoch(self, step, *arguments)
+        ends.append({name: v.numpy() for name, v in self.checkpoints.variables.items()})
+        for later in self.checkpoints.paths()[:2]:
+            later.unlink()
+        assert self.restore() == 2
+        step = epoch(self, 2, *arguments)
+        ends.append({name: v.numpy() for name, v in self.checkpoints.variables.items()})
+        return step
+
+    monkeypatch.setattr(loop.Run, "epoch", twice)
+    monkeypatch.setattr(loop.Run, "evaluate", lambda *arguments: False)
+    monkeypatch.setattr(loop.Run, "finish", lambda *arguments: None)
+    monkeypatch.setattr(strategies, "make", lambda config: mirrored)
+    values = {"optimizer": optimizer, "jit": jit, "stochastic_depth": 0.3, "ema": 0.9, "keep": 9}
+    values |= {"epochs": 1, "checkpoint_steps": 1, "clip_norm": 0.5, "layer_decay": 0.8}
+    values |= {"shift": 0, "rotate": 0.0, "min_crop": 1.0}
+    loop.train(short(tmp_path, **values))
+    assert_identical(*ends)
+
+
 def test_a_nan_rolls_back_and_the_batch_is_skipped(tiny, tmp_path, monkeypatch, capsys):
     make = step_functions.make_train_step
 
@@ -253,12 +290,6 @@ def train_command(workdir, *flags, **environment):
     )
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
 @pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_trainer_is_refused_meanwhile(tmp_path):
     process = train_command(tmp_path, "--epochs=1000")
@@ -343,20 +374,12 @@ def test_a_full_disk_leaves_what_is_whole_and_the_run_goes_on_when_there_is_room
 
 
 @pytest.mark.slow
-def test_two_workers_reach_the_weights_of_one_device(tmp_path):
-    with socket.socket() as first, socket.socket() as second:
-        for each in (first, second):
-            each.bind(("127.0.0.1", 0))
-        addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in (first, second)]
-    workers = []
-    for index in (0, 1):
-        task = {"type": "worker", "index": index}
-        tf_config = json.dumps({"cluster": {"worker": addresses}, "task": task})
-        flags = ("--strategy=multi_worker", "--stochastic_depth=0")
-        workers.append(train_command(tmp_path / "two", *flags, TF_CONFIG=tf_config))
-    for worker in workers:
-        finish(worker)
-    finish(train_command(tmp_path / "one", "--stochastic_depth=0"))
-    one, two = (final_state(tmp_path / name, 12) for name in ("one", "two"))
-    for name, value in one.items():
-        np.testing.assert_allclose(two[name], value, atol=1e-5, err_msg=name)
+def test_two_workers_one_of_them_killed_reach_weights_and_report_of_one_process(tmp_path):
+    """KERAS_TNT_WORKERS says how many there are."""
+    number = os.environ.get("KERAS_TNT_WORKERS", "2")
+    command = [sys.executable, "-m", "tests.training.workers", str(tmp_path), number, "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
+    assert result.returncode == 0, result.stderr[-2000:] + logs
+    assert len(json.loads(result.stdout)["killed"]) == 1
+    assert "has lost another one" in (tmp_path / "several_0.log").read_text()

@@ -123,6 +123,32 @@ def test_an_overflow_in_float16_changes_nothing_but_the_scale(name, one_device):
         np.testing.assert_array_equal(value, expected)
 
 
+def test_a_scaled_loss_takes_the_steps_of_the_loss_and_its_scale_grows(one_device, monkeypatch):
+    monkeypatch.setattr(optimization.Optimizer, "growth_steps", 2)
+    values = {"optimizer": "sgd", "weight_decay": DECAY, "ema": 0.9}
+    with one_device.scope():
+        models = [model_of_two(), model_of_two()]
+        plain, scaled = (
+            optimization.Optimizer(model, configuration.make("digits", precision=each, **values))
+            for model, each in zip(models, ("float32", "float16"), strict=True)
+        )
+    steps = gradients(models[0])
+    take(plain, one_device, steps)
+    scales = []
+    for i in range(5):
+        scale = float(scaled.loss_scale())
+        scales.append((scale, float(scaled.state()["loss_scale_age"])))
+        take(scaled, one_device, [*steps[:i], [g * scale for g in steps[i]]], first=i)
+    assert scales == [(2.0**e, age) for e, age in ((15, 0), (15, 1), (16, 0), (16, 1), (17, 0))]
+    for each in ("averages", "variables"):
+        for one, other in zip(getattr(plain, each), getattr(scaled, each), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    overflow = [[np.full_like(g, np.inf) for g in steps[0]]]
+    scaled.scale[0].assign(1.5)
+    take(scaled, one_device, 2 * overflow)
+    assert float(scaled.loss_scale()) == 1.0  # never below
+
+
 def test_the_rate_of_a_layer_scales_its_weight_decay_too(one_device):
     with one_device.scope():
         model = model_of_two()

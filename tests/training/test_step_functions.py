@@ -243,3 +243,128 @@ def test_every_replica_and_part_draws_from_a_stream_of_its_own(mirrored):
     assert len(seen) == 4
     for images in expected:
         assert sum(np.array_equal(images, found) for found in seen) == 1
+
+
+# === A whole step of a model of one matrix, against numpy ===
+
+SIZE, CLASSES = (4, 6), 3
+
+
+@pytest.fixture
+def of_one_matrix(monkeypatch):
+    """A function that makes a model of so many heads, each a matrix upon the pixels."""
+    monkeypatch.setattr(models, "logits_model", lambda model: model)
+    monkeypatch.setattr(models, "image_size", lambda model: SIZE)
+    monkeypatch.setattr(models, "pixels", lambda model, values: 90.0 + 40.0 * values)
+
+    def make(heads):
+        keras.utils.set_random_seed(3)
+        images = keras.Input((*SIZE, 3))
+        pixels = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(images))
+        dense = [keras.layers.Dense(CLASSES, use_bias=False, name=f"head{i}") for i in range(heads)]
+        return keras.Model(images, [layer(pixels) for layer in dense])
+
+    return make
+
+
+def eight_images():
+    random = np.random.default_rng(1)
+    boxes = [[0, 2, 1, 5], [0, 0, 0, 0], [1, 4, 0, 3], [0, 0, 0, 0]] * 2
+    return {
+        "image": random.integers(0, 256, (8, *SIZE, 3)).astype("uint8"),
+        "label": np.array([0, 1, 2, 1, 2, 2, 0, 1]),
+        "weight": np.float32([1, 1, 0, 1, 1, 1, 1, 0]),
+        "erase": np.int32(boxes),
+    }
+
+
+def softmax(logits):
+    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponents / exponents.sum(axis=-1, keepdims=True)
+
+
+def by_numpy(weights, config, mixing, streams, step, teacher_logits=None):
+    """(loss, gradients) of eight images that are worked on in so many equal streams."""
+    data, part = eight_images(), 8 // streams
+    images, targets = [], []
+    for i in range(streams):
+        rows = slice(i * part, (i + 1) * part)
+        seed = [step, i + config.seed * 1_000_003]
+        noise = tf.random.stateless_normal((part, *SIZE, 3), seed).numpy()
+        pixels = data["image"][rows].astype("float64")
+        if config.erasing:
+            for j, (top, bottom, left, right) in enumerate(data["erase"][rows]):
+                erased = 90.0 + 40.0 * noise[j, top:bottom, left:right]
+                pixels[j, top:bottom, left:right] = erased
+        images.append(pixels)
+    images, partner = np.concatenate(images), np.arange(8) ^ 1
+    targets = np.eye(CLASSES)[data["label"]] * (1 - config.label_smoothing)
+    targets += config.label_smoothing / CLASSES
+    kept = np.full(SIZE, mixing[0], "float64")
+    top, bottom, left, right = (int(x) for x in mixing[1:])
+    kept[top:bottom, left:right] = 0
+    images = kept[..., None] * images + (1 - kept[..., None]) * images[partner]
+    targets = kept.mean() * targets + (1 - kept.mean()) * targets[partner]
+    flat = images.reshape(8, -1) / 255
+    weight = data["weight"][:, None].astype("float64") / 8
+    logits = [flat @ w for w in weights]
+    if teacher_logits is None:
+        mean = sum(logits) / len(logits)
+        loss = -(weight * targets * np.log(softmax(mean))).sum()
+        return loss, [flat.T @ (weight * (softmax(mean) - targets)) / len(logits)] * len(logits)
+    taught = np.eye(CLASSES)[teacher_logits(images).argmax(axis=-1)]
+    loss, gradients = 0.0, []
+    for share, wanted, each in zip((1 - ALPHA, ALPHA), (targets, taught), logits, strict=True):
+        loss -= share * (weight * wanted * np.log(softmax(each))).sum()
+        gradients.append(share * flat.T @ (weight * (softmax(each) - wanted)))
+    return loss, gradients
+
+
+ALPHA = 0.3
+CASES = {
+    "plain": (1, {}, [1, 0, 0, 0, 0]),
+    "smoothed": (1, {"label_smoothing": 0.2}, [1, 0, 0, 0, 0]),
+    "two heads": (2, {"label_smoothing": 0.1}, [1, 0, 0, 0, 0]),
+    "mixup": (1, {"mixup": 0.8, "label_smoothing": 0.1}, [0.7, 0, 0, 0, 0]),
+    "cutmix in parts": (1, {"cutmix": 1.0, "accumulation": 2}, [1, 1, 3, 2, 6]),
+    "erasing in parts": (1, {"erasing": 0.5, "accumulation": 2, "seed": 5}, [1, 0, 0, 0, 0]),
+    "distilled": (2, {"distill": "hard", "teacher": "a.keras", "mixup": 0.8}, [0.6, 0, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("devices", "case"),
+    [
+        *(("one_device", case) for case in CASES),
+        *(("mirrored", case) for case in ("mixup", "erasing in parts", "distilled")),
+    ],
+)
+def test_a_step_is_what_numpy_makes_of_it(of_one_matrix, devices, case, request):
+    strategy, (heads, values, mixing) = request.getfixturevalue(devices), CASES[case]
+    values = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0, **values}
+    config = configuration.make(
+        "digits", batch_size=8, optimizer="sgd", distill_alpha=ALPHA, **values
+    )
+    with strategy.scope():
+        model = of_one_matrix(heads)
+        optimizer = optimization.Optimizer(model, config)
+
+    def teacher(images):
+        return tf.stack([tf.reduce_mean(images[:, :, :, i], axis=(1, 2)) for i in range(3)], -1)
+
+    taught = config.distill != "none"
+    step = step_functions.make_train_step(
+        strategy, model, optimizer, config, CLASSES, teacher if taught else None
+    )
+    replicas = strategy.num_replicas_in_sync
+    dataset = tf.data.Dataset.from_tensor_slices(eight_images()).batch(8 // replicas)
+    (batch,) = strategy.distribute_datasets_from_function(lambda context: dataset)
+    before = model.get_weights()
+    loss, norm, stop = step(batch, *(tf.constant(x) for x in (4.0, 0.5, 1.0, np.float32(mixing))))
+    streams = replicas * config.accumulation
+    by_hand = (lambda images: images.mean(axis=(1, 2))) if taught else None
+    expected, gradients = by_numpy(before, config, mixing, streams, 4, by_hand)
+    assert float(loss) == pytest.approx(expected, rel=1e-5) and float(stop) == replicas
+    assert float(norm) == pytest.approx(np.sqrt(sum((g**2).sum() for g in gradients)), rel=1e-5)
+    for weights, first, gradient in zip(model.get_weights(), before, gradients, strict=True):
+        np.testing.assert_allclose(weights, first - 0.5 * gradient, rtol=1e-4, atol=1e-6)
