@@ -82,7 +82,8 @@ class Browser:
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=address)
         self.read_until(lambda message: message.get("method") == "Page.loadEventFired")
-        while self.evaluate("document.readyState + location.protocol") != "completefile:":
+        scheme = address.partition(":")[0]
+        while self.evaluate("document.readyState + location.protocol") != f"complete{scheme}:":
             pass
 
     def resize(self, width, height):

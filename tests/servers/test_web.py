@@ -1,0 +1,140 @@
+"""The page that classifies in a browser says what Python says."""
+
+import functools
+import http.server
+import shutil
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+import keras_tnt
+from keras_tnt.export.verification import draw_picture
+from tests.inspection.browser import PROGRAM, Browser
+from tests.servers.running import ROOT
+
+WEB = ROOT / "savedmodels" / "web"
+pytestmark = [
+    pytest.mark.one_backend,
+    pytest.mark.slow,
+    pytest.mark.skipif(PROGRAM is None, reason="no Chromium: apt-get install chromium"),
+    pytest.mark.skipif(
+        not (WEB / "node_modules").is_dir(), reason="no onnxruntime-web: `make servers` brings it"
+    ),
+]
+NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "<b>gnü</b>"]
+# Of the logits' spread. Reading and resizing are the same; what differs is arithmetic in float32.
+TOLERANCE = 1e-3
+
+
+def build(**options):
+    keras.utils.set_random_seed(0)
+    return keras_tnt.TNT(
+        input_shape=(48, 64, 3), outer_dim=32, inner_dim=8, depth=2, outer_heads=2, inner_heads=2,
+        class_names=NAMES, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The page's folder with two models and pictures in it, and its address on the loopback."""
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("web")
+    for name in ("index.html", "classify.js"):
+        shutil.copy(WEB / name, folder)
+    (folder / "node_modules").symlink_to(WEB / "node_modules")
+    models = {"pixels": build(), "outside": build(include_preprocessing=False)}
+    for name, model in models.items():
+        keras_tnt.export.onnx(model, folder / f"{name}.onnx")
+    (folder / "broken.onnx").write_bytes((folder / "pixels.onnx").read_bytes()[:5000])
+    for name in ("chelsea", "astronaut", "coffee", "rocket"):
+        Image.fromarray(getattr(data, name)()).save(folder / f"{name}.jpg", quality=92)
+    turned = Image.fromarray(data.chelsea())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(folder / "turned.jpg", exif=exif)
+    clear = Image.fromarray(np.dstack([data.coffee(), data.coffee()[..., :1]]))
+    clear.resize((150, 100)).save(folder / "clear.png")
+    (folder / "drawn.webp").write_bytes(draw_picture(2))
+    (folder / "small.png").write_bytes(draw_picture(1))
+    (folder / "none.jpg").write_bytes(b"no image")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, models, f"http://127.0.0.1:{server.server_address[1]}/index.html"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+def wait(browser, condition):
+    end = time.monotonic() + 120
+    while not browser.evaluate(condition):
+        assert time.monotonic() < end, (browser.text("said"), browser.complaints)
+        time.sleep(0.05)
+
+
+def choose(browser, identifier, path):
+    """Give a file to a file input, as a user does."""
+    root = browser.call("DOM.getDocument")["root"]["nodeId"]
+    node = browser.call("DOM.querySelector", nodeId=root, selector=f"#{identifier}")["nodeId"]
+    browser.evaluate("window.answer = null; document.getElementById('said').textContent = '...'")
+    browser.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
+
+
+@pytest.mark.parametrize("name", ["pixels", "outside"])
+def test_the_page_says_what_python_says(name, site, browser):
+    folder, models, address = site
+    model = models[name]
+    browser.open(f"{address}?model={name}.onnx")
+    wait(browser, "document.getElementById('said').textContent == 'Choose a photo.'")
+    logits = keras.Model(model.inputs[0], model.layers[-1].input)
+    paths = sorted(p for p in folder.iterdir() if p.suffix in (".jpg", ".png", ".webp"))
+    for path in paths:
+        if path.name == "none.jpg":
+            continue
+        choose(browser, "photo", path)
+        wait(browser, "window.answer !== null")
+        answer = browser.evaluate("window.answer")
+        images = keras_tnt.load_image(path, model)[None]
+        if name == "outside":
+            images = keras_tnt.tnt.preprocess_input(images)
+        expected = logits.predict(images, verbose=0)[0]
+        worst = np.abs(np.array(answer["logits"]) - expected).max() / np.ptp(expected)
+        print(f"{name} {path.name}: {worst:.1e} of the logits' spread")
+        assert worst <= TOLERANCE, path.name
+        assert answer["classes"][0][0] == NAMES[expected.argmax()]
+    assert browser.complaints == []
+    shown = browser.evaluate("document.querySelector('#classes span').textContent")
+    assert shown.startswith(answer["classes"][0][0])  # a name is text, whatever it looks like
+
+
+def test_what_cannot_be_read_is_said(site, browser):
+    folder, _, address = site
+    browser.open(address)
+    choose(browser, "model", folder / "broken.onnx")
+    wait(browser, "document.getElementById('said').textContent.startsWith('This is no ONNX file')")
+    choose(browser, "model", folder / "pixels.onnx")
+    wait(browser, "document.getElementById('said').textContent == 'Choose a photo.'")
+    choose(browser, "photo", folder / "none.jpg")
+    wait(
+        browser, "document.getElementById('said').textContent == 'This cannot be read as an image.'"
+    )
+    choose(browser, "photo", folder / "chelsea.jpg")
+    wait(browser, "window.answer !== null")
+    browser.open(f"{address}?model=nowhere.onnx")
+    wait(browser, "document.getElementById('said').textContent == 'There is no nowhere.onnx here.'")
