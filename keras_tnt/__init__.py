@@ -11,6 +11,7 @@ from keras_tnt.command import before_keras  # isort: skip
 from keras_tnt import tnt, pyramid_tnt, deit, cait  # isort: skip
 from keras_tnt import building, distillation, export, finetuning, inspection, layers, registry
 from keras_tnt.anatomy import anatomy, class_names
+from keras_tnt.backbone import backbone
 from keras_tnt.building import register_family
 from keras_tnt.bundle import load_pretrained, push_to_hub, save_pretrained
 from keras_tnt.classifier import reset_classifier

@@ -99,6 +99,7 @@ class Anatomy:
         blocks: the blocks over the patches.
         class_blocks: the class-attention blocks behind them.
         norm: the norm before the heads; None: there is none.
+        levels: the layers that bring a backbone's maps to their strides.
         heads: the `Dense` layers that give the logits of the class head and, where the model is
             distilled, of the distillation head; without a top, of a classifier that wraps it.
         predictions: the layer that makes predictions of logits; None: there is none.
@@ -120,6 +121,7 @@ class Anatomy:
     blocks: tuple[Block, ...]
     class_blocks: tuple[keras.layers.Layer, ...]
     norm: keras.layers.Layer | None
+    levels: tuple[keras.layers.Layer, ...]
     heads: tuple[keras.layers.Layer, ...]
     predictions: keras.layers.Layer | None
 
@@ -184,6 +186,7 @@ def anatomy(model: keras.Model) -> Anatomy:
         blocks=blocks,
         class_blocks=of_part("class_block"),
         norm=norms[0] if norms else None,
+        levels=of_part("level"),
         heads=heads,
         predictions=predictions,
     )
@@ -191,12 +194,12 @@ def anatomy(model: keras.Model) -> Anatomy:
 
 def is_ours(model: keras.Model) -> bool:
     """Whether `anatomy` can tell of a model."""
-    return len(list(find_entrances(model))) == 1
+    return len(distinct_entrances(model)) == 1
 
 
 def find_core(model) -> tuple[keras.Model, ImageNormalization]:
     """The model of this package that a model is or has inside, and its first layer."""
-    found = list(find_entrances(model))
+    found = distinct_entrances(model)
     name = getattr(model, "name", repr(model))
     if not found:
         raise ValueError(f"Model '{name}' is not built from one of keras_tnt's.")
@@ -206,6 +209,16 @@ def find_core(model) -> tuple[keras.Model, ImageNormalization]:
             f"Model '{name}' is built from several of keras_tnt's ({kinds}). Ask one of them."
         )
     return found[0]
+
+
+def distinct_entrances(model) -> list[tuple[keras.Model, ImageNormalization]]:
+    """(model of this package, its first layer), once where one is held in several ways.
+
+    KerasHub's models keep the backbone that they were given beside a model that they make of it.
+    """
+    return list(
+        {id(entrance): (core, entrance) for core, entrance in find_entrances(model)}.values()
+    )
 
 
 def find_entrances(model) -> Iterator[tuple[keras.Model, ImageNormalization]]:

@@ -16,11 +16,11 @@ def layerwise(optimizer, model, decay=0.75):
     """An optimizer like the given one whose steps shrink from the head to the stem.
 
     The learning rate of a variable is the optimizer's times `decay ** distance` (arXiv 2106.08254,
-    appendix): heads and final norm have distance 0, the last block 1, the one before 2, and stem,
-    tokens and the tables of positions before the blocks one more than there are blocks. A merge
-    between stages counts with the block before it; layers outside of the keras_tnt model have
-    distance 0. Weight decay is scaled with the step, and falls on kernels alone: not on tables of
-    positions, tokens, norms, biases or LayerScale.
+    appendix): heads, final norm and the levels of a backbone have distance 0, the last block 1, the
+    one before 2, and stem, tokens and the tables of positions before the blocks one more than there
+    are blocks. A merge between stages counts with the block before it; layers outside of the
+    keras_tnt model have distance 0. Weight decay is scaled with the step, and falls on kernels
+    alone: not on tables of positions, tokens, norms, biases or LayerScale.
 
     Gradients stay as they are. Clipping, accumulation, moving averages, learning-rate schedules,
     loss scaling and saving are the given optimizer's.
@@ -79,7 +79,10 @@ def layer_distances(parts):
             distance = len(blocks) - blocks.index(layer)
         elif layer is parts.norm or layer in parts.heads:
             distance = 0
-        yield layer, farthest if layer in parts.tokens else distance
+        if layer in parts.tokens:
+            yield layer, farthest
+        else:
+            yield layer, 0 if layer in parts.levels else distance
 
 
 # === Layers that stand still ===
@@ -93,7 +96,8 @@ def freeze(model, up_to):
     Args:
         model: a model of keras_tnt, or one that holds such a model.
         up_to: `"stem"`, which stands for everything before the blocks, tokens included; how many
-            blocks to freeze beside it; or `"head"`, for all but the heads.
+            blocks to freeze beside it; or `"head"`, for all but the heads. The layers that bring a
+            backbone's maps to their strides stand with the heads.
 
     Raises:
         ValueError: for another `up_to`.
@@ -108,7 +112,8 @@ def freeze(model, up_to):
         )
     unfreeze(parts.model)
     for layer, distance in layer_distances(parts):
-        layer.trainable = layer in parts.heads if up_to == "head" else distance <= count - frozen
+        last = layer in parts.heads or layer in parts.levels
+        layer.trainable = last if up_to == "head" else distance <= count - frozen
 
 
 def unfreeze(model):

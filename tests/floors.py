@@ -17,7 +17,7 @@ FLOORS = (
     ("building",),
     ("tnt", "pyramid_tnt", "deit", "cait"),
     ("images", "preprocessing", "inference", "teacher", "distillation", "inspection", "export"),
-    ("finetuning", "bundle", "classifier"),
+    ("finetuning", "backbone", "bundle", "classifier"),
     ("command", "__main__"),
     SCRIPTS,
 )

@@ -1,0 +1,254 @@
+"""Maps of several strides, as detectors and segmenters take them: a pyramid of a model's patches.
+
+TNT, DeiT and CaiT keep one stride from the first block to the last. Their maps after each quarter
+of the blocks are brought to strides 4, 8, 16 and 32 by transposed convolutions and pooling, as TNT
+was put into Faster R-CNN (arXiv 2103.00112, table 13) and as XCiT (arXiv 2106.09681) and ViTDet
+(arXiv 2203.16527) do it. PyramidTNT's stages have strides of their own.
+"""
+
+import keras
+from keras import ops
+
+from keras_tnt import registry
+from keras_tnt.anatomy import anatomy, is_ours
+from keras_tnt.inspection.features import patch_map
+from keras_tnt.layers.base import CompositeLayer, LayerNormalization, gelu
+
+QUARTERS = 4
+FINEST = 2  # the level of the first quarter's map
+
+
+@keras.saving.register_keras_serializable(package="keras_tnt")
+class Backbone(keras.Model):
+    """A functional model from images to a dict of maps by level, which `backbone` makes.
+
+    It is made of its inputs and outputs, as `keras.Model` is: Keras saves, loads and clones it.
+    KerasHub's `RetinaNetBackbone`, `DeepLabV3Backbone` and others take it as `image_encoder`.
+    """
+
+    @property
+    def pyramid_outputs(self) -> dict[str, keras.KerasTensor]:
+        """The symbolic maps by level: "P3" has a stride of 2**3 pixels."""
+        return dict(self.output)
+
+
+def backbone(model, levels=None, **arguments) -> Backbone:
+    """A model that gives maps of several strides.
+
+    Level "Pn" is a map of stride 2**n pixels. Of a model in stages, such as PyramidTNT, each level
+    is the output of a stage. Of another, "P2", "P3", "P4" and "P5" are the patches after a quarter,
+    half, three quarters and all of the blocks (of 12 blocks: 3, 6, 9, 12), brought to their stride:
+    finer than the patches by transposed convolutions of side and stride 2, each but the last
+    followed by a norm and GELU; coarser by the largest value. All levels have the patches'
+    dimension, and no norm follows the blocks.
+
+    The layers `p2`, `p3` and so on are new, and `keras_tnt.finetuning.freeze` lets them train;
+    everything else is the model's own, weights included: training one trains both.
+
+    Args:
+        model: a model of this package, with its top or without; or the name of one, for
+            `keras_tnt.create_model`, which then is built without its top.
+        levels: names of levels, such as `("P3", "P4", "P5")`; None: all, "P2" to "P5", and of
+            PyramidTNT "P3" to "P6".
+        arguments: of the model that is built by name, such as `input_shape` and `weights`. As with
+            `keras_tnt.TNTSmall`, the public ImageNet weights are the default where there are any.
+
+    Returns:
+        A `Backbone`, a `keras.Model` from the model's images to a dict from level to
+        `(batch, height / 2**n, width / 2**n, dim)`, or channels first as the images are. Its
+        attribute `pyramid_outputs` is that dict of Keras tensors.
+
+    Raises:
+        ValueError: for levels that the model has not, image sizes that the coarsest stride does not
+            divide, patches whose side is no power of two, and models of other packages.
+
+    Example:
+
+    >>> backbone = keras_tnt.backbone("tnt_small", weights=None, input_shape=(64, 96, 3))
+    >>> {level: x.shape[1:] for level, x in backbone.pyramid_outputs.items()}
+    {'P2': (16, 24, 384), 'P3': (8, 12, 384), 'P4': (4, 6, 384), 'P5': (2, 3, 384)}
+    """
+    if isinstance(model, str):
+        model = registry.create_model(model, **{"include_top": False, **arguments})
+    elif arguments:
+        raise ValueError(
+            f"Arguments are for a model that is built by its name. Received {model!r} and "
+            f"{', '.join(arguments)}."
+        )
+    found = find(model)
+    available = levels_in_stages(found) if len(found.stages) > 1 else levels_in_quarters(found)
+    levels = check_levels(available if levels is None else levels, available, found.family)
+    check_size(found, levels)
+    outputs = {}
+    for level in levels:
+        block, steps = available[level]
+        layer = PyramidLevel(
+            steps,
+            found.image.data_format,
+            dtype=block.layer.dtype_policy,
+            name=found.layer_prefix + level.lower(),
+        )
+        outputs[level] = layer(patch_map(block, f"of_{level.lower()}"))
+    return Backbone(model.inputs[0], outputs, name=f"{model.name}_backbone")
+
+
+def find(model):
+    """The anatomy of a model of this package, or an error that says what to give."""
+    if not isinstance(model, keras.Model) or not is_ours(model):
+        raise ValueError(
+            f"A backbone needs a model with blocks of keras_tnt. Received {model!r}. Give one, or "
+            "a name of keras_tnt.list_models(), as in keras_tnt.backbone('tnt_small')."
+        )
+    found = anatomy(model)
+    if found.model is not model:
+        raise ValueError(
+            f"Model '{model.name}' has no blocks of its own. Pass its layer '{found.model.name}' "
+            "instead."
+        )
+    if not found.blocks:
+        raise ValueError(f"Model '{model.name}' has no blocks. Give a deeper one.")
+    return found
+
+
+# === Levels ===
+
+
+def levels_in_quarters(found) -> dict:
+    """From level to (block, doublings of the map's sides) where all blocks have one stride."""
+    patch_level = log2(found.patch_size)
+    if patch_level is None:
+        raise ValueError(
+            f"Levels have strides of 2**n pixels, and patches of {found.patch_size} pixels cannot "
+            "be brought there. Give a model with patch_size=8, 16 or another power of two."
+        )
+    count = len(found.blocks)
+    return {
+        f"P{FINEST + i}": (
+            found.blocks[max(1, count * (i + 1) // QUARTERS) - 1],
+            patch_level - FINEST - i,
+        )
+        for i in range(QUARTERS)
+    }
+
+
+def levels_in_stages(found) -> dict:
+    """From level to (last block of a stage, 0)."""
+    levels = {}
+    for number, stage in enumerate(found.stages):
+        level = log2(found.patch_size * 2**number)
+        if level is not None:
+            levels[f"P{level}"] = (stage[-1], 0)
+    return levels
+
+
+def log2(number: int) -> int | None:
+    """n of 2**n; None of other numbers."""
+    return number.bit_length() - 1 if number & (number - 1) == 0 else None
+
+
+def check_levels(levels, available, family) -> list[str]:
+    """Levels as a list, each of them one that the model has, from fine to coarse."""
+    if isinstance(levels, str):
+        levels = [levels]
+    levels = list(levels)
+    unknown = [level for level in levels if level not in available]
+    if unknown or not levels:
+        received = f"no level {unknown[0]!r}" if unknown else "something in every empty list"
+        raise ValueError(f"`levels` of {family} are among {tuple(available)}; there is {received}.")
+    return sorted(set(levels), key=list(available).index)
+
+
+def check_size(found, levels):
+    """Raise an error where the coarsest stride does not divide the image."""
+    stride = 2 ** max(int(level[1:]) for level in levels)
+    size = (found.image.height, found.image.width)
+    if any(side is not None and side % stride for side in size):
+        nearest = "x".join(str(max(stride, round(side / stride) * stride)) for side in size)
+        raise ValueError(
+            f"Level P{log2(stride)} needs images whose sides are multiples of {stride}. Received a "
+            f"model of {size[0]}x{size[1]} images. The nearest size is {nearest}; or leave the "
+            "level out of `levels`."
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_tnt")
+class PyramidLevel(CompositeLayer):
+    """A map brought to the stride of a level.
+
+    Args:
+        steps: how often height and width double, by a transposed convolution of side and stride 2
+            each; below 0, how often they halve, by the largest value of each square.
+        data_format: of the result, `"channels_last"` or `"channels_first"`; None: Keras's setting.
+        epsilon: of the norms between two transposed convolutions.
+
+    Call arguments:
+        x: map (batch, height, width, dim), channels last.
+
+    Returns:
+        (batch, height * 2**steps, width * 2**steps, dim), or channels first.
+    """
+
+    part = "level"
+
+    def __init__(self, steps: int, data_format=None, epsilon: float = 1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.steps = steps
+        self.data_format = data_format or keras.config.image_data_format()
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        dim = input_shape[-1]
+        count = max(self.steps, 0)
+        # A transposed convolution whose stride is its side is a projection of each pixel by itself.
+        self.projections = [
+            keras.layers.Dense(
+                4 * dim,
+                kernel_initializer="lecun_normal",
+                dtype=self.dtype_policy,
+                name=f"transposed_convolution_{i}",
+            )
+            for i in range(count)
+        ]
+        self.norms = [
+            LayerNormalization(epsilon=self.epsilon, dtype=self.dtype_policy, name=f"norm_{i}")
+            for i in range(count - 1)
+        ]
+        for layer in (*self.projections, *self.norms):
+            layer.build((*input_shape[:-1], dim))
+
+    def call(self, x):
+        for i, projection in enumerate(self.projections):
+            x = unfold(projection(x))
+            if i < len(self.norms):
+                x = gelu(self.norms[i](x))
+        if self.steps < 0:
+            side = 2**-self.steps
+            x = ops.max_pool(x, side, side, data_format="channels_last")
+        if self.data_format == "channels_first":
+            x = ops.transpose(x, (0, 3, 1, 2))  # (batch, dim, height, width)
+        return x
+
+    def compute_output_shape(self, input_shape):
+        batch, *sides, dim = input_shape
+        if self.steps < 0:
+            sides = [None if side is None else side // 2**-self.steps for side in sides]
+        else:
+            sides = [None if side is None else side * 2**self.steps for side in sides]
+        channels_first = self.data_format == "channels_first"
+        return (batch, dim, *sides) if channels_first else (batch, *sides, dim)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "steps": self.steps,
+            "data_format": self.data_format,
+            "epsilon": self.epsilon,
+        }
+
+
+def unfold(x):
+    """(batch, height, width, 4 * dim) to (batch, 2 * height, 2 * width, dim), 2x2 pixels each."""
+    _, height, width, channels = ops.shape(x)
+    x = ops.reshape(x, (-1, height, width, 2, channels // 2))  # (b, h, w, 2, 2 * dim)
+    x = ops.transpose(x, (0, 1, 3, 2, 4))  # (b, h, 2, w, 2 * dim)
+    return ops.reshape(x, (-1, 2 * height, 2 * width, channels // 4))  # (b, 2 * h, 2 * w, dim)

@@ -1,0 +1,319 @@
+"""keras_tnt.backbone: maps by level, of every family, and everything Keras does with a model."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_tnt
+from keras_tnt.backbone import Backbone, PyramidLevel
+from keras_tnt.inspection import feature_maps
+from tests.checks import assert_equal, check_gradients, check_layer, compute, normal
+from tests.golden import assert_close
+from tests.test_families import tiny
+
+LEVELS = ("P2", "P3", "P4", "P5")
+
+
+def tiny_tnt(size=(64, 96), **arguments):
+    shape = (*size, 3) if keras.config.image_data_format() == "channels_last" else (3, *size)
+    architecture = {"depth": 4, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_heads": 2}
+    return keras_tnt.TNT(**{"input_shape": shape, "classes": 3, **architecture, **arguments})
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    keras.utils.set_random_seed(0)
+    return tiny_tnt()
+
+
+@pytest.fixture(scope="module")
+def backbone(classifier):
+    return keras_tnt.backbone(classifier)
+
+
+@pytest.fixture(scope="module")
+def images(classifier):
+    return 100 * normal((2, *classifier.input_shape[1:]))
+
+
+# === Maps ===
+
+
+def test_each_quarter_of_the_blocks_comes_to_its_stride(classifier, backbone, images):
+    found = compute(backbone, images)
+    quarters = compute(feature_maps(classifier, (1, 2, 3, 4)), images)
+    assert [x.shape for x in found.values()] == [
+        (2, 64 // stride, 96 // stride, 16) for stride in (4, 8, 16, 32)
+    ]
+    assert_equal(found["P4"], quarters[2])
+    largest = quarters[3].reshape(2, 2, 2, 3, 2, 16).max(axis=(2, 4))
+    assert_equal(found["P5"], largest)
+    assert_close(found["P3"], transposed_convolution(backbone, "p3", 0, quarters[1]), 1e-5)
+
+
+def transposed_convolution(backbone, level, number, x):
+    """What Keras's own transposed convolution makes of a map with the weights of ours."""
+    projection = backbone.get_layer(level).projections[number]
+    kernel = ops.convert_to_numpy(projection.kernel).reshape(16, 2, 2, 16)
+    bias = ops.convert_to_numpy(projection.bias).reshape(2, 2, 16)
+    maps = ops.conv_transpose(x, kernel.transpose(1, 2, 3, 0), 2, data_format="channels_last")
+    return ops.convert_to_numpy(maps) + np.tile(bias, (x.shape[1], x.shape[2], 1))
+
+
+@pytest.mark.parametrize("steps", [2, 1, 0, -2])
+def test_a_level_is_a_layer_as_keras_wants_them(steps):
+    check_layer(PyramidLevel, (2, 4, 8, 6), steps=steps, data_format="channels_last", epsilon=1e-5)
+
+
+def test_between_two_transposed_convolutions_stand_a_norm_and_gelu():
+    level = PyramidLevel(2)
+    x = normal((1, 2, 3, 4))
+    level(x)
+    first, second = (PyramidLevel(1) for _ in range(2))
+    for one, projection in zip((first, second), level.projections, strict=True):
+        one(x)
+        one.set_weights(projection.get_weights())
+    between = ops.gelu(keras.layers.LayerNormalization(epsilon=1e-6)(first(x)), approximate=False)
+    assert_close(ops.convert_to_numpy(level(x)), ops.convert_to_numpy(second(between)), 1e-5)
+
+
+@pytest.mark.parametrize("patch_size", [4, 8, 32])
+@pytest.mark.one_backend
+def test_patches_of_any_power_of_two_come_to_the_same_strides(patch_size):
+    inner = {"inner_stride": patch_size // 4}
+    found = keras_tnt.backbone(tiny_tnt(patch_size=patch_size, **inner))
+    assert [found.pyramid_outputs[level].shape[1:3] for level in LEVELS] == [
+        (16, 24), (8, 12), (4, 6), (2, 3)
+    ]  # fmt: skip
+
+
+def test_a_pyramid_gives_its_own_stages():
+    model = tiny("pyramid_tnt", size=(32, 64))
+    found = keras_tnt.backbone(model)
+    assert list(found.pyramid_outputs) == ["P3", "P4"]
+    images = 100 * normal((1, 32, 64, 3))
+    assert_equal(list(compute(found, images).values()), compute(feature_maps(model), images))
+
+
+@pytest.mark.one_backend
+def test_the_levels_of_pyramid_tnt_are_p3_to_p6():
+    found = keras_tnt.backbone("pyramid_tnt_tiny", weights=None, input_shape=(64, 128, 3))
+    assert {level: x.shape[1:3] for level, x in found.pyramid_outputs.items()} == {
+        "P3": (8, 16), "P4": (4, 8), "P5": (2, 4), "P6": (1, 2)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["deit", "deit_distilled", "cait"])
+@pytest.mark.one_backend
+def test_other_families_have_levels_too(family):
+    found = keras_tnt.backbone(tiny(family, size=(32, 64), depth=2), levels=("P3", "P5"))
+    assert {level: x.shape for level, x in found.pyramid_outputs.items()} == {
+        "P3": (None, 4, 8, 16),
+        "P5": (None, 1, 2, 16),
+    }
+    assert not keras_tnt.anatomy(found).class_blocks
+
+
+@pytest.mark.one_backend
+def test_twelve_blocks_give_those_after_3_6_9_and_12():
+    found = keras_tnt.backbone("deit_tiny", weights=None, input_shape=(32, 32, 3), depth=12)
+    sources = [x._keras_history.operation.input for x in found.pyramid_outputs.values()]
+    blocks = [upstream_block(x) for x in sources]
+    assert blocks == ["block_2", "block_5", "block_8", "block_11"]
+
+
+def upstream_block(x):
+    while not x._keras_history.operation.name.startswith("block_"):
+        x = x._keras_history.operation.input
+    return x._keras_history.operation.name
+
+
+@pytest.mark.one_backend
+def test_a_plug_in_family_in_stages_has_the_levels_of_its_strides():
+    from tests.toy_stages import StageNet
+
+    found = keras_tnt.backbone(StageNet(input_shape=(32, 32, 3), distilled=True))
+    assert {level: x.shape[1:3] for level, x in found.pyramid_outputs.items()} == {
+        "P2": (8, 8),
+        "P3": (4, 4),
+    }
+
+
+def test_channels_first_gives_channels_first(classifier, backbone, images):
+    if keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow has no channels-first convolution on CPUs.")
+    expected = compute(backbone, images)
+    keras.config.set_image_data_format("channels_first")
+    first = keras_tnt.backbone(tiny_tnt())
+    first.set_weights(backbone.get_weights())
+    found = compute(first, images.transpose(0, 3, 1, 2))
+    for level in LEVELS:
+        assert tuple(found[level].shape) == (2, *first.pyramid_outputs[level].shape[1:])
+        assert_close(found[level].transpose(0, 2, 3, 1), expected[level], 1e-5)
+
+
+# === Weights ===
+
+
+def test_the_weights_are_the_classifier_s(classifier, backbone):
+    shared = [layer for layer in backbone.layers if layer in classifier.layers]
+    assert {"word_embedding", "block_3"} <= {layer.name for layer in shared}
+    new = [layer.name for layer in backbone.layers if layer.weights and layer not in shared]
+    assert new == ["p2", "p3"]
+    assert not {"norm", "head", "predictions"} & {layer.name for layer in backbone.layers}
+
+
+def test_a_model_by_name_takes_weights_of_another_size(classifier, tmp_path):
+    classifier.save_weights(tmp_path / "classifier.weights.h5")
+    found = keras_tnt.backbone(
+        "tnt",
+        weights=str(tmp_path / "classifier.weights.h5"),
+        input_shape=(32, 64, 3),
+        **{"depth": 4, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_heads": 2},
+    )
+    assert found.name == "tnt_backbone"
+    for layer in ("word_embedding", "block_3"):
+        assert_equal(
+            found.get_layer(layer).get_weights(), classifier.get_layer(layer).get_weights()
+        )
+
+
+def test_a_loss_upon_the_maps_reaches_every_weight(backbone, images):
+    # All but the class token of the last block, which no patch reads.
+    check_gradients(backbone, backbone, [images])
+
+
+# === As Keras has it ===
+
+
+def test_it_is_saved_loaded_cloned_and_serialized_without_custom_objects(
+    backbone, images, tmp_path
+):
+    backbone.save(tmp_path / "backbone.keras")
+    copies = [
+        keras.saving.load_model(tmp_path / "backbone.keras"),
+        keras.models.clone_model(backbone),
+        Backbone.from_config(json.loads(json.dumps(backbone.get_config()))),
+        keras.layers.deserialize(json.loads(json.dumps(keras.layers.serialize(backbone)))),
+    ]
+    expected = compute(backbone, images)
+    for i, copy in enumerate(copies):
+        assert type(copy) is Backbone
+        assert list(copy.pyramid_outputs) == list(LEVELS)
+        if i:
+            copy.set_weights(backbone.get_weights())
+        if i in (0, 2):
+            found = compute(copy, images)
+            assert_equal([found[k] for k in LEVELS], [expected[k] for k in LEVELS])
+
+
+@pytest.mark.one_backend
+def test_it_keeps_its_dtype_policy():
+    found = keras_tnt.backbone(tiny_tnt(dtype="mixed_bfloat16"))
+    copy = keras.layers.deserialize(keras.layers.serialize(found))
+    for model in (found, copy):
+        assert {x.dtype for x in model.pyramid_outputs.values()} == {"bfloat16"}
+        assert all(v.dtype == "float32" for v in model.trainable_variables)
+
+
+@pytest.mark.one_backend
+def test_it_is_quantized_and_saved_as_such(tmp_path):
+    keras.utils.set_random_seed(0)
+    found = keras_tnt.backbone(tiny_tnt())
+    images = 100 * normal((2, 64, 96, 3))
+    before = compute(found, images)
+    found.quantize("int8")
+    found.save(tmp_path / "quantized.keras")
+    loaded = keras.saving.load_model(tmp_path / "quantized.keras")
+    assert loaded.get_layer("p2").projections[0].quantization_mode == "int8"
+    after = compute(loaded, images)
+    for level in LEVELS:
+        assert_equal(after[level], compute(found, images)[level])
+        assert_close(after[level], before[level], 0.2)
+
+
+# === Looking inside, and fine-tuning ===
+
+
+def test_anatomy_knows_the_levels(classifier, backbone):
+    found = keras_tnt.anatomy(backbone)
+    assert [layer.name for layer in found.levels] == ["p2", "p3", "p4", "p5"]
+    assert [b.grid for b in found.blocks] == [(4, 6)] * 4
+    assert (found.norm, found.heads, found.predictions) == (None, (), None)
+    assert keras_tnt.anatomy(classifier).levels == ()
+
+
+@pytest.mark.one_backend
+def test_one_model_held_twice_is_one():
+    """KerasHub's models keep the backbone beside a model of its layers."""
+    found = keras_tnt.backbone(tiny_tnt())
+    inputs = keras.Input((64, 96, 3))
+    features = keras.Model(found.inputs, found.pyramid_outputs)
+    holder = keras.Model(inputs, features(inputs)["P5"])
+    holder.image_encoder = found
+    assert keras_tnt.anatomy(holder).family == "tnt"
+    keras_tnt.finetuning.freeze(holder, up_to=4)
+    assert [layer.name for layer in found.layers if layer.trainable_weights] == ["p2", "p3"]
+
+
+@pytest.mark.one_backend
+def test_freezing_lets_the_levels_train():
+    found = keras_tnt.backbone(tiny_tnt())
+
+    def trained():
+        return [layer.name for layer in found.layers if layer.trainable_weights]
+
+    keras_tnt.finetuning.freeze(found, up_to=2)
+    assert set(trained()) == {"block_2", "block_3", "p2", "p3"}
+    keras_tnt.finetuning.freeze(found, up_to="head")
+    assert set(trained()) == {"p2", "p3"}
+    keras_tnt.finetuning.unfreeze(found)
+    assert "word_embedding" in trained()
+
+
+@pytest.mark.one_backend
+def test_levels_take_whole_steps(backbone):
+    distances = keras_tnt.finetuning.distances(backbone)
+    assert {distances[w.path] for w in backbone.get_layer("p2").weights} == {0}
+    assert {distances[w.path] for w in backbone.get_layer("block_3").weights} == {1}
+
+
+# === Bad input ===
+
+
+def small(**arguments):
+    return tiny_tnt(size=(32, 32), **arguments)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: keras_tnt.backbone(small(), ("P3", "P6")), "no level 'P6'"),
+        (lambda: keras_tnt.backbone(small(), ()), "`levels` of tnt are among"),
+        (lambda: keras_tnt.backbone(tiny("pyramid_tnt", (32, 32)), ("P2",)), r"\('P3', 'P4'\)"),
+        (lambda: keras_tnt.backbone(tiny_tnt(size=(64, 80))), "multiples of 32.*64x64|64x96"),
+        (lambda: keras_tnt.backbone(small(patch_size=16).get_layer("head")), "needs a model"),
+        (lambda: keras_tnt.backbone(keras.Sequential([keras.Input((8,))])), r"list_models\(\)"),
+        (lambda: keras_tnt.backbone(keras.Sequential([small()])), "Pass its layer 'tnt' instead"),
+        (lambda: keras_tnt.backbone(small(), weights=None), "built by its name.*weights"),
+        (lambda: keras_tnt.backbone("tnt_smal"), "Did you mean tnt_small"),
+    ],
+)
+def test_what_cannot_be_made_is_told_in_a_line(call, told):
+    with pytest.raises(ValueError, match=told) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.one_backend
+def test_patches_that_are_no_power_of_two_are_refused_and_sizes_without_the_level_are_not():
+    with pytest.raises(ValueError, match="patches of 12 pixels"):
+        keras_tnt.backbone(
+            tiny_tnt(size=(96, 96), patch_size=12, inner_stride=3), levels=("P2", "P3")
+        )
+    found = keras_tnt.backbone(tiny_tnt(size=(48, 80)), levels=("P4", "P2"))
+    assert list(found.pyramid_outputs) == ["P2", "P4"]
