@@ -17,7 +17,7 @@ from keras_tnt.bundle import load_pretrained, push_to_hub, save_pretrained
 from keras_tnt.classifier import reset_classifier
 from keras_tnt.distillation import Distiller
 from keras_tnt.inference import compile_inference
-from keras_tnt.preprocessing import decode_predictions, load_image, load_images
+from keras_tnt.preprocessing import decode_predictions, load_image, load_images, pad_to_fit
 from keras_tnt.pretrained import list_weights, load_checkpoint, save_checkpoint
 from keras_tnt.registry import create_model, list_models
 

@@ -9,6 +9,7 @@ from keras_tnt import registry
 from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.layers import ImageNormalization, Predictions
 from keras_tnt.layers.ends import CHANNELS_AXIS
+from keras_tnt.layers.grid import ceil_divide, misfit
 from keras_tnt.weights.names import HEADS
 
 NORMALIZATION = "image_normalization"
@@ -27,6 +28,9 @@ class Image:
             it takes images that were normalised outside.
         crop: share of the resized image's side that the evaluation crop shows.
         interpolation: with which images are resized.
+        native_size: (height, width) of the images that the model is evaluated on: its own, or where
+            it takes any, what its position tables are made for.
+        multiple_of: what height and width must be multiples of where the model takes any.
     """
 
     height: int | None
@@ -38,17 +42,35 @@ class Image:
     normalises: bool
     crop: float
     interpolation: str
+    native_size: tuple[int, int]
+    multiple_of: int | None = None
 
     @property
     def shape(self) -> tuple[int | None, int | None, int]:
         """The shape of an image: (height, width, channels), or channels first."""
-        sides = (self.height, self.width)
+        return self.laid_out(self.height, self.width)
+
+    @property
+    def native_shape(self) -> tuple[int, int, int]:
+        """The shape of an image of the native size."""
+        return self.laid_out(*self.native_size)
+
+    def laid_out(self, height, width):
         channels_first = self.data_format == "channels_first"
-        return (self.channels, *sides) if channels_first else (*sides, self.channels)
+        size = (height, width)
+        return (self.channels, *size) if channels_first else (*size, self.channels)
 
     def covered_size(self) -> tuple[int, int]:
         """(height, width) that an image is resized to cover before the centre crop."""
-        return int(self.height / self.crop), int(self.width / self.crop)
+        height, width = self.native_size
+        return int(height / self.crop), int(width / self.crop)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise a ValueError that names the nearest size if the patches do not divide a size."""
+        size, multiple = (height, width), self.multiple_of
+        if multiple and any(side < 1 or side % multiple for side in size):
+            message, values = misfit(size, multiple)
+            raise ValueError(message.format(*values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +153,12 @@ class Anatomy:
         count = self.blocks[-1].stage + 1 if self.blocks else 0
         return tuple(tuple(b for b in self.blocks if b.stage == s) for s in range(count))
 
+    def grid_of(self, block: Block, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of a block's patches in images of this size, (height, width)."""
+        if block.grid is not None:
+            return block.grid
+        return tuple(ceil_divide(side, self.patch_size * 2**block.stage) for side in size)
+
 
 def anatomy(model: keras.Model) -> Anatomy:
     """What a model is.
@@ -157,12 +185,12 @@ def anatomy(model: keras.Model) -> Anatomy:
     def of_part(part):
         return tuple(layer for layer in layers if getattr(layer, "part", None) == part)
 
-    image = describe_image(model, core, entrance)
+    stem = next(iter(of_part("stem")), None)
+    image = describe_image(model, core, entrance, stem, of_part("position"))
     prefix = entrance.name.removesuffix(NORMALIZATION)
     sides = sides_of(entrance.output.shape, entrance.data_format)
     blocks = tuple(find_blocks(layers, prefix, sides))
     grid = blocks[0].grid if blocks else None
-    stem = next(iter(of_part("stem")), None)
     patch_size = getattr(stem, "patch_size", None)
     if patch_size is None and grid is not None:
         patch_size = sides[0] // grid[0]
@@ -229,13 +257,17 @@ def find_entrances(model) -> Iterator[tuple[keras.Model, ImageNormalization]]:
             yield from find_entrances(layer)
 
 
-def describe_image(model, core, entrance) -> Image:
+def describe_image(model, core, entrance, stem, positions) -> Image:
     """The images that a model takes; a wrapper may resize and normalise them before ours does."""
     shape = getattr(model, "input_shape", None)  # a Sequential model may not be built
     if not isinstance(shape, tuple) or len(shape) != 4:
         shape = core.input_shape
     channels = shape[CHANNELS_AXIS[entrance.data_format]]
     height, width = sides_of(shape, entrance.data_format)
+    own_size = sides_of(core.input_shape, entrance.data_format)
+    native_size = size_of_tables(entrance.family, stem, positions)
+    for known in (own_size, (height, width)):
+        native_size = tuple(a or b for a, b in zip(known, native_size, strict=True))
     mean, std, normalises = entrance.mean, entrance.std, entrance.normalises
     before = [x for x in model._flatten_layers() if isinstance(x, keras.layers.Rescaling)]
     if before and not normalises:
@@ -243,8 +275,7 @@ def describe_image(model, core, entrance) -> Image:
         normalises = True
     crop = entrance.crop
     if crop is None:
-        transform = registry.family(entrance.family).image
-        crop = transform.crop if None in (height, width) else transform.crop_at(height, width)
+        crop = registry.family(entrance.family).image.crop_at(*native_size)
     return Image(
         height=height,
         width=width,
@@ -255,7 +286,23 @@ def describe_image(model, core, entrance) -> Image:
         normalises=normalises,
         crop=crop,
         interpolation=entrance.interpolation,
+        native_size=native_size,
+        multiple_of=getattr(stem, "patch_size", None) if None in own_size else None,
     )
+
+
+def size_of_tables(family, stem, positions) -> tuple[int, int]:
+    """(height, width) that a model's table of the patches' positions is made for.
+
+    A family that tells no such table or no patch size is taken to be its first variant.
+    """
+    patch_size = getattr(stem, "patch_size", None)
+    for layer in positions:
+        # Words have an axis more than patches, and scores of relative positions too.
+        if patch_size and hasattr(layer, "grid") and len(layer.output.shape) == 3:
+            return tuple(patch_size * side for side in layer.grid)
+    variants = registry.family(family).variants.values()
+    return (next(iter(variants)).image_size,) * 2
 
 
 def undo_rescaling(layer) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -7,6 +7,7 @@ function that checks what all families are told, builds the `keras.Model` and fi
 
 import collections
 import contextlib
+import contextvars
 import functools
 import inspect
 import weakref
@@ -18,9 +19,22 @@ import numpy as np
 
 from keras_tnt import pretrained, registry
 from keras_tnt.anatomy import NORMALIZATION
-from keras_tnt.layers import ImageNormalization, Predictions, SelectToken, SelectTokens
-from keras_tnt.layers.base import at_least_float32, projection, without_initial_values
+from keras_tnt.layers import (
+    ImageNormalization,
+    PatchGrid,
+    PatchMap,
+    Predictions,
+    SelectToken,
+    SelectTokens,
+)
+from keras_tnt.layers.base import (
+    at_least_float32,
+    context_value,
+    projection,
+    without_initial_values,
+)
 from keras_tnt.layers.ends import along_channels, scale_and_offset
+from keras_tnt.layers.grid import ceil_divide, nearest_multiple
 from keras_tnt.registry import Checkpoint, Family, ImageTransform, Variant
 from keras_tnt.text import is_encodable, is_line
 from keras_tnt.weights.names import HEADS
@@ -41,7 +55,12 @@ WITHOUT_WEIGHTS = ("dropout", "attention_dropout", "stochastic_depth", "dtype", 
 # === From an image ===
 
 
-def image_input(input_tensor, input_shape, default_size: int, divisor: int):
+# (height, width) in pixels, or (rows, columns) of patches, that position tables are made for.
+_table_size = contextvars.ContextVar("table_size", default=None)
+_table_grid = contextvars.ContextVar("table_grid", default=None)
+
+
+def image_input(input_tensor, input_shape, default_size: int, divisor: int, any_size: bool = False):
     """The model's input, checked.
 
     Args:
@@ -50,9 +69,12 @@ def image_input(input_tensor, input_shape, default_size: int, divisor: int):
             of `default_size`, RGB.
         default_size: side in pixels without `input_shape`.
         divisor: what height and width must be multiples of.
+        any_size: whether the family builds models of images of any size, of which height, width or
+            both are None.
 
     Returns:
-        `(tensor, (height, width))`.
+        `(tensor, (height, width))`; where the images are of any size, the size that the variant is
+        for, or its weights.
 
     Raises:
         ValueError: for a shape that is no image's or that `divisor` does not divide.
@@ -74,16 +96,51 @@ def image_input(input_tensor, input_shape, default_size: int, divisor: int):
         shape = tuple(input_shape)
 
     layout = "(channels, height, width)" if channels_first else "(height, width, channels)"
-    if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
-        raise ValueError(f"`input_shape` must be three sizes {layout}. Received: {shape}")
-    size = shape[1:] if channels_first else shape[:2]
-    if any(side % divisor for side in size):
-        fitting = tuple(max(divisor, round(side / divisor) * divisor) for side in size)
+    sides, channels = (shape[1:], shape[:1]) if channels_first else (shape[:2], shape[2:])
+    known = [*(side for side in sides if not (any_size and side is None)), *channels]
+    if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in known):
+        free = ", of which height and width may be None" if any_size else ""
+        raise ValueError(f"`input_shape` must be three sizes {layout}{free}. Received: {shape}")
+    if any(side is not None and side % divisor for side in sides):
+        fitting = "x".join(
+            "any" if side is None else str(nearest_multiple(side, divisor)) for side in sides
+        )
         raise ValueError(
             f"Height and width must be multiples of {divisor}. Received: input_shape={shape}, read "
-            f"as {layout}. The nearest size that fits is {fitting[0]}x{fitting[1]}."
+            f"as {layout}. The nearest size that fits is {fitting}."
         )
-    return keras.Input(shape, name="images") if input_tensor is None else input_tensor, size
+    inputs = keras.Input(shape, name="images") if input_tensor is None else input_tensor
+    if None not in sides:
+        return inputs, tuple(sides)
+    grid = _table_grid.get()
+    if grid is not None:
+        return inputs, tuple(divisor * side for side in grid)
+    return inputs, tuple(_table_size.get() or (default_size, default_size))
+
+
+def table_size(size: tuple[int, int]) -> contextlib.AbstractContextManager:
+    """Within the context, models of images of any size have position tables for this size."""
+    return context_value(_table_size, size)
+
+
+def patch_grid(images, size: tuple[int, int], patch_size: int, dtype=None, name="grid"):
+    """What layers have to know of the grid of the patches.
+
+    Args:
+        images: the model's images, normalised.
+        size: (height, width) that `image_input` gave.
+        patch_size: side of a patch in pixels.
+        dtype: dtype or policy of the model.
+        name: of the layer that tells the grid, where there is one.
+
+    Returns:
+        `(grid, at)`: (rows, columns) of `size`, and keyword arguments with which the layers that
+        must know the grid are called: none, or the `grid` of images of any size.
+    """
+    grid = tuple(ceil_divide(side, patch_size) for side in size)
+    if None not in images.shape[1:]:
+        return grid, {}
+    return grid, {"grid": PatchGrid(patch_size, dtype=dtype, name=name)(images)}
 
 
 def normalise(images, family: str, transform: ImageTransform, inside: bool, dtype=None):
@@ -171,14 +228,24 @@ def classify(vectors, classes, classifier_activation, class_names=None, dtype=No
     return Predictions(classifier_activation, class_names, dtype=dtype, name="predictions")(x)
 
 
-def pool(tokens, grid, prefix_tokens: int, pooling: str | None, dtype=None):
-    """Features of a model without its top, from (batch, prefix_tokens + rows * columns, dim)."""
+def pool(tokens, grid, prefix_tokens: int, pooling: str | None, dtype=None, at=None):
+    """Features of a model without its top, from (batch, prefix_tokens + rows * columns, dim).
+
+    Args:
+        tokens: the last tokens.
+        grid, at: what `patch_grid` gave.
+        prefix_tokens: how many tokens stand before the patches.
+        pooling: as the builders take it.
+        dtype: dtype or policy of the model.
+    """
     common = {"data_format": "channels_last", "dtype": dtype}
     if pooling == "token":
         tokens = SelectTokens(0, prefix_tokens, dtype=dtype, name="class_tokens")(tokens)
         return keras.layers.GlobalAveragePooling1D(name="token", **common)(tokens)
     if prefix_tokens:
         tokens = SelectTokens(prefix_tokens, dtype=dtype, name="patches")(tokens)
+    if pooling is None and at:
+        return PatchMap(dtype=dtype, name="feature_map")(tokens, **at)
     if pooling is None:
         shape = (*grid, tokens.shape[-1])
         return keras.layers.Reshape(shape, dtype=dtype, name="feature_map")(tokens)
@@ -275,7 +342,11 @@ def builder(function: Callable) -> Callable:
         if source is not None:
             pretrained.check_classes(source, classes if arguments["include_top"] else None)
             arguments["class_names"] = class_names or source.class_names
-        with without_initial_values() if source is not None else contextlib.nullcontext():
+        with contextlib.ExitStack() as settings:
+            if source is not None:
+                settings.enter_context(without_initial_values())
+                if is_of_any_size(arguments["input_tensor"], arguments["input_shape"]):
+                    settings.enter_context(tables_like(source, build))
             inputs, outputs = function(*given.args, **given.kwargs)
         model = make_model(inputs, outputs, arguments["name"])
         own_entrance(model).architecture = architecture_told(signature, arguments)
@@ -285,6 +356,21 @@ def builder(function: Callable) -> Callable:
 
     build.__signature__ = signature.replace(return_annotation=keras.Model)
     return build
+
+
+def is_of_any_size(input_tensor, input_shape) -> bool:
+    """Whether a model is to take images of any height or width."""
+    shape = input_shape if input_tensor is None else input_tensor.shape[1:]
+    return shape is not None and None in tuple(shape)
+
+
+def tables_like(source, builder: Callable) -> contextlib.AbstractContextManager:
+    """Within the context, position tables are made for the grid that weights have them for."""
+    if source.size is not None:
+        return table_size(source.size)
+    names = [family.tensor_names for family in registry.families() if family.builder is builder]
+    grid = pretrained.table_grid(source, names[0] if names else ())
+    return contextlib.nullcontext() if grid is None else context_value(_table_grid, grid)
 
 
 def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.BoundArguments:
@@ -447,7 +533,8 @@ def variant_function(family: Family, variant: str) -> Callable:
         if shape is None and tensor is None:
             channels_first = keras.config.image_data_format() == "channels_first"
             arguments["input_shape"] = (3, *size) if channels_first else (*size, 3)
-        return family.builder(**arguments)
+        with table_size(size):
+            return family.builder(**arguments)
 
     build.__name__ = build.__qualname__ = function_name
     build.__module__ = family.builder.__module__

@@ -177,7 +177,7 @@ def describe(model: keras.Model) -> dict:
     """The config.json of a model."""
     parts = anatomy(model)
     image, names = parts.image, class_names(model)
-    size = [image.height, image.width]
+    size = list(image.native_size)
     classes = parts.heads[0].units if parts.heads else 0
     pooling = pooling_of(parts)
     check_heads(model, parts, pooling)
@@ -191,7 +191,7 @@ def describe(model: keras.Model) -> dict:
             "tag": model.name,
             "custom_load": False,
             "input_size": [image.channels, *size],
-            "fixed_input_size": True,
+            "fixed_input_size": image.multiple_of is None,
             "interpolation": image.interpolation,
             "crop_pct": image.crop,
             "crop_mode": "center",
@@ -262,7 +262,7 @@ def checkpoint_like(parts: Anatomy) -> Checkpoint | None:
         for row in family.checkpoints
         if same(parts, {**functions[row.model].architecture, **row.arguments})
     ]
-    side = parts.image.height or 0
+    side = parts.image.native_size[0]
     return min(found, key=lambda row: abs(row.size - side), default=None)
 
 

@@ -70,7 +70,9 @@ def CaiT(
             the path of a file.
         input_tensor: Keras tensor to build upon.
         input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
-            of `patch_size`, square or not. Default: 224x224, RGB.
+            of `patch_size`, square or not; height and width None: each call takes images of its
+            own size, and the position tables, made for 224x224 or the size that `weights` have, are
+            resampled for it. Default: 224x224, RGB.
         pooling: without top. None: the feature map `(batch, height/patch_size, width/patch_size,
             embed_dim)`; `"avg"`, `"max"` over the patches, `"token"` the class token:
             `(batch, embed_dim)`.
@@ -113,8 +115,7 @@ def CaiT(
             "`class_attention_depth` must be at least 1: nothing else fills CaiT's class token. "
             f"Received: {class_attention_depth}. A transformer without is `keras_tnt.DeiT`."
         )
-    inputs, (height, width) = building.image_input(input_tensor, input_shape, 224, patch_size)
-    grid = (height // patch_size, width // patch_size)
+    inputs, size = building.image_input(input_tensor, input_shape, 224, patch_size, any_size=True)
     transformer = {
         "mlp_ratio": mlp_ratio,
         "qkv_bias": qkv_bias,
@@ -127,8 +128,9 @@ def CaiT(
 
     # === Patches among themselves ===
     x = building.normalise(inputs, "cait", IMAGE, include_preprocessing, dtype)
+    grid, at = building.patch_grid(x, size, patch_size, dtype)
     tokens = PatchEmbedding(patch_size, embed_dim, dtype=dtype, name="patch_embedding")(x)
-    tokens = PositionEmbedding(grid, dtype=dtype, name="patch_position")(tokens)
+    tokens = PositionEmbedding(grid, dtype=dtype, name="patch_position")(tokens, **at)
     tokens = Dropout(dropout, dtype=dtype, name="position_drop")(tokens)
     for i in range(depth):
         tokens = TalkingHeadBlock(
@@ -146,7 +148,7 @@ def CaiT(
         vectors = building.read_tokens(tokens, 1, dtype)
         outputs = building.classify(vectors, classes, classifier_activation, class_names, dtype)
     else:
-        outputs = building.pool(tokens, grid, 1, pooling, dtype)
+        outputs = building.pool(tokens, grid, 1, pooling, dtype, at)
     return inputs, outputs
 
 

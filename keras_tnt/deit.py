@@ -61,7 +61,9 @@ def DeiT(
             the path of a file.
         input_tensor: Keras tensor to build upon.
         input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
-            of `patch_size`, square or not. Default: 224x224, RGB.
+            of `patch_size`, square or not; height and width None: each call takes images of its
+            own size, and the position tables, made for 224x224 or the size that `weights` have, are
+            resampled for it. Default: 224x224, RGB.
         pooling: without top. None: the feature map `(batch, height/patch_size, width/patch_size,
             embed_dim)`; `"avg"`, `"max"` over the patches, `"token"` the class token, of a
             distilled model the mean of the two tokens: `(batch, embed_dim)`.
@@ -99,17 +101,18 @@ def DeiT(
     building.check_sizes(
         patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
     )
-    inputs, (height, width) = building.image_input(input_tensor, input_shape, 224, patch_size)
-    grid = (height // patch_size, width // patch_size)
+    inputs, size = building.image_input(input_tensor, input_shape, 224, patch_size, any_size=True)
     prefix_tokens = 2 if distilled else 1
 
     # === Tokens ===
     x = building.normalise(inputs, "deit", IMAGE, include_preprocessing, dtype)
+    grid, at = building.patch_grid(x, size, patch_size, dtype)
     tokens = PatchEmbedding(patch_size, embed_dim, dtype=dtype, name="patch_embedding")(x)
     if distilled:
         tokens = ClassToken(dtype=dtype, name="distillation_token")(tokens)
     tokens = ClassToken(dtype=dtype, name="class_token")(tokens)
-    tokens = PositionEmbedding(grid, prefix_tokens, dtype=dtype, name="patch_position")(tokens)
+    position = PositionEmbedding(grid, prefix_tokens, dtype=dtype, name="patch_position")
+    tokens = position(tokens, **at)
     tokens = Dropout(dropout, dtype=dtype, name="position_drop")(tokens)
 
     # === Blocks ===
@@ -133,7 +136,7 @@ def DeiT(
         vectors = building.read_tokens(tokens, prefix_tokens, dtype)
         outputs = building.classify(vectors, classes, classifier_activation, class_names, dtype)
     else:
-        outputs = building.pool(tokens, grid, prefix_tokens, pooling, dtype)
+        outputs = building.pool(tokens, grid, prefix_tokens, pooling, dtype, at)
     return inputs, outputs
 
 

@@ -1,6 +1,7 @@
 """A model's forward pass, compiled whole by the backend's compiler."""
 
 import contextlib
+import functools
 import os
 import threading
 import warnings
@@ -10,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_tnt.anatomy import anatomy, is_ours, sides_of
 from keras_tnt.layers.base import inference_on
 from keras_tnt.native import runtimes
 
@@ -17,10 +19,12 @@ from keras_tnt.native import runtimes
 _compiling = threading.RLock()
 
 
-def compile_inference(model: keras.Model, max_batch: int | None = None) -> Callable:
+def compile_inference(
+    model: keras.Model, max_batch: int | None = None, max_sizes: int = 8
+) -> Callable:
     """Compile a model's forward pass: XLA on TensorFlow and JAX, export and Inductor on torch.
 
-    XLA compiles a program for each batch size. Sizes are rounded up to powers of two, so that
+    XLA compiles a program for each batch size. Batches are rounded up to powers of two, so that
     batches of any size need few; each is compiled when first needed, which takes from seconds to a
     minute. Inductor's program is for every size; it holds the weights packed, as a second copy. The
     function predicts with the model's weights as they are at each call (on torch, other weights are
@@ -34,6 +38,8 @@ def compile_inference(model: keras.Model, max_batch: int | None = None) -> Calla
         model: a Keras model of one input.
         max_batch: the largest batch to run at once, a power of two; larger ones are cut up. None:
             256, but one or two images a core where the CPU computes: its caches hold no more.
+        max_sizes: of a model of images of any size, how many sizes have programs at once: each is
+            compiled by itself, and the one used longest ago makes room for another.
 
     Returns:
         A function from a batch of images, `(batch, *model.input_shape[1:])`, array or tensor of the
@@ -59,16 +65,27 @@ def compile_inference(model: keras.Model, max_batch: int | None = None) -> Calla
         max_batch = max(4, 1 << os.cpu_count().bit_length()) if device == "cpu" else 256
     if max_batch < 1 or max_batch & (max_batch - 1):
         raise ValueError(f"`max_batch` must be a power of two. Received: {max_batch}")
+    if not isinstance(max_sizes, int) or max_sizes < 1:
+        raise ValueError(f"`max_sizes` must be a positive integer. Received: {max_sizes!r}")
     image_shape, dtype = tuple(model.input_shape[1:]), model.inputs[0].dtype
-    program = with_second_choice(model, device)
+    image = anatomy(model).image if is_ours(model) else None
+    programs = functools.lru_cache(max_sizes)(
+        lambda shape: with_second_choice(model, device, shape)
+    )
+    finding = threading.Lock()
 
     def predict(images):
         runtimes.refuse_fork()
-        if tuple(images.shape[1:]) != image_shape or not images.shape[0]:
+        shape = tuple(images.shape[1:])
+        if len(shape) != len(image_shape) or not images.shape[0] or not fits(shape, image_shape):
             raise ValueError(
                 f"Images must have the shape (batch, {', '.join(map(str, image_shape))}). "
                 f"Received: {tuple(images.shape)}"
             )
+        if image is not None and None in image_shape:
+            image.check_size(*sides_of((None, *shape), image.data_format))
+        with finding:
+            program = programs(shape)
         tensor = ops.convert_to_tensor(images, dtype=dtype)
         pieces = ops.array_split(tensor, -(-images.shape[0] // max_batch))
         results = [program(piece) for piece in pieces]
@@ -80,15 +97,26 @@ def compile_inference(model: keras.Model, max_batch: int | None = None) -> Calla
     return predict
 
 
-def with_second_choice(model, device):
-    """A model's program of the best make, or of the next best from where that fails."""
+def fits(shape, wanted):
+    """Whether a shape is the one wanted, of which sizes may be None: any."""
+    return all(b in (None, a) for a, b in zip(shape, wanted, strict=True))
+
+
+def with_second_choice(model, device, image_shape):
+    """A model's program of the best make, or of the next best from where that fails.
+
+    Args:
+        model: a Keras model of one input.
+        device: "cpu" or "accelerator".
+        image_shape: shape of an image, known whole.
+    """
     backend = keras.backend.backend()
     first, second = {
         "tensorflow": (tensorflow_program, tensorflow_program),
         "jax": (jax_program, jax_program),
         "torch": (torch_program, torch_plain_program),
     }[backend]
-    program, failed = first(model), False
+    program, failed = first(model, image_shape), False
 
     def run(images):
         nonlocal program, failed
@@ -99,7 +127,7 @@ def with_second_choice(model, device):
                 return program(images)
         except Exception as error:  # of whatever kind a compiler raises
             with _compiling:
-                plain = program if failed else second(model)
+                plain = program if failed else second(model, image_shape)
                 result = plain(images)  # raises what is not the compiler's fault
                 if not failed:
                     warnings.warn(
@@ -130,7 +158,7 @@ def in_powers_of_two(program):
     return run
 
 
-def tensorflow_program(model):
+def tensorflow_program(model, image_shape):
     import tensorflow as tf
 
     @tf.function(jit_compile=True)
@@ -140,7 +168,7 @@ def tensorflow_program(model):
     return in_powers_of_two(forward)
 
 
-def jax_program(model):
+def jax_program(model, image_shape):
     import jax
 
     @jax.jit
@@ -155,7 +183,7 @@ def jax_program(model):
     return in_powers_of_two(run)
 
 
-def torch_program(model):
+def torch_program(model, image_shape):
     """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
     import torch
 
@@ -166,7 +194,7 @@ def torch_program(model):
 
     def export():
         # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
-        two_images = ops.zeros((2, *model.input_shape[1:]), model.inputs[0].dtype)
+        two_images = ops.zeros((2, *image_shape), model.inputs[0].dtype)
         exported = torch.export.export(
             model,
             (two_images,),
@@ -191,7 +219,7 @@ def torch_program(model):
     return run
 
 
-def torch_plain_program(model):
+def torch_plain_program(model, image_shape):
     import torch
 
     @torch.no_grad()

@@ -4,10 +4,12 @@ import os
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.images import evaluation_pixels, open_picture
+from keras_tnt.layers.ends import along_channels
 
 # === Images ===
 
@@ -18,7 +20,8 @@ def load_image(image, model: keras.Model) -> np.ndarray:
     The image is turned upright where EXIF says so, converted to the model's channels (transparency
     is dropped), resized bicubic so that its shorter side is the model's side divided by the
     family's crop share (0.9 for TNT, PyramidTNT and DeiT, 1 for CaiT and for DeiT from 384 pixels
-    on; `keras_tnt.anatomy(model).image.crop`), rounded down, and cropped in the center.
+    on; `keras_tnt.anatomy(model).image.crop`), rounded down, and cropped in the center. A model of
+    images of any size is given its `keras_tnt.anatomy(model).image.native_size`.
 
     Args:
         image: path or bytes of a JPEG, PNG, WebP, GIF or BMP file within the limits that
@@ -69,23 +72,83 @@ def load_images(images, model: keras.Model) -> np.ndarray:
 
 def wanted_pixels(model):
     """What `evaluation_pixels` is told of a model."""
-    wanted = sized_image(model)
-    size = (wanted.height, wanted.width)
-    return size, wanted.covered_size(), wanted.channels, wanted.data_format
+    wanted = anatomy(model).image
+    return wanted.native_size, wanted.covered_size(), wanted.channels, wanted.data_format
 
 
-def sized_image(model):
-    """The `anatomy.Image` of a model that takes images of one size.
+def pad_to_fit(images, model: keras.Model):
+    """Pad images below and to the right, until they are of a size that the model takes.
+
+    What is added has the mean colour, which the model normalises to zero. All else stays where it
+    is, as detectors and segmenters want it: a box in the image is a box in what comes back.
+
+    Args:
+        images: one image, `(height, width, channels)` or channels first as the model takes them, or
+            a batch of them; array, or tensor of the backend.
+        model: a model of this package. Height and width become the next multiples of its patch's
+            side; where it is built for one size, that size.
+
+    Returns:
+        Array or tensor of the same dtype and number of axes; the mean colour is rounded where the
+        dtype is an integer's. Images that fit are returned as they are.
 
     Raises:
-        ValueError: if it takes any size.
+        ValueError: for what is no image of the model's channels, or is larger than the model takes.
+
+    Example:
+
+    >>> model = keras_tnt.TNTSmall(weights=None, input_shape=(None, None, 3))
+    >>> keras_tnt.pad_to_fit(np.zeros((300, 400, 3)), model).shape
+    (304, 400, 3)
     """
-    image = anatomy(model).image
-    if None in (image.height, image.width):
+    found = anatomy(model)
+    image, shape = found.image, tuple(images.shape)
+    axes = (-2, -1) if image.data_format == "channels_first" else (-3, -2)
+    channels_axis = -3 if image.data_format == "channels_first" else -1
+    if len(shape) not in (3, 4) or shape[channels_axis] != image.channels:
         raise ValueError(
-            f"`model` must take images of one size. Received: a model of input shape {image.shape}"
+            f"Model '{model.name}' takes images of shape {image.shape}, or a batch of them. "
+            f"Received: {shape}"
         )
-    return image
+    colour = 255 * np.array(image.mean) if image.normalises else np.zeros(3)
+    if image.channels != len(colour):
+        colour = colour.mean(keepdims=True)
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
+        colour = colour.round()
+    colour = along_channels(colour, image.data_format)[0]
+    for axis, wanted in zip(axes, (image.height, image.width), strict=True):
+        sizes = [*(ops.shape(images) if None in shape else images.shape)]
+        missing = fitting_side(found, sizes[axis], wanted) - sizes[axis]
+        if isinstance(missing, int) and missing <= 0:
+            if missing < 0:
+                raise ValueError(
+                    f"Model '{model.name}' takes images of shape {image.shape}. Received larger "
+                    f"ones, of {shape}: `load_image` resizes and crops."
+                )
+            continue
+        sizes[axis] = missing
+        images = append(images, colour, sizes, axis)
+    return images
+
+
+def append(images, colour, shape, axis):
+    """Images with more of a colour, of this shape, at the end of an axis."""
+    if isinstance(images, np.ndarray):
+        added = np.broadcast_to(colour.astype(images.dtype), shape)
+        return np.concatenate([images, added], axis=axis)
+    added = ops.broadcast_to(ops.cast(colour, images.dtype), shape)
+    return ops.concatenate([images, added], axis=axis)
+
+
+def fitting_side(found, side, wanted):
+    """The next side of an image that a model takes, `wanted` if that is all it takes."""
+    if wanted is not None:
+        return wanted
+    # As many patches as there are in the squares that a stage pools.
+    least = max(1, *((block.reduction - 1) * 2**block.stage + 1 for block in found.blocks))
+    multiple = found.image.multiple_of or 1
+    count = -(-side // multiple)
+    return multiple * (max(count, least) if isinstance(side, int) else ops.maximum(count, least))
 
 
 # === Predictions ===

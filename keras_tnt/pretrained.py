@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import math
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from keras_tnt.text import printable
 from keras_tnt.weights import KERAS, checkpoint, hub, load_keras_file
 from keras_tnt.weights.files import SAFETENSORS, TORCH, open_tensors
 from keras_tnt.weights.hub_config import LARGEST_FILE, parse_config
-from keras_tnt.weights.keras_files import read_shapes
+from keras_tnt.weights.keras_files import read_grid, read_shapes
 
 HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^@]+))?")
 # Files that hold the weights of a repository, best first.
@@ -333,6 +334,28 @@ def count_classes(source):
         return shape[-1] if shape else 0
     shape = open_tensors(source.path).shapes.get("head.weight")
     return shape[0] if shape else None
+
+
+def table_grid(source, tensor_names):
+    """(rows, columns) of the patches that weights hold positions of; None if it is not told.
+
+    Args:
+        source: a `Source`, which is downloaded if it is not on this machine.
+        tensor_names: the family's rows of names.
+
+    Raises:
+        As `load_checkpoint`, of a file that cannot be read.
+    """
+    path = fetch(source)
+    if path.endswith(KERAS):
+        return read_grid(path)
+    names = {name for row in tensor_names if row[0] == "patch_position/table" for name in row[1:]}
+    for name, shape in open_tensors(path).shapes.items():
+        if name in names and len(shape) == 3:
+            sides = [math.isqrt(shape[1] - prefix) for prefix in range(3) if shape[1] > prefix]
+            found = [s for prefix, s in enumerate(sides) if s and s * s == shape[1] - prefix]
+            return (found[0], found[0]) if found else None
+    return None
 
 
 def fetch(source):

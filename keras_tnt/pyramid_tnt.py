@@ -82,7 +82,9 @@ def PyramidTNT(
         input_tensor: Keras tensor to build upon.
         input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
             of 8, square or not. Multiples of 64 halve evenly at every stage; elsewhere odd numbers
-            of patches are rounded up. Default: 256x256, RGB.
+            of patches are rounded up. Height and width None: each call takes images of its own
+            size, and the position tables, made for 256x256 or the size that `weights` have, are
+            resampled for it. Default: 256x256, RGB.
         pooling: without top. None: the feature map `(batch, height/64, width/64, outer dimension)`
             of four stages; `"avg"`, `"max"` over the patches: `(batch, outer dimension)`.
         classes: number of classes.
@@ -118,10 +120,9 @@ def PyramidTNT(
     """
     building.check_pooling(pooling, (None, "avg", "max"))
     patch_size = PyramidStem.patch_size
-    inputs, size = building.image_input(input_tensor, input_shape, 256, patch_size)
-    grid = tuple(side // patch_size for side in size)
-    grids = stage_grids(
-        grid,
+    inputs, size = building.image_input(input_tensor, input_shape, 256, patch_size, any_size=True)
+    check_stages(
+        tuple(side // patch_size for side in size),
         reductions=reductions,
         depths=depths,
         outer_dims=outer_dims,
@@ -135,21 +136,28 @@ def PyramidTNT(
     x = building.normalise(inputs, "pyramid_tnt", IMAGE, include_preprocessing, dtype)
     patches, words = PyramidStem(outer_dims[0], inner_dims[0], dtype=dtype, name="stem")(x)
     words = PositionEmbedding((4, 4), dtype=dtype, name="word_position")(words)
-    patches = PositionEmbedding(grid, dtype=dtype, name="patch_position")(patches)
+    grids = [
+        building.patch_grid(x, size, patch_size * 2**s, dtype, f"stage_{s}_grid")
+        for s in range(len(depths))
+    ]
+    grid, at = grids[0]
+    patches = PositionEmbedding(grid, dtype=dtype, name="patch_position")(patches, **at)
     patches = Dropout(dropout, dtype=dtype, name="position_drop")(patches)
 
     # === Stages ===
-    for s, grid in enumerate(grids):
+    for s, (grid, at) in enumerate(grids):
         if s > 0:
-            merged = {"grid": grids[s - 1], "epsilon": EPSILON, "dtype": dtype}
-            words = MergeWords(inner_dims[s], name=f"merge_words_{s - 1}", **merged)(words)
-            patches = MergePatches(outer_dims[s], name=f"merge_patches_{s - 1}", **merged)(patches)
+            whole, told = grids[s - 1]
+            merged = {"grid": None if told else whole, "epsilon": EPSILON, "dtype": dtype}
+            merge_words = MergeWords(inner_dims[s], name=f"merge_words_{s - 1}", **merged)
+            merge_patches = MergePatches(outer_dims[s], name=f"merge_patches_{s - 1}", **merged)
+            words, patches = merge_words(words, **told), merge_patches(patches, **told)
         bias = RelativePosition(
             outer_heads[s], grid, reductions[s], dtype=dtype, name=f"stage_{s}_relative_position"
-        )(patches)
+        )(patches, **at)
         for i in range(depths[s]):
             block = {
-                "grid": grid,
+                "grid": None if at else grid,
                 "reduction": reductions[s],
                 "mlp_ratio": mlp_ratio,
                 "qkv_bias": qkv_bias,
@@ -162,23 +170,27 @@ def PyramidTNT(
             }
             if i == 0 or (i == 1 and depths[s] > 6):
                 patches, words = PyramidTNTBlock(outer_heads[s], inner_heads[s], **block)(
-                    patches, words, bias=bias
+                    patches, words, bias=bias, **at
                 )
             else:
-                patches = ReducedBlock(outer_heads[s], **block)(patches, bias=bias)
+                patches = ReducedBlock(outer_heads[s], **block)(patches, bias=bias, **at)
     patches = LayerNormalization(epsilon=EPSILON, dtype=dtype, name="norm")(patches)
 
     # === Output ===
     if include_top:
-        mean = building.pool(patches, grid, 0, "avg", dtype)
+        mean = building.pool(patches, grid, 0, "avg", dtype, at)
         outputs = building.classify([mean], classes, classifier_activation, class_names, dtype)
     else:
-        outputs = building.pool(patches, grid, 0, pooling, dtype)
+        outputs = building.pool(patches, grid, 0, pooling, dtype, at)
     return inputs, outputs
 
 
-def stage_grids(grid, **by_stage):
-    """(rows, columns) of the patches of each stage, after a check of what is given by stage."""
+def check_stages(grid, **by_stage):
+    """Raise an error on what is given by stage if it does not fit, or does not fit the first grid.
+
+    Args:
+        grid: (rows, columns) of the first stage's patches.
+    """
     reductions = by_stage["reductions"]
     if not all(len(values) == len(reductions) > 0 for values in by_stage.values()):
         raise ValueError(
@@ -198,7 +210,6 @@ def stage_grids(grid, **by_stage):
                 f"{reduction} that are pooled. Give a larger `input_shape` or smaller "
                 f"`reductions`. Received: reductions={tuple(reductions)}"
             )
-    return grids
 
 
 preprocess_input = building.preprocessor(IMAGE)

@@ -7,8 +7,8 @@ from keras import ops
 
 from keras_tnt.anatomy import anatomy, is_ours
 from keras_tnt.layers.base import at_least_float32
-from keras_tnt.layers.embedding import resampling_matrix
 from keras_tnt.layers.ends import along_channels, scale_and_offset
+from keras_tnt.layers.grid import resampling_matrix, shape_of
 
 # What models take: images with this mean and deviation taken off, of pixels in [0, 1].
 PIXELS = ((0.0,) * 3, (1 / 255,) * 3)
@@ -124,17 +124,12 @@ def resizing(student, teacher):
         )
     products = []
     for axis, equation in RESAMPLE[keras.config.image_data_format()].items():
-        if wanted[axis] in (None, given[axis]):
-            continue
-        if given[axis] is None:
-            raise ValueError(
-                f"The teacher takes images of {wanted}: the student must be built for one size "
-                f"too. Received: a student for {given}."
-            )
-        products.append((equation, resampling_matrix(given[axis], wanted[axis])))
+        if wanted[axis] not in (None, given[axis]):
+            products.append((axis, equation, wanted[axis]))
 
     def resize(images):
-        for equation, matrix in products:
+        for axis, equation, side in products:
+            matrix = resampling_matrix(shape_of(images)[axis], side)
             images = ops.einsum(equation, ops.cast(matrix, images.dtype), images)
         return images
 

@@ -74,7 +74,9 @@ def TNT(
             the path of a file.
         input_tensor: Keras tensor to build upon.
         input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
-            of `patch_size`, square or not. Default: 224x224, RGB.
+            of `patch_size`, square or not; height and width None: each call takes images of its
+            own size, and the position tables, made for 224x224 or the size that `weights` have, are
+            resampled for it. Default: 224x224, RGB.
         pooling: without top. None: the feature map `(batch, height/patch_size, width/patch_size,
             outer_dim)`; `"avg"`, `"max"` over the patches, `"token"` the class token (distilled:
             the mean of the two): `(batch, outer_dim)`.
@@ -127,8 +129,7 @@ def TNT(
         inner_heads=inner_heads,
     )
     inner_blocks = check_inner_blocks(inner_blocks, depth)
-    inputs, (height, width) = building.image_input(input_tensor, input_shape, 224, patch_size)
-    grid = (height // patch_size, width // patch_size)
+    inputs, size = building.image_input(input_tensor, input_shape, 224, patch_size, any_size=True)
     side = patch_size // inner_stride
     prefix_tokens = 2 if distilled else 1
     transformer = {
@@ -143,6 +144,7 @@ def TNT(
 
     # === Words and patches ===
     x = building.normalise(inputs, "tnt", IMAGE, include_preprocessing, dtype)
+    grid, at = building.patch_grid(x, size, patch_size, dtype)
     stem = LegacyWordEmbedding if legacy else WordEmbedding
     words = stem(inner_dim, patch_size, inner_stride, dtype=dtype, name="word_embedding")(x)
     words = PositionEmbedding((side, side), dtype=dtype, name="word_position")(words)
@@ -156,7 +158,8 @@ def TNT(
     tokens_in_blocks = 0 if class_attention_depth else prefix_tokens
     if tokens_in_blocks:
         tokens = add_class_tokens(tokens)
-    tokens = PositionEmbedding(grid, tokens_in_blocks, dtype=dtype, name="patch_position")(tokens)
+    position = PositionEmbedding(grid, tokens_in_blocks, dtype=dtype, name="patch_position")
+    tokens = position(tokens, **at)
     tokens = Dropout(dropout, dtype=dtype, name="position_drop")(tokens)
 
     # === Blocks ===
@@ -170,6 +173,7 @@ def TNT(
                 inner_heads,
                 legacy=legacy,
                 squeeze_excite=squeeze_excite,
+                prefix_tokens=tokens_in_blocks,
                 name=f"block_{i}",
                 **common,
             )(tokens, words, first_tokens=first_tokens)
@@ -192,7 +196,7 @@ def TNT(
         vectors = building.read_tokens(tokens, prefix_tokens, dtype)
         outputs = building.classify(vectors, classes, classifier_activation, class_names, dtype)
     else:
-        outputs = building.pool(tokens, grid, prefix_tokens, pooling, dtype)
+        outputs = building.pool(tokens, grid, prefix_tokens, pooling, dtype, at)
     return inputs, outputs
 
 

@@ -73,10 +73,14 @@ def about_keras(name):
     model = load_model(name)
     parts = keras_tnt.anatomy(model)
     heads = parts.heads
+    native_size = "x".join(map(str, parts.image.native_size))
+    multiple = parts.image.multiple_of
     found = {
         "name": model.name,
         "family": parts.family,
-        "image_size": f"{parts.image.height}x{parts.image.width}",
+        "image_size": f"{native_size}, or any of multiples of {multiple}"
+        if multiple
+        else native_size,
         "input": "pixels in [0, 255]" if parts.image.normalises else "normalised",
         "blocks": len(parts.blocks) + len(parts.class_blocks),
         "distilled": "yes" if len(heads) == 2 else "no",
@@ -85,8 +89,7 @@ def about_keras(name):
         "precision": model.dtype_policy.name,
         "parameters": model.count_params(),
     }
-    if None not in (parts.image.height, parts.image.width):
-        found["multiply_accumulates"] = multiply_accumulates(model)
+    found["multiply_accumulates"] = multiply_accumulates(model)
     family = registry.family(parts.family)
     function = {name: family.function_name(name) for name in family.variants}.get(model.name)
     public = [row.name for row in family.checkpoints if row.model == function]

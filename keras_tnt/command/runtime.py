@@ -124,10 +124,8 @@ def open_keras(model, features, count):
     from keras_tnt.export.network import serving_network
 
     image = keras_tnt.anatomy(model).image
-    if None in (image.height, image.width):
-        raise ValueError(f"Model '{model.name}' takes images of any size; build it for one.")
     transform = Transform(
-        (image.height, image.width),
+        image.native_size,
         image.covered_size(),
         image.channels,
         image.data_format == "channels_first",

@@ -3,8 +3,7 @@
 import keras
 
 import keras_tnt
-from keras_tnt.anatomy import class_names
-from keras_tnt.preprocessing import sized_image
+from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.text import is_encodable, is_line
 
 
@@ -19,17 +18,20 @@ def describe(model, network, labels=None, weights=None):
 
     Returns:
         A dict; `mean` and `std` are what the model normalises pixels in [0, 1] by, or what has to
-        be done to them before where `input` says "normalised".
+        be done to them before where `input` says "normalised". Of a model of images of any size
+        `image_size` is the one for encoded images, and others are those of `multiple_of`.
 
     Raises:
         ValueError: if there are not as many labels as classes.
     """
-    image = sized_image(model)
+    image = anatomy(model).image
+    any_size = {"multiple_of": image.multiple_of} if image.multiple_of else {}
     return {
         "name": model.name,
         "weights": weights,
         "input": "pixels in [0, 255]" if image.normalises else "normalised",
-        "image_size": [image.height, image.width],
+        "image_size": list(image.native_size),
+        **any_size,
         "resized_to_cover": list(image.covered_size()),
         "channels": image.channels,
         "data_format": image.data_format,

@@ -9,7 +9,7 @@ import keras
 from keras_tnt.export import files
 from keras_tnt.export.card import describe
 from keras_tnt.export.handover import in_tensorflow
-from keras_tnt.export.network import serving_network
+from keras_tnt.export.network import serving_network, takes_any_size
 from keras_tnt.export.requirements import require
 from keras_tnt.export.verification import examples, verify
 from keras_tnt.files import check_space
@@ -85,6 +85,12 @@ def export(write, model, path, extension, labels=None, weights=None):
         raise ValueError(f"`path` must end in {extension}. Received: '{path}'")
     files.check_directory(os.path.dirname(path))
     network = serving_network(model)
+    if takes_any_size(network):
+        raise ValueError(
+            f"Model '{model.name}' takes images of any size, and such a file is for one: build the "
+            "model with `input_shape`, and give it the weights. `onnx` and `saved_model` write "
+            "files for any."
+        )
     # A SavedModel is what both are made from.
     check_space(os.path.dirname(path), 2 * files.size_of(network), "The export")
     card = describe(model, network, labels, weights)

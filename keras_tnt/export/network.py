@@ -30,7 +30,7 @@ def serving_network(model):
             "A model of one input and one output can be exported. Received: "
             f"{len(model.inputs)} inputs and {len(model.outputs)} outputs."
         )
-    if None in model.inputs[0].shape[1:]:
+    if takes_any_size(model) and not (is_ours(model) and anatomy(model).image.channels):
         raise ValueError(
             "Every size of the input but the batch must be known. Received: input shape "
             f"{model.inputs[0].shape}. Build the model with `input_shape`."
@@ -42,9 +42,17 @@ def serving_network(model):
     return network
 
 
+def takes_any_size(model):
+    """Whether a model or network takes images of which not every size is known."""
+    return None in model.inputs[0].shape[1:]
+
+
 def check_same(model, network):
     """Raise a ValueError if the named outputs are not those of a model that ends in another one."""
-    images = np.random.default_rng(0).uniform(0, 1, (1, *model.inputs[0].shape[1:]))
+    shape = model.inputs[0].shape[1:]
+    if takes_any_size(model):
+        shape = anatomy(model).image.native_shape
+    images = np.random.default_rng(0).uniform(0, 1, (1, *shape))
     expected = np.asarray(model.predict_on_batch(images))
     outputs = network.predict_on_batch(images).values()
     alike = [np.shape(x) == expected.shape and np.allclose(x, expected, atol=1e-4) for x in outputs]

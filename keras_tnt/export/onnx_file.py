@@ -38,7 +38,9 @@ def onnx(
 ) -> str:
     """Write a model as ONNX, and check the file with ONNX Runtime against the model.
 
-    Its input is `images`, as the model takes them, with a dynamic batch. Its metadata are labels,
+    Its input is `images`, as the model takes them, with a dynamic batch, and with dynamic height
+    and width where the model takes any; sizes that its patches do not divide are an error of the
+    runtime's. Its metadata are labels,
     mean and standard deviation, image size, source of the weights, and `agreement`: what was
     measured between file and model.
 
@@ -228,3 +230,6 @@ def name_ends(graph, inputs, outputs):
     for end in (*graph.input, *graph.output):
         end.name = names[end.name]
         end.type.tensor_type.shape.dim[0].dim_param = "batch"
+    free = [d for d in graph.input[0].type.tensor_type.shape.dim[1:] if not d.HasField("dim_value")]
+    for dim, name in zip(free, ("height", "width"), strict=False):
+        dim.dim_param = name

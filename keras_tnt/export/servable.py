@@ -10,7 +10,7 @@ from keras_tnt.export import files
 from keras_tnt.export.card import describe
 from keras_tnt.export.graph import serving_module
 from keras_tnt.export.handover import in_tensorflow
-from keras_tnt.export.network import serving_network
+from keras_tnt.export.network import serving_network, takes_any_size
 from keras_tnt.export.requirements import require
 from keras_tnt.export.verification import (
     PICTURE_TOLERANCE,
@@ -48,6 +48,10 @@ def saved_model(
       "image/encoded" is an encoded image, to `classes` and `scores`.
     - `features`: `images` to `features`, the vector that the classifier reads; of two heads the
       mean of what they read.
+
+    A model of images of any size takes them so in `serving_default` and `features`; encoded images
+    are brought to its native size. Images that its patches do not divide are an error that names
+    the nearest size.
 
     Models that take other than 1 or 3 channels have no signatures for encoded images. Those without
     a classifier give `features` everywhere. A model of another precision is exported in float32.
@@ -93,7 +97,9 @@ def saved_model(
         "version": version,
         "signatures": signatures,
     }
-    if keras.backend.backend() in ("tensorflow", "jax"):
+    # Sizes that a graph has yet to come are TensorFlow's to compute with.
+    backends = ("tensorflow",) if takes_any_size(network) else ("tensorflow", "jax")
+    if keras.backend.backend() in backends:
         return write_saved_model(network, references, **arguments)
     function = f"{__name__}:write_saved_model"
     return in_tensorflow(function, network, references, arguments, directory)

@@ -145,9 +145,9 @@ def models_of(name, network, card):
             "A model's name in a repository is letters, digits and any of `_.-`. Received: "
             f"{name!r}. Say another `name`."
         )
-    shapes = {key: tuple(tensor.shape[1:]) for key, tensor in network.output.items()}
+    shapes = {key: dims_of(tensor) for key, tensor in network.output.items()}
     outputs = [key for key in SIGNATURES["images"] if key in shapes] or ["features"]
-    images = {"images": ("TYPE_FP32", network.inputs[0].shape[1:])}
+    images = {"images": ("TYPE_FP32", dims_of(network.inputs[0]))}
     floats = {key: ("TYPE_FP32", shapes[key]) for key in outputs}
     parts = [Part(name, "onnxruntime", images, floats, card)]
     if card["channels"] in (1, 3):
@@ -158,6 +158,11 @@ def models_of(name, network, card):
         pictures = {"image_bytes": ("TYPE_STRING", (1,))}
         parts.append(Part(f"{name}_bytes", "python", pictures, floats, card))
     return parts
+
+
+def dims_of(tensor):
+    """A tensor's shape without the batch, as servers have it: -1 for any size."""
+    return tuple(-1 if size is None else size for size in tensor.shape[1:])
 
 
 class Part:

@@ -44,12 +44,24 @@ def examples(network, card):
     """
     random = np.random.default_rng(0)
     found = []
-    for batch in BATCHES:
-        shape = (batch, *network.inputs[0].shape[1:])
+    for batch, size in zip(BATCHES, sizes(card), strict=False):
+        channels_first = card["data_format"] == "channels_first"
+        image = (card["channels"], *size) if channels_first else (*size, card["channels"])
+        shape = (batch, *image)
         pixels = card["input"] != "normalised"
         images = random.uniform(0, 255, shape) if pixels else random.normal(size=shape)
         found.append(example(network, images.astype("float32")))
     return found
+
+
+def sizes(card):
+    """The sizes of images that the batches have, of a model of any size each another."""
+    height, width = card["image_size"]
+    step = card.get("multiple_of")
+    if step is None:
+        return [(height, width)] * len(BATCHES)
+    # A smaller size, not square; a stage that pools has to have what it pools.
+    return [(height, width), (height - height // (4 * step) * step, width + step)]
 
 
 def picture_examples(model, network, card):

@@ -4,12 +4,14 @@ import math
 
 import keras
 
+from keras_tnt.anatomy import anatomy
+
 
 def multiply_accumulates(model):
     """The multiplications, each with its addition, of the matrix products for one image.
 
     Args:
-        model: a Keras model of one input.
+        model: a Keras model of one input; of one of images of any size, for its native one.
 
     Returns:
         An integer; the papers call it FLOPs.
@@ -20,7 +22,10 @@ def multiply_accumulates(model):
     4608338304
     """
     count = {"tensorflow": tensorflow_flops, "jax": jax_flops, "torch": torch_flops}
-    return count[keras.backend.backend()](model, (1, *model.input_shape[1:])) // 2
+    shape = model.input_shape[1:]
+    if None in shape:
+        shape = anatomy(model).image.native_shape
+    return count[keras.backend.backend()](model, (1, *shape)) // 2
 
 
 def tensorflow_flops(model, shape):

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import keras
 
-from keras_tnt.anatomy import Block, anatomy
-from keras_tnt.layers import SelectTokens
+from keras_tnt.anatomy import Anatomy, Block, anatomy
+from keras_tnt.layers import PatchGrid, PatchMap, SelectTokens
 
 
 def feature_maps(model: keras.Model, blocks: Iterable[int] | None = None) -> keras.Model:
@@ -52,19 +52,31 @@ def feature_maps(model: keras.Model, blocks: Iterable[int] | None = None) -> ker
             f"`blocks` of model '{model.name}' are {kind} from 1 to {len(ends)}. "
             f"Received: {tuple(blocks)}"
         )
-    maps = [patch_map(ends[number - 1], number) for number in blocks]
+    maps = [patch_map(found, ends[number - 1], number) for number in blocks]
     return keras.Model(model.inputs[0], maps, name=f"{model.name}_features")
 
 
-def patch_map(block: Block, number: int):
-    """The symbolic map (batch, rows, columns, dim) of the patches after a block."""
+def patch_map(found: Anatomy, block: Block, number: int):
+    """The symbolic map (batch, rows, columns, dim) of the patches after a block.
+
+    Args:
+        found: what the model is.
+        block: one of its blocks.
+        number: behind the names of the layers that make the map.
+    """
     dtype = block.layer.dtype_policy
     inputs = keras.tree.flatten(block.layer.input)
     tokens = keras.tree.flatten(block.layer.output)[0]
-    if tokens.shape[1] < inputs[0].shape[1]:  # the first tokens only
+    if tokens.shape[1] != inputs[0].shape[1]:  # the first tokens only
         tokens = keras.tree.flatten(block.layer(*inputs))[0]
     if block.prefix_tokens:
         select = SelectTokens(block.prefix_tokens, dtype=dtype, name=f"patches_{number}")
         tokens = select(tokens)
+    if block.grid is None:
+        patch_size = found.patch_size * 2**block.stage
+        grid = PatchGrid(patch_size, found.image.data_format, dtype=dtype, name=f"grid_{number}")(
+            found.entrance.output
+        )
+        return PatchMap(dtype=dtype, name=f"map_{number}")(tokens, grid)
     shape = (*block.grid, tokens.shape[-1])
     return keras.layers.Reshape(shape, dtype=dtype, name=f"map_{number}")(tokens)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_tnt.anatomy import anatomy
+from keras_tnt.anatomy import anatomy, sides_of
 from keras_tnt.layers.attention import record_attention
 
 
@@ -46,12 +46,14 @@ def attention_maps(model, images):
 def check_images(model, images):
     """Raise ValueError for what is no batch of images that the model takes."""
     shape = tuple(np.shape(images))
-    expected = anatomy(model).image.shape
+    image = anatomy(model).image
+    expected = image.shape
     if len(shape) != 4 or any(e not in (None, s) for s, e in zip(shape[1:], expected, strict=True)):
         raise ValueError(
             f"Model '{model.name}' takes a batch of images {('batch', *expected)}. "
             f"Received: {shape}"
         )
+    image.check_size(*sides_of(shape, image.data_format))
 
 
 def attention_names(model):
@@ -89,6 +91,7 @@ def attention_rollout(model, images):
     """
     found = anatomy(model)
     blocks = {f"{block.name}/outer": block for block in found.blocks}
+    size = sides_of(np.shape(images), found.image.data_format)
     rollout, grid = None, None
     for key, value in attention_maps(model, images).items():
         if key.endswith("/inner"):
@@ -96,12 +99,13 @@ def attention_rollout(model, images):
         step = value.mean(axis=1)  # (b, queries, keys)
         block = blocks.get(key)
         if block is not None and len(found.stages) > 1:
+            new_grid = found.grid_of(block, size)
             if block.reduction > 1:
-                pooled = tuple(side // block.reduction for side in block.grid)
-                step = step @ means(block.grid, pooled, block.reduction)
-            if grid not in (None, block.grid):
-                rollout = means(grid, block.grid, 2) @ rollout
-            grid = block.grid
+                pooled = tuple(side // block.reduction for side in new_grid)
+                step = step @ means(new_grid, pooled, block.reduction)
+            if grid not in (None, new_grid):
+                rollout = means(grid, new_grid, 2) @ rollout
+            grid = new_grid
         queries, keys = step.shape[1:]
         if queries < keys:  # class attention
             step = np.pad(step, [(0, 0), (0, keys - queries), (0, 0)])

@@ -5,7 +5,7 @@ import os
 import keras
 import numpy as np
 
-from keras_tnt.anatomy import anatomy, class_names
+from keras_tnt.anatomy import anatomy, class_names, sides_of
 from keras_tnt.files import replacing
 from keras_tnt.inspection.maps import attention_maps, attention_rollout
 from keras_tnt.text import drawable
@@ -52,7 +52,7 @@ def plot_attention(model, image, path, patches=None):
         ) from error
     image = np.asarray(image)
     maps = attention_maps(model, image[None])
-    heads = class_attention(model, maps)
+    heads = class_attention(model, image, maps)
     mean = heads.mean(axis=0)
     if patches is None:
         patches = np.argsort(-mean, axis=None, kind="stable")[: len(COLOURS)]
@@ -81,13 +81,14 @@ def plot_attention(model, image, path, patches=None):
 # === What is drawn ===
 
 
-def class_attention(model, maps):
+def class_attention(model, image, maps):
     """Each head's attention of the class token to the patches, (heads, rows, columns)."""
     key = [key for key in maps if not key.endswith("/inner")][-1]
     attention = maps[key][0]  # (heads, queries, keys)
     found = anatomy(model)
     last = found.blocks[-1]
-    grid = tuple(side // last.reduction for side in last.grid)
+    size = sides_of(image[None].shape, found.image.data_format)
+    grid = tuple(side // last.reduction for side in found.grid_of(last, size))
     patches = attention[:, 0] if found.class_tokens else attention.mean(axis=1)
     return np.reshape(patches[:, -grid[0] * grid[1] :], (-1, *grid))
 
@@ -97,7 +98,8 @@ def class_rollout(model, image):
     rollout = attention_rollout(model, image[None])[0]
     found = anatomy(model)
     reached = rollout[0] if found.class_tokens else rollout.mean(axis=0)
-    return np.reshape(reached[-found.grid[0] * found.grid[1] :], found.grid)
+    grid = found.grid_of(found.blocks[0], sides_of(image[None].shape, found.image.data_format))
+    return np.reshape(reached[-grid[0] * grid[1] :], grid)
 
 
 def prediction(model, image):

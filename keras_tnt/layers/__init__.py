@@ -24,6 +24,7 @@ from keras_tnt.layers.ends import (
     SelectToken,
     SelectTokens,
 )
+from keras_tnt.layers.grid import PatchGrid, PatchMap
 from keras_tnt.layers.pyramid import (
     MergePatches,
     MergeWords,

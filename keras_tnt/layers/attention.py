@@ -20,6 +20,7 @@ from keras_tnt.layers.base import (
     take_first,
     take_first_spec,
 )
+from keras_tnt.layers.grid import shape_of
 from keras_tnt.layers.regularization import Dropout
 
 
@@ -44,14 +45,14 @@ def record_attention():
 
 def split_heads(x, num_heads):
     """(batch, ..., tokens, dim) to (batch, ..., heads, tokens, dim / heads)."""
-    *lead, dim = x.shape[1:]
+    *lead, dim = shape_of(x)[1:]
     x = ops.reshape(x, (-1, *lead, num_heads, dim // num_heads))  # (b, ..., t, h, d)
     return ops.swapaxes(x, -3, -2)  # (b, ..., h, t, d)
 
 
 def merge_heads(x):
     """(batch, ..., heads, tokens, dim / heads) to (batch, ..., tokens, dim)."""
-    *lead, heads, tokens, head_dim = x.shape[1:]
+    *lead, heads, tokens, head_dim = shape_of(x)[1:]
     x = ops.swapaxes(x, -3, -2)  # (b, ..., t, h, d)
     return ops.reshape(x, (-1, *lead, tokens, heads * head_dim))  # (b, ..., t, dim)
 
@@ -213,7 +214,7 @@ class HeadMixing(keras.layers.Layer):
         self.bias = self.add_weight(name="bias", shape=(heads,), initializer="zeros")
 
     def call(self, x):
-        *lead, heads, queries, keys = x.shape[1:]
+        *lead, heads, queries, keys = shape_of(x)[1:]
         x = ops.reshape(x, (-1, *lead, heads, queries * keys))  # (b, ..., h, queries*keys)
         x = ops.matmul(ops.transpose(self.kernel), x) + ops.expand_dims(self.bias, -1)
         return ops.reshape(x, (-1, *lead, heads, queries, keys))  # (b, ..., h, queries, keys)

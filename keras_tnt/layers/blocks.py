@@ -209,6 +209,7 @@ class TransformerBlock(ResidualBlock):
     Call arguments:
         x: `(batch, tokens, dim)`, or `(batch, patches, words, dim)`.
         bias: if given, added to the attention's scores.
+        grid: if given, what an attention that must know the grid of the patches is called with.
         first_tokens: if given, only the first so many tokens are computed; the result is exact.
 
     Returns:
@@ -263,11 +264,12 @@ class TransformerBlock(ResidualBlock):
             )
             self.excite.build(input_shape)
 
-    def call(self, x, bias=None, first_tokens=None, training=False):
+    def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        at = {} if grid is None else {"grid": grid}
         # Squeeze-and-excitation reads every token: then all are computed and the rest cut off.
         computed = None if self.squeeze_excite else first_tokens
         branch = self.attention(
-            self.norm_attention(x), bias=bias, first_tokens=computed, training=training
+            self.norm_attention(x), bias=bias, first_tokens=computed, training=training, **at
         )
         branch = self.drop_attention(self.scale_attention(branch), training=training)
         x = take_first(x, computed) + branch
@@ -275,7 +277,7 @@ class TransformerBlock(ResidualBlock):
         x = x + self.drop_mlp(self.scale_mlp(branch), training=training)
         return take_first(x, first_tokens)
 
-    def compute_output_spec(self, x, bias=None, first_tokens=None, training=False):
+    def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
         return take_first_spec(x, first_tokens, self.compute_dtype)
 
     def get_config(self):
@@ -313,12 +315,14 @@ class TNTBlock(CompositeLayer):
         layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
         squeeze_excite: on the outer transformer's MLP.
         legacy: the words-to-patch projection of timm's first port.
+        prefix_tokens: how many tokens stand before the patches; None: as the shapes tell.
         epsilon: of the norms.
 
     Call arguments:
         tokens: `(batch, prefix + patches, outer_dim)`, class and distillation token in front.
         words: `(batch, patches, words, inner_dim)`.
         bias: if given, added to the scores of the outer attention.
+        grid: if given, what an outer attention that must know the grid is called with.
         first_tokens: if given, only the first so many tokens are computed; the result is exact.
 
     Returns:
@@ -339,6 +343,7 @@ class TNTBlock(CompositeLayer):
         layer_scale: float | None = None,
         squeeze_excite: bool = False,
         legacy: bool = False,
+        prefix_tokens: int | None = None,
         epsilon: float = 1e-5,
         **kwargs,
     ):
@@ -353,6 +358,7 @@ class TNTBlock(CompositeLayer):
         self.layer_scale = layer_scale
         self.squeeze_excite = squeeze_excite
         self.legacy = legacy
+        self.prefix_tokens = prefix_tokens
         self.epsilon = epsilon
 
     def transformer_arguments(self):
@@ -384,7 +390,9 @@ class TNTBlock(CompositeLayer):
     def build(self, tokens_shape, words_shape):
         self.inner = self.make_inner()
         self.outer = self.make_outer()
-        self.prefix_tokens = tokens_shape[1] - words_shape[1]
+        self.tokens_before = self.prefix_tokens
+        if self.tokens_before is None:
+            self.tokens_before = tokens_shape[1] - words_shape[1]
         project = LegacyWordsToPatches if self.legacy else WordsToPatches
         self.words_to_patches = project(
             tokens_shape[-1],
@@ -397,16 +405,21 @@ class TNTBlock(CompositeLayer):
         self.words_to_patches.build(words_shape)
         self.outer.build(tokens_shape)
 
-    def call(self, tokens, words, bias=None, first_tokens=None, training=False):
+    def call(self, tokens, words, bias=None, grid=None, first_tokens=None, training=False):
         words = fused.inner_transformer(self.inner, words, training=training)
         patches = self.words_to_patches(words)  # (b, patches, outer_dim)
-        tokens = tokens + ops.pad(patches, [[0, 0], [self.prefix_tokens, 0], [0, 0]])
-        return self.outer(tokens, bias=bias, first_tokens=first_tokens, training=training), words
+        tokens = tokens + ops.pad(patches, [[0, 0], [self.tokens_before, 0], [0, 0]])
+        tokens = self.outer(
+            tokens, bias=bias, grid=grid, first_tokens=first_tokens, training=training
+        )
+        return tokens, words
 
     def compute_output_shape(self, tokens_shape, words_shape):
         return tokens_shape, words_shape
 
-    def compute_output_spec(self, tokens, words, bias=None, first_tokens=None, training=False):
+    def compute_output_spec(
+        self, tokens, words, bias=None, grid=None, first_tokens=None, training=False
+    ):
         dtype = self.compute_dtype
         return take_first_spec(tokens, first_tokens, dtype), take_first_spec(words, None, dtype)
 
@@ -423,6 +436,7 @@ class TNTBlock(CompositeLayer):
             "layer_scale": self.layer_scale,
             "squeeze_excite": self.squeeze_excite,
             "legacy": self.legacy,
+            "prefix_tokens": self.prefix_tokens,
             "epsilon": self.epsilon,
         }
 

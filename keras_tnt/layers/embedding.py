@@ -13,37 +13,16 @@ from keras_tnt.layers.base import (
     link_observer,
     projection,
 )
-
-
-def channels_last(images, data_format):
-    """(batch, height, width, channels) of images laid out as `data_format` says."""
-    if data_format == "channels_first":
-        return ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
-    return images
-
-
-def cut(images, size, data_format="channels_last"):
-    """Cut images into squares of `size` pixels, flattened row by row, channels last.
-
-    Args:
-        images: (batch, height, width, channels), or channels first as `data_format` says.
-
-    Returns:
-        (batch, height / size, width / size, size * size * channels).
-    """
-    images = channels_last(images, data_format)
-    _, height, width, channels = images.shape
-    rows, columns = height // size, width // size
-    x = ops.reshape(images, (-1, rows, size, columns, size * channels))  # (b, r, s, q, s*c)
-    x = ops.transpose(x, (0, 1, 3, 2, 4))  # (b, r, q, s, s*c)
-    return ops.reshape(x, (-1, rows, columns, size * size * channels))  # (b, r, q, s*s*c)
-
-
-def image_size(input_shape, data_format):
-    """(height, width, channels) of a batch of images of `input_shape`."""
-    if data_format == "channels_first":
-        return (*input_shape[2:], input_shape[1])
-    return tuple(input_shape[1:])
+from keras_tnt.layers.grid import (
+    cut,
+    image_size,
+    in_a_row,
+    patches_of,
+    resample,
+    shape_of,
+    told_grid,
+    whole_patches,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -73,12 +52,11 @@ class PatchEmbedding(CompositeLayer):
         self.projection.build((None, None, self.patch_size**2 * channels))
 
     def call(self, images):
-        x = self.projection(cut(images, self.patch_size, self.data_format))  # (b, r, q, dim)
-        return ops.reshape(x, (-1, x.shape[1] * x.shape[2], self.dim))  # (b, r*q, dim)
+        images = whole_patches(images, self.patch_size, self.data_format)
+        return in_a_row(self.projection(cut(images, self.patch_size)), self.dim)
 
     def compute_output_shape(self, input_shape):
-        height, width, _ = image_size(input_shape, self.data_format)
-        return (input_shape[0], (height // self.patch_size) * (width // self.patch_size), self.dim)
+        return (*patches_of(input_shape, self.patch_size, self.data_format), self.dim)
 
     def get_config(self):
         return {
@@ -141,7 +119,8 @@ class WordEmbedding(keras.layers.Layer):
         self.bias = self.add_weight(name="bias", shape=(self.dim,), initializer="zeros")
 
     def call(self, images):
-        patches = cut(images, self.patch_size, self.data_format)  # (b, r, q, p*p*c)
+        images = whole_patches(images, self.patch_size, self.data_format)
+        patches = cut(images, self.patch_size)  # (b, r, q, p*p*c)
         words = ops.matmul(patches, self.patch_kernel())  # (b, r, q, words*dim)
         return self.by_patch(words) + self.bias
 
@@ -157,13 +136,11 @@ class WordEmbedding(keras.layers.Layer):
 
     def by_patch(self, words):
         """(batch, rows, columns, words * dim) to (batch, patches, words, dim)."""
-        _, rows, columns, _ = words.shape
-        return ops.reshape(words, (-1, rows * columns, self.side**2, self.dim))  # (b, n, words, d)
+        return in_a_row(words, self.side**2, self.dim)
 
     def compute_output_shape(self, input_shape):
-        height, width, _ = image_size(input_shape, self.data_format)
-        patches = (height // self.patch_size) * (width // self.patch_size)
-        return (input_shape[0], patches, self.side**2, self.dim)
+        batch_and_patches = patches_of(input_shape, self.patch_size, self.data_format)
+        return (*batch_and_patches, self.side**2, self.dim)
 
     def get_config(self):
         return {
@@ -191,7 +168,7 @@ class LegacyWordEmbedding(WordEmbedding):
 
     def call(self, images):
         pad = [self.kernel_size // 2] * 2
-        images = channels_last(images, self.data_format)
+        images = whole_patches(images, self.patch_size, self.data_format)
         images = ops.pad(images, [[0, 0], pad, pad, [0, 0]])
         words = ops.conv(images, self.kernel, self.stride, "valid", data_format="channels_last")
         return self.by_patch(cut(words + self.bias, self.side))
@@ -238,7 +215,7 @@ class WordsToPatches(CompositeLayer):
         self.norm_patches = self.norm("norm_patches", (*lead, self.dim))
 
     def flatten(self, words):
-        _, patches, count, inner_dim = words.shape
+        _, patches, count, inner_dim = shape_of(words)
         return ops.reshape(words, (-1, patches, count * inner_dim))  # (b, n, words*inner_dim)
 
     def weigh(self, x, words):
@@ -309,7 +286,8 @@ class ClassToken(keras.layers.Layer):
         return ops.concatenate([token, x], axis=1)
 
     def compute_output_shape(self, input_shape):
-        return (input_shape[0], input_shape[1] + 1, input_shape[2])
+        batch, tokens, dim = input_shape
+        return (batch, None if tokens is None else tokens + 1, dim)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -319,11 +297,13 @@ class PositionEmbedding(keras.layers.Layer):
     Weights saved on another grid are resampled as they load.
 
     Args:
-        grid: (rows, columns) of the tokens.
+        grid: (rows, columns) of the table.
         prefix_tokens: how many tokens stand before the grid's.
 
     Call arguments:
         x: `(batch, ..., prefix_tokens + rows * columns, dim)`.
+        grid: `(batch, rows, columns)`, whose shape tells the grid of `x`, for which the table is
+            resampled as weights are that load; None: the table's.
     """
 
     part = "position"
@@ -338,10 +318,20 @@ class PositionEmbedding(keras.layers.Layer):
             name="table",
             shape=(self.prefix_tokens + self.grid[0] * self.grid[1], input_shape[-1]),
             initializer=TruncatedNormal(stddev=0.02),
+            autocast=False,
         )
 
-    def call(self, x):
-        return x + self.table
+    def call(self, x, grid=None):
+        return x + ops.cast(self.table_on(grid), self.compute_dtype)
+
+    def table_on(self, grid):
+        """The table (prefix_tokens + rows * columns, dim) on the grid that a tensor's shape is."""
+        table = ops.convert_to_tensor(self.table)
+        if grid is None or tuple(grid.shape[1:]) == self.grid:
+            return table
+        prefix, dim = self.prefix_tokens, table.shape[-1]
+        positions = resample(table[prefix:], self.grid, told_grid(grid, None), dim)
+        return ops.concatenate([table[:prefix], ops.reshape(positions, (-1, dim))])
 
     def can_resample(self, shape):
         """Whether a table of this shape, as `resample` takes it, holds another grid's positions."""
@@ -411,19 +401,7 @@ def resample_positions(table, grid, new_grid, prefix_tokens=0):
         )
     if tuple(grid) == tuple(new_grid):
         return table
-    positions = np.reshape(table[prefix_tokens:], (*grid, -1)).astype("float64")
-    rows, columns = (resampling_matrix(*sides) for sides in zip(grid, new_grid, strict=True))
-    positions = np.einsum("ah,bw,hwd->abd", rows, columns, positions, optimize=True)
-    positions = np.reshape(positions, (-1, table.shape[-1])).astype(table.dtype)
+    dim = table.shape[-1]
+    positions = resample(table[prefix_tokens:].astype("float64"), grid, new_grid, dim)
+    positions = np.reshape(positions, (-1, dim)).astype(table.dtype)
     return np.concatenate([table[:prefix_tokens], positions])
-
-
-def resampling_matrix(size, new_size):
-    """Weights (new_size, size) of bicubic resampling with antialias, Keys' cubic with a = -0.5."""
-    scale = max(size / new_size, 1.0)
-    centers = (np.arange(new_size) + 0.5) * size / new_size - 0.5
-    x = np.abs(centers[:, None] - np.arange(size)[None, :]) / scale
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
-    return weights / weights.sum(axis=1, keepdims=True)

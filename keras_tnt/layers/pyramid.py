@@ -18,12 +18,32 @@ from keras_tnt.layers.base import (
     take_first_spec,
 )
 from keras_tnt.layers.blocks import TNTBlock, TransformerBlock
-from keras_tnt.layers.embedding import channels_last, cut, image_size, resampling_matrix
+from keras_tnt.layers.grid import (
+    ceil_divide,
+    checked,
+    cut,
+    image_size,
+    in_a_row,
+    patches_of,
+    product,
+    resample,
+    told_grid,
+    whole_patches,
+)
 
 
 def halve(size):
     """The size of a map after a 3x3 convolution of stride 2, zero-padded by 1 on each side."""
-    return -(-size // 2)
+    return ceil_divide(size, 2)
+
+
+def enough_to_pool(x, grid, size):
+    """A tensor, once a grid is known to have a square of so many patches; see `checked`."""
+    message = (
+        f"A stage pools {size}x{size} patches, and has {{}}x{{}}. Give larger images, or build the "
+        "model with smaller `reductions`."
+    )
+    return checked(x, grid, lambda side: side >= size, lambda sides: (message, sides))
 
 
 def convolution(dim, stride, *, dtype, name):
@@ -124,24 +144,16 @@ class PyramidStem(CompositeLayer):
         return step
 
     def call(self, images, training=False):
-        images = channels_last(images, self.data_format)
+        images = whole_patches(images, self.patch_size, self.data_format)
         x = self.common(images, training=training)  # (b, H/2, W/2, 2*inner_dim)
         words = cut(self.words(x, training=training), 4)  # (b, r, q, 16*inner_dim)
         patches = self.patches2(self.patches1(x, training=training), training=training)
         patches = self.patches3(patches, training=training)  # (b, r, q, outer_dim)
-        _, rows, columns, _ = patches.shape
-        return (
-            ops.reshape(patches, (-1, rows * columns, self.outer_dim)),  # (b, r*q, outer_dim)
-            ops.reshape(words, (-1, rows * columns, 16, self.inner_dim)),  # (b, r*q, 16, inner_dim)
-        )
+        return in_a_row(patches, self.outer_dim), in_a_row(words, 16, self.inner_dim)
 
     def compute_output_shape(self, input_shape):
-        height, width, _ = image_size(input_shape, self.data_format)
-        patches = (height // self.patch_size) * (width // self.patch_size)
-        return (
-            (input_shape[0], patches, self.outer_dim),
-            (input_shape[0], patches, 16, self.inner_dim),
-        )
+        batch_and_patches = patches_of(input_shape, self.patch_size, self.data_format)
+        return (*batch_and_patches, self.outer_dim), (*batch_and_patches, 16, self.inner_dim)
 
     def get_config(self):
         return {
@@ -157,10 +169,12 @@ class Merge(CompositeLayer):
 
     part = "merge"
 
-    def __init__(self, dim: int, grid: tuple[int, int], epsilon: float = 1e-5, **kwargs):
+    def __init__(
+        self, dim: int, grid: tuple[int, int] | None = None, epsilon: float = 1e-5, **kwargs
+    ):
         super().__init__(**kwargs)
         self.dim = dim
-        self.grid = tuple(grid)
+        self.grid = grid and tuple(grid)
         self.epsilon = epsilon
 
     def build(self, input_shape):
@@ -170,9 +184,9 @@ class Merge(CompositeLayer):
         self.convolution = convolution(self.dim, 2, dtype=policy, name="convolution")
         self.convolution.build((None, None, None, input_shape[-1]))
 
-    def compute_output_shape(self, input_shape):
-        rows, columns = map(halve, self.grid)
-        return (input_shape[0], rows * columns, *input_shape[2:-1], self.dim)
+    def merged_shape(self, input_shape, grid_shape):
+        sides = self.grid if grid_shape is None else grid_shape[1:]
+        return (input_shape[0], product(*map(halve, sides)), *input_shape[2:-1], self.dim)
 
     def get_config(self):
         return {
@@ -189,20 +203,25 @@ class MergePatches(Merge):
 
     Args:
         dim: dimension of a patch of the next stage.
-        grid: (rows, columns) of the patches; odd ones are rounded up.
+        grid: (rows, columns) of the patches, of which odd ones are rounded up; None: each call
+            tells it.
         epsilon: of the norm.
 
     Call arguments:
         patches: `(batch, rows * columns, dim of this stage)`.
+        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
 
     Returns:
         `(batch, rows/2 * columns/2, dim)`.
     """
 
-    def call(self, patches):
-        x = ops.reshape(self.norm(patches), (-1, *self.grid, patches.shape[-1]))  # (b, r, q, c)
-        x = self.convolution(pad_edges(x))  # (b, r/2, q/2, dim)
-        return ops.reshape(x, (-1, x.shape[1] * x.shape[2], self.dim))  # (b, r/2*q/2, dim)
+    def call(self, patches, grid=None):
+        shape = (-1, *told_grid(grid, self.grid), patches.shape[-1])
+        x = ops.reshape(self.norm(patches), shape)  # (b, r, q, c)
+        return in_a_row(self.convolution(pad_edges(x)), self.dim)  # (b, r/2*q/2, dim)
+
+    def compute_output_shape(self, patches_shape, grid_shape=None):
+        return self.merged_shape(patches_shape, grid_shape)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -211,34 +230,34 @@ class MergeWords(Merge):
 
     Args:
         dim: dimension of a word of the next stage.
-        grid: (rows, columns) of the patches; to odd ones a row or column of zero words is added.
+        grid: (rows, columns) of the patches, to odd ones of which a row or column of zero words is
+            added; None: each call tells it.
         epsilon: of the norm.
 
     Call arguments:
         words: `(batch, rows * columns, words, dim of this stage)`.
+        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
 
     Returns:
         `(batch, rows/2 * columns/2, words, dim)`.
     """
 
-    def call(self, words):
+    def call(self, words, grid=None):
         _, _, count, dim = words.shape
         side = round(count**0.5)
-        rows, columns = map(halve, self.grid)
-        x = ops.reshape(self.norm(words), (-1, *self.grid, count * dim))  # (b, r, q, w*c)
-        x = ops.pad(
-            x,
-            [
-                [0, 0],
-                *([0, 2 * h - n] for h, n in zip((rows, columns), self.grid, strict=True)),
-                [0, 0],
-            ],
-        )
+        sides = told_grid(grid, self.grid)
+        rows, columns = map(halve, sides)
+        x = ops.reshape(self.norm(words), (-1, *sides, count * dim))  # (b, r, q, w*c)
+        missing = [[0, 2 * half - n] for half, n in zip((rows, columns), sides, strict=True)]
+        x = ops.pad(x, [[0, 0], *missing, [0, 0]])
         x = ops.reshape(x, (-1, 2, columns, 2, side, side * dim))  # (b*r/2, 2, q/2, 2, s, s*c)
         x = ops.transpose(x, (0, 2, 1, 4, 3, 5))  # (b*r/2, q/2, 2, s, 2, s*c)
         x = ops.reshape(x, (-1, 2 * side, 2 * side, dim))  # (b*r/2*q/2, 2*s, 2*s, c)
         x = self.convolution(pad_edges(x))  # (b*r/2*q/2, s, s, dim)
         return ops.reshape(x, (-1, rows * columns, count, self.dim))  # (b, r/2*q/2, w, dim)
+
+    def compute_output_shape(self, words_shape, grid_shape=None):
+        return self.merged_shape(words_shape, grid_shape)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -249,11 +268,13 @@ class RelativePosition(keras.layers.Layer):
 
     Args:
         num_heads: number of heads.
-        grid: (rows, columns) of the patches.
+        grid: (rows, columns) of the table's patches.
         reduction: side of the squares of patches that are pooled for keys and values.
 
     Call arguments:
         patches: `(batch, rows * columns, dim)`, of which nothing is read.
+        grid: `(batch, rows, columns)`, whose shape tells the grid of `patches`, for which the table
+            is resampled as weights are that load; None: the table's.
 
     Returns:
         `(1, num_heads, rows * columns, rows/reduction * columns/reduction)`.
@@ -267,23 +288,35 @@ class RelativePosition(keras.layers.Layer):
         self.grid = tuple(grid)
         self.reduction = reduction
 
-    def table_shape(self):
-        rows, columns = self.grid
-        pooled = (rows // self.reduction) * (columns // self.reduction)
-        return (self.num_heads, rows * columns, pooled)
+    def table_shape(self, grid):
+        sides = self.table_sides(grid)
+        return (self.num_heads, product(*sides[:2]), product(*sides[2:]))
+
+    def table_sides(self, grid):
+        """(rows, columns, pooled rows, pooled columns) of a grid."""
+        return (*grid, *(None if side is None else side // self.reduction for side in grid))
 
     def build(self, input_shape):
         self.table = self.add_weight(
             name="table",
-            shape=self.table_shape(),
+            shape=self.table_shape(self.grid),
             initializer=TruncatedNormal(stddev=0.02),
+            autocast=False,
         )
 
-    def call(self, patches):
-        return ops.expand_dims(ops.convert_to_tensor(self.table, dtype=self.compute_dtype), 0)
+    def call(self, patches, grid=None):
+        table = ops.convert_to_tensor(self.table)
+        if grid is not None and tuple(grid.shape[1:]) != self.grid:
+            new_grid = told_grid(grid, None)
+            table = enough_to_pool(table, new_grid, self.reduction)
+            sides = self.table_sides(new_grid)
+            table = resample(table, self.table_sides(self.grid), sides)
+            shape = (self.num_heads, sides[0] * sides[1], sides[2] * sides[3])
+            table = ops.reshape(table, shape)  # (h, r*q, r/s*q/s)
+        return ops.expand_dims(ops.cast(table, self.compute_dtype), 0)
 
-    def compute_output_shape(self, input_shape):
-        return (1, *self.table_shape())
+    def compute_output_shape(self, patches_shape, grid_shape=None):
+        return (1, *self.table_shape(self.grid if grid_shape is None else grid_shape[1:]))
 
     def can_resample(self, shape):
         """Whether a table of this shape, (1, heads, patches, pooled), is of a square grid."""
@@ -305,13 +338,9 @@ class RelativePosition(keras.layers.Layer):
         """Bicubic, antialiased, over the patches as over the pooled patches."""
         if grid == self.grid:
             return table
-        pooled, new_pooled = ([side // self.reduction for side in g] for g in (grid, self.grid))
-        x = np.reshape(table, (len(table), *grid, *pooled)).astype("float64")
-        sides = zip((*grid, *pooled), (*self.grid, *new_pooled), strict=True)
-        x = np.einsum(
-            "hijkl,ai,bj,ck,dl->habcd", x, *(resampling_matrix(*s) for s in sides), optimize=True
-        )
-        return np.reshape(x, self.table_shape()).astype(table.dtype)
+        sides, new_sides = self.table_sides(grid), self.table_sides(self.grid)
+        x = resample(np.reshape(table, (-1, *sides)).astype("float64"), sides, new_sides)
+        return np.reshape(x, self.table_shape(self.grid)).astype(table.dtype)
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
@@ -336,7 +365,7 @@ class ReducedAttention(Attention):
 
     Args:
         num_heads: number of heads; divides the input's last dimension.
-        grid: (rows, columns) of the patches.
+        grid: (rows, columns) of the patches; None: each call tells it.
         reduction: side of the squares whose mean is a key and a value; 1: no pooling. Patches
             beyond the last whole square are nobody's key.
         qkv_bias: whether query, key and value have a bias.
@@ -347,6 +376,7 @@ class ReducedAttention(Attention):
     Call arguments:
         x: `(batch, rows * columns, dim)`.
         bias: if given, added to the scores, `(1, num_heads, patches, pooled patches)`.
+        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
         first_tokens: if given, only the first so many patches are computed; the result is exact.
 
     Returns:
@@ -356,7 +386,7 @@ class ReducedAttention(Attention):
     def __init__(
         self,
         num_heads: int,
-        grid: tuple[int, int],
+        grid: tuple[int, int] | None = None,
         reduction: int = 1,
         qkv_bias: bool = False,
         attention_dropout: float = 0.0,
@@ -365,7 +395,7 @@ class ReducedAttention(Attention):
         **kwargs,
     ):
         super().__init__(num_heads, qkv_bias, attention_dropout, dropout, **kwargs)
-        self.grid = tuple(grid)
+        self.grid = grid and tuple(grid)
         self.reduction = reduction
         self.epsilon = epsilon
 
@@ -383,16 +413,20 @@ class ReducedAttention(Attention):
         self.kv.build(input_shape)
         self.build_output(dim)
 
-    def pool(self, x):
+    def pool(self, x, grid=None):
         """The mean of each square: (batch, rows/reduction * columns/reduction, dim)."""
         size, dim = self.reduction, x.shape[-1]
-        rows, columns = (side // size for side in self.grid)
-        x = ops.reshape(x, (-1, *self.grid, dim))[:, : rows * size, : columns * size]
+        grid = told_grid(grid, self.grid)
+        x = enough_to_pool(x, grid, size)
+        rows, columns = (side // size for side in grid)
+        x = ops.reshape(x, (-1, *grid, dim))[:, : rows * size, : columns * size]
         x = ops.reshape(x, (-1, rows, size, columns, size, dim))  # (b, r/s, s, q/s, s, c)
         return ops.reshape(ops.mean(x, axis=(2, 4)), (-1, rows * columns, dim))  # (b, r/s*q/s, c)
 
-    def call(self, x, bias=None, first_tokens=None, training=False):
-        pooled = self.norm(self.reduce(self.pool(x))) if self.reduction > 1 else x
+    def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        pooled = x
+        if self.reduction > 1:
+            pooled = self.norm(self.reduce(self.pool(x, grid)))
         query = split_heads(self.query(x), self.num_heads)
         key, value = (
             split_heads(part, self.num_heads) for part in ops.split(self.kv(pooled), 2, axis=-1)
@@ -404,7 +438,7 @@ class ReducedAttention(Attention):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def compute_output_spec(self, x, bias=None, first_tokens=None, training=False):
+    def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
         return take_first_spec(x, first_tokens, self.compute_dtype)
 
     def get_config(self):
@@ -422,7 +456,7 @@ class ReducedBlock(TransformerBlock):
 
     Args:
         num_heads: number of heads; divides the input's last dimension.
-        grid: (rows, columns) of the patches.
+        grid: (rows, columns) of the patches; None: each call tells it.
         reduction: side of the squares of patches whose mean is a key and a value; 1: no pooling.
         mlp_ratio: hidden dimension of the MLP over the input's.
         qkv_bias: whether query, key and value have a bias.
@@ -436,6 +470,7 @@ class ReducedBlock(TransformerBlock):
     Call arguments:
         x: `(batch, rows * columns, dim)`.
         bias: if given, added to the scores, `(1, num_heads, patches, pooled patches)`.
+        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
         first_tokens: if given, only the first so many patches are computed; the result is exact.
 
     Returns:
@@ -445,7 +480,7 @@ class ReducedBlock(TransformerBlock):
     def __init__(
         self,
         num_heads: int,
-        grid: tuple[int, int],
+        grid: tuple[int, int] | None = None,
         reduction: int = 1,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
@@ -469,7 +504,7 @@ class ReducedBlock(TransformerBlock):
             epsilon=epsilon,
             **kwargs,
         )
-        self.grid = tuple(grid)
+        self.grid = grid and tuple(grid)
         self.reduction = reduction
 
     def make_attention(self):
@@ -492,7 +527,7 @@ class PyramidTNTBlock(TNTBlock):
 
     Args:
         outer_heads, inner_heads: heads of the two transformers; divide their dimensions.
-        grid: (rows, columns) of the patches.
+        grid: (rows, columns) of the patches; None: each call tells it.
         reduction: side of the squares of patches whose mean is a key and a value of the outer
             attention; 1: no pooling.
         mlp_ratio: hidden dimension of the MLPs over their inputs'.
@@ -508,6 +543,7 @@ class PyramidTNTBlock(TNTBlock):
         tokens: `(batch, rows * columns, outer_dim)`.
         words: `(batch, rows * columns, words, inner_dim)`.
         bias: if given, added to the scores of the outer attention.
+        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
         first_tokens: if given, only the first so many patches are computed; the result is exact.
 
     Returns:
@@ -518,7 +554,7 @@ class PyramidTNTBlock(TNTBlock):
         self,
         outer_heads: int,
         inner_heads: int,
-        grid: tuple[int, int],
+        grid: tuple[int, int] | None = None,
         reduction: int = 1,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
@@ -538,10 +574,11 @@ class PyramidTNTBlock(TNTBlock):
             attention_dropout=attention_dropout,
             stochastic_depth=stochastic_depth,
             layer_scale=layer_scale,
+            prefix_tokens=0,
             epsilon=epsilon,
             **kwargs,
         )
-        self.grid = tuple(grid)
+        self.grid = grid and tuple(grid)
         self.reduction = reduction
 
     def make_inner(self):
@@ -564,5 +601,5 @@ class PyramidTNTBlock(TNTBlock):
 
     def get_config(self):
         config = {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
-        del config["squeeze_excite"], config["legacy"]
+        del config["squeeze_excite"], config["legacy"], config["prefix_tokens"]
         return config

@@ -1,6 +1,7 @@
 """Files of weights that Keras wrote, into a model: all of a file, or nothing and the reason."""
 
 import collections
+import contextlib
 import re
 import warnings
 import zipfile
@@ -86,17 +87,49 @@ def read_shapes(path):
     Args:
         path: of a `.keras` or `.weights.h5` file.
     """
+    return inside(path, shapes_inside)
+
+
+def read_grid(path):
+    """(rows, columns) that a file tells of its table of the patches' positions; None without.
+
+    Args:
+        path: of a `.keras` or `.weights.h5` file.
+    """
+    shapes = read_shapes(path)
+    named = [re.fullmatch(r"(layers/position_embedding(?:_(\d+))?)/vars/0", x) for x in shapes]
+    # A patch has more dimensions than each of its words, whose table there may be too.
+    tables = [(shapes[x[0]][-1], int(x[2] or 0), x[1]) for x in named if x]
+    if not tables:
+        return None
+    *_, group = max(tables)
+    grid = inside(path, lambda content: np.ravel(content[f"{group}/vars/grid"][()]).tolist())
+    tokens = shapes[f"{group}/vars/0"][0]
+    fits = len(grid) == 2 and min(grid) > 0 and tokens - 2 <= grid[0] * grid[1] <= tokens
+    return tuple(map(int, grid)) if fits else None
+
+
+def inside(path, read):
+    """What a function reads in a file's HDF5 content."""
+    import h5py
+
     check_readable(path)
-    if not path.endswith(".keras"):
-        return shapes_inside(path, path)
-    names = [entry.filename for entry in check_archive(path)]
-    if INSIDE not in names:
-        raise damaged(path, f"it has no entry '{INSIDE}'")
-    with zipfile.ZipFile(path) as archive, archive.open(INSIDE) as entry:
-        return shapes_inside(entry, path)
+    with contextlib.ExitStack() as opened:
+        file = path
+        if path.endswith(".keras"):
+            names = [entry.filename for entry in check_archive(path)]
+            if INSIDE not in names:
+                raise damaged(path, f"it has no entry '{INSIDE}'")
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            file = opened.enter_context(archive.open(INSIDE))
+        try:
+            with h5py.File(file) as content:
+                return read(content)
+        except Exception as error:  # A damaged file raises whatever its garbage leads to.
+            raise damaged(path, str(error)) from error
 
 
-def shapes_inside(file, path):
+def shapes_inside(content):
     import h5py
 
     shapes = {}
@@ -111,11 +144,7 @@ def shapes_inside(file, path):
         if is_number and name.startswith("layers/"):  # The optimiser's lie beside them.
             shapes[name] = item.shape
 
-    try:
-        with h5py.File(file) as content:
-            content.visititems(visit)
-    except Exception as error:  # A damaged file raises whatever its garbage leads to.
-        raise damaged(path, str(error)) from error
+    content.visititems(visit)
     return shapes
 
 
