@@ -88,7 +88,7 @@ def backbone(model, levels=None, **arguments) -> Backbone:
             dtype=block.layer.dtype_policy,
             name=found.layer_prefix + level.lower(),
         )
-        outputs[level] = layer(patch_map(block, f"of_{level.lower()}"))
+        outputs[level] = layer(patch_map(found, block, f"of_{level.lower()}"))
     return Backbone(model.inputs[0], outputs, name=f"{model.name}_backbone")
 
 
