@@ -1,8 +1,8 @@
 """When the inner transformer is computed in C++, and with which of its weights.
 
-It is where `keras_tnt.compile_inference` compiles for a CPU, and where torch trains on one, if the
-block is nothing but norms, self-attention, MLP and residuals in float32, without dropout, among
-words that fill the processor's vectors.
+It is wherever words are transformed on a CPU, to train or to predict, if the block is nothing but
+norms, self-attention, MLP and residuals in float32, without dropout, among words that fill the
+processor's vectors.
 """
 
 import keras
@@ -25,30 +25,25 @@ def inner_transformer(block, words, training=False):
     Returns:
         Words of the same shape.
     """
-    operator = None
-    if learns(block, words) if training else inference_device() == "cpu":
-        operator = operator_for(block, words.shape)
+    operator = operator_for(block, words.shape) if runs_here(block, words, training) else None
     if operator is None:
         return block(words, training=training)
-    weights = weights_of(block, words.shape)
-    if not training:
-        return operator(words, weights, block.epsilon)
-    return operator(words, weights, block.epsilon, keep_of(block, words))
+    keep = keep_of(block, words) if training and block.stochastic_depth else None
+    return operator(words, weights_of(block, words.shape), block.epsilon, keep)
 
 
-def learns(block, words):
-    """Whether a block may train in C++ here."""
-    return (
-        keras.backend.backend() in runtimes.LEARNS
-        and words.device.type == "cpu"
-        and not (block.dropout or block.attention_dropout)
-        and link_observer() is None
-    )
+def runs_here(block, words, training):
+    """Whether the block is to be computed on a CPU of this process, unobserved, without dropout."""
+    if link_observer() is not None or training and (block.dropout or block.attention_dropout):
+        return False
+    if inference_device() is not None:
+        return inference_device() == "cpu" and not training
+    return runtimes.runs_here(keras.backend.backend(), words, training)
 
 
 def keep_of(block, words):
     """What stochastic depth multiplies the two branches by, `(2, batch, patches)`."""
-    ones = ops.ones((*words.shape[:2], 1, 1))
+    ones = ops.ones_like(words[..., :1, :1])
     drops = block.drop_attention, block.drop_mlp
     return ops.stack([drop(ones, training=True)[..., 0, 0] for drop in drops])
 

@@ -36,8 +36,10 @@ class Sizes(NamedTuple):
     hidden: int
     across_words: bool
 
-    def definitions(self) -> dict[str, int]:
-        return {name.upper(): int(value) for name, value in self._asdict().items()}
+    def arguments(self) -> list[str]:
+        """What the compiler is told of them."""
+        defined = [f"-D{name.upper()}={int(value)}" for name, value in self._asdict().items()]
+        return [*defined, "-include", str(HEADER)]
 
     def name(self, prefix: str = "keras_tnt") -> str:
         return "_".join([prefix, *(str(int(value)) for value in self)])
@@ -81,7 +83,7 @@ def warn_slower(reason: str) -> None:
     )
 
 
-def library(entry: str | Path, sizes: Sizes, *settings: str) -> ctypes.CDLL | None:
+def library(entry: str | Path, sizes: Sizes | None, *settings: str) -> ctypes.CDLL | None:
     """The inner transformer as a shared library, compiled for this very processor.
 
     It is kept in the folder `keras_tnt` of the user's caches (XDG_CACHE_HOME), by compiler,
@@ -89,7 +91,7 @@ def library(entry: str | Path, sizes: Sizes, *settings: str) -> ctypes.CDLL | No
 
     Args:
         entry: file of this folder by which it is called.
-        sizes: `Sizes`.
+        sizes: `Sizes`; None for what is the same for all.
         settings: further arguments for the compiler.
 
     Returns:
@@ -99,12 +101,12 @@ def library(entry: str | Path, sizes: Sizes, *settings: str) -> ctypes.CDLL | No
     command = [
         *(*compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"),
         *("-fno-math-errno", "-shared", "-fPIC", "-w"),
-        *(f"-D{name}={value}" for name, value in sizes.definitions().items()),
-        *("-include", str(HEADER), str(FOLDER / entry)),
-        *settings,
+        *(() if sizes is None else sizes.arguments()),
+        *(str(FOLDER / entry), *settings),
     ]
     try:
-        name = f"{sizes.name(Path(entry).stem)}-{fingerprint(compiler, command)}.so"
+        stem = Path(entry).stem if sizes is None else sizes.name(Path(entry).stem)
+        name = f"{stem}-{fingerprint(compiler, command)}.so"
         try:
             path = os.path.join(cache_folder(), name)
             if not os.path.exists(path):

@@ -95,9 +95,8 @@ inline void average(Vec* sum) {
   }
 }
 
-// gamma and beta: (dim, words).
-inline void layer_norm(const Channel* x, const float* gamma, const float* beta, float epsilon,
-                       Channel* y) {
+// A norm's first half. y: x less its mean; inverse: one over its deviation.
+inline void center(const Channel* x, float epsilon, Channel* y, Vec* inverse) {
   Vec mean[parts] = {}, variance[parts] = {};
   for (int c = 0; c < dim; ++c)
     for (int p = 0; p < parts; ++p) mean[p] += x[c].part[p];
@@ -109,11 +108,18 @@ inline void layer_norm(const Channel* x, const float* gamma, const float* beta, 
     }
   average(variance);
   for (int p = 0; p < parts; ++p)
-    for (int i = 0; i < lanes; ++i) variance[p][i] = 1.0f / std::sqrt(variance[p][i] + epsilon);
+    for (int i = 0; i < lanes; ++i) inverse[p][i] = 1.0f / std::sqrt(variance[p][i] + epsilon);
+}
+
+// gamma and beta: (dim, words).
+inline void layer_norm(const Channel* x, const float* gamma, const float* beta, float epsilon,
+                       Channel* y) {
+  Vec inverse[parts];
+  center(x, epsilon, y, inverse);
   for (int c = 0; c < dim; ++c)
     for (int p = 0; p < parts; ++p) {
       const int64_t at = c * words + p * lanes;
-      y[c].part[p] = y[c].part[p] * variance[p] * load(gamma + at) + load(beta + at);
+      y[c].part[p] = y[c].part[p] * inverse[p] * load(gamma + at) + load(beta + at);
     }
 }
 

@@ -68,18 +68,7 @@ struct Normed {
   Vec inverse[parts];
 
   Normed(const Channel* x, float epsilon) {
-    Vec mean[parts] = {}, variance[parts] = {};
-    for (int c = 0; c < dim; ++c)
-      for (int p = 0; p < parts; ++p) mean[p] += x[c].part[p];
-    average(mean);
-    for (int c = 0; c < dim; ++c)
-      for (int p = 0; p < parts; ++p) {
-        hat[c].part[p] = x[c].part[p] - mean[p];
-        variance[p] += hat[c].part[p] * hat[c].part[p];
-      }
-    average(variance);
-    for (int p = 0; p < parts; ++p)
-      for (int i = 0; i < lanes; ++i) inverse[p][i] = 1.0f / std::sqrt(variance[p][i] + epsilon);
+    center(x, epsilon, hat, inverse);
     for (int c = 0; c < dim; ++c)
       for (int p = 0; p < parts; ++p) hat[c].part[p] *= inverse[p];
   }
@@ -180,12 +169,13 @@ inline Vec gelu_gradient(Vec& x) {
 
 // For the patches from `first` to before `last`: din, the gradient by `in` for dout by the result,
 // and the weights' gradients, added to what stands there. keep: (2, patches), by what the branches
-// of attention and MLP were multiplied; a branch of 0 is not computed.
+// of attention and MLP were multiplied; a branch of 0 is not computed; null: all ones.
 void transform_gradient(const float* in, const float* dout, float* din, const Weights& weights,
                         const Transposed& back, Gradients& sums, const float* keep,
                         int64_t patches, float epsilon, int64_t first, int64_t last) {
   for (int64_t patch = first; patch < last; ++patch) {
-    const float keep_attention = keep[patch], keep_mlp = keep[patches + patch];
+    const float keep_attention = keep ? keep[patch] : 1.0f;
+    const float keep_mlp = keep ? keep[patches + patch] : 1.0f;
     Channel x[dim], dx[dim], branch[dim], dbranch[dim];
     Channel normed[dim], qkv[3 * dim], mixed[dim], dqkv[3 * dim];
     read(in + patch * words * dim, x);

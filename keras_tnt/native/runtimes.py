@@ -12,8 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
 from keras_tnt import native
 
 # The releases with which the tests of this package passed.
@@ -23,9 +21,6 @@ SEEN = {
     "tensorflow": ("2.21",),  # XLA's headers in the package, and the operation XlaCallModule
     "torch": ("2.13",),  # Inductor's and Dynamo's settings
 }
-
-# The backends of Keras whose operator has a gradient.
-LEARNS = ("torch",)
 
 _imported_in = os.getpid()
 _lock = threading.RLock()
@@ -65,9 +60,9 @@ def operator(backend: str, sizes: native.Sizes) -> Callable | None:
 
     Returns:
         A function (words, weights, epsilon, keep=None) to words, for words `(batch, patches, words,
-        dim)` in float32 and `native.Weights`; None, with a warning, where it cannot be had. Where
-        `LEARNS` names the backend, it has a gradient, and `keep`, `(2, batch, patches)`, is what
-        the branches of attention and MLP are multiplied by.
+        dim)` in float32 and `native.Weights`, which has a gradient; None, with a warning, where it
+        cannot be had. `keep`, `(2, batch, patches)`, is what the branches of attention and MLP are
+        multiplied by, and has no gradient.
     """
     with _lock:
         return _operator(backend, sizes)
@@ -85,166 +80,74 @@ def _operator(backend, sizes):
         return None
 
 
-def jax_operator(sizes):
+def runs_here(backend: str, words, training: bool) -> bool:
+    """Whether what a backend is about to compute, or to compile, is for a CPU of this process.
+
+    Args:
+        backend: of Keras.
+        words: the tensor, which may be one of a program that is being made.
+        training: whether it is for training; such programs do not leave the process.
+
+    Returns:
+        False also where it cannot be told, and where the backend takes no operator of ours.
+    """
+    ask = {"jax": _jax_runs_here, "tensorflow": _tensorflow_runs_here, "torch": _torch_runs_here}
+    try:
+        return backend in ask and ask[backend](words, training)
+    except Exception as error:  # of whatever kind a changed interface raises
+        native.warn_slower(f"{backend} does not say for whom a program is made: {error}")
+        return False
+
+
+def _jax_runs_here(words, training):
     import jax
 
-    library = native.library("xla.cpp", sizes, "-isystem", jax.ffi.include_dir())
-    if library is None:
-        return None
-    name = sizes.name()
-    target = jax.ffi.pycapsule(library.inner_transformer)
-    jax.ffi.register_ffi_target(name, target, platform="cpu")
+    # What is compiled for other devices or exported, the operator itself sees to.
+    return jax.default_backend() == "cpu"
 
-    def call(words, weights, epsilon):
-        result = jax.ShapeDtypeStruct(words.shape, words.dtype)
-        return jax.ffi.ffi_call(name, result)(words, *weights, epsilon=np.float32(epsilon))
 
-    return call
+def _tensorflow_runs_here(words, training):
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    if any(device.device_type != "CPU" for device in tf.config.list_logical_devices()):
+        return False
+    if training or tf.executing_eagerly():
+        return True
+    # A graph that XLA does not compile may be one that is to be saved.
+    graph = tf.compat.v1.get_default_graph()
+    return control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
+def _torch_runs_here(words, training):
+    import torch
+    from torch.autograd import forward_ad
+
+    return (
+        words.device.type == "cpu"
+        and not torch.compiler.is_exporting()
+        and not torch.jit.is_tracing()
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def jax_operator(sizes):
+    from keras_tnt.native import jax_operator
+
+    return jax_operator.make(sizes)
 
 
 def tensorflow_operator(sizes):
-    import tensorflow as tf
-    from tensorflow.compiler.tf2xla.python import xla
+    from keras_tnt.native import tensorflow_operator
 
-    name = sizes.name()
-    settings = "-isystem", tf.sysconfig.get_include(), f'-DNAME="{name}"'
-    if native.library("xla.cpp", sizes, *settings, *tf.sysconfig.get_link_flags()) is None:
-        return None
-
-    def call(words, weights, epsilon):
-        operands = [words, *weights]
-        types = [f"tensor<{'x'.join(map(str, x.shape))}xf32>" for x in operands]
-        values = [f"%operand{i}" for i in range(len(operands))]
-        parameters = ", ".join(map(": ".join, zip(values, types, strict=True)))
-        module = f"""
-            func.func public @main({parameters}) -> {types[0]} {{
-              %words = stablehlo.custom_call @{name}({", ".join(values)}) {{
-                api_version = 4 : i32, backend_config = {{epsilon = {epsilon:.9e} : f32}}
-              }} : ({", ".join(types)}) -> {types[0]}
-              return %words : {types[0]}
-            }}"""
-        (result,) = xla.call_module(
-            operands,
-            version=9,
-            module=module,
-            Tout=[words.dtype],
-            Sout=[words.shape],
-            platforms=["CPU"],
-        )
-        return result
-
-    return call
+    return tensorflow_operator.make(sizes)
 
 
 def torch_operator(sizes):
-    if torch_library(sizes) is None:
-        return None
+    from keras_tnt.native import torch_operator
 
-    def call(words, weights, epsilon, keep=None):
-        settings = sizes.heads, epsilon, sizes.across_words
-        return torch_operation()(words, list(weights), keep, *settings)
-
-    return call
-
-
-@functools.cache
-def torch_operation():
-    """The operation that torch's programs name; sizes are read off its tensors."""
-    import torch
-
-    def arguments(words, weights, keep, heads, across_words):
-        """What the C++ takes: the library, tensors side by side, and their pointers."""
-        weights = native.Weights(*(weight.contiguous() for weight in weights))
-        words = words.contiguous()
-        keep = None if keep is None else keep.contiguous()
-        sizes = native.Sizes(*words.shape[2:], heads, len(weights.fc1_bias), across_words)
-        pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
-        return torch_library(sizes), words, weights, keep, pointers
-
-    @torch.library.custom_op(
-        "keras_tnt::inner_transformer", mutates_args=(), tags=torch.Tag.flexible_layout
-    )
-    def run(
-        words: torch.Tensor,
-        weights: list[torch.Tensor],
-        keep: torch.Tensor | None,
-        heads: int,
-        epsilon: float,
-        across_words: bool,
-    ) -> torch.Tensor:
-        library, words, weights, keep, pointers = arguments(
-            words, weights, keep, heads, across_words
-        )
-        result = torch.empty_like(words)
-        library.inner_transformer(
-            *(
-                words.data_ptr(),
-                result.data_ptr(),
-                pointers,
-                keep if keep is None else keep.data_ptr(),
-            ),
-            *(epsilon, words.shape[0] * words.shape[1], torch.get_num_threads()),
-        )
-        return result
-
-    @torch.library.custom_op("keras_tnt::inner_transformer_gradient", mutates_args=())
-    def run_gradient(
-        words: torch.Tensor,
-        weights: list[torch.Tensor],
-        keep: torch.Tensor,
-        gradient: torch.Tensor,
-        heads: int,
-        epsilon: float,
-        across_words: bool,
-    ) -> list[torch.Tensor]:
-        library, words, weights, keep, pointers = arguments(
-            words, weights, keep, heads, across_words
-        )
-        gradient, result = gradient.contiguous(), torch.empty_like(words)
-        threads, counts = torch.get_num_threads(), [weight.numel() for weight in weights]
-        sums = torch.zeros(threads, sum(counts))
-        library.inner_transformer_gradient(
-            *(words.data_ptr(), gradient.data_ptr(), result.data_ptr(), pointers, keep.data_ptr()),
-            *(sums.data_ptr(), epsilon, words.shape[0] * words.shape[1], threads),
-        )
-        found = zip(sums[0].split(counts), weights, strict=True)
-        return [result, *(flat.reshape(weight.shape).clone() for flat, weight in found)]
-
-    @run.register_fake
-    def _(words, weights, keep, heads, epsilon, across_words):
-        return torch.empty_like(words, memory_format=torch.contiguous_format)
-
-    @run_gradient.register_fake
-    def _(words, weights, keep, gradient, heads, epsilon, across_words):
-        return [
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (words, *weights)
-        ]
-
-    def remember(ctx, inputs, output):
-        words, weights, keep, *ctx.settings = inputs
-        if keep is None:
-            keep = words.new_ones((2, *words.shape[:2]))
-        ctx.save_for_backward(words, keep, *weights)
-
-    def backward(ctx, gradient):
-        words, keep, *weights = ctx.saved_tensors
-        of_words, *of_weights = run_gradient(words, weights, keep, gradient, *ctx.settings)
-        return of_words, of_weights, None, None, None, None
-
-    run.register_autograd(backward, setup_context=remember)
-    return run
-
-
-@functools.cache
-def torch_library(sizes):
-    library = native.library("torch.cpp", sizes, "-fopenmp")
-    if library is not None:
-        pointer, numbers = ctypes.c_void_p, (ctypes.c_float, ctypes.c_int64, ctypes.c_int)
-        library.inner_transformer.argtypes = [*[pointer] * 4, *numbers]
-        library.inner_transformer_gradient.argtypes = [*[pointer] * 6, *numbers]
-        for function in (library.inner_transformer, library.inner_transformer_gradient):
-            function.restype = None
-    return library
+    return torch_operator.make(sizes)
 
 
 @contextlib.contextmanager

@@ -3,12 +3,16 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
-import keras_tnt
+from keras_tnt import native
 from keras_tnt.layers import TransformerBlock, fused
+from keras_tnt.layers.attention import record_attention
 from keras_tnt.layers.base import inference_on
-from keras_tnt.native import runtimes
-from tests.checks import assert_equal, compute, normal
+from keras_tnt.native import plain, runtimes
+from tests.checks import BACKEND, assert_equal, compute, gradients, normal
+from tests.test_families import tiny as tiny_of
+from tests.test_tnt import tiny as tiny_tnt
 
 
 def block_and_words(shape, **options):
@@ -17,10 +21,10 @@ def block_and_words(shape, **options):
     words = normal(shape)
     block.build(words.shape)
     # Of scores twice as large XLA's and TensorFlow's own rounding is more than 1e-6.
-    size = 1.0 if keras.backend.backend() == "torch" else 0.5
+    size = 1.0 if BACKEND == "torch" else 0.5
     weights = enumerate(block.get_weights())
     block.set_weights([size * normal(weight.shape, seed=i) for i, weight in weights])
-    return block, keras.ops.convert_to_tensor(words), compute(block, words)
+    return block, ops.convert_to_tensor(words), compute(block, words)
 
 
 @pytest.mark.parametrize(
@@ -37,29 +41,55 @@ def test_the_inner_transformer_in_cpp_is_the_inner_transformer(shape, options, m
     monkeypatch.setattr(block, "call", None)
     with inference_on("cpu"):
         assert_equal(fused.inner_transformer(block, words), expected)
+    assert_equal(fused.inner_transformer(block, words), expected)
 
 
 @pytest.mark.parametrize(
     ("device", "training", "options", "words"),
     [
-        (None, False, {}, 16),
         ("accelerator", False, {}, 16),
-        ("cpu", True, {}, 16),
+        (None, True, {"dropout": 0.1}, 16),
+        (None, True, {"attention_dropout": 0.1}, 16),
         ("cpu", False, {"squeeze_excite": True}, 16),
-        ("cpu", False, {"dtype": "mixed_bfloat16"}, 16),
-        ("cpu", False, {}, 9),
+        (None, True, {"dtype": "mixed_bfloat16"}, 16),
+        ("cpu", False, {"dtype": "float64"}, 16),
+        (None, False, {}, 9),
     ],
 )
 @pytest.mark.one_backend
 def test_all_else_is_left_to_the_block(device, training, options, words, monkeypatch):
+    block, given = left_alone(options, words, monkeypatch)
+    with inference_on(device):
+        fused.inner_transformer(block, given, training=training)
+    assert block.called == [training]
+
+
+def left_alone(options, words, monkeypatch):
+    """A block that says how it was called, and words; whoever asks for C++ fails."""
     monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
     block = TransformerBlock(num_heads=2, **options)
-    called = []
     block.build((None, 3, words, 8))
-    monkeypatch.setattr(block, "call", lambda x, training: called.append(training) or x)
-    with inference_on(device):
-        fused.inner_transformer(block, keras.ops.ones((1, 3, words, 8)), training=training)
-    assert called == [training]
+    block.called = []
+    monkeypatch.setattr(block, "call", lambda x, training: block.called.append(training) or x)
+    return block, ops.ones((1, 3, words, 8))
+
+
+@pytest.mark.one_backend
+def test_a_quantized_block_and_one_that_is_looked_into_compute_themselves(monkeypatch):
+    block, words = left_alone({}, 16, monkeypatch)
+    with record_attention():
+        fused.inner_transformer(block, words)
+    block.mlp.fc2.quantize("int8")
+    fused.inner_transformer(block, words)
+    assert block.called == [False, False]
+
+
+def test_what_lora_adds_is_computed_too():
+    block, words, before = block_and_words((2, 3, 16, 8))
+    block.attention.qkv.enable_lora(2)
+    block.attention.qkv.lora_kernel_b.assign(normal((2, 24)))
+    assert_equal(fused.inner_transformer(block, words), compute(block, words))
+    assert np.max(np.abs(compute(block, words) - before)) > 1e-3
 
 
 def test_of_an_unknown_release_the_block_computes_itself(monkeypatch):
@@ -74,9 +104,28 @@ def test_of_an_unknown_release_the_block_computes_itself(monkeypatch):
     assert_equal([result, again], [expected, expected])
 
 
-learns_in_cpp = pytest.mark.skipif(
-    keras.backend.backend() not in runtimes.LEARNS, reason="this backend trains without C++"
-)
+# === Learning ===
+
+
+class Learned(keras.layers.Layer):
+    """A block and the words that it transforms while it trains, which are a weight too."""
+
+    def __init__(self, block, words):
+        super().__init__()
+        self.block = block
+        self.words = self.add_weight(words.shape)
+        self.words.assign(words)
+        self.built = True
+
+    def call(self):
+        return fused.inner_transformer(self.block, self.words + 0.0, training=True)
+
+    def gradients(self):
+        """The result, and the gradients by words and weights."""
+        restart_seeds(self.block)
+        result = ops.convert_to_numpy(self.call())
+        restart_seeds(self.block)
+        return [result, *gradients(self, self.call, ())]
 
 
 def restart_seeds(layer):
@@ -85,64 +134,38 @@ def restart_seeds(layer):
         generator.state.assign([1, i])
 
 
-def train(block, words):
-    """What a block makes of words while it trains, and the gradients by words and weights."""
-    restart_seeds(block)
-    block.zero_grad()
-    words = words.detach().requires_grad_()
-    result = fused.inner_transformer(block, words, training=True)
-    (result * keras.ops.convert_to_tensor(normal(result.shape, seed=1))).sum().backward()
-    gradients = [words.grad, *(weight.value.grad for weight in block.trainable_weights)]
-    return [keras.ops.convert_to_numpy(x) for x in (result.detach(), *gradients)]
-
-
-@learns_in_cpp
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
         ((2, 3, 16, 8), {"qkv_bias": True, "layer_scale": 0.5}),
         ((2, 3, 16, 8), {"norm_axis": (-2, -1)}),
         ((4, 7, 32, 12), {"qkv_bias": True, "stochastic_depth": 0.4}),
-        ((5, 9, 16, 4), {"mlp_ratio": 3, "norm_axis": (-2, -1), "stochastic_depth": 0.4}),
+        ((5, 29, 16, 4), {"mlp_ratio": 3, "norm_axis": (-2, -1), "stochastic_depth": 0.4}),
     ],
 )
 def test_the_cpp_learns_what_the_block_learns(shape, options, monkeypatch):
     block, words, _ = block_and_words(shape, **options)
-    monkeypatch.setattr(fused, "learns", lambda *_: False)
-    expected = train(block, words)
-    monkeypatch.undo()
+    learned = Learned(block, words)
+    with monkeypatch.context() as without:
+        without.setattr(fused, "runs_here", lambda *_: False)
+        expected = learned.gradients()
     monkeypatch.setattr(block, "call", None)
-    found = train(block, words)
+    found = learned.gradients()
     for actual, wanted in zip(found, expected, strict=True):
         assert np.max(np.abs(actual - wanted)) <= 1e-5 * np.max(np.abs(wanted))
-    for first, second in zip(found, train(block, words), strict=True):
+    for first, second in zip(found, learned.gradients(), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-@learns_in_cpp
-def test_torch_may_compile_what_learns():
-    import torch
-
-    block, words, _ = block_and_words((2, 3, 16, 8))
-    assert fused.operator_for(block, words.shape) is not None
-    weights = [x.detach().requires_grad_() for x in fused.weights_of(block, words.shape)]
-    keep = torch.ones(2, 2, 3)
-    arguments = words.requires_grad_(), weights, keep, block.num_heads, 1e-5, False
-    torch.library.opcheck(runtimes.torch_operation(), arguments)
+def tiny(family, **arguments):
+    if family == "tnt":
+        return tiny_tnt(depth=1, **arguments)
+    return tiny_of(family, (32, 32), **arguments)
 
 
-@learns_in_cpp
-@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"attention_dropout": 0.1}])
-def test_a_block_with_dropout_learns_by_itself(options, monkeypatch):
-    monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
-    block, words, _ = block_and_words((1, 2, 16, 8), **options)
-    train(block, words)
-
-
-@learns_in_cpp
-def test_a_model_fits_alike_with_the_cpp_and_without(monkeypatch):
-    sizes = {"outer_dim": 16, "inner_dim": 8, "outer_heads": 2, "inner_heads": 2, "depth": 2}
-    model = keras_tnt.TNT(input_shape=(32, 32, 3), classes=3, stochastic_depth=0.2, **sizes)
+@pytest.mark.parametrize("family", ["tnt", "pyramid_tnt"])
+def test_a_model_fits_alike_with_the_cpp_and_without(family, monkeypatch):
+    model = tiny(family, stochastic_depth=0.2)
     start, used = model.get_weights(), []
     inner = fused.operator_for
     monkeypatch.setattr(fused, "operator_for", lambda *a: used.append(inner(*a)) or used[-1])
@@ -151,11 +174,130 @@ def test_a_model_fits_alike_with_the_cpp_and_without(monkeypatch):
         restart_seeds(model)
         model.set_weights(start)
         model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
-        model.fit(normal((8, 32, 32, 3)), np.arange(8) % 3, batch_size=4, shuffle=False, verbose=0)
+        model.fit(normal((7, 32, 32, 3)), np.arange(7) % 3, batch_size=4, shuffle=False, verbose=0)
         return model.get_weights()
 
     found = fit()
     assert used and None not in used
-    monkeypatch.setattr(fused, "learns", lambda *_: False)
+    monkeypatch.setattr(fused, "runs_here", lambda *_: False)
     for actual, wanted in zip(found, fit(), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5)
+
+
+# === Derivatives of derivatives, and what is exported ===
+
+
+@pytest.fixture
+def operation():
+    """A function of words through the operator, the same in plain operations, and words."""
+    block, words, _ = block_and_words((2, 3, 16, 8))
+    operator, weights = fused.operator_for(block, words.shape), fused.weights_of(block, words.shape)
+    weights = [ops.stop_gradient(ops.convert_to_tensor(weight)) for weight in weights]
+    keep = ops.convert_to_tensor(1.5 * (normal((2, 2, 3)) > -0.5).astype("float32"))
+    sizes = native.Sizes(16, 8, heads=2, hidden=32, across_words=False)
+    return (
+        lambda x: ops.sum(ops.square(operator(x, weights, 1e-5, keep))),
+        lambda x: ops.sum(ops.square(plain.inner_transformer(x, weights, keep, sizes, 1e-5))),
+        words,
+    )
+
+
+def gradient_of_gradient(function, words):
+    if BACKEND == "jax":
+        import jax
+
+        return jax.grad(lambda x: ops.sum(ops.square(jax.grad(function)(x))))(words)
+    if BACKEND == "torch":
+        import torch
+
+        words = words.detach().requires_grad_()
+        (first,) = torch.autograd.grad(function(words), words, create_graph=True)
+        return torch.autograd.grad(ops.sum(ops.square(first)), words)[0]
+    import tensorflow as tf
+
+    with tf.GradientTape() as second:
+        second.watch(words)
+        with tf.GradientTape() as first:
+            first.watch(words)
+            value = function(words)
+        value = ops.sum(ops.square(first.gradient(value, words)))
+    return second.gradient(value, words)
+
+
+def test_the_gradient_has_a_gradient(operation):
+    in_cpp, in_plain, words = operation
+    found, expected = (gradient_of_gradient(function, words) for function in (in_cpp, in_plain))
+    assert_close_relatively(found, expected)
+
+
+def assert_close_relatively(found, expected):
+    found, expected = ops.convert_to_numpy(found), ops.convert_to_numpy(expected)
+    assert np.max(np.abs(found - expected)) <= 1e-5 * np.max(np.abs(expected))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="these transformations are JAX's")
+def test_jax_transforms_it(operation):
+    import jax
+
+    in_cpp, in_plain, words = operation
+    several = ops.stack([words, -words])
+    for transform in (
+        lambda function: jax.jvp(function, (words,), (words,))[1],
+        lambda function: jax.vmap(jax.grad(function))(several),
+        lambda function: jax.grad(jax.checkpoint(function))(words),
+        lambda function: jax.jvp(jax.grad(function), (words,), (words,))[1],
+    ):
+        assert_close_relatively(transform(in_cpp), transform(in_plain))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="these transformations are torch's")
+def test_torch_transforms_the_block_itself():
+    import torch
+
+    block, words, _ = block_and_words((2, 3, 16, 8))
+
+    def function(x):
+        return torch.sum(fused.inner_transformer(block, x, training=True) ** 2)
+
+    learned = words.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(learned), learned)
+    assert_close_relatively(torch.func.grad(function)(words), gradient)
+    several, value = torch.stack([words, words]), function(words)
+    assert_close_relatively(torch.vmap(function)(several), torch.stack([value, value]))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch's own check")
+def test_torch_may_compile_what_learns():
+    import torch
+
+    from keras_tnt.native import torch_operator
+
+    block, words, _ = block_and_words((2, 3, 16, 8))
+    assert fused.operator_for(block, words.shape) is not None
+    weights = [
+        ops.convert_to_tensor(x).detach().requires_grad_()
+        for x in fused.weights_of(block, words.shape)
+    ]
+    keep = torch.ones(2, 2, 3)
+    arguments = words.requires_grad_(), weights, keep, block.num_heads, 1e-5, False
+    torch.library.opcheck(torch_operator.run, arguments)
+
+
+def test_what_leaves_the_process_has_no_operator_of_ours():
+    model = tiny("tnt")
+    images = ops.ones((2, 32, 32, 3))
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        traced = tf.function(model).get_concrete_function(images)
+        assert "XlaCallModule" not in str(traced.graph.as_graph_def())
+    elif BACKEND == "torch":
+        import torch
+
+        exported = torch.export.export(model, (images,), strict=False)
+        assert "keras_tnt" not in str(exported.graph)
+    else:
+        import jax
+
+        exported = jax.export.export(jax.jit(model))(images)
+        assert "custom_call @keras_tnt" not in exported.mlir_module()

@@ -1,0 +1,19 @@
+// The inner transformer for XLA's custom calls: what xla.cpp, compiled once for all sizes, finds here
+// by name.
+#include "inner_transformer_gradient.h"
+#include "kernel.h"
+
+static void run(const float* in, float* out, const float* const* pointers, const float* keep,
+                float epsilon, int64_t patches, int64_t first, int64_t last) {
+  transform(in, out, as_weights(pointers), epsilon, first, last, keep, patches);
+}
+
+static void run_gradient(const float* in, const float* dout, float* din,
+                         const float* const* pointers, const float* keep, float* sums,
+                         float epsilon, int64_t patches, int64_t first, int64_t last) {
+  const Weights weights = as_weights(pointers);
+  transform_gradient(in, dout, din, weights, Transposed(weights),
+                     *reinterpret_cast<Gradients*>(sums), keep, patches, epsilon, first, last);
+}
+
+extern "C" const Kernel kernel = {words * dim, weight_count, gradient_count, run, run_gradient};

@@ -1,0 +1,17 @@
+// What kernel.cpp, compiled for each size, offers to xla.cpp, which is compiled once.
+#pragma once
+#include <cstdint>
+
+// Both functions are for the patches from `first` to before `last` of `patches`; see `transform` in
+// inner_transformer.h and `transform_gradient` in inner_transformer_gradient.h. pointers: to the
+// weights, in the order of `Weights`; sums: of their gradients, in the same order.
+struct Kernel {
+  int64_t patch_size;  // numbers of a patch
+  int64_t weight_count;
+  int64_t gradient_count;  // numbers of all weights
+  void (*run)(const float* in, float* out, const float* const* pointers, const float* keep,
+              float epsilon, int64_t patches, int64_t first, int64_t last);
+  void (*run_gradient)(const float* in, const float* dout, float* din,
+                       const float* const* pointers, const float* keep, float* sums,
+                       float epsilon, int64_t patches, int64_t first, int64_t last);
+};
