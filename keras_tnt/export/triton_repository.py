@@ -19,7 +19,7 @@ from keras_tnt.export.pictures import TOP, PictureModel
 from keras_tnt.export.requirements import require
 from keras_tnt.export.triton_config import configuration
 from keras_tnt.export.verification import draw_picture, picture_examples, verify, verify_names
-from keras_tnt.files import check_space, flush_to_disk, scratch
+from keras_tnt.files import check_space, flush_to_disk, scratch, telling_of_a_full_disk
 
 PACKAGE = Path(__file__).parent.parent
 SERVERS = PACKAGE / "export" / "servers"
@@ -106,7 +106,7 @@ def triton(
     check_space(repository, needed, "The export")
 
     os.makedirs(repository, exist_ok=True)
-    with files.telling_of_a_full_disk(repository), scratch(beside(repository)) as aside:
+    with telling_of_a_full_disk(repository, files.WHAT), scratch(beside(repository)) as aside:
         for part in parts:
             part.write_home(aside, settings)
         path = onnx(
