@@ -34,6 +34,8 @@ def load_images(image_bytes, size, covered, channels=3):
     shape = (*size, channels)
     batch = tf.shape(image_bytes, tf.int64)[0]
 
+    # AutoGraph, which nothing here needs, writes files that it removes at the process's end alone.
+    @tf.autograph.experimental.do_not_convert
     def numbered(place, encoded):
         image = upright(decode(encoded, channels), orientation(encoded))
         return place, evaluation_crop(image, size, covered)
