@@ -52,8 +52,6 @@ def operator_for(block, words_shape):
     """What `runtimes.operator` gives for a block; None where there is no C++ for it."""
     if len(words_shape) != 4 or words_shape[2] % native.LANES or not is_plain(block):
         return None
-    if None in words_shape:  # which a graph of TensorFlow's has yet to come
-        return None
     sizes = native.Sizes(
         *words_shape[2:],
         heads=block.num_heads,
