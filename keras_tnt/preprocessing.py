@@ -10,6 +10,7 @@ from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.images import evaluation_pixels, open_picture
 from keras_tnt.layers.ends import along_channels
+from keras_tnt.layers.grid import ceil_divide
 
 # === Images ===
 
@@ -115,7 +116,7 @@ def pad_to_fit(images, model: keras.Model):
         colour = colour.mean(keepdims=True)
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
         colour = colour.round()
-    colour = along_channels(colour, image.data_format)[0]
+    colour = along_channels(colour, image.data_format)
     for axis, wanted in zip(axes, (image.height, image.width), strict=True):
         sizes = [*(ops.shape(images) if None in shape else images.shape)]
         missing = fitting_side(found, sizes[axis], wanted) - sizes[axis]
@@ -147,7 +148,7 @@ def fitting_side(found, side, wanted):
     # As many patches as there are in the squares that a stage pools.
     least = max(1, *((block.reduction - 1) * 2**block.stage + 1 for block in found.blocks))
     multiple = found.image.multiple_of or 1
-    count = -(-side // multiple)
+    count = ceil_divide(side, multiple)
     return multiple * (max(count, least) if isinstance(side, int) else ops.maximum(count, least))
 
 

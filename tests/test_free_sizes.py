@@ -5,9 +5,13 @@ import functools
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_tnt
+from keras_tnt import inference
+from keras_tnt.export.onnx_runtime import use_native
 from keras_tnt.layers import PositionEmbedding, RelativePosition
+from keras_tnt.layers.base import without_initial_values
 from keras_tnt.layers.grid import resampling_matrix
 from tests.checks import BACKEND, assert_equal, compute, gradients, normal
 from tests.golden import assert_close
@@ -192,3 +196,220 @@ def test_shapes_that_no_model_takes_are_refused_when_it_is_built():
     ):
         with pytest.raises(ValueError, match=said):
             keras_tnt.DeiT(input_shape=shape)
+
+
+# === Files ===
+
+
+@pytest.mark.parametrize("name", ["tnt", "pyramid_tnt"])
+def test_files_are_those_of_a_model_of_one_size(name, models, tmp_path):
+    free, of_size = models(name)
+    native, other = of_size(NATIVE), of_size(SIZES[-1])
+    grid = keras_tnt.anatomy(native).grid
+    image = keras_tnt.anatomy(free).image
+    assert (image.height, image.width, image.native_size) == (None, None, NATIVE)
+
+    path = tmp_path / "free.weights.h5"
+    free.save_weights(path)
+    for layer, value in zip(other.layers, weights_at(other, path), strict=True):
+        for variable, found in zip(layer.variables, value, strict=True):
+            assert_close(variable, found, 1e-5)
+
+    free.save(tmp_path / "free.keras")
+    loaded = keras.models.load_model(tmp_path / "free.keras")
+    images = pixels(SIZES[-1])
+    expected = compute(free, images)
+    assert_close(compute(loaded, images), expected, 1e-6)
+
+    # From other files the tables have the grid that the file is for, too, if it is square.
+    square = of_size((64, 64))
+    keras_tnt.save_checkpoint(square, tmp_path / "square.safetensors")
+    square.save(tmp_path / "square.keras")
+    for file in ("square.safetensors", "square.keras"):
+        copy = BUILD[name](size=ANY, weights=tmp_path / file)
+        assert keras_tnt.anatomy(copy).image.native_size == (64, 64)
+        assert [v.shape for v in copy.weights] == [v.shape for v in square.weights]
+    assert grid == keras_tnt.anatomy(native).grid
+
+
+def weights_at(model, path):
+    """The variables of each layer of a model, as it has them once it has loaded a file."""
+    before = model.get_weights()
+    expected = [[np.array(v) for v in map(ops.convert_to_numpy, x.variables)] for x in model.layers]
+    model.set_weights([np.zeros_like(w) for w in before])
+    model.load_weights(path)
+    return expected
+
+
+def test_a_shared_folder_holds_a_model_of_any_size(models, tmp_path):
+    free, _ = models("tnt")
+    keras_tnt.save_pretrained(free, tmp_path / "bundle")
+    copy = keras_tnt.load_pretrained(tmp_path / "bundle")
+    assert copy.input_shape == (None, None, None, 3)
+    assert keras_tnt.anatomy(copy).image.native_size == NATIVE
+    images = pixels(SIZES[1])
+    assert_close(compute(copy, images), compute(free, images), 1e-6)
+
+
+@pytest.mark.one_backend
+def test_tables_are_for_the_size_of_the_variant():
+    with without_initial_values():
+        for name, size in (("deit_tiny", 224), ("pyramid_tnt_tiny", 192), ("cait_xxs24", 224)):
+            model = keras_tnt.create_model(name, weights=None, input_shape=(None, None, 3))
+            assert keras_tnt.anatomy(model).image.native_size == (size, size)
+
+
+# === What models are used for ===
+
+
+@pytest.mark.parametrize("name", ["tnt", "pyramid_tnt"])
+def test_looking_inside_sees_the_grid_of_the_images(name, models):
+    free, of_size = models(name)
+    size = SIZES[-1]
+    fixed, images = of_size(size), pixels(size, batch=1)
+    inspection = keras_tnt.inspection
+    found, expected = (inspection.attention_maps(model, images) for model in (free, fixed))
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert_close(found[key], value, 1e-5)
+    rollouts = (inspection.attention_rollout(model, images) for model in (free, fixed))
+    assert_close(*rollouts, 1e-5)
+    for level in ("patches", "words"):
+        maps = (inspection.relevance(model, images, 1, level=level) for model in (free, fixed))
+        assert_close(*maps, 1e-4)
+    for ours, theirs in zip(
+        *(inspection.feature_maps(model)(images) for model in (free, fixed)), strict=True
+    ):
+        assert ours.shape == theirs.shape
+        assert_close(ours, theirs, 1e-5)
+
+
+def test_a_model_without_its_top_gives_a_map(models):
+    free, _ = models("tnt")
+    bare = BUILD["tnt"](size=ANY, include_top=False, weights=free.weights_file)
+    assert bare.output_shape == (None, None, None, 16)
+    fixed = BUILD["tnt"](size=SIZES[-1], include_top=False, weights=free.weights_file)
+    images = pixels(SIZES[-1])
+    expected = compute(fixed, images)
+    assert expected.shape == (2, 4, 5, 16)
+    assert_close(compute(bare, images), expected, 1e-5)
+    assert keras_tnt.backbone(bare)(images)["P5"].shape == (2, 2, 2, 16)
+
+
+def test_fit_takes_batches_of_any_size(models):
+    model = BUILD["deit"](size=ANY, weights=models("deit")[0].weights_file)
+    before = model.get_weights()
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    losses = [model.train_on_batch(pixels(size), np.array([0, 1])) for size in SIZES]
+    assert np.all(np.isfinite(losses))
+    for old, new in zip(before, model.get_weights(), strict=True):
+        assert np.any(old != new)
+    assert np.isfinite(model.evaluate(pixels(SIZES[0]), np.array([0, 1]), verbose=0))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_keeps_a_bounded_number_of_sizes(models, monkeypatch):
+    free, of_size = models("tnt")
+    made = []
+    make = inference.with_second_choice
+    monkeypatch.setattr(
+        inference, "with_second_choice", lambda *told: made.append(told[-1]) or make(*told)
+    )
+    predict = keras_tnt.compile_inference(free, max_sizes=1)
+    for size in (NATIVE, SIZES[1], SIZES[1]):
+        for batch in (1, 3):
+            expected = compute(of_size(size), pixels(size, batch))
+            assert_close(predict(pixels(size, batch)), expected, 1e-5)
+    assert made == [(*NATIVE, 3), (*SIZES[1], 3)]
+    with pytest.raises(ValueError, match=r"`max_sizes` must be a positive integer. Received: 0"):
+        keras_tnt.compile_inference(free, max_sizes=0)
+
+
+def test_images_are_loaded_at_the_native_size(models):
+    free, of_size = models("deit")
+    picture = np.random.default_rng(0).integers(0, 256, (50, 90, 3), "uint8")
+    loaded = keras_tnt.load_image(picture, free)
+    assert_equal(loaded, keras_tnt.load_image(picture, of_size(NATIVE)))
+
+
+@pytest.mark.parametrize("kind", ["float32", "uint8", "tensor"])
+def test_padding_adds_the_mean_colour_below_and_to_the_right(kind, models):
+    free, _ = models("deit")
+    images = np.random.default_rng(0).integers(0, 256, (2, 33, 48, 3), "uint8")
+    given = images if kind == "uint8" else images.astype("float32")
+    padded = keras_tnt.pad_to_fit(ops.convert_to_tensor(given) if kind == "tensor" else given, free)
+    padded = ops.convert_to_numpy(padded)
+    assert padded.shape == (2, 48, 48, 3) and padded.dtype == given.dtype
+    assert_equal(padded[:, :33], given)
+    mean = 255 * np.array(keras_tnt.anatomy(free).image.mean)
+    wanted = mean.round() if kind == "uint8" else mean
+    np.testing.assert_allclose(padded[:, 33:], np.broadcast_to(wanted, (2, 15, 48, 3)), rtol=1e-6)
+    one = keras_tnt.pad_to_fit(given[0], free)
+    assert_equal(one, padded[0])
+    assert keras_tnt.pad_to_fit(one, free) is one
+
+
+def test_padding_of_models_of_other_kinds(models):
+    pyramid, of_size = models("pyramid_tnt")
+    assert keras_tnt.pad_to_fit(pixels((7, 41)), pyramid).shape == (2, 16, 48, 3)
+    fixed = of_size(NATIVE)
+    assert keras_tnt.pad_to_fit(pixels((30, 48)), fixed).shape == (2, *NATIVE, 3)
+    with pytest.raises(ValueError, match="Received larger ones"):
+        keras_tnt.pad_to_fit(pixels((33, 48)), fixed)
+    with pytest.raises(ValueError, match="or a batch of them"):
+        keras_tnt.pad_to_fit(np.zeros((32, 32, 4)), pyramid)
+    outside = BUILD["deit"](size=ANY, include_preprocessing=False)
+    assert_equal(keras_tnt.pad_to_fit(np.ones((15, 16, 3)), outside)[15], np.zeros((16, 3)))
+    keras.config.set_image_data_format("channels_first")
+    turned = BUILD["deit"](size=ANY)
+    assert keras_tnt.pad_to_fit(np.zeros((3, 20, 16)), turned).shape == (3, 32, 16)
+
+
+# === Exports ===
+
+
+@pytest.mark.slow
+@pytest.mark.one_backend
+def test_onnx_runs_at_every_size(models, tmp_path):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    for name in ("tnt", "pyramid_tnt"):
+        free, of_size = models(name)
+        path = keras_tnt.export.onnx(free, tmp_path / f"{name}.onnx")
+        plain = onnxruntime.InferenceSession(path)
+        assert plain.get_inputs()[0].shape == ["batch", "height", "width", 3]
+        proto = onnx.load(path)
+        use_native(proto, "keras_tnt")
+        count = [node.op_type for node in proto.graph.node].count("InnerTransformer")
+        assert count == sum(b.inner is not None for b in keras_tnt.anatomy(free).blocks)
+        for session in (plain, keras_tnt.export.onnx_session(path)):
+            for size in SIZES:
+                for batch in (1, 3):
+                    images = pixels(size, batch)
+                    (found,) = session.run(["probabilities"], {"images": images})
+                    assert_close(found, compute(of_size(size), images), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_saved_model_runs_at_every_size(models, tmp_path):
+    pytest.importorskip("tensorflow_serving")
+    runtimes = pytest.importorskip("tests.savedmodels.runtimes")
+    free, of_size = models("tnt")
+    path = keras_tnt.export.saved_model(free, tmp_path / "tnt", signatures=["serving_default"])
+    session = runtimes.CSession(path)
+    for size in SIZES:
+        for batch in (1, 3):
+            images = pixels(size, batch)
+            given = {"serving_default_images:0": images}
+            outputs = [f"StatefulPartitionedCall:{i}" for i in range(2)]
+            found = session.run(given, outputs)
+            expected = compute(of_size(size), images)
+            assert min(np.abs(x - expected).max() for x in found) < 1e-5 * np.ptp(expected)
+    with pytest.raises(RuntimeError, match="nearest size that fits is 32x48"):
+        session.run({"serving_default_images:0": pixels((33, 47))}, outputs)
+
+
+@pytest.mark.one_backend
+def test_files_for_one_size_are_refused(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_tnt.export.edge.require", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="takes images of any size, and such a file is for one"):
+        keras_tnt.export.litert(models("deit")[0], tmp_path / "model.tflite")

@@ -49,6 +49,7 @@ def onnx(
         path: of the file, ending in `.onnx`; one that exists is replaced.
         opset: version of the operators, 13 to 18 or 23; None: 18. 23 has attention as one operator
             and is the fastest in ONNX Runtime, which reads it from its version 1.23 on.
+            Of images of any size attention stays as 18 writes it.
         signature: `"images"` gives `probabilities` and `logits`, `"features"` the vector that the
             classifier reads.
         precision: `"float32"`; `"float16"`: weights and arithmetic, but for softmax and the

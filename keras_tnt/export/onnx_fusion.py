@@ -78,6 +78,8 @@ def attention(graph):
             continue
         last, tensors, sizes, bias, scale, heads = found
         (name,) = last.output
+        if None in graph.shapes[name][1:] or None in sum(sizes, ()):
+            continue  # images of any size: the operator's reshapes would have two sizes open
         inputs = [f"{name}/{kind}" for kind in ("query", "key", "value")]
         nodes = [
             graph.reshape(tensor, (-1, *size), x)
@@ -241,7 +243,8 @@ class Graph:
 
         Returns:
             (last node, the tensors of query, key and value with heads behind tokens, their (tokens,
-            dim), name of the bias or None, scale, heads); None if it is no attention.
+            dim), of which tokens may be None, name of the bias or None, scale, heads); None if it
+            is no attention.
         """
         scores, bias = self.maker.get(softmax.input[0]), None
         if scores is not None and scores.op_type == "Add" and self.constant(scores) is not None:
@@ -251,9 +254,9 @@ class Graph:
         if scores is None or scores.op_type != "MatMul" or product is None:
             return None
         names = [*scores.input, product.input[1]]
-        query, key, value = shapes = [self.shapes.get(name, ()) for name in names]
+        query, key, value = [self.shapes.get(name, ()) for name in names]
         rank = len(query)
-        if rank < 4 or None in sum((shape[1:] for shape in shapes), ()):
+        if rank < 4 or None in (*query[-3:-2], *query[-1:]):
             return None
         if not query[:-2] == key[:-2] == value[:-2]:
             return None

@@ -139,7 +139,7 @@ def inner_transformer(graph, attended, tensors, heads):
     norm_attention = walk.maker(qkv.input[0], "LayerNormalization")
     words = norm_attention.input[0]
     shape = graph.shapes.get(words, ())
-    if len(shape) != 4 or None in shape[1:] or shape[2] % native.LANES:
+    if len(shape) != 4 or None in shape[2:] or shape[2] % native.LANES:
         raise NoMatch
     projection = walk.taker(graph.origin(attended), "MatMul")
     middle = walk.residual(walk.biased(projection), graph.origin(words))

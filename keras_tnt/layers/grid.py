@@ -25,7 +25,8 @@ def product(*sizes):
 
 def ceil_divide(size, divisor):
     """How many of `divisor` it takes to cover a size, which may be None or symbolic."""
-    return None if size is None else -(-size // divisor)
+    # Of positive numbers alone: tf2onnx writes a division of integers that rounds towards zero.
+    return None if size is None else (size + divisor - 1) // divisor
 
 
 def checked(x, sides, fits, told):
