@@ -142,15 +142,16 @@ def main(directory, kind, kills):
             else:
                 whole += 1
             if os.waitpid(reader, os.WNOHANG)[0]:
-                raise SystemExit("the reader found what is not whole: see read.log")
+                raise SystemExit("the reader ended, for what it read or otherwise: see read.log")
         finish(begin_export(directory, kind)[0], "export.log")
         whole += 1
         (directory / "stop").touch()
         finish(reader, "read.log")
         check_nothing_is_left(directory, kind)
     finally:
-        read = (directory / "read.txt").read_text().split() if killed else []
-        counted = {"killed": killed, "whole": whole, "read": len(read)}
+        found = directory / "read.txt"
+        seen = len(found.read_text().split()) if found.exists() else 0
+        counted = {"killed": killed, "whole": whole, "read": seen}
         print(json.dumps({**counted, "processor_seconds_undisturbed": length}), flush=True)
 
 
