@@ -97,9 +97,9 @@ def test_where_the_compiler_fails_predictions_are_slower_and_right(images, monke
     compiler = f"{keras.backend.backend()}_program"
     make, made = getattr(inference, compiler), []
 
-    def failing_at_first(model):
+    def failing_at_first(model, image_shape):
         made.append(model)
-        return refuse if len(made) == 1 else make(model)
+        return refuse if len(made) == 1 else make(model, image_shape)
 
     def refuse(images):
         raise ValueError("unknown custom call")
