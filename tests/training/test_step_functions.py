@@ -203,8 +203,9 @@ def test_mixup_keeps_its_share_and_ends_before_the_last_epochs(monkeypatch):
     monkeypatch.setattr(np.random, "default_rng", generator)
     mixing = step_functions.draw_mixing(values, 5, (32, 48), 2)
     assert mixing.tolist() == [0.625, 0, 0, 0, 0] and seeds == [[0, 5, 2]]
-    last = step_functions.draw_mixing(values, 5, (32, 48), 3)
-    assert last.tolist() == [1, 0, 0, 0, 0]
+    for epoch in (3, 4):
+        last = step_functions.draw_mixing(values, 5, (32, 48), epoch)
+        assert last.tolist() == [1, 0, 0, 0, 0]
     nothing = configuration.make("digits", mixup=0.0, cutmix=0.0)
     assert step_functions.draw_mixing(nothing, 5, (32, 48), 0).tolist() == [1, 0, 0, 0, 0]
 
@@ -368,3 +369,21 @@ def test_a_step_is_what_numpy_makes_of_it(of_one_matrix, devices, case, request)
     assert float(norm) == pytest.approx(np.sqrt(sum((g**2).sum() for g in gradients)), rel=1e-5)
     for weights, first, gradient in zip(model.get_weights(), before, gradients, strict=True):
         np.testing.assert_allclose(weights, first - 0.5 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_an_evaluation_takes_the_mean_of_the_heads_and_counts_by_weight(of_one_matrix, one_device):
+    with one_device.scope():
+        model = of_one_matrix(2)
+    step = step_functions.make_evaluation_step(one_device, model, CLASSES)
+    data = eight_images()
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(4)
+    found = step_functions.evaluate(one_device, step, dataset)
+    flat = data["image"].reshape(8, -1) / 255
+    probabilities = softmax(sum(flat @ w for w in model.get_weights()) / 2)
+    weight, labels = data["weight"], data["label"]
+    losses = -np.log(probabilities[np.arange(8), labels])
+    right = probabilities.argmax(axis=-1) == labels
+    assert found["images"] == weight.sum()
+    assert found["evaluation_loss"] == pytest.approx((losses * weight).sum() / weight.sum())
+    assert found["accuracy"] == pytest.approx((right * weight).sum() / weight.sum())
+    assert found["top5_accuracy"] == 1

@@ -20,7 +20,7 @@ import numpy as np
 
 from tests.training.killing import STEPS, fork, outcome
 
-PATIENCE = 400  # seconds, in which the trainer has to make progress
+PATIENCE = 900  # seconds, in which the trainer has to make progress
 
 
 def free_addresses(number):
