@@ -386,20 +386,3 @@ def test_randaugment_applies_the_ops_that_were_drawn_at_even_odds(monkeypatch):
     np.testing.assert_array_equal(given([2, 9], [[0.1, 0.1], [0.5, 0.1]]), darker)
     np.testing.assert_array_equal(given([5, 9], [[0.1, 0.1], [0.1, 0.5]]), inverted)
     np.testing.assert_array_equal(given([2, 9], [[0.1, 0.5], [0.1, 0.5]]), image)
-
-
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_randaugment_s_ops_are_told_their_share_of_the_magnitude(monkeypatch, sign):
-    told = {
-        **{"autocontrast": (), "equalize": (), "invert": (), "rotate": (sign * 15, "fill")},
-        **{"posterize": (2,), "solarize": (128,), "solarize_add": (55,)},
-        **dict.fromkeys(("color", "contrast", "brightness", "sharpness"), (1 + sign * 0.45,)),
-        **dict.fromkeys(("shear_x", "shear_y"), (sign * 0.15, "fill")),
-        **dict.fromkeys(("translate_x", "translate_y"), (sign * 0.225, "fill")),
-    }
-    for (name, expected), op in zip(told.items(), augmentation.RANDAUGMENT, strict=True):
-        monkeypatch.setattr(augmentation, name, lambda image, *arguments: arguments)
-        found = op("image", 0.5, sign, "fill")
-        assert len(found) == len(expected)
-        for value, wanted in zip(found, expected, strict=True):
-            assert value == (wanted if wanted == "fill" else pytest.approx(wanted)), name
