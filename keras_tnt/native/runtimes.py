@@ -18,6 +18,7 @@ from keras_tnt import native
 SEEN = {
     "jax": ("0.10",),  # custom calls of typed buffers, from headers in the package
     "onnxruntime": ("1.31",),  # the table of its C functions
+    "openvino": ("2026.4",),  # headers and libraries in the package
     "tensorflow": ("2.21",),  # XLA's headers in the package, and the operation XlaCallModule
     "torch": ("2.13",),  # Inductor's and Dynamo's settings
 }
@@ -194,3 +195,34 @@ def register_in_onnxruntime(options, sizes: native.Sizes, domain: str) -> bool:
             native.warn_slower(f"ONNX Runtime refused it: {error}")
             return False
         return True
+
+
+def extend_openvino(core, sizes: native.Sizes, domain: str) -> bool:
+    """Add the C++ as the operation `InnerTransformer` of a domain.
+
+    Args:
+        core: an `openvino.Core`.
+        sizes: of the inner transformer.
+        domain: of the operation.
+
+    Returns:
+        Whether it could be done; if not, with a warning.
+    """
+    with _lock:
+        if not is_seen("openvino"):
+            return False
+        try:
+            folder = os.path.dirname(sys.modules["openvino"].__file__)
+            libraries = os.path.join(folder, "libs")
+            needed = ("libopenvino.so", "libopenvino_onnx_frontend.so", "libtbb.so")
+            named = [name for name in sorted(os.listdir(libraries)) if name.startswith(needed)]
+            settings = ["-isystem", os.path.join(folder, "include"), f'-DDOMAIN="{domain}"']
+            settings += [f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
+            settings += [f"-l:{name}" for name in named]
+            library = native.library("openvino.cpp", sizes, *settings)
+            if library is not None:
+                core.add_extension(library._name)
+        except Exception as error:  # of whatever kind a changed interface raises
+            native.warn_slower(f"OpenVINO refused it: {error}")
+            return False
+        return library is not None

@@ -1,0 +1,101 @@
+"""An exported file in OpenVINO, its inner transformers in C++."""
+
+import os
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from keras_tnt.export.onnx_runtime import use_native
+from keras_tnt.export.requirements import require
+from keras_tnt.native import processor, runtimes
+
+HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def openvino_session(path: str | os.PathLike, precision: str | None = None) -> Callable:
+    """Open a file of `keras_tnt.export.onnx` or `.openvino` in OpenVINO on the CPU.
+
+    Of an ONNX file in float32 the transformers among words become an operation of ours, which the
+    machine's C++ compiler makes for its processor, some seconds of work for the first process that
+    needs it. Where it cannot be had, a warning says so, and the file runs as it is. So do other
+    files, and those of models without words.
+
+    Args:
+        path: of the file, ending in `.onnx` or `.xml`.
+        precision: `"float32"`; `"bfloat16"`: the arithmetic that OpenVINO takes to gain from it,
+            among words float32 where they are our operation; on a processor without, a warning, and
+            float32. None: float32.
+
+    Returns:
+        A function from a batch of images, `(batch, height, width, channels)` or as the model takes
+        them, to a dict of arrays by output name. Threads may share it. It raises a ValueError for
+        images that do not fit, and a RuntimeError in a process forked after the file was opened.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ImportError: if `openvino` is not installed.
+        ValueError: for another precision, or another kind of file.
+
+    Example:
+
+    >>> predict = keras_tnt.export.openvino_session("tnt_small.onnx", precision="bfloat16")
+    >>> predict(images)["probabilities"]
+    """
+    require("openvino", package="openvino")
+    import openvino
+
+    if precision not in (None, *HINTS):
+        raise ValueError(
+            f"`precision` must be None or one of {', '.join(HINTS)}. Received: {precision!r}"
+        )
+    path = os.path.abspath(os.fspath(path))
+    kind = os.path.splitext(path)[1]
+    if kind not in (".onnx", ".xml"):
+        raise ValueError(f"`path` must end in .onnx or .xml. Received: '{path}'")
+    for needed in (path, *([path[:-4] + ".bin"] if kind == ".xml" else [])):
+        if not os.path.isfile(needed):
+            raise FileNotFoundError(
+                f"There is no file '{needed}'; `keras_tnt.export.onnx` and `.openvino` write them."
+            )
+    if precision == "bfloat16" and not processor.takes_bfloat16():
+        precision = "float32"
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": HINTS[precision or "float32"]}
+    compiled = core.compile_model(read(core, path), "CPU", settings)
+    names = [output.get_any_name() for output in compiled.outputs]
+    wanted = compiled.inputs[0].get_partial_shape()
+    opened_in, lock, idle = os.getpid(), threading.Lock(), []
+
+    def predict(images):
+        runtimes.refuse_fork(opened_in)
+        images = np.ascontiguousarray(images, "float32")
+        if not wanted.compatible(openvino.PartialShape(images.shape)) or not len(images):
+            raise ValueError(
+                f"Images must have the shape {wanted}, where ? may be any. Received: {images.shape}"
+            )
+        with lock:
+            request = idle.pop() if idle else compiled.create_infer_request()
+        try:
+            results = request.infer([images], share_inputs=True)
+            return dict(zip(names, results.to_tuple(), strict=True))
+        finally:
+            with lock:
+                idle.append(request)
+
+    return predict
+
+
+def read(core, path):
+    """A file as a model of OpenVINO, with our operation where that is possible."""
+    if path.endswith(".onnx"):
+        require("onnx")
+        import onnx
+
+        proto = onnx.load(path)
+        operations = use_native(proto, "keras_tnt")
+        if operations and all(
+            runtimes.extend_openvino(core, sizes, domain) for domain, sizes in operations.items()
+        ):
+            return core.read_model(proto.SerializeToString())
+    return core.read_model(path)

@@ -1,0 +1,223 @@
+"""`openvino_session` computes what a file does, words in C++ where that is possible."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import keras_tnt
+from keras_tnt import native
+from keras_tnt.export.onnx_runtime import use_native
+from keras_tnt.native import processor, runtimes
+from tests.checks import in_fork
+from tests.test_export import TINY, images_of, onnx, randomize, run_onnx
+from tests.test_onnx_session import MODELS, exported
+
+openvino = pytest.importorskip("openvino")
+
+pytestmark = pytest.mark.one_backend
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A file with inner transformers, images for it, and what ONNX Runtime makes of them."""
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    path, images = exported(path, *MODELS["tnt"][:2])
+    names = ["probabilities", "logits"]
+    return path, images, dict(zip(names, run_onnx(path, images, *names), strict=True))
+
+
+def check(found, expected, within=1e-5):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=within * np.ptp(value))
+
+
+@pytest.mark.parametrize("precision", [None, "float32"])
+def test_a_session_computes_what_the_file_does(precision, tiny, monkeypatch):
+    path, images, expected = tiny
+    extended, extend = [], runtimes.extend_openvino
+    monkeypatch.setattr(
+        runtimes, "extend_openvino", lambda *args: extended.append(extend(*args)) or extended[-1]
+    )
+    predict = keras_tnt.export.openvino_session(path, precision)
+    assert extended == [True]
+    for batch in (1, 40, 3):
+        found = predict(images[:batch])
+        predict(np.zeros_like(images[:batch]))  # must not write over what was returned
+        check(found, {name: value[:batch] for name, value in expected.items()})
+    turned = np.asfortranarray(images[:3].astype("float64"))
+    check(predict(turned), {name: value[:3] for name, value in expected.items()})
+
+
+def test_a_file_with_attention_as_an_operator_is_opened(tmp_path):
+    path, images = exported(tmp_path / "bias.onnx", *MODELS["bias"][:2], opset=23)
+    (expected,) = run_onnx(path, images, "logits")
+    check(
+        {"logits": keras_tnt.export.openvino_session(path)(images)["logits"]}, {"logits": expected}
+    )
+
+
+def test_a_file_of_openvino_is_opened(tmp_path):
+    model = keras_tnt.TNT(**TINY)
+    randomize(model)
+    path = keras_tnt.export.openvino(model, tmp_path / "tnt.xml")
+    images = images_of(model, 3)
+    found = keras_tnt.export.openvino_session(path)(images)
+    assert set(found) == {"probabilities", "logits", "features"}
+    np.testing.assert_allclose(found["probabilities"], model.predict_on_batch(images), atol=1e-5)
+    (tmp_path / "tnt.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file '.*tnt.bin'"):
+        keras_tnt.export.openvino_session(path)
+
+
+def test_without_instructions_for_bfloat16_there_is_a_warning_and_float32(tiny, monkeypatch):
+    path, images, expected = tiny
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2"}))
+    with pytest.warns(UserWarning, match="no instructions for bfloat16.*float32 is computed"):
+        predict = keras_tnt.export.openvino_session(path, precision="bfloat16")
+    check(predict(images), expected)
+
+
+def test_with_them_openvino_is_asked_for_bfloat16(tiny, monkeypatch):
+    path, images, expected = tiny
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx512_bf16"}))
+    asked, core = [], openvino.Core
+
+    class Core(core):
+        def compile_model(self, model, device, settings):
+            asked.append(settings)
+            return super().compile_model(model, device, settings)
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    predict = keras_tnt.export.openvino_session(path, precision="bfloat16")
+    assert asked == [{"INFERENCE_PRECISION_HINT": "bf16"}]
+    # A processor that lacks them after all gives float32's result.
+    check(predict(images), expected, within=5e-2)
+
+
+def test_the_operation_takes_bfloat16(tiny, tmp_path):
+    """As OpenVINO hands it over where the whole program is in bfloat16."""
+    proto = onnx.load(tiny[0])
+    ((domain, sizes),) = use_native(proto, "keras_tnt").items()
+    node = next(node for node in proto.graph.node if node.op_type == "InnerTransformer")
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    words = np.random.default_rng(0).normal(size=(2, 3, 16, sizes.dim)).astype("float32")
+    found = {}
+    for kind in ("FLOAT", "BFLOAT16"):
+        kind = getattr(onnx.TensorProto, kind)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+        ends = [
+            onnx.helper.make_tensor_value_info(name, kind, words.shape)
+            for name in (node.input[0], node.output[0])
+        ]
+        graph = onnx.helper.make_graph(
+            [node],
+            "words",
+            ends[:1],
+            ends[1:],
+            [
+                onnx.numpy_helper.from_array(weights[name].astype(dtype), name)
+                for name in node.input[1:]
+            ],
+        )
+        core = openvino.Core()
+        assert runtimes.extend_openvino(core, sizes, domain)
+        opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(domain, 1)]
+        model = core.read_model(
+            onnx.helper.make_model(graph, opset_imports=opsets).SerializeToString()
+        )
+        element = model.inputs[0].element_type
+        given, result = openvino.Tensor(element, words.shape), openvino.Tensor(element, words.shape)
+        given.data[:] = words.astype(dtype) if kind == onnx.TensorProto.FLOAT else as_bits(words)
+        assert model.evaluate([result], [given])
+        found[kind] = from_bits(result.data) if result.data.dtype != "float32" else result.data
+    exact, half = found.values()
+    difference = np.abs(half - exact).max() / np.ptp(exact)
+    assert 1e-5 < difference < 2e-2
+
+
+def test_threads_share_a_session(tiny):
+    path, images, expected = tiny
+    predict = keras_tnt.export.openvino_session(path)
+    parts = [slice(i, i + 5) for i in range(0, 40, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        for part, found in zip(parts, pool.map(lambda p: predict(images[p]), parts), strict=True):
+            check(found, {name: value[part] for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("obstacle", ["no-such-compiler", "0.0", "refused"])
+def test_without_the_cpp_a_file_runs_as_it_is(obstacle, tiny, monkeypatch):
+    path, images, expected = tiny
+    native.warn_slower.cache_clear()
+    if obstacle == "0.0":
+        monkeypatch.setitem(runtimes.SEEN, "openvino", (obstacle,))
+    elif obstacle == "refused":
+
+        class Core(openvino.Core):
+            def add_extension(self, extension):
+                raise RuntimeError(f"{extension} refused")
+
+        monkeypatch.setattr(openvino, "Core", Core)
+    else:
+        monkeypatch.setenv("CXX", obstacle)
+    with pytest.warns(UserWarning, match=f"slower.*{obstacle}"):
+        predict = keras_tnt.export.openvino_session(path)
+    check(predict(images), expected)
+
+
+def test_a_forked_process_is_refused_a_session_that_was_open(tiny):
+    path, images, _ = tiny
+    predict = keras_tnt.export.openvino_session(path)
+
+    def run_in_child(queue):
+        try:
+            predict(images)
+        except RuntimeError as error:
+            queue.put(str(error))
+
+    (message,) = in_fork(run_in_child)
+    assert "forked" in message and "spawn" in message
+
+
+def test_what_cannot_be_opened_or_run_is_told_in_a_line(tiny, tmp_path):
+    path, images, _ = tiny
+    session = keras_tnt.export.openvino_session
+    with pytest.raises(ValueError, match="one of float32, bfloat16. Received: 'float16'"):
+        session(path, "float16")
+    with pytest.raises(FileNotFoundError, match=r"no file '.*nothing.onnx'.*export.onnx"):
+        session(tmp_path / "nothing.onnx")
+    with pytest.raises(ValueError, match=r"end in .onnx or .xml. Received: '.*model.pb'"):
+        session(tmp_path / "model.pb")
+    predict = session(path)
+    for wrong in (images[0], images[:0], images[:, 1:]):
+        with pytest.raises(ValueError, match=r"Images must have the shape .*Received: \("):
+            predict(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx512_bf16 avx2\n", {"fpu", "avx512_bf16", "avx2"}),
+        ("Features\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
+        ("nothing\n", set()),
+    ],
+)
+def test_what_the_processor_can_do_is_read_from_the_system(text, expected, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(processor, "CPUINFO", str(tmp_path / "cpuinfo"))
+    processor.features.cache_clear()
+    assert processor.features() == expected
+    processor.features.cache_clear()
+
+
+def as_bits(x):
+    import ml_dtypes
+
+    return x.astype(ml_dtypes.bfloat16).view("uint16").view("float16")
+
+
+def from_bits(x):
+    import ml_dtypes
+
+    return x.view("uint16").view(ml_dtypes.bfloat16).astype("float32")
