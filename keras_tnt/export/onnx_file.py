@@ -4,6 +4,7 @@ import json
 import os
 
 import keras
+import numpy as np
 
 from keras_tnt.export import files
 from keras_tnt.export.card import describe
@@ -11,8 +12,9 @@ from keras_tnt.export.graph import named, tensorflow_function
 from keras_tnt.export.handover import in_tensorflow
 from keras_tnt.export.network import serving_network
 from keras_tnt.export.onnx_fusion import fuse
+from keras_tnt.export.onnx_int8 import check_calibration, with_ranges_at_run_time, with_ranges_of
 from keras_tnt.export.requirements import require
-from keras_tnt.export.verification import TOLERANCE, examples, verify
+from keras_tnt.export.verification import TOLERANCE, example, examples, verify
 from keras_tnt.files import check_space
 
 SIGNATURES = {"images": ("probabilities", "logits"), "features": ("features",)}
@@ -33,6 +35,7 @@ def onnx(
     signature: str = "images",
     *,
     precision: str = "float32",
+    calibration=None,
     labels: list[str] | None = None,
     weights: str | None = None,
 ) -> str:
@@ -53,8 +56,12 @@ def onnx(
         signature: `"images"` gives `probabilities` and `logits`, `"features"` the vector that the
             classifier reads.
         precision: `"float32"`; `"float16"`: weights and arithmetic, but for softmax and the
-            statistics of norms; `"int8"`: the weights of matrix products, whose inputs are
-            quantized as they come.
+            statistics of norms; `"int8"`: the dense layers, a scale for each column of their
+            weights, those among words excepted where `calibration` is given.
+        calibration: of int8, images as the model takes them, `(batch, height, width, channels)` or
+            channels first, some dozens of the kind that the file is for: the ranges of the dense
+            layers' inputs are those that these images have, and the file's agreement with the model
+            is measured on them. None: ranges are found at each call, which is slower.
         labels: names of the classes; None: the model's own, else numbers.
         weights: where the weights come from, for the metadata.
 
@@ -86,10 +93,15 @@ def onnx(
         )
     files.check_directory(os.path.dirname(path))
     network = serving_network(model)
+    calibration = check_calibration(calibration, precision, network)
     names = names_of(signature, network)
     card = describe(model, network, labels, weights)
     check_space(os.path.dirname(path), files.size_of(network), "The export")
-    references = {"images": examples(network, card)}
+    if calibration is None:
+        references = {"images": examples(network, card)}
+    else:
+        pieces = [calibration[i : i + 8] for i in range(0, len(calibration), 8)]
+        references = {"calibration": [example(network, piece) for piece in pieces]}
     arguments = {
         "card": card,
         "path": path,
@@ -116,10 +128,11 @@ def write_onnx(network, references, card, path, opset, names, precision):
         if precision == "float16":
             proto = to_float16(proto)
         elif precision == "int8":
-            proto = to_int8(proto, temporary)
+            proto = to_int8(proto, temporary, references)
         onnx_format.save(proto, temporary)
         onnx_format.checker.check_model(temporary, full_check=True)
-        agreement = compare(temporary, references["images"], names, precision)
+        (batches,) = references.values()
+        agreement = compare(temporary, batches, names, precision)
         for key, value in {**card, "precision": precision, "agreement": agreement}.items():
             text = value if isinstance(value, str) else json.dumps(value)
             proto.metadata_props.add(key=key, value=text)
@@ -167,41 +180,36 @@ def to_float16(proto):
     return model.model
 
 
-def to_int8(proto, path):
-    """Quantize the weights of matrix products, a scale for each of their columns."""
-    import onnx as onnx_format
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    onnx_format.save(proto, path)
-    quant_pre_process(path, path, skip_symbolic_shape=True)
-    quantize_dynamic(
-        path,
-        path,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-    )
-    return onnx_format.load(path)
+def to_int8(proto, path, references):
+    """Quantize by the ranges of calibration images, where there are any."""
+    if "calibration" in references:
+        images = np.concatenate([batch.images for batch in references["calibration"]])
+        return with_ranges_of(images, proto, path)
+    return with_ranges_at_run_time(proto, path)
 
 
-def compare(path, examples, names, precision):
+def compare(path, batches, names, precision):
     """Verify a file; returns the measured agreement with the model, which the metadata tell."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    worst, same = 0.0, []
-    for example in examples:
-        outputs = dict(zip(names, session.run(names, {"images": example.images}), strict=True))
-        worst = max(worst, verify(outputs, example, "The ONNX file", TOLERANCES[precision]))
+    worst, same, apart = 0.0, [], []
+    for batch in batches:
+        outputs = dict(zip(names, session.run(names, {"images": batch.images}), strict=True))
+        worst = max(worst, verify(outputs, batch, "The ONNX file", TOLERANCES[precision]))
         if "logits" in outputs:
-            best, expected = (x["logits"].argmax(-1) for x in (outputs, example.outputs))
+            best, expected = (x["logits"].argmax(-1) for x in (outputs, batch.outputs))
             same.extend((best == expected).tolist())
+        if "probabilities" in outputs:
+            difference = outputs["probabilities"] - batch.outputs["probabilities"]
+            apart.append(float(abs(difference).max()))
     agreement = {"largest_difference_of_spread": worst}
     if same:
         agreement |= {"images": len(same), "same_top1": sum(same) / len(same)}
+    if apart:
+        agreement["largest_difference_of_probabilities"] = max(apart)
     return agreement
 
 
