@@ -46,7 +46,7 @@ test: setup ## lint, then the tests on each backend (BACKENDS=jax, WORKERS=4, PY
 	$(MAKE) --no-print-directory lint || failed=lint; \
 	for backend in $(BACKENDS); do \
 		printf '\n== tests on %s ==\n' $$backend; \
-		KERAS_BACKEND=$$backend $(RUN) -m pytest -n $(WORKERS) $(PYTEST_ARGS) || failed="$$failed $$backend"; \
+		KERAS_BACKEND=$$backend $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) || failed="$$failed $$backend"; \
 	done; \
 	if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi; \
 	printf '\n== passed: lint $(BACKENDS) ==\n'

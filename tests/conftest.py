@@ -3,43 +3,68 @@
 Warnings are errors: pyproject.toml says so, and lists those of other packages that are let pass.
 """
 
+import importlib.metadata
+import math
 import os
 
+import pytest
+
 # Set before Keras is imported, so that no keras.json of a home directory chooses for the tests.
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+BACKEND = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if os.environ["KERAS_BACKEND"] == "jax":
+if BACKEND == "jax":
     # On models this small JAX does little but compile: four times less of it without optimisation.
     os.environ.setdefault(
         "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     )
 
-import keras
-import pytest
 
-keras.config.set_floatx("float32")
-keras.config.set_image_data_format("channels_last")
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):
+        return  # This process only hands out tests, for which it needs no Keras.
+    import keras
+
+    keras.config.set_floatx("float32")
+    keras.config.set_image_data_format("channels_last")
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        # Two devices, for the trainer's strategies: it has to be said before TensorFlow starts.
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+        )
+    elif BACKEND == "jax":
+        draw_weights_by_one_program()
+
+
+def draw_weights_by_one_program():
+    """Have JAX draw weights of all shapes as the beginning of an array of one of a few lengths.
+
+    By itself it compiles a program for each shape: 9 of the 22 seconds of one test of a model.
+    """
+    import jax
+    import numpy as np
+
+    draw = jax.random.truncated_normal
+
+    def truncated_normal(key, lower, upper, shape=(), dtype=float, **settings):
+        if isinstance(key, jax.core.Tracer):
+            return draw(key, lower, upper, shape, dtype, **settings)
+        count = math.prod(shape)
+        length = max(1 << 12, 1 << (count - 1).bit_length())
+        drawn = np.asarray(draw(key, lower, upper, (length,), dtype, **settings))
+        return drawn[:count].reshape(shape)
+
+    jax.random.truncated_normal = truncated_normal
 
 
 def pytest_report_header():
-    return f"keras {keras.__version__} on {keras.backend.backend()} {_backend_version()}"
-
-
-def _backend_version():
-    return __import__(keras.backend.backend()).__version__
-
-
-if keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
-
-    # Two devices, for the trainer's strategies: it has to be said before TensorFlow starts.
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-    )
+    versions = {name: importlib.metadata.version(name) for name in ("keras", BACKEND)}
+    return f"keras {versions['keras']} on {BACKEND} {versions[BACKEND]}"
 
 
 def pytest_collection_modifyitems(config, items):
-    if keras.backend.backend() == "tensorflow":
+    if BACKEND == "tensorflow":
         return
     left_out = [item for item in items if item.get_closest_marker("one_backend")]
     config.hook.pytest_deselected(items=left_out)
@@ -52,6 +77,8 @@ def keras_defaults():
 
     Behind, because fixtures of a module or a session are made before this one runs.
     """
+    import keras
+
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_floatx("float32")

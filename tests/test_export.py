@@ -17,7 +17,7 @@ import pytest
 import keras_tnt
 from keras_tnt.export import files
 from keras_tnt.export.verification import draw_picture
-from tests.checks import SHALLOW, shallow
+from tests.checks import SHALLOW, compute, shallow
 
 tf = pytest.importorskip("tensorflow")
 onnx = pytest.importorskip("onnx")
@@ -77,7 +77,7 @@ def test_saved_model_and_onnx_agree_with_the_model(tmp_path):
     assert [output.shape for output in session.get_outputs()] == [["batch", 7]] * 2
     for batch in (1, 5):
         images = images_of(model, batch)
-        expected = model.predict_on_batch(images)
+        expected = compute(model, images)
         served = signatures["serving_default"](images=tf.constant(images))["probabilities"]
         np.testing.assert_allclose(served, expected, atol=1e-5)
         found, logits = session.run(["probabilities", "logits"], {"images": images})
@@ -85,7 +85,7 @@ def test_saved_model_and_onnx_agree_with_the_model(tmp_path):
         softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         np.testing.assert_allclose(softmax, expected, atol=1e-5)
     pictures = [draw_picture(seed) for seed in range(3)]
-    expected = model.predict_on_batch(keras_tnt.load_images(pictures, model))
+    expected = compute(model, keras_tnt.load_images(pictures, model))
     served = signatures["serving_bytes"](image_bytes=tf.constant(pictures))
     np.testing.assert_allclose(served["probabilities"], expected, atol=2e-3)
     best = [LABELS[i].encode() for i in served["probabilities"].numpy().argmax(-1)]
@@ -110,7 +110,7 @@ def test_onnx_of_each_family(name, opset, tmp_path):
     logits = keras.Model(model.inputs[0], model.layers[-1].input)
     for batch in (1, 5):
         images = images_of(model, batch)
-        expected = logits.predict_on_batch(images)
+        expected = compute(logits, images)
         (found,) = run_onnx(path, images, "logits")
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.ptp(expected), rtol=0)
 
@@ -158,7 +158,7 @@ def test_onnx_of_opset_23_has_attention_as_one_operator(name, tmp_path):
     assert nodes.count("Softmax") == softmaxes + 1  # of the classifier
     for batch in (1, 5):
         images = images_of(model, batch)
-        expected = model.predict_on_batch(images)
+        expected = compute(model, images)
         (found,) = run_onnx(path, images, "probabilities")
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -211,7 +211,7 @@ def test_models_of_every_make_are_served(make, tmp_path):
     images = images_of(model, 2)
     if make == "normalised":
         images = keras_tnt.deit.preprocess_input(images)
-    expected = model.predict_on_batch(images)
+    expected = compute(model, images)
     if make == "logits":
         expected = keras.ops.convert_to_numpy(keras.ops.softmax(expected))
     served = signatures["serving_default"](images=tf.constant(images))["probabilities"]
@@ -224,7 +224,7 @@ def test_a_model_that_takes_channels_first_is_served(tmp_path):
     model = keras_tnt.TNT(**{**TINY, "input_shape": (3, 32, 32)})
     path = keras_tnt.export.saved_model(model, tmp_path / "tnt")
     pictures = [draw_picture(seed) for seed in range(2)]
-    expected = model.predict_on_batch(keras_tnt.load_images(pictures, model))
+    expected = compute(model, keras_tnt.load_images(pictures, model))
     served = tf.saved_model.load(path).signatures["serving_bytes"](tf.constant(pictures))
     np.testing.assert_allclose(served["probabilities"], expected, atol=2e-3)
 
@@ -238,7 +238,7 @@ def test_a_model_without_a_classifier_gives_features(tmp_path):
     images = images_of(model, 2)
     for name in ("serving_default", "features"):
         served = signatures[name](images=tf.constant(images))["features"]
-        np.testing.assert_allclose(served, model.predict_on_batch(images), atol=1e-5)
+        np.testing.assert_allclose(served, compute(model, images), atol=1e-5)
 
 
 def test_a_model_of_mixed_precision_is_exported_in_float32(tmp_path):
@@ -250,7 +250,7 @@ def test_a_model_of_mixed_precision_is_exported_in_float32(tmp_path):
     path = keras_tnt.export.onnx(model, tmp_path / "tnt.onnx")
     images = images_of(model, 3)
     (found,) = run_onnx(path, images, "probabilities")
-    np.testing.assert_allclose(found, exact.predict_on_batch(images), atol=1e-5)
+    np.testing.assert_allclose(found, compute(exact, images), atol=1e-5)
 
 
 @pytest.mark.one_backend
@@ -263,16 +263,16 @@ def test_outputs_are_found_at_the_end_of_models_of_every_kind():
     softmax = keras.Model(backbone.input, keras.layers.Softmax()(x))
     sigmoid = keras.Sequential([backbone, keras.layers.Dense(7, activation="sigmoid")])
     images = images_of(linear, 2)
-    logits = linear.predict_on_batch(images)
+    logits = compute(linear, images)
     for model in (linear, softmax):
-        outputs = serving_network(model).predict_on_batch(images)
+        outputs = compute(serving_network(model), images)
         np.testing.assert_allclose(outputs["logits"], logits, atol=1e-6)
-        expected = softmax.predict_on_batch(images)
+        expected = compute(softmax, images)
         np.testing.assert_allclose(outputs["probabilities"], expected, atol=1e-6)
-    outputs = serving_network(sigmoid).predict_on_batch(images)
-    np.testing.assert_allclose(outputs["probabilities"], sigmoid.predict_on_batch(images))
+    outputs = compute(serving_network(sigmoid), images)
+    np.testing.assert_allclose(outputs["probabilities"], compute(sigmoid, images))
     np.testing.assert_allclose(1 / (1 + np.exp(-outputs["logits"])), outputs["probabilities"], 1e-5)
-    np.testing.assert_allclose(outputs["features"], backbone.predict_on_batch(images), atol=1e-6)
+    np.testing.assert_allclose(outputs["features"], compute(backbone, images), atol=1e-6)
 
     inner = keras_tnt.TNT(**TINY)
     doubled = keras.layers.Add()([inner.input, inner.input])
@@ -315,7 +315,7 @@ def test_onnx_of_the_features_and_its_metadata(tmp_path):
     vectors = keras.Model(model.inputs[0], model.get_layer("head").input)
     images = images_of(model, 2)
     (found,) = run_onnx(path, images, "features")
-    np.testing.assert_allclose(found, vectors.predict_on_batch(images), atol=1e-5)
+    np.testing.assert_allclose(found, compute(vectors, images), atol=1e-5)
     told = metadata_of(path)
     assert json.loads(told["labels"]) == LABELS
     np.testing.assert_allclose(json.loads(told["mean"]), keras_tnt.deit.IMAGE.mean, atol=1e-5)
@@ -388,7 +388,7 @@ def test_litert_agrees_with_the_model(tmp_path):
         images = images_of(model, batch)
         found = run(images=images)
         assert set(found) == {"probabilities", "logits", "features"}
-        expected = model.predict_on_batch(images)
+        expected = compute(model, images)
         np.testing.assert_allclose(found["probabilities"], expected, atol=1e-5)
 
 
@@ -403,7 +403,7 @@ def test_openvino_agrees_with_the_model(tmp_path):
     for batch in (1, 5):
         images = images_of(model, batch)
         found = compiled({"images": images})["probabilities"]
-        np.testing.assert_allclose(found, model.predict_on_batch(images), atol=1e-5)
+        np.testing.assert_allclose(found, compute(model, images), atol=1e-5)
 
 
 def test_a_package_that_is_missing_is_told_by_name(tmp_path, monkeypatch):
@@ -506,7 +506,7 @@ def test_every_version_that_a_polling_reader_sees_loads_while_exports_are_killed
     code = EXPORT.replace("PATH", repr(str(tmp_path / "model.keras")))
     code = code.replace("DIRECTORY", repr(str(directory)))
     images = images_of(model, 1)
-    expected = model.predict_on_batch(images)
+    expected = compute(model, images)
     random = np.random.default_rng(0)
     seen = set()
 

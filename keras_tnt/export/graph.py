@@ -53,15 +53,24 @@ def serving_module(network, card, labels_file, signatures):
 
     Returns:
         `(module, functions)`: a `tf.Module` with everything that the functions use, and the
-        functions by the signature's name.
+        functions by the signature's name, traced: `tf.saved_model.save` traces others once more.
     """
     import tensorflow as tf
 
     module = tf.Module()
     function, module.network_variables = tensorflow_function(network)
     images_spec = tf.TensorSpec((None, *network.inputs[0].shape[1:]), tf.float32, name="images")
-    # One function that all signatures call, so that the file holds the network once.
+    bytes_spec = tf.TensorSpec((None,), tf.string, name="image_bytes")
+    # Functions that signatures call, so that the file holds the network and the decoders once.
     function = tf.function(function, input_signature=[images_spec], autograph=False)
+
+    @tf.function(input_signature=[bytes_spec], autograph=False)
+    def decoded(image_bytes):
+        pixels = load_images(
+            image_bytes, card["image_size"], card["resized_to_cover"], card["channels"]
+        )
+        return model_input(pixels, card)
+
     if labels_file:
         module.labels = tf.lookup.StaticHashTable(
             tf.lookup.TextFileInitializer(
@@ -79,12 +88,6 @@ def serving_module(network, card, labels_file, signatures):
         scores, places = tf.math.top_k(outputs["probabilities"], count)
         return {"classes": module.labels.lookup(tf.cast(places, tf.int64)), "scores": scores}
 
-    def from_bytes(image_bytes):
-        pixels = load_images(
-            image_bytes, card["image_size"], card["resized_to_cover"], card["channels"]
-        )
-        return function(model_input(pixels, card))
-
     def serving_default(images):
         return named(function(images), ("probabilities", "logits"))
 
@@ -92,16 +95,16 @@ def serving_module(network, card, labels_file, signatures):
         return named(function(images), ("features",))
 
     def serving_bytes(image_bytes):
-        outputs = from_bytes(image_bytes)
+        outputs = function(decoded(image_bytes))
         if "probabilities" not in outputs:
             return named(outputs, ("features",))
         return {**top(outputs), **named(outputs, ("probabilities",))}
 
     def classify(inputs):
         feature = {"image/encoded": tf.io.FixedLenFeature([], tf.string)}
-        return top(from_bytes(tf.io.parse_example(inputs, feature)["image/encoded"]))
+        image_bytes = tf.io.parse_example(inputs, feature)["image/encoded"]
+        return top(function(decoded(image_bytes)))
 
-    bytes_spec = tf.TensorSpec((None,), tf.string, name="image_bytes")
     examples_spec = tf.TensorSpec((None,), tf.string, name="inputs")
     all_functions = {
         "serving_default": (serving_default, images_spec),
@@ -112,7 +115,8 @@ def serving_module(network, card, labels_file, signatures):
     functions = {}
     for name in signatures:
         python_function, spec = all_functions[name]
-        functions[name] = tf.function(python_function, input_signature=[spec], autograph=False)
+        traced = tf.function(python_function, input_signature=[spec], autograph=False)
+        functions[name] = traced.get_concrete_function()
     return module, functions
 
 

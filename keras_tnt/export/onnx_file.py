@@ -1,5 +1,6 @@
 """An ONNX file that ONNX Runtime runs anywhere."""
 
+import contextlib
 import json
 import os
 
@@ -157,15 +158,35 @@ def convert(network, names, opset):
     logger, level = tf.get_logger(), tf.get_logger().level
     logger.setLevel("ERROR")
     try:
-        proto, _ = tf2onnx.convert.from_function(
-            serve, input_signature=[spec], opset=min(opset, WRITTEN[-1])
-        )
+        with graphs_not_copied():
+            proto, _ = tf2onnx.convert.from_function(
+                serve, input_signature=[spec], opset=min(opset, WRITTEN[-1])
+            )
     finally:
         logger.setLevel(level)
     if opset > WRITTEN[-1]:
         proto = version_converter.convert_version(proto, opset)
     name_ends(proto.graph, ["images"], sorted(names))
     return proto
+
+
+@contextlib.contextmanager
+def graphs_not_copied():
+    """Within this, an optimization of tf2onnx that fails is an error.
+
+    Else tf2onnx copies the whole graph, weights and all, before each of its optimizations, to go
+    back to.
+    """
+    name = "TF2ONNX_CATCH_ERRORS"
+    before = os.environ.get(name)
+    os.environ[name] = "FALSE"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def to_float16(proto):

@@ -165,7 +165,7 @@ def write_saved_model(network, references, card, directory, version, signatures)
 
 def size_of_graphs(functions):
     """Bytes that functions take in a SavedModel, in which each has a copy for its restoring."""
-    graphs = [f.get_concrete_function().graph.as_graph_def() for f in functions.values()]
+    graphs = [f.graph.as_graph_def() for f in functions.values()]
     nodes = sum(node.ByteSize() for graph in graphs for node in graph.node)
     library = {f.signature.name: f.ByteSize() for graph in graphs for f in graph.library.function}
     return 2 * (nodes + sum(library.values()))

@@ -9,7 +9,7 @@ import pytest
 import keras_tnt
 from keras_tnt.export.verification import draw_picture
 from keras_tnt.export.warmup import image_example
-from tests.checks import SHALLOW, shallow
+from tests.checks import SHALLOW, compute, shallow
 from tests.savedmodels.runtimes import CSession, Servable, TF1Session, replay
 
 pytest.importorskip("tensorflow")
@@ -45,14 +45,14 @@ def check_signatures(model, path):
             random = np.random.default_rng(batch)
             images = random.uniform(0, 255, (batch, *model.input_shape[1:])).astype("float32")
             found = servable("serving_default", images=images)
-            close(found["probabilities"], model.predict_on_batch(images))
-            close(found["logits"], logits.predict_on_batch(images))
-            vectors = features.predict_on_batch(images)
+            close(found["probabilities"], compute(model, images))
+            close(found["logits"], compute(logits, images))
+            vectors = compute(features, images)
             vectors = np.mean(vectors, axis=0) if isinstance(vectors, list) else vectors
             close(servable("features", images=images)["features"], vectors)
 
             pictures = [draw_picture(10 + seed) for seed in range(batch)]
-            expected = model.predict_on_batch(keras_tnt.load_images(pictures, model))
+            expected = compute(model, keras_tnt.load_images(pictures, model))
             found = servable("serving_bytes", image_bytes=np.array(pictures, object))
             np.testing.assert_allclose(found["probabilities"], expected, atol=2e-3)
             order = np.argsort(-found["probabilities"], axis=-1, kind="stable")[:, :5]
