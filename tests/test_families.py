@@ -289,8 +289,8 @@ def test_a_model_builds_on_the_output_of_other_layers(family):
 @pytest.mark.parametrize(
     ("family", "arguments", "message"),
     [
-        ("deit", {"size": (32, 40)}, "multiples of 16.*32x32"),
-        ("cait", {"size": (32, 40)}, "multiples of 16.*32x32"),
+        ("deit", {"size": (32, 40)}, "multiples of 16.*32x48"),
+        ("cait", {"size": (32, 40)}, "multiples of 16.*32x48"),
         ("pyramid_tnt", {"size": (32, 44)}, "multiples of 8.*32x48"),
         ("deit", {"num_heads": 3}, "3 heads for dimension 16"),
         ("cait", {"num_heads": 3}, "3 heads for dimension 16"),

@@ -319,9 +319,9 @@ def test_the_variants_are_the_papers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": (32, 40)}, r"multiples of 16.*\(32, 40, 3\).*nearest size that fits is 32x32"),
+        ({"size": (32, 40)}, r"multiples of 16.*\(32, 40, 3\).*nearest size that fits is 32x48"),
         ({"input_shape": (32, 32)}, r"three sizes \(height, width, channels\).*\(32, 32\)"),
-        ({"input_shape": (None, None, 3)}, r"three sizes.*\(None, None, 3\)"),
+        ({"input_shape": (32, 32, None)}, r"three sizes.*\(32, 32, None\)"),
         ({"outer_heads": 3}, "3 heads for dimension 16"),
         ({"inner_heads": 3}, "3 heads for dimension 8"),
         ({"inner_stride": 3}, "`inner_stride` must divide.*inner_stride=3, patch_size=16"),

@@ -344,7 +344,7 @@ def test_wrong_arguments_are_one_line_before_any_work(folder, model_file, tmp_pa
         ([folder, "--shard=1/2"], "--shard needs --out"),
         ([folder, "--batch_size=0"], "--batch_size must be"),
         ([folder, f"--model={tmp_path / 'none.keras'}"], "There is no file"),
-        ([folder, f"--model={text}"], "cannot be loaded as a model"),
+        ([folder, f"--model={text}"], "cannot be read: File is not a zip file"),
         ([folder, f"--model={other}"], "is not built from one of keras_tnt's"),
         ([folder, f"--model={empty}"], "holds no model"),
         ([folder, "--model=tnt_smal"], "Did you mean tnt_small"),
