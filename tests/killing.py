@@ -33,8 +33,14 @@ def forked(work, log):
     os._exit(status)
 
 
-def is_killed(process, seconds, log):
+def is_killed(process, seconds, log, begun=None):
     """Whether a process is killed as it has spent so many seconds of processor time.
+
+    Args:
+        process: its id.
+        seconds: how many.
+        log: where its output stands.
+        begun: function that says whether the seconds have begun to count; None: at the start.
 
     Returns:
         False if it ended by itself, and well, before.
@@ -42,9 +48,11 @@ def is_killed(process, seconds, log):
     Raises:
         SystemExit: if it ended in any other way.
     """
-    found = 0
-    while not found and spent(process) < seconds:
+    found, before = 0, 0.0
+    while not found and (begun or spent(process) < before + seconds):
         found, status = os.waitpid(process, os.WNOHANG)
+        if begun and begun():
+            begun, before = None, spent(process)
         time.sleep(0.002)
     if not found:
         os.kill(process, signal.SIGKILL)

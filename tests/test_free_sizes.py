@@ -1,6 +1,7 @@
 """Models of images of any size: what a model built for each size with the same weights computes."""
 
 import functools
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from keras import ops
 
 import keras_tnt
-from keras_tnt import inference
+from keras_tnt import inference, preprocessing
 from keras_tnt.export.onnx_runtime import use_native
 from keras_tnt.layers import PositionEmbedding, RelativePosition
 from keras_tnt.layers.base import without_initial_values
@@ -363,6 +364,31 @@ def test_padding_of_models_of_other_kinds(models):
     keras.config.set_image_data_format("channels_first")
     turned = BUILD["deit"](size=ANY)
     assert keras_tnt.pad_to_fit(np.zeros((3, 20, 16)), turned).shape == (3, 32, 16)
+    assert keras_tnt.pad_to_fit(np.zeros((3, 16, 20)), turned).shape == (3, 16, 32)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the other backends know every size")
+def test_padding_in_a_graph_need_not_know_the_size(models):
+    import tensorflow as tf
+
+    free, _ = models("deit")
+    given = pixels((33, 48))
+    pad = tf.function(lambda images: keras_tnt.pad_to_fit(images, free))
+    pad = pad.get_concrete_function(tf.TensorSpec((2, None, None, 3)))
+    assert_equal(pad(tf.constant(given)), keras_tnt.pad_to_fit(given, free))
+
+
+@pytest.mark.one_backend
+def test_the_next_side_has_the_patches_that_the_stages_pool():
+    def next_side(side, multiple, *blocks):
+        blocks = [SimpleNamespace(reduction=r, stage=stage) for r, stage in blocks]
+        found = SimpleNamespace(blocks=blocks, image=SimpleNamespace(multiple_of=multiple))
+        return preprocessing.fitting_side(found, side, None)
+
+    # A block that pools 3x3 of a second stage's patches wants three of them: five patches at least.
+    assert next_side(9, 8, (4, 0), (3, 1)) == 40
+    assert next_side(41, 8, (4, 0), (3, 1)) == 48
+    assert next_side(7, None, (1, 0)) == 7
 
 
 # === Exports ===

@@ -405,6 +405,8 @@ def test_predictions_are_named_likeliest_first():
     ]
     assert second[0] == ("n01440764", "tench", 1.0)
     assert len(second) == 3
+    assert keras_tnt.decode_predictions(predictions, top=1) == [first[:1], second[:1]]
+    assert len(keras_tnt.decode_predictions(predictions, top=1000)[0]) == 1000
     assert len(keras_tnt.decode_predictions(keras.ops.convert_to_tensor(predictions))[0]) == 5
 
 

@@ -139,6 +139,11 @@ def find_optimizer(name):
         ValueError: with the nearest names, if there is none.
     """
     if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, OPTIMIZERS) or OPTIMIZERS
-        raise ValueError(f"--optimizer: there is no {name!r}. There are: {', '.join(near)}")
+        near = " or ".join(difflib.get_close_matches(name, OPTIMIZERS))
+        raise ValueError(
+            f"--optimizer: there is no {name!r}. "
+            + (f"Did you mean {near}? " if near else "")
+            + f"There are: {', '.join(OPTIMIZERS)}; more by register_optimizer in a module of "
+            "--plugins"
+        )
     return OPTIMIZERS[name]

@@ -20,6 +20,8 @@ from keras_tnt.files import write_atomically
 from training import configuration
 
 CONFIG = "config.json"
+# What decides how a model is built.
+ARCHITECTURE = ("model", "image_size", "distilled", "classes")
 LOCK = ".lock"
 
 
@@ -72,12 +74,17 @@ def open_lock(path):
 
 
 def make_directory(workdir):
-    """Make the directory, or raise a ValueError that says which file stands in its place."""
+    """Make the directory, or raise a ValueError that says why it cannot be one."""
     for path in (Path(workdir), Path(workdir) / "checkpoints"):
         standing = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not standing.is_dir():
             raise ValueError(f"--workdir={workdir}: {standing} is a file, where a directory has to")
-    os.makedirs(workdir, exist_ok=True)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
 
 
 def read_config(workdir):
@@ -112,6 +119,12 @@ def check_config(config):
     if record is None:
         return {}
     different = configuration.differences(config, record["config"])
+    other = [f"--{name} is {different[name][0]!r}" for name in ARCHITECTURE if name in different]
+    if config.extend and other:
+        raise ValueError(
+            f"--extend goes on with the model of the run in {config.workdir}, whose "
+            f"{', '.join(other)}: give the same, or another --workdir"
+        )
     flags = {configuration.change_flag(name, *values) for name, values in different.items()}
     missing = [flag for flag in flags if not (flag and getattr(config, flag))]
     if missing:

@@ -1,11 +1,13 @@
 """Trains and is killed, many times: python -m tests.training.killing DIRECTORY STRATEGY KILLS
 
-The trainer runs in processes forked after TensorFlow is imported and before it starts, and each
-run has to end with the weights and reports of one that nobody disturbed. Each kill is told on
-standard error; what was counted is printed at the end, however that comes.
+Values of the configuration may follow: optimizer=lion jit=on. The trainer runs in processes forked
+after TensorFlow is imported and before it starts, and each run has to end with the weights and
+reports of one that nobody disturbed. Each kill is told on standard error; what was counted is
+printed at the end, however that comes.
 """
 
 import collections
+import functools
 import json
 import os
 import sys
@@ -26,10 +28,11 @@ OPTIMIZERS = {"one_device": "muon", "mirrored": "adamw"}
 TINY = {"depth": 1, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_stride": 4}
 
 
-def start(workdir, strategy):
+def start(workdir, strategy, given=()):
     """Begin a run, or go on with it, in a process of its own; returns its id."""
     values = {"strategy": strategy, "cpu_devices": 2, "stochastic_depth": 0.2}
-    return fork(workdir, workdir.with_suffix(".log"), {}, optimizer=OPTIMIZERS[strategy], **values)
+    values |= {"optimizer": OPTIMIZERS[strategy], **dict(each.split("=") for each in given)}
+    return fork(workdir, workdir.with_suffix(".log"), {}, **values)
 
 
 def fork(workdir, log, environment, **values):
@@ -62,17 +65,23 @@ def check(workdir, expected):
         raise SystemExit(f"{workdir}: other weights or reports {different}, left behind {left}")
 
 
-def main(directory, strategy, kills):
+def main(directory, strategy, kills, *values):
     directory, random = Path(directory), np.random.default_rng(0)
     undisturbed = directory / "undisturbed"
-    length = finish(start(undisturbed, strategy), directory)
+    length = finish(start(undisturbed, strategy, values), directory)
     expected = outcome(undisturbed)
     killed = finished = 0
     steps = collections.Counter()
     try:
         while killed < int(kills):
             workdir = directory / f"killed_{finished}"
-            if is_killed(start(workdir, strategy), random.uniform(0, 1.1 * length), directory):
+            reached, seconds, begun = newest_step(workdir), 1.1 * length, None
+            if killed % 2 == 0 and reached < STEPS - 1:
+                # Starting takes the most time of such a run: every other kill lies behind it.
+                wanted, seconds = random.integers(reached + 1, STEPS), 0.2
+                begun = functools.partial(has_reached, workdir, wanted)
+            process = start(workdir, strategy, values)
+            if is_killed(process, random.uniform(0, seconds), directory, begun):
                 killed += 1
                 steps[newest_step(workdir)] += 1
                 print(f"kill {killed} of {kills}", file=sys.stderr, flush=True)
@@ -80,13 +89,17 @@ def main(directory, strategy, kills):
                 check(workdir, expected)
                 finished += 1
         workdir = directory / f"killed_{finished}"
-        finish(start(workdir, strategy), directory)
+        finish(start(workdir, strategy, values), directory)
         check(workdir, expected)
         finished += 1
     finally:
         counted = {"killed": killed, "identical_runs": finished}
         counted |= {"kills_by_newest_checkpoint": dict(sorted(steps.items()))}
         print(json.dumps({**counted, "processor_seconds_undisturbed": length}), flush=True)
+
+
+def has_reached(workdir, step):
+    return newest_step(workdir) >= step
 
 
 def newest_step(workdir):

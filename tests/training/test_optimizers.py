@@ -177,8 +177,10 @@ def test_an_optimizer_of_one_s_own_is_a_function_and_a_row(one_device, monkeypat
 
 
 def test_an_unknown_optimizer_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="there is no 'adam'.*adamw"):
+    with pytest.raises(ValueError, match="no 'adam'. Did you mean adamw.*: adamw, sgd, lion"):
         optimizers.find_optimizer("adam")
+    with pytest.raises(ValueError, match="no 'tnt_smal'. Did you mean tnt_small"):
+        recipes.get("tnt_smal")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,11 @@ def test_a_file_where_a_directory_has_to_be_is_named(tmp_path, name):
             pass
 
 
+def test_a_directory_that_cannot_be_made_is_named():
+    with pytest.raises(ValueError, match="--workdir=/proc/run cannot be made: No such file"):
+        workdir.make_directory("/proc/run")
+
+
 # === The configuration ===
 
 
@@ -97,11 +102,20 @@ def test_a_change_is_refused_with_the_flag_that_allows_it(tmp_path):
     assert workdir.check_config(config) == {}
 
 
-@pytest.mark.parametrize("values", [{"epochs": 30}, {"seed": 1}, {"model": "deit_tiny"}])
+@pytest.mark.parametrize("values", [{"epochs": 30}, {"seed": 1}, {"beta_1": 0.8}])
 def test_no_flag_makes_a_run_shorter_or_another(tmp_path, values):
     recorded(tmp_path)
     config = configuration.make("digits", workdir=str(tmp_path), change=True, extend=True, **values)
     with pytest.raises(ValueError, match="Give another --workdir, or the same flags.*run.$"):
+        workdir.check_config(config)
+
+
+@pytest.mark.parametrize("values", [{"model": "deit_tiny"}, {"distilled": True}])
+def test_a_run_of_another_architecture_is_not_extended_and_that_is_one_line(tmp_path, values):
+    recorded(tmp_path)
+    config = configuration.make("digits", workdir=str(tmp_path), extend=True, epochs=90, **values)
+    ((name, _),) = values.items()
+    with pytest.raises(ValueError, match=f"^--extend goes on with the model.*--{name} is .*$"):
         workdir.check_config(config)
 
 

@@ -1,5 +1,7 @@
 """Recipes as data: what to run, where its numbers stand, what it aims for."""
 
+import difflib
+
 from training.recipes.deit import CAIT, DEIT
 from training.recipes.deit import VALUES as DEIT_VALUES
 from training.recipes.digits import DIGITS
@@ -16,7 +18,7 @@ def get(name):
     """The recipe of a name; that of its family for a variant that has none of its own.
 
     Raises:
-        ValueError: listing the names there are.
+        ValueError: with the nearest names and all others.
     """
     if name in RECIPES:
         return RECIPES[name]
@@ -24,7 +26,12 @@ def get(name):
         values = OF_FAMILY.get(family, IMAGENET)
         source, result = f"the recipe of family '{family}'", "no published result"
         return Recipe(COMMAND.format(name=name), source, result, {**values, "model": name})
-    raise ValueError(f"--recipe: there is no {name!r}. There are: {', '.join(RECIPES)}")
+    near = " or ".join(difflib.get_close_matches(name, RECIPES))
+    raise ValueError(
+        f"--recipe: there is no {name!r}. "
+        + (f"Did you mean {near}? " if near else "")
+        + f"There are: {', '.join(RECIPES)}"
+    )
 
 
 def family_of(variant):
