@@ -1,0 +1,212 @@
+"""Every code block of the README and of docs/ runs as printed, or says above it why it cannot.
+
+A page is one session, in a folder with some photographs, where published variants are small and a
+hub on the loopback has their weights. Python runs; so do the lines of `keras-tnt` in shell blocks.
+A block under `<!-- needs ...: why -->` is not run, but its commands must exist with their flags.
+"""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from huggingface_hub import constants
+
+from keras_tnt import command, registry
+from tests import small_world
+from tests.weights.hub_server import Hub
+from training import configuration, sources
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+START = ROOT / "docs" / "start.md"
+BLOCK = re.compile(r"(?:<!-- (needs [^>]*?) ?-->\n)?^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# Languages of blocks that nothing runs: output, and files shown.
+SHOWN = ("text", "json", "yaml", "dockerfile")
+CHECKPOINTS = (
+    "deit_tiny_patch16_224.fb_in1k",
+    "deit_tiny_distilled_patch16_224.fb_in1k",
+    "tnt_s_patch16_224.in1k",
+)
+
+
+class Block(NamedTuple):
+    needs: str
+    language: str
+    code: str
+
+
+def blocks(page):
+    return [Block(*found) for found in BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+WITH_CODE = [page for page in PAGES if blocks(page)]
+APART = (START, CONTRIBUTING)  # pages with tests of their own
+
+
+def commands(code):
+    """The commands of a shell block, as lists of words."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def identity(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of files, and the small models and the hub that stand for the real ones."""
+    folder = tmp_path_factory.mktemp("files")
+    hub = Hub()
+    hub.folder = tmp_path_factory.mktemp("hub")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_secret")
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        small_world.shrink(patch)
+        small_world.photographs(folder)
+        small_world.weights_files(folder)
+        small_world.publish(hub, CHECKPOINTS, hub.folder)
+        for name in ("config.json", "model.safetensors"):
+            hub.add("owner/repo", name, folder / "repository" / name)
+        yield folder
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture
+def session(world, tmp_path, monkeypatch):
+    """The namespace of a reader who sits in a folder with some files."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    tables = [registry._families, sources.DATASETS, *(f.variants for f in registry.families())]
+    before = [dict(table) for table in tables]
+    yield {}
+    for table, rows in zip(tables, before, strict=True):  # what a page registered is forgotten
+        table.clear()
+        table.update(rows)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p) and p not in (START, CONTRIBUTING)], ids=identity
+)
+def test_code_runs_as_printed(page, session):
+    run(page, session)
+
+
+def test_the_first_page_runs_as_printed_on_each_backend(session):
+    run(START, session)
+
+
+def run(page, session):
+    for block in blocks(page):
+        if block.needs:
+            continue
+        if block.language == "python":
+            exec(compile(block.code, identity(page), "exec"), session)
+        elif block.language in ("sh", "bash"):
+            for words in commands(block.code):
+                assert words[0] == command.NAME, f"say what this needs, or why: {words}"
+                assert command.main(words[1:]) == 0, words
+        else:
+            assert block.language in SHOWN, block.language
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("page", WITH_CODE, ids=identity)
+def test_what_cannot_run_here_says_why_and_names_what_exists(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for block in blocks(page):
+        if block.needs:
+            assert re.fullmatch(r"needs \w[^:]+(: .+)?", block.needs, re.DOTALL)
+        if block.language == "python":
+            compile(block.code, identity(page), "exec")
+        for words in commands(block.code) if block.language in ("sh", "bash") else []:
+            if words[0] == command.NAME:
+                command.parse(words[1:])
+            elif words[0] == "make":
+                assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+            elif script := next((word for word in words if word.endswith(".py")), None):
+                check_flags(ROOT / script, [w for w in words if w.startswith("--")])
+
+
+def check_flags(script, flags):
+    """Raise an AssertionError if a script of the repository, or a flag of it, does not exist."""
+    known = script.read_text(encoding="utf-8")
+    for flag in flags:
+        name = flag.removeprefix("--").partition("=")[0]
+        trainer = script.parent.name == "training" and name in configuration.FIELDS
+        assert trainer or f'"--{name}"' in known or f'"{name}"' in known, (script, flag)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_to_files_lead_somewhere(name):
+    """Those of docs/ are held by `make docs`."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert len(links) > 1 and [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.one_backend
+def test_a_newcomers_optimiser_and_data_set_are_found_by_name(session, monkeypatch):
+    pytest.importorskip("tensorflow")
+    from training import optimizers
+
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", dict(optimizers.OPTIMIZERS))
+    run(CONTRIBUTING, session)
+    config = configuration.make(dataset="stripes", optimizer="nadam")
+    assert optimizers.find_optimizer(config.optimizer) is session["nadam"]
+    training, held_out = sources.open_sources(config)
+    assert (training.size, held_out.size, training.classes) == (64, 16, 2)
+
+
+# === Tables of what one types there and here ===
+
+COMING_FROM = ROOT / "docs" / "coming_from.md"
+
+
+def ours(page):
+    """The code in the last cell of every row."""
+    rows = re.findall(r"^\| .* \| (.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [code for cell in rows for code in re.findall(r"`([^`]+)`", cell)]
+
+
+@pytest.mark.one_backend
+def test_every_line_of_ours_beside_those_of_others_runs(session):
+    for block in blocks(COMING_FROM):
+        exec(compile(block.code, COMING_FROM.name, "exec"), session)
+    lines = [code for code in dict.fromkeys(ours(COMING_FROM)) if not code.startswith("--")]
+    arguments = [code for code in lines if re.match(r"\w+=", code)]
+    assert len(lines) > 60 and len(arguments) > 10
+    lines.append(f"keras_tnt.TNT({', '.join(arguments)})")  # those of the architecture, at once
+    for line in lines:
+        if line not in arguments:
+            exec(compile(line, COMING_FROM.name, "exec"), session)
+
+
+@pytest.mark.one_backend
+def test_every_flag_of_ours_beside_those_of_others_is_taken():
+    lines = [code for code in ours(COMING_FROM) if code.startswith("--")]
+    assert len(lines) > 10
+    for words in map(shlex.split, lines):
+        given = {}
+        for name, _, value in (word.removeprefix("--").partition("=") for word in words):
+            kind = type(configuration.FIELDS[name].default)
+            given[name] = kind(value) if value else True
+        configuration.make(**given)
+
+
+@pytest.mark.one_backend
+def test_every_function_that_the_architecture_names_is_in_its_file():
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    named = re.findall(r"`((?:keras_tnt|training)/[\w/]+\.py)(?:: (\w+))?`", text)
+    assert len(named) > 25
+    for file, name in named:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^(def|class) {name}\b", code, re.MULTILINE), (file, name)
