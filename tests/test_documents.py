@@ -8,6 +8,7 @@ A block under `<!-- needs ...: why -->` is not run, but its commands must exist 
 import re
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +80,17 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
+def eagerly():
+    """TensorFlow calls what it would trace for half of a minute and run for half of a second."""
+    tensorflow = pytest.importorskip("tensorflow")
+    tensorflow.config.run_functions_eagerly(True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not apply to tf.data")
+        yield
+    tensorflow.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
 def session(world, tmp_path, monkeypatch):
     """The namespace of a reader who sits in a folder with some files."""
     shutil.copytree(world, tmp_path, dirs_exist_ok=True)
@@ -92,10 +104,8 @@ def session(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p) and p not in (START, CONTRIBUTING)], ids=identity
-)
-def test_code_runs_as_printed(page, session):
+@pytest.mark.parametrize("page", [page for page in WITH_CODE if page not in APART], ids=identity)
+def test_code_runs_as_printed(page, session, eagerly):
     run(page, session)
 
 
@@ -180,7 +190,7 @@ def ours(page):
 
 
 @pytest.mark.one_backend
-def test_every_line_of_ours_beside_those_of_others_runs(session):
+def test_every_line_of_ours_beside_those_of_others_runs(session, eagerly):
     for block in blocks(COMING_FROM):
         exec(compile(block.code, COMING_FROM.name, "exec"), session)
     lines = [code for code in dict.fromkeys(ours(COMING_FROM)) if not code.startswith("--")]
