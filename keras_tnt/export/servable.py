@@ -1,7 +1,9 @@
 """A SavedModel that TF Serving serves."""
 
+import contextlib
 import json
 import os
+import tempfile
 
 import keras
 import numpy as np
@@ -153,7 +155,8 @@ def write_saved_model(network, references, card, directory, version, signatures)
         needed = files.size_of(network) + sum(map(len, warmup)) + size_of_graphs(functions)
         check_space(directory, needed, "The SavedModel")
         with files.new_version(directory, version) as place:
-            tf.saved_model.save(module, place.aside, functions)
+            with temporary_files_in(temporary):
+                tf.saved_model.save(module, place.aside, functions)
             if "classify" in signatures:
                 set_method(place.aside, "classify", CLASSIFY)
             write_warmup(place.aside, warmup)
@@ -161,6 +164,20 @@ def write_saved_model(network, references, card, directory, version, signatures)
             with open(os.path.join(place.aside, CARD), "w", encoding="utf-8") as file:
                 json.dump(card, file, indent=1)
     return place.path
+
+
+@contextlib.contextmanager
+def temporary_files_in(folder):
+    """Have temporary files of this process made in a folder.
+
+    TensorFlow wraps signatures by AutoGraph, whose file stays until the process ends, and for good
+    if it is killed.
+    """
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def size_of_graphs(functions):
