@@ -17,7 +17,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test servers lint docs dist installs mutation bench clean
+.PHONY: help setup demo test slow servers lint docs dist installs mutation bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -39,17 +39,24 @@ lint: setup ## check format and lint
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 
-# Lint and each backend run whatever the others do; the exit status tells of all of them.
-test: setup ## lint, then the tests on each backend (BACKENDS=jax, WORKERS=4, PYTEST_ARGS='-m "not slow"')
-	@failed=; \
-	printf '\n== lint ==\n'; \
-	$(MAKE) --no-print-directory lint || failed=lint; \
-	for backend in $(BACKENDS); do \
-		printf '\n== tests on %s ==\n' $$backend; \
-		KERAS_BACKEND=$$backend $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) || failed="$$failed $$backend"; \
-	done; \
-	if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi; \
-	printf '\n== passed: lint $(BACKENDS) ==\n'
+test: setup ## lint, then the tests on each backend but the slow (BACKENDS=jax, WORKERS=4, PYTEST_ARGS='-k onnx')
+	@passed=; failed=; \
+	$(MAKE) --no-print-directory lint && passed=lint || failed=lint; \
+	$(call on_each_backend,not slow)
+
+slow: setup ## the slow tests on each backend: whole runs, exports of every kind, kills
+	@passed=; failed=; $(call on_each_backend,slow)
+
+# Each backend runs whatever the others do, and lint before them; the exit status tells of all.
+define on_each_backend
+for backend in $(BACKENDS); do \
+	printf '\n== tests on %s: $(1) ==\n' $$backend; \
+	KERAS_BACKEND=$$backend $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m '$(1)' $(PYTEST_ARGS) && \
+		passed="$$passed $$backend" || failed="$$failed $$backend"; \
+done; \
+if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi; \
+printf '\n== passed: %s ==\n' "$$passed"
+endef
 
 servers: setup $(SERVERS)/ready ## the tests against real servers, Triton and MLServer, in an environment of their own
 	KERAS_BACKEND=tensorflow $(RUN) -m pytest tests/servers $(PYTEST_ARGS)

@@ -69,6 +69,7 @@ def test_the_crop_is_the_published_one(family, side, crop):
 ONE_BACKEND = pytest.mark.one_backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [

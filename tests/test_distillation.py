@@ -249,6 +249,7 @@ def test_half_precision_trains():
 # === Teachers ===
 
 
+@pytest.mark.slow
 def test_teachers_in_every_form_say_the_same():
     softmax = dense()
     weights = softmax.get_weights()

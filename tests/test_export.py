@@ -241,6 +241,7 @@ def test_a_model_without_a_classifier_gives_features(tmp_path):
         np.testing.assert_allclose(served, compute(model, images), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_of_mixed_precision_is_exported_in_float32(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = keras_tnt.TNT(**TINY)
@@ -374,6 +375,7 @@ def test_onnx_gives_the_same_logits_in_node(tmp_path, pytestconfig):
 # === LiteRT and OpenVINO ===
 
 
+@pytest.mark.slow
 def test_litert_agrees_with_the_model(tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
@@ -392,6 +394,7 @@ def test_litert_agrees_with_the_model(tmp_path):
         np.testing.assert_allclose(found["probabilities"], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend  # handed to TensorFlow as LiteRT's is
 def test_openvino_agrees_with_the_model(tmp_path):
     import openvino

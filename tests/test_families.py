@@ -143,6 +143,7 @@ def torch_tensors(model):
 # === Every family ===
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILDERS)
 def test_the_model_is_what_keras_users_expect(family):
     check_model(tiny, family=family, size=(32, 32))

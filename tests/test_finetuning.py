@@ -275,6 +275,7 @@ def compiled(model, optimizer):
     return model
 
 
+@pytest.mark.slow
 def test_in_fit_it_is_the_optimizer_that_it_was_made_of_where_all_layers_learn_alike():
     """With a schedule, clipping, accumulation, a moving average and loss scaling."""
 

@@ -83,6 +83,7 @@ def test_blocks_are_quarters_unless_told():
     assert len(inspection.feature_maps(build("deit", depth=2)).outputs) == 2
 
 
+@pytest.mark.slow
 def test_pyramid_gives_its_stages():
     model = build("pyramid_tnt")
     maps = inspection.feature_maps(model)(images_for(model))
@@ -103,6 +104,7 @@ def test_maps_of_channels_first_images_have_channels_last():
         assert_close(actual, wanted)
 
 
+@pytest.mark.slow
 def test_feature_maps_are_saved_and_trained_like_any_model(tmp_path):
     model = build("tnt")
     backbone = inspection.feature_maps(model, blocks=(2, 4))
@@ -228,6 +230,7 @@ def test_attention_of_channels_first_images_is_the_same():
         assert_close(maps[key], value)
 
 
+@pytest.mark.slow
 def test_half_precision_attention_is_a_distribution_too():
     keras.config.set_dtype_policy("mixed_float16")
     model = build("tnt")
@@ -280,6 +283,7 @@ def test_rollout_goes_on_through_class_attention():
     np.testing.assert_allclose(rollout[:, 1:, 1:], patches, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rollout_of_a_pyramid_goes_from_its_first_to_its_last_patches():
     model = build("pyramid_tnt")
     for variable in model.trainable_variables:
@@ -302,6 +306,7 @@ def test_patches_at_an_odd_edge_are_pooled_and_merged_as_they_are():
 # === Picture ===
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tnt", "tnt_class_attention", "deit", "pyramid_tnt"])
 def test_a_picture_is_drawn(name, tmp_path):
     from matplotlib.image import imread

@@ -28,6 +28,7 @@ def compiled(learning_rate=3e-3, **options):
     return model
 
 
+@pytest.mark.slow
 def test_a_model_learns_from_arrays_and_from_tf_data():
     model = compiled(**RANDOM)
     sources = {"arrays": ({"x": IMAGES, "y": LABELS, "batch_size": 3}, IMAGES)}
@@ -49,6 +50,7 @@ def test_a_model_learns_from_arrays_and_from_tf_data():
     assert loss < 0.85 * start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_a_model_trains_under_a_half_precision_policy(policy):
     keras.config.set_dtype_policy(policy)
@@ -74,11 +76,13 @@ print(model.fit(images, labels, batch_size=4, epochs=1, verbose=0).history["loss
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute belongs to TensorFlow")
 def test_a_model_trains_on_two_replicas():
     assert np.isfinite(float(run_python(REPLICAS)))
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_train_with_the_same_gradients():
     plain = randomise(tiny(depth=1))
     # Mode "full" is not for models that index tensors: Keras's indexing itself fails in it.
@@ -131,6 +135,7 @@ def test_a_model_of_int8_predicts_nearly_the_same_also_when_saved_and_loaded(opt
     assert_equal(compute(loaded, IMAGES), quantized)
 
 
+@pytest.mark.slow
 def test_adapters_train_alone_and_are_saved_and_loaded(tmp_path):
     model = compiled()
     projections = attention_projections(model)

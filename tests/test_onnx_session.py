@@ -30,6 +30,7 @@ def exported(path, make, options, **settings):
     return keras_tnt.export.onnx(model, path, **settings), images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "opset"), [("tnt", 18), *((name, 23) for name in MODELS)])
 def test_a_session_computes_what_the_file_does(name, opset, tmp_path):
     make, options, count = MODELS[name]

@@ -87,6 +87,7 @@ print(model.predict(np.zeros((2, 32, 32, 3), "float32"), verbose=0).shape)
 '''
 
 
+@pytest.mark.slow
 def test_every_module_imports_and_a_model_runs_where_the_other_backends_are_not_installed():
     others = [backend for backend in BACKENDS if backend != keras.backend.backend()]
     result = run_python(WITHOUT_OTHER_BACKENDS, *others)

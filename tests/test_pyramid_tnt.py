@@ -74,6 +74,7 @@ def test_every_block_of_a_stage_adds_the_stage_s_relative_positions():
         assert np.abs(first - second).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_step_of_training_moves_every_weight_and_every_batch_statistic():
     size = (64, 128)
     model = tiny(size)

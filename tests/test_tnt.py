@@ -113,16 +113,19 @@ def test_words_patches_and_tokens_are_the_reference_s(name, mode, tmp_path):
 # === What Keras users expect ===
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_model_is_what_keras_users_expect(option):
     check_model(tiny, **OPTIONS[option])
 
 
+@pytest.mark.slow
 def test_the_model_without_its_top_is_what_keras_users_expect():
     # The last block's words go nowhere but into its patches, so that every weight is felt.
     check_model(tiny, include_top=False, pooling="avg")
 
 
+@pytest.mark.slow
 def test_files_of_every_option_load_in_a_process_that_imports_no_more_than_the_package(tmp_path):
     check_fresh_process({name: tiny(**options) for name, options in OPTIONS.items()}, tmp_path)
 
@@ -137,6 +140,7 @@ def test_half_precision_bears_images_whose_squares_overflow_it():
     assert_close(compute(half, images), compute(model, images), 2e-2)
 
 
+@pytest.mark.slow
 def test_random_masks_follow_the_seed():
     images = normal((4, 32, 32, 3))
 

@@ -37,6 +37,7 @@ def fill(model, source):
             variable.assign(source[variable.path])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
 def test_a_combination_is_saved_resampled_and_trained(combination, tmp_path):
     options = {"depth": 1, **combination}

@@ -290,6 +290,7 @@ def test_two_processes_do_not_write_one_table(folder, model_file, tmp_path, caps
 # === Shards ===
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_shards_merged_are_one_run(folder, model_file, undisturbed, tmp_path, kind, capsys):
     path = tmp_path / f"all.{kind}"

@@ -199,6 +199,7 @@ def test_the_page_is_labelled(browser, page):
     assert sorted(names) == sorted(NAMES)
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize(
     ("builder", "arguments", "parts"),

@@ -90,6 +90,7 @@ def test_relevance_is_what_the_equations_say(models, name):
         assert_close(flow.to_words(maps, (2, 2))[0], word_relevance(reference, links))
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", WITH_WORDS)
 def test_the_words_of_a_patch_sum_to_the_patch(models, name):
@@ -105,6 +106,7 @@ def test_the_words_of_a_patch_sum_to_the_patch(models, name):
         assert np.any(blocks.std(axis=(2, 4)) > 0.01 * blocks.mean()), "words make no difference"
 
 
+@pytest.mark.slow
 def test_a_pyramid_s_relevance_is_carried_through_pools_and_merges(models):
     """The matrix of all patches, carried forward with each pooling and merge written out."""
     model = models["pyramid_tnt"]

@@ -163,6 +163,7 @@ def tiny(family, **arguments):
     return tiny_of(family, (32, 32), **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tnt", "pyramid_tnt"])
 def test_a_model_fits_alike_with_the_cpp_and_without(family, monkeypatch):
     model = tiny(family, stochastic_depth=0.2)
@@ -224,6 +225,7 @@ def gradient_of_gradient(function, words):
     return second.gradient(value, words)
 
 
+@pytest.mark.slow
 def test_the_gradient_has_a_gradient(operation):
     in_cpp, in_plain, words = operation
     found, expected = (gradient_of_gradient(function, words) for function in (in_cpp, in_plain))

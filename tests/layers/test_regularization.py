@@ -81,6 +81,7 @@ for results in step(tf.ones((64, 8))):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute belongs to TensorFlow")
 def test_replicas_of_a_strategy_draw_masks_of_their_own():
     assert run_python(REPLICAS).split() == ["different", "different"]

@@ -91,6 +91,7 @@ def test_where_nothing_can_be_loaded_there_is_a_warning_and_no_library(monkeypat
         assert native.library("torch.cpp", SIZES) is None
 
 
+@pytest.mark.slow
 def test_two_processes_compile_at_once(caches):
     code = f"""if True:
         from keras_tnt import native

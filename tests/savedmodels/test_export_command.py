@@ -35,6 +35,7 @@ def tiny():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_a_training_run_is_exported(tmp_path, capsys):
     run = tmp_path / "run"
@@ -113,6 +114,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
     assert "invalid choice: 'int4'" in refused("--model=TNTTiny", "--precision=int4")
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_an_error_of_the_export_is_one_line(tmp_path):
     model = tmp_path / "tiny.keras"

@@ -69,6 +69,7 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.ptp(expected), rtol=0)
 
 
+@pytest.mark.slow
 def test_signatures_in_the_c_api_and_in_a_session(tmp_path):
     model = tiny()
     check_signatures(model, keras_tnt.export.saved_model(model, tmp_path / "tnt"))
@@ -82,6 +83,7 @@ def test_signatures_of_the_smallest_variant_of_each_family(name, tmp_path):
     check_signatures(model, keras_tnt.export.saved_model(model, tmp_path / name))
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_named_by_its_place(tmp_path):
     model = tiny()
     path = keras_tnt.export.saved_model(model, tmp_path / "tnt", signatures=["serving_bytes"])

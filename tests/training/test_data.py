@@ -158,6 +158,7 @@ def test_workers_divide_the_held_out_records_among_them(records, workers):
     assert len(unreadable.names) == 1 and "record 6" in min(unreadable.names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["records", "folder"])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_an_epoch_gone_on_with_in_the_middle_shows_the_same_images(request, kind, repeats):

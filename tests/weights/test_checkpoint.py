@@ -151,6 +151,7 @@ def test_half_precision_weights_fill_a_model_of_float32(path, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_model_of_half_precision_weights_is_saved_and_loaded(path):
     keras.config.set_dtype_policy("bfloat16")
     model = randomise(MODELS["tnt"]())
