@@ -491,57 +491,18 @@ def test_a_reader_that_polls_never_sees_half_a_version_of_a_killed_writer(tmp_pa
     assert sorted(map(int, os.listdir(directory))) == files.versions(directory)
 
 
-EXPORT = """
-import keras
-import keras_tnt
-model = keras.saving.load_model(PATH)
-while True:
-    keras_tnt.export.saved_model(model, DIRECTORY, signatures=["serving_default"])
-"""
-
-
 @pytest.mark.one_backend
 @pytest.mark.slow
-def test_every_version_that_a_polling_reader_sees_loads_while_exports_are_killed(tmp_path):
-    model = keras_tnt.TNT(**TINY)
-    model.save(tmp_path / "model.keras")
-    directory = tmp_path / "tnt"
-    code = EXPORT.replace("PATH", repr(str(tmp_path / "model.keras")))
-    code = code.replace("DIRECTORY", repr(str(directory)))
-    images = images_of(model, 1)
-    expected = compute(model, images)
-    random = np.random.default_rng(0)
-    seen = set()
-
-    def look():
-        for number in set(files.versions(directory)) - seen:
-            seen.add(number)
-            loaded = tf.saved_model.load(str(directory / str(number)))
-            served = loaded.signatures["serving_default"](images=tf.constant(images))
-            np.testing.assert_allclose(served["probabilities"], expected, atol=1e-5)
-
-    for _ in range(2):
-        before = len(seen)
-        writer = subprocess.Popen([sys.executable, "-c", code], env=environment())
-        while len(seen) == before:
-            assert writer.poll() is None
-            look()
-            time.sleep(0.001)
-        end = time.monotonic() + random.uniform(0, 2)
-        while time.monotonic() < end:
-            look()
-            time.sleep(0.001)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        look()
-    path = keras_tnt.export.saved_model(model, directory, signatures=["serving_default"])
-    assert Path(path).name == str(max(seen) + 1)
-    look()
-    assert sorted(map(int, os.listdir(directory))) == sorted(seen)
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": "tensorflow"}
+@pytest.mark.parametrize("kind", ["saved_model", "onnx"])
+def test_exports_are_killed_and_a_polling_reader_runs_what_is_whole_alone(tmp_path, kind):
+    """KERAS_TNT_KILLS says how often they are killed."""
+    kills = os.environ.get("KERAS_TNT_KILLS", "2")
+    command = [sys.executable, "-m", "tests.killing_exports", str(tmp_path), kind, kills]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
+    assert result.returncode == 0, result.stderr[-2000:] + logs
+    counted = json.loads(result.stdout)
+    assert counted["killed"] == int(kills) and counted["read"] > 0
 
 
 # === Refusals ===

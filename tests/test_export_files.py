@@ -25,7 +25,7 @@ from keras_tnt.export import onnx_file, servable
 from keras_tnt.export.handover import in_tensorflow
 from keras_tnt.export.network import serving_network
 from keras_tnt.weights import checkpoint
-from tests.test_export import TINY, environment
+from tests.test_export import ROOT, TINY
 
 
 @contextlib.contextmanager
@@ -141,7 +141,7 @@ def test_a_killed_export_leaves_no_temporary_files_and_no_process(tmp_path):
     temporary.mkdir()
     code = KILLED.replace("PATH", repr(str(folder / "tnt.onnx")))
     code = code.replace("FOLDER", repr(str(folder))).replace("TINY", repr(TINY))
-    settings = {**environment(), "TMPDIR": str(temporary)}
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     writer = subprocess.Popen([sys.executable, "-c", code], env=settings, stdout=subprocess.PIPE)
     assert writer.stdout.readline() == b"begins\n"
     while not list(folder.glob(".writing-*/task.json")):
