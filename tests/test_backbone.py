@@ -189,6 +189,7 @@ def test_a_loss_upon_the_maps_reaches_every_weight(backbone, images):
 # === As Keras has it ===
 
 
+@pytest.mark.slow
 def test_it_is_saved_loaded_cloned_and_serialized_without_custom_objects(
     backbone, images, tmp_path
 ):
@@ -219,6 +220,7 @@ def test_it_keeps_its_dtype_policy():
         assert all(v.dtype == "float32" for v in model.trainable_variables)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_it_is_quantized_and_saved_as_such(tmp_path):
     keras.utils.set_random_seed(0)

@@ -68,6 +68,7 @@ def test_weights_takes_the_folder_and_brings_classes_names_and_size(tmp_path):
         keras_tnt.DeiTSmall(weights=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_the_architecture_is_the_one_that_the_model_has():
     size = {"weights": None, "input_shape": (32, 32, 3), "classes": 3}

@@ -189,6 +189,7 @@ def ours(page):
     return [code for cell in rows for code in re.findall(r"`([^`]+)`", cell)]
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_every_line_of_ours_beside_those_of_others_runs(session, eagerly):
     for block in blocks(COMING_FROM):

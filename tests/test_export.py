@@ -144,6 +144,7 @@ ATTENTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_onnx_of_opset_23_has_attention_as_one_operator(name, tmp_path):
@@ -201,6 +202,7 @@ MAKES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("make", MAKES)
 def test_models_of_every_make_are_served(make, tmp_path):
@@ -218,6 +220,7 @@ def test_models_of_every_make_are_served(make, tmp_path):
     np.testing.assert_allclose(served, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_a_model_that_takes_channels_first_is_served(tmp_path):
     keras.config.set_image_data_format("channels_first")
@@ -229,6 +232,7 @@ def test_a_model_that_takes_channels_first_is_served(tmp_path):
     np.testing.assert_allclose(served["probabilities"], expected, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_a_model_without_a_classifier_gives_features(tmp_path):
     model = keras_tnt.TNT(**{**TINY, "include_top": False, "pooling": "avg"})
@@ -285,6 +289,7 @@ def test_outputs_are_found_at_the_end_of_models_of_every_kind():
 # === ONNX ===
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("opset", [18, 23])
 @pytest.mark.parametrize("precision", ["float16", "int8"])

@@ -103,6 +103,7 @@ def test_a_version_brings_what_it_runs_and_needs_no_keras(exported, tmp_path):
     assert sorted(version.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_versions_have_one_number_and_leave_the_configuration_as_it_is(exported, tmp_path):
     model, _ = exported

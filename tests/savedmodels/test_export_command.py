@@ -86,6 +86,7 @@ def test_the_better_weights_of_a_run_are_exported_unless_told_otherwise(tmp_path
         command.better(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_an_onnx_file_alone_is_all_that_is_announced_and_written(tmp_path, capsys):
     tiny().save(tmp_path / "tiny.keras")

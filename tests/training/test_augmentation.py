@@ -155,6 +155,7 @@ def randaugment(image, seed):
     return augmentation.randaugment(image, seed, FILL)
 
 
+@pytest.mark.slow
 def test_randaugment_is_a_function_of_its_seed_and_changes_about_three_images_in_four():
     image = tf.constant(picture((32, 32)))
     run = tf.function(lambda seed: randaugment(image, seed))

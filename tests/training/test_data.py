@@ -143,6 +143,7 @@ def record_config(root, **values):
     return folder_config(root, **{"dataset": "tfrecord", "classes": 4, "label_offset": 1} | values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_workers_divide_the_held_out_records_among_them(records, workers):
     values = record_config(records)
@@ -206,6 +207,7 @@ def test_copies_of_an_image_are_augmented_differently(folder):
     assert all((images[i] != images[i + 4]).any() or not images[i].any() for i in range(4))
 
 
+@pytest.mark.slow
 def test_workers_and_replicas_see_the_batches_that_one_device_sees(folder):
     root, _ = folder
     values = folder_config(root, min_crop=0.3)
@@ -321,6 +323,7 @@ def test_imagenet_is_evaluated_image_by_image(imagenet, workers):
     assert sorted(labels) == sorted(37 * i % 1000 for i in range(23))
 
 
+@pytest.mark.slow
 def test_imagenet_s_order_is_a_function_of_seed_and_epoch(imagenet):
     values = imagenet_config(imagenet, min_crop=0.2)
     source = sources.open_split(values, held_out=False)
@@ -335,6 +338,7 @@ def test_imagenet_that_is_not_prepared_is_an_error_that_says_how(tmp_path):
         sources.open_split(imagenet_config(tmp_path), held_out=False)
 
 
+@pytest.mark.slow
 def test_the_workers_of_a_data_service_show_each_image_once(folder):
     root, broken = folder
     service = tf.data.experimental.service

@@ -95,6 +95,7 @@ def test_the_final_files_hold_the_trained_model_on_pixels(finished):
     assert (model.get_layer("head").kernel.numpy() == trained["ema/head/kernel"]).all()
 
 
+@pytest.mark.slow
 def test_evaluate_finds_what_the_run_found(finished, capsys):
     result, workdir = finished
     found = evaluate.evaluate({"batch_size": 7}, run=str(workdir))
@@ -148,6 +149,7 @@ def test_sizes_that_do_not_fit_are_an_error(tmp_path, values, message):
 # === Nothing lost ===
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_from_which_the_same_weights_are_reached(
     tiny, tmp_path, monkeypatch
 ):
@@ -170,6 +172,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_same_weights_are_reached(
     assert [line["step"] for line in lines if "loss" in line] == [4, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "jit"), [*((name, "off") for name in optimizers.OPTIMIZERS), ("muon", "on")]
 )
@@ -199,6 +202,7 @@ def test_each_optimizer_goes_on_to_the_bit_from_what_a_checkpoint_holds(
     assert_identical(*ends)
 
 
+@pytest.mark.slow
 def test_a_nan_rolls_back_and_the_batch_is_skipped(tiny, tmp_path, monkeypatch, capsys):
     make = step_functions.make_train_step
 
@@ -222,6 +226,7 @@ def test_a_nan_rolls_back_and_the_batch_is_skipped(tiny, tmp_path, monkeypatch, 
     assert notes["skipped"] == [5] and notes["rollbacks"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_blowing_up_stops_with_the_reason_and_goes_on_at_another_rate(
     tiny, tmp_path
 ):
@@ -235,6 +240,7 @@ def test_a_run_that_keeps_blowing_up_stops_with_the_reason_and_goes_on_at_anothe
     assert change["changed"] == {"learning_rate": [1e9, 1e-3]}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended_by_the_longer_schedule(tiny, tmp_path):
     from training import optimization
 
@@ -246,6 +252,7 @@ def test_a_finished_run_is_extended_by_the_longer_schedule(tiny, tmp_path):
     assert last["learning_rate"] == optimization.learning_rate(config, 11, 4)
 
 
+@pytest.mark.slow
 def test_a_run_that_no_longer_gets_better_ends_with_its_best_weights(tiny, tmp_path, monkeypatch):
     accuracies = iter([0.3, 0.5, 0.4, 0.5, 0.9])
 
@@ -264,6 +271,7 @@ def test_a_run_that_no_longer_gets_better_ends_with_its_best_weights(tiny, tmp_p
     assert next(accuracies) == 0.9
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_stop_a_run_until_it_is_told_to_begin_afresh(tiny, tmp_path):
     loop.train(short(tmp_path))
     for path in (tmp_path / "checkpoints").iterdir():
