@@ -13,6 +13,7 @@ import argparse
 import ast
 import bisect
 import difflib
+import gc
 import importlib
 import itertools
 import json
@@ -81,6 +82,7 @@ def main():
     parser.add_argument(
         "--seconds", type=float, default=0, help="the shortest tests, together so long; 0: all"
     )
+    parser.add_argument("-k", default="", help="which of the tests, as pytest's -k")
     parser.add_argument("--again", help="try only what survived by such a file of --output")
     parser.add_argument("--output", help="a file to write what survived to, as JSON")
     arguments = parser.parse_args()
@@ -96,7 +98,7 @@ def main():
         for file in files:
             tests = tuple(TESTS[file])
             if tests not in baselines:
-                baselines[tests] = baseline(Path(copy), tests)
+                baselines[tests] = baseline(Path(copy), tests, arguments.k)
             only = again[file]["survived"] if again else None
             results[file] = sweep(Path(copy), file, baselines[tests], arguments, only)
             if arguments.output:
@@ -114,6 +116,9 @@ def warm_up():
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     for name in ("tensorflow", "keras", "PIL.Image", "sklearn.datasets", "sklearn.model_selection"):
         importlib.import_module(name)
+    # What is there now is not looked through again in each process.
+    gc.collect()
+    gc.freeze()
 
 
 def copy_repository(folder):
@@ -227,8 +232,13 @@ def function_at(functions, line):
 # === The tests ===
 
 
-def baseline(copy, tests):
+def baseline(copy, tests, chosen):
     """Run tests as things stand: by name the seconds of each, and what it calls.
+
+    Args:
+        copy: of the repository.
+        tests: files, and names of single tests.
+        chosen: which of them, as pytest's -k.
 
     Raises:
         SystemExit: if a test fails.
@@ -240,7 +250,7 @@ def baseline(copy, tests):
         for file in TESTS
         if tuple(TESTS[file]) == tests
     }
-    if run_tests(copy, tests, 3600, Calls(functions, record)):
+    if run_tests(copy, ["-k", chosen, *tests], 3600, Calls(functions, record)):
         raise SystemExit((copy / "output.txt").read_text()[-3000:])
     return json.loads(record.read_text())
 
@@ -261,7 +271,7 @@ def shortest(tests, names, seconds):
     return names[: max(1, bisect.bisect_right(ends, seconds))]
 
 
-def run_tests(copy, names, seconds, plugin=None):
+def run_tests(copy, arguments, seconds, plugin=None):
     """pytest's status in a process forked from this one; -1 if it took too long."""
     process = os.fork()
     if not process:
@@ -273,9 +283,9 @@ def run_tests(copy, names, seconds, plugin=None):
             output = os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            options = ["-q", "-x", "-p", "no:cacheprovider"]
+            options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
             options += ["-m", "not slow", "--durations=0"]
-            status = int(pytest.main([*options, *names], [plugin] if plugin else []))
+            status = int(pytest.main([*options, *arguments], [plugin] if plugin else []))
         finally:
             os._exit(status)
     deadline = time.monotonic() + seconds

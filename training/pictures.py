@@ -1,7 +1,5 @@
 """Pictures: which class is taken for which, the surest mistakes, the loss over learning rates."""
 
-import textwrap
-
 import numpy as np
 
 from keras_tnt.files import replacing
@@ -124,7 +122,11 @@ def learning_rates(rates, losses, smooth, chosen, path):
 
 
 def shortened(name, longest):
-    return drawable(textwrap.shorten(name, longest, placeholder="…"))
+    """A name of so many characters at most: of a longer one its beginning and its end."""
+    if len(name) > longest:
+        end = longest // 2
+        name = f"{name[: longest - end - 1].rstrip()}…{name[-end:].lstrip()}"
+    return drawable(name)
 
 
 def pyplot():

@@ -291,6 +291,15 @@ def test_an_image_is_flipped_at_even_odds(monkeypatch):
         np.testing.assert_array_equal(flipped, expected)
 
 
+def test_black_fills_in_where_an_image_is_rotated(monkeypatch):
+    image = tf.fill((32, 32, 3), tf.constant(200, tf.uint8))
+    values = configuration.make("digits", rotate=30.0, **{"min_crop": 1.0, "crop": 1.0, "shift": 0})
+    draw(monkeypatch, 30.0)
+    seed = tf.constant([1, 2], tf.int64)
+    rotated = augmentation.training_image(image, seed, values, (32, 32), FILL).numpy()
+    assert not rotated[0, 0].any() and (rotated[8:24, 8:24] == 200).all()
+
+
 def test_a_shift_reaches_every_place_and_fills_in_black():
     image = np.zeros((5, 5, 3), "uint8")
     image[2, 2] = [255, 100, 50]

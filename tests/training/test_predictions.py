@@ -88,6 +88,12 @@ def test_pictures_are_drawn_for_few_and_for_many_classes(classes, tmp_path):
             assert min(picture.size) > 400
 
 
+def test_of_a_long_name_beginning_and_end_are_shown():
+    assert pictures.shortened("n02123045_tabby_cat_with_stripes", 12) == "n0212…tripes"
+    assert pictures.shortened("West Highland white terrier", 16) == "West Hi…terrier"
+    assert pictures.shortened("just as long", 12) == "just as long"
+
+
 def test_a_learning_rate_is_named_and_drawn_and_no_run_begun(tiny, tmp_path):
     values = {"batch_size": 8, "tensorboard": False, "deterministic": False}
     config = configuration.make(
