@@ -4,18 +4,22 @@ In a page the line `<!-- made of the code: flags -->` stands for what `MADE["fla
 end every public name that has no entry in the reference is a warning, which fails `make docs`.
 """
 
+import base64
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import re
 import types
+from pathlib import Path
 
 import floors_picture
 from sphinx.util import logging
 
 import keras_tnt
 from keras_tnt import command, pretrained, registry
+from keras_tnt.inspection.explore import fill
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +189,24 @@ def check_reference(app, environment):
         logger.warning("%s is public and has no entry in docs/api.", name)
 
 
+def explored():
+    """The page of `explore` for what explored.json keeps: three digits in a TNT that reads them.
+
+    The file has the numbers alone, as explore gives them to its template.
+    """
+    kept = json.loads(Path(__file__).with_name("explored.json").read_text(encoding="utf-8"))
+    return fill(kept["page"], [base64.b64decode(each) for each in kept["data"]])
+
+
+def write_explored(app, error):
+    """Put the page of `explore` where why.md shows it."""
+    if error is None and app.builder.format == "html":
+        (Path(app.outdir) / "_static" / "explore.html").write_bytes(explored())
+
+
 def setup(app):
     app.connect("source-read", fill_in)
+    app.connect("build-finished", write_explored)
     app.connect("autodoc-process-docstring", close_code)
     app.connect("env-check-consistency", check_reference)
     return {"version": keras_tnt.__version__, "parallel_read_safe": True}

@@ -1,10 +1,15 @@
 """What the site takes from the code. The site itself is built by `make docs`, strictly."""
 
+import base64
 import importlib
+import json
+import math
 import re
 import sys
+from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import keras_tnt
@@ -53,6 +58,18 @@ def test_the_picture_of_the_floors_has_every_room_and_every_import_and_no_other(
 def test_the_lines_that_stand_out_are_those_that_no_way_round_replaces(made):
     chain = {"roof": {"hall", "ground"}, "hall": {"ground"}, "ground": set()}
     assert made.floors_picture.needed(chain) == {("roof", "hall"), ("hall", "ground")}
+
+
+def test_the_page_that_why_shows_is_explores_own_with_all_that_it_draws(made):
+    page = made.explored().decode()
+    template = resources.files("keras_tnt.inspection").joinpath("explore.html").read_text()
+    assert page.endswith(template.partition("%%ARRAYS%%")[2]) and "%%PAGE%%" not in page
+    kept = json.loads((DOCS / "explored.json").read_text(encoding="utf-8"))
+    last = max(kept["page"]["layout"].values(), key=lambda array: array["at"])
+    size = last["at"] + np.dtype(last["type"]).itemsize * math.prod(last["shape"])
+    assert [-(-size // 4) * 4] * len(kept["page"]["images"]) == [
+        len(base64.b64decode(data)) for data in kept["data"]
+    ]
 
 
 def test_marks_in_pages_name_what_is_made(made):
