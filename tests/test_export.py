@@ -431,6 +431,7 @@ def test_a_package_that_is_missing_is_told_by_name(tmp_path, monkeypatch):
 # === Versions ===
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_versions_count_up_and_are_never_replaced(tmp_path):
     model = keras_tnt.TNT(**TINY)

@@ -49,6 +49,7 @@ def small_disk(folder):
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("checked", [True, False])
 def test_on_a_disk_that_is_or_runs_full_nothing_half_written_is_left(
@@ -85,6 +86,7 @@ def test_on_a_disk_that_is_or_runs_full_nothing_half_written_is_left(
         assert os.listdir(exports["tnt"](disk / "tnt"))
 
 
+@pytest.mark.slow
 def test_a_version_takes_no_more_room_than_was_counted_and_nothing_elsewhere(tmp_path, monkeypatch):
     temporary, counted = tmp_path / "temporary", []
     temporary.mkdir()
@@ -100,6 +102,7 @@ def test_a_version_takes_no_more_room_than_was_counted_and_nothing_elsewhere(tmp
         assert os.listdir(temporary) == []
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_the_process_that_is_handed_over_to_gives_back_the_error_as_it_is(tmp_path):
     network = serving_network(keras_tnt.TNT(**TINY))

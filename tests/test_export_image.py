@@ -183,6 +183,7 @@ print("read", read, "refused", refused)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_whatever_the_bytes_the_process_lives_and_the_place_is_told(tmp_path):
     labels = tmp_path / "labels.txt"

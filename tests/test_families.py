@@ -149,6 +149,7 @@ def test_the_model_is_what_keras_users_expect(family):
     check_model(tiny, family=family, size=(32, 32))
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_files_load_in_a_process_that_imports_no_more_than_the_package(tmp_path):
     models = {family: tiny(family) for family in ("deit_distilled", "cait", "pyramid_tnt")}

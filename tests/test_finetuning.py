@@ -204,6 +204,7 @@ def test_any_optimizer_takes_the_steps_it_takes_with_the_learning_rate_of_the_la
             np.testing.assert_allclose(found[i], value, rtol=0, atol=2e-6, err_msg=trials[i].path)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_adamw_takes_the_steps_of_the_trainers_layer_decay():
     import tensorflow as tf

@@ -76,6 +76,7 @@ def pixels(size, batch=2, channels=3):
 # === The same numbers ===
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILD)
 def test_any_size_gives_what_a_model_of_that_size_gives(name, models):
     free, of_size = models(name)
@@ -131,6 +132,7 @@ def test_on_its_own_grid_a_table_is_used_as_it_is():
         assert_equal(layer(tokens, grid)[0], layer.table)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the other backends know every size")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", BUILD)

@@ -527,6 +527,7 @@ def test_a_data_set_without_a_label_is_refused(tmp_path):
 # === From the beginning to the end ===
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_a_run_on_a_prepared_data_set_counts_each_image_and_records_the_names(tfds_dir, tmp_path):
     flags = {"train_split": "train[:80%]", "eval_split": "train[80%:]+test", "classes": 0}

@@ -62,6 +62,7 @@ def assert_alike(first, second, tolerance=1e-5):
         np.testing.assert_allclose(second[name], value, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_devices_reach_the_weights_of_one(one_device, mirrored):
     values = {"clip_norm": 0.5, "ema": 0.9, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
     losses, weights = train(one_device, **values)
@@ -70,6 +71,7 @@ def test_two_devices_reach_the_weights_of_one(one_device, mirrored):
     assert_alike(weights, weights_of_two)
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_gives_the_weights_of_the_whole(one_device):
     losses, weights = plain(one_device)
     losses_in_parts, weights_in_parts = train(one_device, accumulation=2)
@@ -77,10 +79,12 @@ def test_a_batch_in_parts_gives_the_weights_of_the_whole(one_device):
     assert_alike(weights, weights_in_parts)
 
 
+@pytest.mark.slow
 def test_xla_within_each_replica_gives_the_weights_of_the_graph(one_device, mirrored):
     assert_alike(plain(one_device)[1], train(mirrored, jit="on")[1])
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing_the_dropped_included(one_device):
     rates = {"stochastic_depth": 0.5, "dropout": 0.3}
     losses, weights = train(one_device, **rates)
@@ -89,6 +93,7 @@ def test_rematerialisation_changes_nothing_the_dropped_included(one_device):
     assert_alike(weights, weights_again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_follows_float32(one_device, precision):
     losses, _ = plain(one_device)
@@ -97,6 +102,7 @@ def test_half_precision_follows_float32(one_device, precision):
     assert all(value.dtype != precision for value in weights.values())
 
 
+@pytest.mark.slow
 def test_an_overflow_in_float16_leaves_the_weights_and_halves_the_scale(one_device, monkeypatch):
     losses, weights = train(one_device, updates=1, precision="float16")
 
@@ -138,6 +144,7 @@ def test_an_image_of_weight_0_teaches_nothing(one_device, monkeypatch):
     assert_alike(weights, train(one_device)[1], 0)
 
 
+@pytest.mark.slow
 def test_the_teacher_teaches_the_distillation_head(one_device):
     def teacher(images):
         return tf.one_hot(tf.zeros(tf.shape(images)[0], tf.int32), 10) * 5.0
@@ -228,6 +235,7 @@ def test_an_answer_is_right_if_it_is_one_of_several_labels():
     assert top1.numpy().tolist() == [1, 0, 0] and top5.numpy().tolist() == [1, 1, 0]
 
 
+@pytest.mark.slow
 def test_every_replica_and_part_draws_from_a_stream_of_its_own(mirrored):
     seen = []
 
