@@ -395,6 +395,7 @@ def test_weights_of_a_distiller_hold_no_teacher(tmp_path):
     [
         ({"kind": "firm"}, "`kind` must be one of 'hard', 'soft'. Received: 'firm'"),
         ({"alpha": 1.5}, r"`alpha` must lie in \[0, 1\]"),
+        ({"alpha": -0.5}, r"`alpha` must lie in \[0, 1\]"),
         ({"temperature": 0}, "`temperature` must be positive"),
         ({"kl_reduction": "sum"}, "`kl_reduction` must be one of"),
         ({"teacher": dense(classes=4)}, "must know the same classes"),
