@@ -29,6 +29,8 @@ myst_heading_anchors = 3
 # A link to a file of the repository that is no page offers it as it is.
 suppress_warnings = ["myst.header"]
 
+smartquotes = False  # `--flag` in a sentence stays what one types
+
 # === Docstrings ===
 
 napoleon_numpy_docstring = False

@@ -39,12 +39,15 @@ def needed(imports):
 
 
 def draw():
-    """The picture, as SVG in one line of Markdown."""
+    """The picture, as SVG in one line of Markdown.
+
+    Within a `<div>` Markdown reads no markup of its own, such as that of `__main__`.
+    """
     boxes, imports = places(), room_imports()
     strong = needed(imports)
     height = TOP + len(FLOORS) * ROW
     parts = [
-        f'<svg class="floors" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'<div><svg class="floors" viewBox="0 0 {WIDTH} {height}" role="img" '
         'aria-label="Modules of keras_tnt by floor; every line is an import, and goes down.">'
     ]
     for number in range(len(FLOORS)):
@@ -71,4 +74,4 @@ def draw():
             f'height="{BOX_HEIGHT}" rx="6"/><text x="{left + width / 2:.0f}" '
             f'y="{top + BOX_HEIGHT / 2 + 5:.0f}">{room}</text></g>'
         )
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></div>"])

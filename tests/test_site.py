@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 import keras_tnt
 from tests.floors import FLOOR, room_imports
@@ -53,6 +54,11 @@ def test_the_picture_of_the_floors_has_every_room_and_every_import_and_no_other(
     assert set(re.findall(r">(\w+)</text>", picture)) == set(FLOOR)
     drawn = set(re.findall(r"<title>(\w+) imports (\w+)</title>", picture))
     assert drawn == {(room, used) for room, all_used in room_imports().items() for used in all_used}
+
+
+def test_the_picture_of_the_floors_stays_as_it_is_in_markdown(made):
+    picture = made.MADE["floors"]()
+    assert "__main__" in picture and MarkdownIt().render(picture).strip() == picture
 
 
 def test_the_lines_that_stand_out_are_those_that_no_way_round_replaces(made):
