@@ -17,7 +17,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow servers lint docs dist installs mutation bench clean
+.PHONY: help setup demo test slow dense servers lint docs dist installs mutation bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -51,12 +51,20 @@ slow: setup ## the slow tests on each backend: whole runs, exports of every kind
 define on_each_backend
 for backend in $(BACKENDS); do \
 	printf '\n== tests on %s: $(1) ==\n' $$backend; \
-	KERAS_BACKEND=$$backend $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m '$(1)' $(PYTEST_ARGS) && \
+	KERAS_BACKEND=$$backend $(RUN) -m pytest --ignore=tests/dense -n $(WORKERS) --dist worksteal -m '$(1)' $(PYTEST_ARGS) && \
 		passed="$$passed $$backend" || failed="$$failed $$backend"; \
 done; \
 if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi; \
 printf '\n== passed: %s ==\n' "$$passed"
 endef
+
+dense: setup ## the tests of detectors and segmenters with KerasHub's heads, on each backend
+	@failed=; \
+	for backend in $(BACKENDS); do \
+		printf '\n== tests/dense on %s ==\n' $$backend; \
+		KERAS_BACKEND=$$backend $(RUN) -m pytest tests/dense $(PYTEST_ARGS) || failed="$$failed $$backend"; \
+	done; \
+	if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi
 
 servers: setup $(SERVERS)/ready ## the tests against real servers, Triton and MLServer, in an environment of their own
 	KERAS_BACKEND=tensorflow $(RUN) -m pytest tests/servers $(PYTEST_ARGS)

@@ -31,6 +31,16 @@ TRAIN = [
     *PLOTS,
     "tensorboard>=2.19,<3",  # tf.summary.scalar lives in it
 ]
+# Heads of detectors and segmenters, and what the examples with them measure and draw.
+DENSE = [
+    *TENSORFLOW,
+    "keras-hub>=0.32,<1",
+    "faster-coco-eval>=1.7,<2",
+    "tensorflow-datasets>=4.9.9,<5",
+    "importlib_resources>=6",
+    "scikit-learn>=1.5,<2",
+    *PLOTS,
+]
 EXPORT = [
     *TENSORFLOW,
     *JAX,
@@ -45,6 +55,7 @@ EDGE = ["ai-edge-litert>=2,<3", "openvino>=2026.1,<2027"]
 DOCS = ["sphinx>=8.2,<10", "furo>=2025.7", "myst-parser>=4,<6", "absl-py>=2.1,<3"]
 TEST = [
     *TRAIN,
+    *DENSE,
     *EXPORT,
     *EDGE,
     *TORCH,
@@ -111,6 +122,7 @@ setup(
         "parquet": PARQUET,
         "plots": PLOTS,
         "train": TRAIN,
+        "dense": DENSE,
         "export": EXPORT,
         "edge": EDGE,
         "docs": DOCS,

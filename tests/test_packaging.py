@@ -18,7 +18,7 @@ import keras_tnt
 
 ROOT = Path(__file__).parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
-PARTS = ("keras_tnt", "training", "savedmodels", "benchmarks", "tests")
+PARTS = ("keras_tnt", "training", "savedmodels", "examples", "benchmarks", "tests")
 # Looked for at run time and used where a user has them, or a server brings them; no extra does.
 NOT_BROUGHT = {"timm", "triton_python_backend_utils", "mlserver", "tritonclient"}
 
@@ -152,6 +152,7 @@ def test_every_import_is_a_requirement_or_in_an_extra(part, metadata):
         "keras_tnt": distributions(sum(extras.values(), [])),
         "training": distributions(extras["train"] + extras["export"]),
         "savedmodels": distributions(extras["export"] + extras["plots"]),
+        "examples": distributions(extras["dense"]),
     }.get(part, distributions(extras["test"]))
     owners = importlib.metadata.packages_distributions()
     undeclared = [

@@ -1,0 +1,253 @@
+"""examples/detection.py and segmentation.py: scenes, data sets of tfds and folders, whole runs."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples import dense_data, dense_task, detection, scenes, segmentation
+from tests.checks import ROOT
+
+pytestmark = [
+    pytest.mark.one_backend,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning"),
+]
+TINY = '{"patch_size": 16, "depth": 2, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_heads": 2}'  # fmt: skip  # noqa: E501
+
+
+# === Scenes ===
+
+
+def test_scenes_are_the_same_at_each_call_and_held_out_ones_are_others():
+    first, again, held_out = (scenes.scenes(4, out) for out in (False, False, True))
+    assert np.array_equal(first.images, again.images)
+    assert not np.array_equal(first.images, held_out.images)
+    train, test = ({d.tobytes() for d in scenes.digits(out)[0]} for out in (False, True))
+    assert len(train) > 1400 and len(test) > 300 and not train & test
+
+
+def test_boxes_and_masks_tell_of_the_same_digits():
+    found = scenes.scenes(20, held_out=True)
+    for boxes, labels, mask in zip(found.boxes, found.labels, found.masks, strict=True):
+        assert set(np.unique(mask)) - {0} == set(labels + 1)
+        for (top, left, bottom, right), label in zip(boxes.astype(int), labels, strict=True):
+            inside = mask[top:bottom, left:right] == label + 1
+            assert inside[0].any() and inside[-1].any()
+            assert inside[:, 0].any() and inside[:, -1].any()
+
+
+# === Data sets ===
+
+
+def options(dataset, **others):
+    told = {"dataset": str(dataset), "data_dir": None, "image_size": 64, "classes": None}
+    return SimpleNamespace(**told | others)
+
+
+def picture(height=40, width=80):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype("uint8")
+
+
+def folder_of_boxes(root):
+    for part in ("train", "validation"):
+        (root / part).mkdir()
+        Image.fromarray(picture()).save(root / part / "a.png")
+        told = {
+            "images": [{"id": 7, "file_name": "a.png"}],
+            "categories": [{"id": 5, "name": "dog"}, {"id": 2, "name": "cat"}],
+            "annotations": [
+                {"image_id": 7, "category_id": 5, "bbox": [10, 20, 30, 15]},
+                {"image_id": 7, "category_id": 2, "bbox": [0, 0, 8, 8], "iscrowd": 1},
+            ],
+        }
+        (root / part / "annotations.json").write_text(json.dumps(told))
+    return root
+
+
+def folder_of_masks(root, value=2):
+    mask = np.full((40, 80), value, "uint8")
+    mask[:10] = 255
+    for part in ("train", "validation"):
+        for name in ("images", "masks"):
+            (root / part / name).mkdir(parents=True)
+        Image.fromarray(picture()).save(root / part / "images" / "a.jpg")
+        Image.fromarray(mask).save(root / part / "masks" / "a.png")
+    return root
+
+
+def test_a_folder_with_coco_s_annotations_is_read(tmp_path):
+    items = dense_data.load("detection", options(folder_of_boxes(tmp_path)), held_out=True)
+    assert items.classes == ("cat", "dog") and items.count == 1
+    (item,) = items.read()
+    assert item["boxes"].tolist() == [[20, 10, 35, 40], [0, 0, 8, 8]]
+    assert item["labels"].tolist() == [1, 0] and item["crowd"].tolist() == [False, True]
+    resized, scale = dense_data.resize(item, 64)
+    assert scale == 0.8 and resized["image"].shape == (64, 64, 3)
+    assert resized["boxes"][0].tolist() == pytest.approx([16, 8, 28, 32])
+    assert detection.padded_boxes(resized)["labels"][:2].tolist() == [1, -1]
+
+
+def test_a_folder_of_masks_is_read(tmp_path):
+    root = folder_of_masks(tmp_path)
+    (item,) = dense_data.load("segmentation", options(root, classes=3), held_out=False).read()
+    resized, _ = dense_data.resize(item, 64)
+    assert set(np.unique(resized["mask"])) == {2, 255}
+    assert (resized["mask"][32:] == 255).all()
+    cut = dense_data.augment(item, np.random.default_rng(1), options(root, flip=True, crop=True))
+    assert cut["image"].shape == (64, 64, 3) and cut["mask"].shape == (64, 64)
+
+
+def test_data_sets_of_tfds_s_own_writer_are_read(tmp_path):
+    import tensorflow_datasets as tfds
+
+    def write(name, features, example):
+        info = {"data_dir": str(tmp_path), "name": name, "version": "1.0.0"}
+        tfds.dataset_builders.store_as_tfds_dataset(
+            **info,
+            features=tfds.features.FeaturesDict(features),
+            split_datasets={"train": [example], "validation": [example]},
+        )
+
+    box = tfds.features.BBox(ymin=0.5, xmin=0.125, ymax=0.875, xmax=0.5)
+    kinds = {"bbox": tfds.features.BBoxFeature(), "label": tfds.features.ClassLabel(names=["a"])}
+    image = tfds.features.Image(shape=(None, None, 3))
+    write(
+        "boxes",
+        {"image": image, "objects": tfds.features.Sequence(kinds)},
+        {"image": picture(), "objects": [{"bbox": box, "label": 0}]},
+    )
+    mask = np.ones((40, 80, 1), "uint8")
+    write(
+        "masks",
+        {"image": image, "annotation": tfds.features.Image(shape=(None, None, 1))},
+        {"image": picture(), "annotation": mask},
+    )
+    told = {"data_dir": str(tmp_path), "classes": 2}
+    boxes = dense_data.load("detection", options("tfds:boxes", **told), held_out=True)
+    (item,) = boxes.read()
+    assert item["boxes"].tolist() == [[20, 10, 35, 40]] and boxes.classes == ("a",)
+    (item,) = dense_data.load("segmentation", options("tfds:masks", **told), False).read()
+    assert (item["mask"] == 1).all()
+    with pytest.raises(ValueError, match="sequence of bbox and label"):
+        dense_data.load("detection", options("tfds:masks", **told), held_out=True)
+
+
+@pytest.mark.parametrize(
+    ("task", "prepare", "told"),
+    [
+        ("detection", lambda root: root / "none", "neither scenes, nor tfds:NAME, nor a folder"),
+        ("detection", lambda root: root, "There is no .*annotations.json"),
+        ("segmentation", folder_of_masks, "type --classes=N"),
+    ],
+)
+def test_what_is_no_data_set_is_told_in_a_line(task, prepare, told, tmp_path):
+    with pytest.raises(ValueError, match=told) as raised:
+        dense_data.load(task, options(prepare(tmp_path)), held_out=False)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mask_of_unknown_classes_is_told(tmp_path):
+    items = dense_data.load("segmentation", options(folder_of_masks(tmp_path), classes=2), False)
+    with pytest.raises(ValueError, match="has the value 2, and there are 2 classes"):
+        list(items.read())
+
+
+# === Numbers ===
+
+
+def test_average_precision_of_what_is_right_is_one_and_of_half_is_half():
+    box = np.array([[4, 4, 24, 24], [30, 30, 60, 50]], "float32")
+    truth = [
+        {
+            "boxes": box,
+            "labels": np.array([0, 1]),
+            "crowd": [False, False],
+            "scale": 1,
+            "classes": 2,
+        }
+    ]
+    found = {
+        "boxes": box[None],
+        "labels": np.array([[0, 1]]),
+        "confidence": np.array([[0.9, 0.8]]),
+        "num_detections": np.array([2]),
+    }
+    assert detection.evaluate(found, truth)["AP"] == pytest.approx(1)
+    assert detection.evaluate({**found, "num_detections": np.array([1])}, truth)[
+        "AP50"
+    ] == pytest.approx(0.5)
+
+
+def test_mean_iou_leaves_out_what_does_not_count():
+    mask = np.array([[[0, 0, 1, 255]]], "uint8")
+    found = np.array([[[0, 1, 1, 0]]], "uint8")
+    numbers = segmentation.evaluate(found, mask, 2)
+    assert numbers["mean IoU"] == pytest.approx(0.5)
+    assert numbers["pixel accuracy"] == pytest.approx(2 / 3)
+
+
+# === The whole way ===
+
+
+def run(module, workdir, *arguments):
+    return module.main(
+        [
+            f"--workdir={workdir}",
+            f"--architecture={TINY}",
+            *("--steps=2", "--batch=2", "--scenes=4", "--held_out_scenes=3"),
+            *arguments,
+        ]
+    )
+
+
+def check_whole_way(module, tmp_path, name):
+    """Trained, reloaded and exported give the same numbers; a second call trains no more."""
+    results = run(module, tmp_path)
+    assert list(results) == ["trained", "reloaded", "exported"]
+    assert results["trained"] == results["reloaded"]
+    assert results["exported"] == pytest.approx(results["reloaded"], abs=1e-3)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "held_out.png").stat().st_size > 10_000
+    again = run(module, tmp_path, "--no_export")
+    assert again == {"reloaded": results["reloaded"]}
+    assert (tmp_path / name).exists()
+
+
+@pytest.mark.slow
+def test_a_detector_goes_the_whole_way(tmp_path):
+    check_whole_way(detection, tmp_path, "detector.keras")
+
+
+@pytest.mark.slow
+def test_a_segmenter_goes_the_whole_way(tmp_path):
+    check_whole_way(segmentation, tmp_path, "segmenter.keras")
+
+
+# === The commands ===
+
+
+@pytest.mark.parametrize("name", ["detection", "segmentation"])
+def test_help_does_nothing_else(name, tmp_path):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "examples" / f"{name}.py"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert shown.returncode == 0 and "--dataset" in shown.stdout
+    assert not {"keras", "numpy"} & {
+        line.split("|")[-1].strip() for line in shown.stderr.split("\n")
+    }
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
+    monkeypatch.setattr(dense_task.importlib.util, "find_spec", lambda name: None)
+    assert dense_task.run(detection.main, []) == 1
+    assert 'pip install "keras-tnt[dense]"' in capsys.readouterr().err
+
+
+def test_sizes_that_no_stride_divides_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        detection.main(["--image_size=100"])
+    assert "multiple of 32" in capsys.readouterr().err
