@@ -148,8 +148,7 @@ def mask_of_tfds(options, features, kinds):
             f"--dataset={options.dataset} needs one image feature for the mask beside 'image', as "
             f"tfds:scene_parse150 has; its features are {', '.join(features)}"
         )
-    names = getattr(features.get("label"), "names", None)
-    classes = names_of_masks(options, names)
+    classes = names_of_masks(options, None)
 
     def convert(example):
         mask = example[masks[0]][..., 0]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.dense_task import TNT_SCENES, Settings, parse, require, run  # noqa: E402  # noqa: E402
+from examples.dense_task import TNT_SCENES, Settings, parse, require, run  # noqa: E402
 
 BOXES = "yxyx"
 MOST_BOXES = 100  # of an image, in training and in the answer
@@ -64,9 +64,9 @@ def main(arguments=None):
         dataset = dense_data.batches(items, options, padded_boxes, options.seed)
         dense_task.train(detector, dataset, options)
         detector.save(path)
-        results["trained"] = evaluate(detector.predict(images, options.batch, verbose=0), truth)
+        results["trained"] = evaluate(detect(detector, images, options.batch), truth)
     detector = keras.saving.load_model(path)
-    found = detector.predict(images, options.batch, verbose=0)
+    found = detect(detector, images, options.batch)
     results["reloaded"] = evaluate(found, truth)
     draw(options.workdir / "held_out.png", images, found, truth, held_out.classes)
     if not options.no_export:
@@ -157,6 +157,20 @@ def padded_boxes(item):
     }
 
 
+def detect(detector, images, batch):
+    """What a detector finds in images: a dict of arrays, `MOST_BOXES` rows an image.
+
+    Every batch is full, the last image repeated where there are fewer: KerasHub's suppression of
+    overlapping boxes wants to know the number of images in a TensorFlow graph.
+    """
+    import numpy as np
+
+    count = len(images)
+    images = np.pad(images, [(0, -count % batch), *[(0, 0)] * 3], mode="edge")
+    found = detector.predict(images, batch, verbose=0)
+    return {key: value[:count] for key, value in found.items()}
+
+
 def export(detector, directory):
     """Write a SavedModel from images to boxes, labels and confidences; runs on TensorFlow."""
     import keras
@@ -164,8 +178,22 @@ def export(detector, directory):
 
     height, width, channels = detector.input_shape[1:]
 
+    def decode(one):
+        predictions, image = tf.nest.map_structure(lambda x: x[None], one)
+        found = detector.decode_predictions(predictions, image)
+        return {key: tf.cast(found[key][0], spec.dtype) for key, spec in specs.items()}
+
     def serve(images):
-        return detector.decode_predictions(detector(images, training=False), images)
+        # Image by image: the number of images is not known here, as `detect` needs it.
+        predictions = detector(images, training=False)
+        return tf.map_fn(decode, (predictions, images), fn_output_signature=specs)
+
+    specs = {
+        "boxes": tf.TensorSpec((MOST_BOXES, 4), tf.float32),
+        "confidence": tf.TensorSpec((MOST_BOXES,), tf.float32),
+        "labels": tf.TensorSpec((MOST_BOXES,), tf.int32),
+        "num_detections": tf.TensorSpec((), tf.int32),
+    }
 
     archive = keras.export.ExportArchive()
     archive.track(detector)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.dense_task import TNT_SCENES, Settings, parse, require, run  # noqa: E402  # noqa: E402
+from examples.dense_task import TNT_SCENES, Settings, parse, require, run  # noqa: E402
 
 SETTINGS = {
     "scenes": Settings(

@@ -109,7 +109,7 @@ def test_data_sets_of_tfds_s_own_writer_are_read(tmp_path):
         tfds.dataset_builders.store_as_tfds_dataset(
             **info,
             features=tfds.features.FeaturesDict(features),
-            split_datasets={"train": [example], "validation": [example]},
+            split_datasets={"train": [(0, example)], "validation": [(0, example)]},
         )
 
     box = tfds.features.BBox(ymin=0.5, xmin=0.125, ymax=0.875, xmax=0.5)
