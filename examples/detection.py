@@ -310,6 +310,7 @@ def draw(path, images, found, truth, classes, count=12, threshold=0.5):
                 f"{classes[label]} {confidence:.0%}",
                 color="white",
                 fontsize=8,
+                clip_on=True,
                 bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
             )
     figure.tight_layout()

@@ -39,6 +39,7 @@ CASES = {
     "parquet": ("jax", "parquet"),
     "plots": ("jax", "picture"),
     "train": ("tensorflow", "model"),
+    "dense": ("tensorflow", "model"),
     "export": ("tensorflow", "export"),
     "edge": ("jax", "edge"),
     "docs": ("jax", "docs"),
