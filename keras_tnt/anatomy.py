@@ -186,7 +186,8 @@ def anatomy(model: keras.Model) -> Anatomy:
         return tuple(layer for layer in layers if getattr(layer, "part", None) == part)
 
     stem = next(iter(of_part("stem")), None)
-    image = describe_image(model, core, entrance, stem, of_part("position"))
+    levels = of_part("level")
+    image = describe_image(model, core, entrance, stem, of_part("position"), levels)
     prefix = entrance.name.removesuffix(NORMALIZATION)
     sides = sides_of(entrance.output.shape, entrance.data_format)
     blocks = tuple(find_blocks(layers, prefix, sides))
@@ -214,7 +215,7 @@ def anatomy(model: keras.Model) -> Anatomy:
         blocks=blocks,
         class_blocks=of_part("class_block"),
         norm=norms[0] if norms else None,
-        levels=of_part("level"),
+        levels=levels,
         heads=heads,
         predictions=predictions,
     )
@@ -257,7 +258,7 @@ def find_entrances(model) -> Iterator[tuple[keras.Model, ImageNormalization]]:
             yield from find_entrances(layer)
 
 
-def describe_image(model, core, entrance, stem, positions) -> Image:
+def describe_image(model, core, entrance, stem, positions, levels) -> Image:
     """The images that a model takes; a wrapper may resize and normalise them before ours does."""
     shape = getattr(model, "input_shape", None)  # a Sequential model may not be built
     if not isinstance(shape, tuple) or len(shape) != 4:
@@ -276,6 +277,9 @@ def describe_image(model, core, entrance, stem, positions) -> Image:
     crop = entrance.crop
     if crop is None:
         crop = registry.family(entrance.family).image.crop_at(*native_size)
+    multiple_of = getattr(stem, "patch_size", None) if None in own_size else None
+    if multiple_of:
+        multiple_of = max(multiple_of, *(level.stride or 1 for level in levels), 1)
     return Image(
         height=height,
         width=width,
@@ -287,7 +291,7 @@ def describe_image(model, core, entrance, stem, positions) -> Image:
         crop=crop,
         interpolation=entrance.interpolation,
         native_size=native_size,
-        multiple_of=getattr(stem, "patch_size", None) if None in own_size else None,
+        multiple_of=multiple_of,
     )
 
 

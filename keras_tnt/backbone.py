@@ -13,6 +13,7 @@ from keras_tnt import registry
 from keras_tnt.anatomy import anatomy, is_ours
 from keras_tnt.inspection.features import patch_map
 from keras_tnt.layers.base import CompositeLayer, LayerNormalization, gelu
+from keras_tnt.layers.grid import checked, misfit, shape_of
 
 QUARTERS = 4
 FINEST = 2  # the level of the first quarter's map
@@ -85,6 +86,7 @@ def backbone(model, levels=None, **arguments) -> Backbone:
         layer = PyramidLevel(
             steps,
             found.image.data_format,
+            stride=2 ** int(level[1:]),
             dtype=block.layer.dtype_policy,
             name=found.layer_prefix + level.lower(),
         )
@@ -180,19 +182,31 @@ class PyramidLevel(CompositeLayer):
             each; below 0, how often they halve, by the largest value of each square.
         data_format: of the result, `"channels_last"` or `"channels_first"`; None: Keras's setting.
         epsilon: of the norms between two transposed convolutions.
+        stride: of the result in pixels of the image, where it is known.
 
     Call arguments:
         x: map (batch, height, width, dim), channels last.
 
     Returns:
         (batch, height * 2**steps, width * 2**steps, dim), or channels first.
+
+    Raises:
+        ValueError: if height and width cannot be halved that often.
     """
 
     part = "level"
 
-    def __init__(self, steps: int, data_format=None, epsilon: float = 1e-6, **kwargs):
+    def __init__(
+        self,
+        steps: int,
+        data_format=None,
+        epsilon: float = 1e-6,
+        stride: int | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.steps = steps
+        self.stride = stride
         self.data_format = data_format or keras.config.image_data_format()
         self.epsilon = epsilon
 
@@ -223,10 +237,18 @@ class PyramidLevel(CompositeLayer):
                 x = gelu(self.norms[i](x))
         if self.steps < 0:
             side = 2**-self.steps
+            x = checked(x, shape_of(x)[1:3], lambda n: n % side == 0, self.unfit)
             x = ops.max_pool(x, side, side, data_format="channels_last")
         if self.data_format == "channels_first":
             x = ops.transpose(x, (0, 3, 1, 2))  # (batch, dim, height, width)
         return x
+
+    def unfit(self, sides):
+        """What is said of a map that cannot be halved: `told` of `checked`."""
+        side = 2**-self.steps
+        pixels = (self.stride or side) // side
+        message, values = misfit([n * pixels for n in sides], pixels * side)
+        return f"Level '{self.name}': {message}", values
 
     def compute_output_shape(self, input_shape):
         batch, *sides, dim = input_shape
@@ -243,6 +265,7 @@ class PyramidLevel(CompositeLayer):
             "steps": self.steps,
             "data_format": self.data_format,
             "epsilon": self.epsilon,
+            "stride": self.stride,
         }
 
 

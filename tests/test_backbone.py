@@ -283,6 +283,49 @@ def test_levels_take_whole_steps(backbone):
     assert {distances[w.path] for w in backbone.get_layer("block_3").weights} == {1}
 
 
+# === Images of any size ===
+
+
+@pytest.fixture(scope="module", params=["tnt", "pyramid_tnt"])
+def free_backbone(request):
+    """A backbone for images of any size, and how one is made for a size."""
+    keras.utils.set_random_seed(0)
+
+    def make(size):
+        model = tiny_tnt(size) if request.param == "tnt" else tiny("pyramid_tnt", size)
+        return keras_tnt.backbone(model, ("P3", "P4", "P5")[: 3 if request.param == "tnt" else 2])
+
+    return make((None, None)), make
+
+
+def test_a_free_backbone_computes_what_one_made_for_the_size_does(free_backbone, tmp_path):
+    free, make = free_backbone
+    free.save_weights(tmp_path / "free.weights.h5")
+    images = 100 * normal((1, 64, 96, 3))
+    fixed = make((64, 96))
+    fixed.load_weights(tmp_path / "free.weights.h5")
+    found, expected = compute(free, images), compute(fixed, images)
+    assert list(found) == list(expected)
+    for level in found:
+        assert_close(found[level], expected[level], 1e-5)
+
+
+@pytest.mark.one_backend
+def test_a_free_backbone_wants_its_coarsest_stride(free_backbone):
+    free, _ = free_backbone
+    stride = 2 ** int(list(free.pyramid_outputs)[-1][1:])
+    assert keras_tnt.anatomy(free).image.multiple_of == stride
+    photo = normal((30, 3 * stride + 2, 3))
+    assert keras_tnt.pad_to_fit(photo, free).shape == (32, 4 * stride, 3)
+
+
+def test_a_map_that_cannot_be_halved_is_told_in_pixels():
+    free = keras_tnt.backbone(tiny_tnt((None, None)), ("P5",))
+    told = "Level 'p5': .* multiples of 32. Received: 48x64. The nearest .* 64x64;.*pad_to_fit"
+    with pytest.raises(ValueError, match=told):
+        free(np.zeros((1, 48, 64, 3), "float32"))
+
+
 # === Bad input ===
 
 
