@@ -298,6 +298,7 @@ def free_backbone(request):
     return make((None, None)), make
 
 
+@pytest.mark.slow
 def test_a_free_backbone_computes_what_one_made_for_the_size_does(free_backbone, tmp_path):
     free, make = free_backbone
     free.save_weights(tmp_path / "free.weights.h5")
@@ -319,6 +320,7 @@ def test_a_free_backbone_wants_its_coarsest_stride(free_backbone):
     assert keras_tnt.pad_to_fit(photo, free).shape == (32, 4 * stride, 3)
 
 
+@pytest.mark.one_backend
 def test_a_map_that_cannot_be_halved_is_told_in_pixels():
     free = keras_tnt.backbone(tiny_tnt((None, None)), ("P5",))
     told = "Level 'p5': .* multiples of 32. Received: 48x64. The nearest .* 64x64;.*pad_to_fit"
