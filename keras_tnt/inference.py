@@ -13,14 +13,21 @@ from keras import ops
 
 from keras_tnt.anatomy import anatomy, is_ours, sides_of
 from keras_tnt.layers.base import inference_on
-from keras_tnt.native import runtimes
+from keras_tnt.layers.half import check_in_float32, in_bfloat16, kernels_to_change
+from keras_tnt.native import processor, runtimes
+
+PRECISIONS = ("float32", "bfloat16")
 
 # One program at a time is compiled: compilers keep state that belongs to the whole process.
 _compiling = threading.RLock()
 
 
 def compile_inference(
-    model: keras.Model, max_batch: int | None = None, max_sizes: int = 8
+    model: keras.Model,
+    max_batch: int | None = None,
+    max_sizes: int = 8,
+    *,
+    precision: str | None = None,
 ) -> Callable:
     """Compile a model's forward pass: XLA on TensorFlow and JAX, export and Inductor on torch.
 
@@ -40,13 +47,18 @@ def compile_inference(
             256, but one or two images a core where the CPU computes: its caches hold no more.
         max_sizes: of a model of images of any size, how many sizes have programs at once: each is
             compiled by itself, and the one used longest ago makes room for another.
+        precision: None or `"float32"`: as the model computes. `"bfloat16"`, of a model in float32:
+            attention and MLP over patches multiply in bfloat16; norms, softmax, residuals, words
+            and heads stay in float32. On a CPU without instructions for it, a warning, and as the
+            model computes.
 
     Returns:
         A function from a batch of images, `(batch, *model.input_shape[1:])`, array or tensor of the
         backend, to what `model` predicts for it: arrays for an array, tensors for a tensor.
 
     Raises:
-        ValueError: for a model of several inputs; from the function, for images that do not fit.
+        ValueError: for a model of several inputs, or that `precision` is not for; from the
+            function, for images that do not fit.
         RuntimeError: in a process forked from one that imported this package: spawn it instead.
 
     Example:
@@ -60,6 +72,12 @@ def compile_inference(
             f"`compile_inference` takes a model of one input. '{model.name}' has "
             f"{len(model.inputs)}."
         )
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(
+            f"`precision` must be None or one of {', '.join(PRECISIONS)}. Received: {precision!r}"
+        )
+    if precision == "bfloat16":
+        check_in_float32(model)
     device = "cpu" if "cpu" in str(ops.zeros(()).device).lower() else "accelerator"
     if max_batch is None:
         max_batch = max(4, 1 << os.cpu_count().bit_length()) if device == "cpu" else 256
@@ -67,10 +85,11 @@ def compile_inference(
         raise ValueError(f"`max_batch` must be a power of two. Received: {max_batch}")
     if not isinstance(max_sizes, int) or max_sizes < 1:
         raise ValueError(f"`max_sizes` must be a positive integer. Received: {max_sizes!r}")
+    half = precision == "bfloat16" and (device != "cpu" or processor.takes_bfloat16())
     image_shape, dtype = tuple(model.input_shape[1:]), model.inputs[0].dtype
     image = anatomy(model).image if is_ours(model) else None
     programs = functools.lru_cache(max_sizes)(
-        lambda shape: with_second_choice(model, device, shape)
+        lambda shape: with_second_choice(model, device, shape, half)
     )
     finding = threading.Lock()
 
@@ -102,13 +121,14 @@ def fits(shape, wanted):
     return all(b in (None, a) for a, b in zip(shape, wanted, strict=True))
 
 
-def with_second_choice(model, device, image_shape):
+def with_second_choice(model, device, image_shape, half=False):
     """A model's program of the best make, or of the next best from where that fails.
 
     Args:
         model: a Keras model of one input.
         device: "cpu" or "accelerator".
         image_shape: shape of an image, known whole.
+        half: whether to multiply in bfloat16.
     """
     backend = keras.backend.backend()
     first, second = {
@@ -116,7 +136,7 @@ def with_second_choice(model, device, image_shape):
         "jax": (jax_program, jax_program),
         "torch": (torch_program, torch_plain_program),
     }[backend]
-    program, failed = first(model, image_shape), False
+    program, failed = first(model, image_shape, half), False
 
     def run(images):
         nonlocal program, failed
@@ -127,7 +147,7 @@ def with_second_choice(model, device, image_shape):
                 return program(images)
         except Exception as error:  # of whatever kind a compiler raises
             with _compiling:
-                plain = program if failed else second(model, image_shape)
+                plain = program if failed else second(model, image_shape, half)
                 result = plain(images)  # raises what is not the compiler's fault
                 if not failed:
                     warnings.warn(
@@ -158,32 +178,48 @@ def in_powers_of_two(program):
     return run
 
 
-def tensorflow_program(model, image_shape):
+def tensorflow_program(model, image_shape, half=False):
     import tensorflow as tf
+
+    network = in_bfloat16(model) if half else model
 
     @tf.function(jit_compile=True)
     def forward(images):
-        return model(images, training=False)
+        values = [variable.value for variable in model.variables]
+        return call_with(values, network, images)
 
     return in_powers_of_two(forward)
 
 
-def jax_program(model, image_shape):
+def jax_program(model, image_shape, half=False):
     import jax
 
+    network = in_bfloat16(model) if half else model
+    kernels = {id(variable) for variable in kernels_to_change(model)} if half else set()
+    converted = {}  # by the variable: its value, and that in bfloat16
+
     @jax.jit
-    def forward(trainable, non_trainable, images):
-        return model.stateless_call(trainable, non_trainable, images, training=False)[0]
+    def forward(values, images):
+        return call_with(values, network, images)
 
-    def run(images):
-        trainable = [v.value for v in model.trainable_variables]
-        non_trainable = [v.value for v in model.non_trainable_variables]
-        return forward(trainable, non_trainable, images)
+    def value_of(variable):
+        value = variable.value
+        if id(variable) not in kernels:
+            return value
+        if converted.get(id(variable), (None,))[0] is not value:
+            converted[id(variable)] = value, value.astype("bfloat16")
+        return converted[id(variable)][1]
 
-    return in_powers_of_two(run)
+    return in_powers_of_two(lambda x: forward([value_of(v) for v in model.variables], x))
 
 
-def torch_program(model, image_shape):
+def call_with(values, network, images):
+    """What a network predicts with these values of its variables."""
+    with keras.StatelessScope(state_mapping=list(zip(network.variables, values, strict=True))):
+        return network(images, training=False)
+
+
+def torch_program(model, image_shape, half=False):
     """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
     import torch
 
@@ -196,7 +232,7 @@ def torch_program(model, image_shape):
         # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
         two_images = ops.zeros((2, *image_shape), model.inputs[0].dtype)
         exported = torch.export.export(
-            model,
+            in_bfloat16(model) if half else model,
             (two_images,),
             dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
             strict=False,
@@ -219,7 +255,7 @@ def torch_program(model, image_shape):
     return run
 
 
-def torch_plain_program(model, image_shape):
+def torch_plain_program(model, image_shape, half=False):
     import torch
 
     @torch.no_grad()

@@ -8,6 +8,8 @@ import pytest
 
 import keras_tnt
 from keras_tnt import inference
+from keras_tnt.layers import SelfAttention, blocks, half
+from keras_tnt.native import processor
 from tests.checks import assert_equal, compute, in_fork
 
 TINY = {
@@ -97,9 +99,9 @@ def test_where_the_compiler_fails_predictions_are_slower_and_right(images, monke
     compiler = f"{keras.backend.backend()}_program"
     make, made = getattr(inference, compiler), []
 
-    def failing_at_first(model, image_shape):
+    def failing_at_first(model, image_shape, half):
         made.append(model)
-        return refuse if len(made) == 1 else make(model, image_shape)
+        return refuse if len(made) == 1 else make(model, image_shape, half)
 
     def refuse(images):
         raise ValueError("unknown custom call")
@@ -123,3 +125,92 @@ def test_refuses_images_of_another_size(images):
 def test_refuses_a_batch_limit_that_is_no_power_of_two():
     with pytest.raises(ValueError, match="power of two"):
         keras_tnt.compile_inference(keras_tnt.TNT(**TINY), max_batch=6)
+
+
+# === bfloat16 ===
+
+BFLOAT16 = frozenset({"avx512_bf16"})
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A model of words and patches, images, and what it predicts for them in float32."""
+    model = keras_tnt.TNT(**{**TINY, "outer_dim": 64, "inner_stride": 2, "qkv_bias": True})
+    random = np.random.default_rng(0)
+    for weight in model.weights:
+        if weight.name in ("kernel", "bias"):
+            weight.assign(weight + random.normal(scale=0.05, size=weight.shape))
+    images = random.uniform(0, 255, (4, 16, 16, 3)).astype("float32")
+    return model, images, compute(model, images)
+
+
+def test_bfloat16_where_the_processor_has_it(wide, monkeypatch):
+    """Any computes it, some slowly: here it is but said to have the instructions."""
+    model, images, expected = wide
+    monkeypatch.setattr(processor, "features", lambda: BFLOAT16)
+    predict = keras_tnt.compile_inference(model, precision="bfloat16")
+    found = predict(images)
+    assert found.dtype == "float32"
+    assert 1e-5 < np.abs(found - expected).max() < 2e-2
+    policies = {layer.dtype_policy.name for layer in model._flatten_layers()}
+    assert policies == {"float32"}
+    np.testing.assert_array_equal(compute(model, images), expected)
+
+    # Weights are those of the model at each call.
+    before = model.get_weights()
+    for variable in model.trainable_variables:
+        variable.assign(np.zeros(variable.shape))
+    np.testing.assert_allclose(predict(images), 1 / 5, atol=1e-6)
+    model.set_weights(before)
+
+
+def test_without_it_a_warning_and_float32(wide, monkeypatch):
+    model, images, expected = wide
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2"}))
+    with pytest.warns(UserWarning, match="no instructions for bfloat16.*float32 is computed"):
+        predict = keras_tnt.compile_inference(model, precision="bfloat16")
+    np.testing.assert_allclose(predict(images), expected, atol=1e-5)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: keras_tnt.DeiT(input_shape=(16, 16, 3), depth=1, embed_dim=16, num_heads=2),
+        lambda: keras_tnt.CaiT(input_shape=(32, 32, 3), depth=1, embed_dim=16, num_heads=2),
+        lambda: keras_tnt.TNT(**TINY, legacy=True, squeeze_excite=True),
+        lambda: keras_tnt.PyramidTNT(
+            input_shape=(64, 64, 3),
+            depths=(1, 1, 1, 1),
+            outer_dims=(8, 8, 16, 16),
+            inner_dims=(4, 4, 8, 8),
+            outer_heads=(1, 2, 2, 2),
+            inner_heads=(1, 1, 1, 2),
+        ),
+    ],
+)
+def test_attention_and_mlp_over_patches_of_any_family_are_in_bfloat16(build):
+    model = build()
+    copy = half.in_bfloat16(model)
+    images = np.random.default_rng(0).uniform(0, 255, (2, *model.input_shape[1:]))
+    found, expected = compute(copy, images), compute(model, images)
+    assert found.dtype == "float32"
+    assert 0 < np.abs(found - expected).max() < 2e-2
+    for layer in copy._flatten_layers():
+        words = "/inner/" in layer.path
+        changed = layer.dtype_policy.name == half.POLICY
+        assert not (words and changed)
+        if isinstance(layer, SelfAttention | blocks.MLP) and not words:
+            assert changed
+
+
+@pytest.mark.one_backend
+def test_a_precision_that_cannot_be_had_is_refused():
+    with pytest.raises(ValueError, match="one of float32, bfloat16. Received: 'int8'"):
+        keras_tnt.compile_inference(keras_tnt.TNT(**TINY), precision="int8")
+    mixed = keras_tnt.TNT(**TINY, dtype="mixed_bfloat16")
+    with pytest.raises(ValueError, match="for models in float32.*policy .*mixed_bfloat16"):
+        keras_tnt.compile_inference(mixed, precision="bfloat16")
+    plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match="attention and MLP of keras_tnt.*'.*' has none"):
+        keras_tnt.compile_inference(plain, precision="bfloat16")
