@@ -6,7 +6,9 @@
 Every row runs in a process of its own, and the rows take turns, so that a machine whose speed
 drifts drifts under all of them: read ratios, not absolute numbers. timm's rows come with
 `pip install --no-deps timm`. "onnxruntime" is a file of opset 23 in `onnx_session`, "onnxruntime
-alone" the same file without our operator.
+alone" the same file without our operator, "openvino" the file in `openvino_session`, "timm
+openvino" timm's ONNX file in OpenVINO. `--precision=bfloat16` is for all but ONNX Runtime, which
+has no such products.
 """
 
 import argparse
@@ -34,12 +36,15 @@ RUNTIMES = {
         "torch",
         "onnxruntime",
         "onnxruntime alone",
+        "openvino",
         "timm",
         "timm onnx",
+        "timm openvino",
         "timm compiled",
     ),
     "training": ("tensorflow", "jax", "torch", "timm", "timm compiled"),
 }
+FILES = ("onnxruntime", "openvino")  # run files of ours
 PEER = "timm compiled"
 PAUSE = 0.1  # seconds between rows: the threads of the last one go on spinning for a while
 
@@ -141,7 +146,8 @@ def say(line):
 
 
 def installed(runtime):
-    return importlib.util.find_spec(runtime.split()[0]) is not None
+    modules = [word for word in runtime.split() if word not in ("alone", "onnx", "compiled")]
+    return all(map(importlib.util.find_spec, modules))
 
 
 def title(runtime):
@@ -156,7 +162,7 @@ class Worker:
         self.task, self.seconds = task, []
         backend = task["runtime"].split()[0]
         backend = backend if backend in ("tensorflow", "jax", "torch") else "torch"
-        if task["runtime"].startswith("onnxruntime"):
+        if task["runtime"].split()[0] in FILES:
             backend = "tensorflow"
         environment = {
             **os.environ,
@@ -226,7 +232,9 @@ def prepare_ours(runtime, model, mode, images, labels, depth, precision):
 
     import keras_tnt
 
-    dtype = None if precision == "float32" else f"mixed_{precision}"
+    # Of inference on a CPU `compile_inference` is asked for it.
+    compiled = mode == "inference" and "cpu" in str(keras.ops.zeros(()).device).lower()
+    dtype = None if precision == "float32" or compiled else f"mixed_{precision}"
     network = keras_tnt.create_model(
         MODELS[model].builder, weights=None, input_shape=images.shape[1:], depth=depth, dtype=dtype
     )
@@ -240,14 +248,17 @@ def prepare_ours(runtime, model, mode, images, labels, depth, precision):
     for variable in network.trainable_variables:
         if variable.name == "bias":  # which an ONNX file leaves out where it is zero
             variable.assign(np.random.default_rng(0).normal(scale=0.02, size=variable.shape))
-    if runtime.startswith("onnxruntime"):
+    if runtime.split()[0] in FILES:
         with tempfile.TemporaryDirectory() as folder:
             path = keras_tnt.export.onnx(network, os.path.join(folder, "model.onnx"), opset=23)
+            if runtime == "openvino":
+                session = keras_tnt.export.openvino_session(path, precision)
+                return lambda: session(images)
             if runtime == "onnxruntime alone":
                 return onnx_step(path, "images", images)
             session = keras_tnt.export.onnx_session(path)
             return lambda: session.run(None, {"images": images})
-    predict = keras_tnt.compile_inference(network)
+    predict = keras_tnt.compile_inference(network, precision=precision if compiled else None)
     return lambda: predict(images)
 
 
@@ -256,6 +267,14 @@ def onnx_step(path, name, images):
 
     session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
     return lambda: session.run(None, {name: images})
+
+
+def openvino_step(path, images, precision):
+    import openvino
+
+    hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    return lambda: compiled([images])
 
 
 def prepare_timm(runtime, model, mode, images, labels, depth, precision):
@@ -277,11 +296,13 @@ def prepare_timm(runtime, model, mode, images, labels, depth, precision):
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device) / 127.5 - 1
     y = torch.from_numpy(labels).to(device)
     half = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
-    if runtime == "timm onnx":
+    if runtime in ("timm onnx", "timm openvino"):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "model.onnx")
             # The exporter that needs no further package; onnxscript, the other's, is not here.
             torch.onnx.export(network.eval(), (x,), path, dynamo=False, input_names=["images"])
+            if runtime == "timm openvino":
+                return openvino_step(path, x.numpy(), precision)
             return onnx_step(path, "images", x.numpy())
     if mode == "inference":
         network.eval()

@@ -37,6 +37,9 @@ def compile_inference(
     function predicts with the model's weights as they are at each call (on torch, other weights are
     another minute's compilation), and never trains. Threads may share it.
 
+    JAX's programs for a CPU are kept in the user's folder of caches, XDG_CACHE_HOME, where the next
+    process finds them compiled.
+
     On a CPU transformers among words, 16 or a multiple of it a patch, are C++ that the machine's
     compiler makes for its processor (the variable CXX names another) and that is kept in the user's
     folder of caches. What cannot be compiled is computed in a slower way, and a warning says so.
@@ -210,7 +213,16 @@ def jax_program(model, image_shape, half=False):
             converted[id(variable)] = value, value.astype("bfloat16")
         return converted[id(variable)][1]
 
-    return in_powers_of_two(lambda x: forward([value_of(v) for v in model.variables], x))
+    programs = {}
+
+    def run(images):
+        values = [value_of(variable) for variable in model.variables]
+        signature = images.shape, *((value.shape, value.dtype) for value in values)
+        if signature not in programs:
+            programs[signature] = runtimes.jax_program(forward, values, images)
+        return programs[signature](values, images)
+
+    return in_powers_of_two(run)
 
 
 def call_with(values, network, images):

@@ -214,3 +214,42 @@ def test_a_precision_that_cannot_be_had_is_refused():
     plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="attention and MLP of keras_tnt.*'.*' has none"):
         keras_tnt.compile_inference(plain, precision="bfloat16")
+
+
+# === Programs that are kept ===
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the others keep none")
+def test_a_program_is_kept_for_the_next_process(tmp_path, monkeypatch, images):
+    import jax
+
+    model = keras_tnt.DeiT(input_shape=(16, 16, 3), depth=1, embed_dim=8, num_heads=2, classes=5)
+    expected, compiled = compute(model, images), []
+    compile_it = jax.stages.Lowered.compile
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda self: compiled.append(self) or compile_it(self)
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def predict():
+        np.testing.assert_allclose(
+            keras_tnt.compile_inference(model, max_batch=16)(images), expected, atol=1e-5
+        )
+        return len(compiled)
+
+    assert predict() == 1
+    (kept,) = (tmp_path / "keras_tnt").glob("jax-*.bin")
+    assert predict() == 1  # found
+    damaged = bytearray(kept.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    kept.write_bytes(damaged)
+    assert predict() == 2  # compiled, and written again
+    assert predict() == 2
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"another"}))
+    assert predict() == 3 and len(list(kept.parent.glob("jax-*.bin"))) == 2
+    monkeypatch.setattr(processor, "features", frozenset)  # the system does not tell
+    assert predict() == 4
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"third"}))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert predict() == 5

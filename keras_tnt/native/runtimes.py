@@ -7,12 +7,17 @@ Interfaces that a runtime may change in any release are used here alone. A relea
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
+import pickle
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator
 
 from keras_tnt import native
+from keras_tnt.files import write_atomically
+from keras_tnt.native import processor
 
 # The releases with which the tests of this package passed.
 SEEN = {
@@ -170,6 +175,41 @@ def inductor_settings(freezing: bool) -> Iterator[Callable]:
 
     with config.patch(freezing=freezing), symbols.patch(backed_size_oblivious=True):
         yield lambda tensor: torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def jax_program(function: Callable, *args) -> Callable:
+    """What `jax.jit` made, compiled for these arguments, or found as another process compiled it.
+
+    Programs for one CPU are kept in the folder of caches, by what they compute, release of JAX,
+    settings of XLA and instructions of the processor.
+
+    Args:
+        function: of `jax.jit`.
+        *args: what it is to be called with, or what is like it.
+    """
+    import jax
+    from jax.experimental import serialize_executable
+
+    devices = jax.devices()
+    if [device.platform for device in devices] != ["cpu"] or not is_seen("jax"):
+        return function
+    lowered = function.lower(*args)
+    instructions = sorted(processor.features())
+    if not instructions:
+        return lowered.compile()
+    settings = [jax.__version__, os.environ.get("XLA_FLAGS", ""), platform.machine(), *instructions]
+    name = hashlib.sha256("\0".join([lowered.as_text(), *settings]).encode()).hexdigest()[:32]
+    path = os.path.join(native.cache_folder(), f"jax-{name}.bin")
+    with contextlib.suppress(Exception):  # there is none, it is damaged, or not taken any more
+        with open(path, "rb") as file:
+            checksum, data = file.read(32), file.read()
+        if hashlib.sha256(data).digest() == checksum:
+            return serialize_executable.deserialize_and_load(*pickle.loads(data))
+    compiled = lowered.compile()
+    with contextlib.suppress(Exception):  # no place for it, or a program that cannot be kept
+        data = pickle.dumps(serialize_executable.serialize(compiled))
+        write_atomically(path, hashlib.sha256(data).digest() + data)
+    return compiled
 
 
 def register_in_onnxruntime(options, sizes: native.Sizes, domain: str) -> bool:
