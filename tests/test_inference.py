@@ -144,6 +144,7 @@ def wide():
     return model, images, compute(model, images)
 
 
+@pytest.mark.slow
 def test_bfloat16_where_the_processor_has_it(wide, monkeypatch):
     """Any computes it, some slowly: here it is but said to have the instructions."""
     model, images, expected = wide
@@ -156,6 +157,8 @@ def test_bfloat16_where_the_processor_has_it(wide, monkeypatch):
     assert policies == {"float32"}
     np.testing.assert_array_equal(compute(model, images), expected)
 
+    if keras.backend.backend() == "torch":  # which would compile for another minute
+        return
     # Weights are those of the model at each call.
     before = model.get_weights()
     for variable in model.trainable_variables:
@@ -164,6 +167,7 @@ def test_bfloat16_where_the_processor_has_it(wide, monkeypatch):
     model.set_weights(before)
 
 
+@pytest.mark.slow
 def test_without_it_a_warning_and_float32(wide, monkeypatch):
     model, images, expected = wide
     monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2"}))
