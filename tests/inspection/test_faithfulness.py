@@ -19,8 +19,9 @@ def model():
     )
     draw = np.random.default_rng(1)
     for weight in model.trainable_variables:
-        if weight.name == "kernel":
-            weight.assign(0.5 * draw.normal(size=weight.shape))
+        if len(weight.shape) > 1:  # tokens and positions too: Keras's own differ from run to run
+            scale = 0.5 if weight.name == "kernel" else 0.02
+            weight.assign(scale * draw.normal(size=weight.shape))
     return model
 
 
