@@ -69,6 +69,7 @@ TEST = [
     "cosmic-ray>=8.4,<9",  # make mutation
     "kubernetes-validate>=1.32",
     "pyyaml>=6",
+    "markdown-it-py>=3,<5",  # reads the pages whose code the tests run
     "ruff>=0.17,<0.18",
     "nbclient>=0.10,<1",  # the notebooks of examples/
     "ipykernel>=6.29,<8",
