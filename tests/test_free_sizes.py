@@ -296,7 +296,11 @@ def test_a_model_without_its_top_gives_a_map(models):
     expected = compute(fixed, images)
     assert expected.shape == (2, 4, 5, 16)
     assert_close(compute(bare, images), expected, 1e-5)
-    assert keras_tnt.backbone(bare)(images)["P5"].shape == (2, 2, 2, 16)
+    backbone = keras_tnt.backbone(bare)
+    assert backbone(pixels((64, 96)))["P5"].shape == (2, 2, 3, 16)
+    # Four by five patches of 16 pixels cannot be halved.
+    with pytest.raises(ValueError, match="multiples of 32. Received: 64x80.*64x96"):
+        backbone(images)
 
 
 def test_fit_takes_batches_of_any_size(models):
