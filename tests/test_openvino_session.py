@@ -50,6 +50,7 @@ def test_a_session_computes_what_the_file_does(precision, tiny, monkeypatch):
     check(predict(turned), {name: value[:3] for name, value in expected.items()})
 
 
+@pytest.mark.slow
 def test_a_file_with_attention_as_an_operator_is_opened(tmp_path):
     path, images = exported(tmp_path / "bias.onnx", *MODELS["bias"][:2], opset=23)
     (expected,) = run_onnx(path, images, "logits")

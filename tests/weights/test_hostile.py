@@ -136,6 +136,7 @@ def megabytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+@pytest.mark.slow
 def test_crafted_files(model, good, watch, sandbox):
     (*_, keras_file, h5_file), tensors = good
     fill(model, find(good[0][0]))
