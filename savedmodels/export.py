@@ -11,6 +11,7 @@ import os
 import sys
 
 DIRECTORY = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(DIRECTORY))
 
 
 def main(arguments=None):
@@ -182,19 +183,10 @@ def load_checkpoint_of(run, checkpoint):
         if not os.path.isfile(path):
             raise ValueError(f"{run} holds no {checkpoint}.keras: the run had no --ema")
         return load_keras_model(path)
-    from safetensors import SafetensorError, safe_open
+    from training.checkpoint import load_best
 
     model = load_keras_model(final(run))
-    path = os.path.join(run, "checkpoints", "best.safetensors")
-    if not os.path.isfile(path):
-        raise ValueError(f"{run} holds no checkpoints/best.safetensors")
-    try:
-        with safe_open(path, framework="np") as file:
-            values = {v.path: file.get_tensor(f"model/{v.path}") for v in model.weights}
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged, or of another model: {error}") from error
-    for variable in model.weights:
-        variable.assign(values[variable.path])
+    load_best(model, run)
     return model
 
 

@@ -21,7 +21,7 @@ NAME = "step_{:09d}.safetensors"
 PATTERN = re.compile(r"step_(\d+)\.safetensors")
 
 
-class CorruptCheckpoint(Exception):
+class CorruptCheckpoint(ValueError):
     """A checkpoint file that cannot be read whole."""
 
 
@@ -176,6 +176,23 @@ def read(path):
     if not whole:
         raise CorruptCheckpoint(f"Checkpoint {path} has a wrong checksum")
     return tensors, json.loads(header["notes"])
+
+
+def load_best(model, run):
+    """Give a model the weights of its run's best evaluation.
+
+    Args:
+        model: `keras.Model`, filled in place once all of the file is checked.
+        run: the run's directory.
+
+    Raises:
+        ValueError: if there is no such file, or it is damaged, or holds no weights of this model.
+    """
+    path = Path(run) / "checkpoints" / "best.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{run} holds no checkpoints/best.safetensors")
+    variables = {f"model/{v.path}": v for v in model.weights}
+    Checkpoints(path.parent, variables, keep=1).fill(read(path)[0], path)
 
 
 def read_metrics(path):

@@ -15,7 +15,7 @@ from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.layers.ends import scale_and_offset
 from keras_tnt.teacher import Teacher
 from keras_tnt.weights import load_keras_file, load_keras_model
-from training.checkpoint import read
+from training.checkpoint import load_best
 
 IMAGENET_CLASSES = 1000
 KERAS_FILES = (".keras", ".weights.h5")
@@ -128,9 +128,7 @@ def load(config, classes, run, weights, checkpoint):
             raise ValueError(f"{run} holds no {checkpoint}.weights.h5: has the run ended?")
         load_keras_file(model, path)
         return model
-    tensors, _ = read(os.path.join(run, "checkpoints", "best.safetensors"))
-    for variable in model.weights:
-        variable.assign(tensors[f"model/{variable.path}"])
+    load_best(model, run)
     return model
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 pytest.importorskip("tensorflow_serving")
 
 import keras_tnt
+from training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -72,8 +72,8 @@ def test_the_better_weights_of_a_run_are_exported_unless_told_otherwise(tmp_path
         command.load_checkpoint_of(str(tmp_path), "final_ema")
     models["final_ema"].save(tmp_path / "final_ema.keras")
     (tmp_path / "checkpoints").mkdir()
-    tensors = {f"model/{v.path}": np.asarray(v) for v in models["best"].weights}
-    save_file(tensors, tmp_path / "checkpoints" / "best.safetensors")
+    best = {f"model/{v.path}": v for v in models["best"].weights}
+    Checkpoints(tmp_path / "checkpoints", best, keep=1).save(1, {"healthy": 1}, best=True)
     for name in models:
         found = command.load_checkpoint_of(str(tmp_path), name)
         for ours, theirs in zip(found.get_weights(), models[name].get_weights(), strict=True):
@@ -84,6 +84,25 @@ def test_the_better_weights_of_a_run_are_exported_unless_told_otherwise(tmp_path
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ValueError, match="results.json is damaged"):
         command.better(tmp_path)
+
+
+@pytest.mark.one_backend
+def test_best_weights_that_are_damaged_or_another_model_s_are_refused(tmp_path):
+    tiny().save(tmp_path / "final.keras")
+    with pytest.raises(ValueError, match="holds no checkpoints/best.safetensors"):
+        command.load_checkpoint_of(str(tmp_path), "best")
+    (tmp_path / "checkpoints").mkdir()
+    variables = {f"model/{v.path}": v for v in tiny().weights}
+    Checkpoints(tmp_path / "checkpoints", variables, keep=1).save(1, {"healthy": 1}, best=True)
+    path = tmp_path / "checkpoints" / "best.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match="best.safetensors has a wrong checksum"):
+        command.load_checkpoint_of(str(tmp_path), "best")
+    other = dict(list(variables.items())[1:])
+    Checkpoints(tmp_path / "checkpoints", other, keep=1).save(2, {"healthy": 2}, best=True)
+    with pytest.raises(ValueError, match="1 of .* tensors are missing"):
+        command.load_checkpoint_of(str(tmp_path), "best")
 
 
 @pytest.mark.slow
