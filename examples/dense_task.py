@@ -175,7 +175,9 @@ def digits_weights(options, count=6000, epochs=12, size=32):
     )
     steps = epochs * (count // 64)
     optimizer = make_optimizer(steps, 2e-3, options.weight_decay, "cosine")
-    model.compile(optimizer, "sparse_categorical_crossentropy", ["accuracy"], jit_compile=jit())
+    model.compile(
+        optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=jit()
+    )
     held_out = scenes.crops(300, held_out=True, size=size)
     model.fit(images, labels, 64, epochs, verbose=2, validation_data=held_out)
     options.workdir.mkdir(parents=True, exist_ok=True)
