@@ -17,10 +17,10 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow dense servers lint docs dist installs mutation bench clean
+.PHONY: help setup demo test slow dense servers lint docs dist installs mutation notebooks bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## build .venv with everything that the other targets need
 
@@ -89,6 +89,9 @@ installs: dist ## install dist/ into clean environments: each extra alone, the o
 
 mutation: setup ## change FILE in small ways, one by one, and see if its tests notice (SAMPLE=50)
 	$(RUN) tests/mutation.py $(FILE) --sample $(SAMPLE)
+
+notebooks: setup ## run the notebooks of examples/ from clean, and keep what they give
+	$(RUN) -m tests.notebooks
 
 bench: setup ## measure speed on each backend, beside timm where it is installed
 	$(RUN) benchmarks/speed.py

@@ -197,7 +197,10 @@ def make_optimizer(steps, learning_rate, weight_decay, schedule):
         rate = keras.optimizers.schedules.PolynomialDecay(learning_rate, steps, 0.0, power=0.9)
     else:
         rate = keras.optimizers.schedules.CosineDecay(
-            learning_rate / 10, steps - warmup, warmup_target=learning_rate, warmup_steps=warmup
+            learning_rate / 10,
+            max(1, steps - warmup),
+            warmup_target=learning_rate,
+            warmup_steps=warmup,
         )
     optimizer = keras.optimizers.AdamW(rate, weight_decay=weight_decay, clipnorm=1.0)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "table", "token"])

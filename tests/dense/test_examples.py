@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,6 +226,18 @@ def test_a_detector_goes_the_whole_way(tmp_path):
 @pytest.mark.slow
 def test_a_segmenter_goes_the_whole_way(tmp_path):
     check_whole_way(segmentation, tmp_path, "segmenter.keras")
+
+
+@pytest.mark.slow
+def test_weights_of_a_classifier_of_digits_are_learnt_once(tmp_path):
+    parsed = dense_task.parse("", segmentation.SETTINGS, [f"--workdir={tmp_path}"])
+    parsed.architecture = json.loads(TINY)
+    path = dense_task.digits_weights(parsed, count=64, epochs=1)
+    written = Path(path).stat().st_mtime_ns
+    parsed.weights = "digits"
+    backbone = dense_task.make_backbone(parsed, ("P2", "P4"))
+    assert Path(path).stat().st_mtime_ns == written
+    assert list(backbone(np.zeros((1, 64, 64, 3), "float32"))) == ["P2", "P4"]
 
 
 # === The commands ===
