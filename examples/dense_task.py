@@ -70,7 +70,7 @@ def parse(description, settings: dict[str, Settings], arguments):
     add("--classes", type=int, default=None, help="number of classes, where masks do not say")
     add("--settings", choices=sorted(settings), help="named values; default: by the data set")
     add("--workdir", type=Path, default=None, help="of everything written; default: runs/...")
-    add("--scenes", type=int, default=1500, help="scenes to learn from; default: 1500")
+    add("--scenes", type=int, default=12_000, help="scenes to learn from; default: 12000")
     add("--held_out_scenes", type=int, default=200, help="scenes to evaluate; default: 200")
     add("--seed", type=int, default=0)
     add("--no_export", action="store_true", help="leave the SavedModel out")

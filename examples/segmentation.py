@@ -24,7 +24,7 @@ SETTINGS = {
         weights="none",
         image_size=64,
         batch=16,
-        steps=1200,
+        steps=2400,
         learning_rate=1e-3,
     ),
     # TNT on ADE20K (arXiv 2103.00112, table 11, as Trans2Seg): AdamW, 512x512 crops, 40,000 steps.
