@@ -132,17 +132,17 @@ def require(*modules):
 # === The backbone ===
 
 
-def make_backbone(options, levels):
-    """A backbone with the weights that the options ask for."""
+def make_model(options):
+    """The model that a backbone is made of, with the weights that the options ask for."""
     import keras_tnt
 
-    weights = {"none": None, "digits": None}.get(options.weights, options.weights)
+    weights = {"none": None}.get(options.weights, options.weights)
     if options.weights == "digits":
         weights = digits_weights(options)
     size = options.image_size
-    return keras_tnt.backbone(
+    return keras_tnt.create_model(
         options.model,
-        levels,
+        include_top=False,
         weights=weights,
         input_shape=(size, size, 3),
         **options.architecture,

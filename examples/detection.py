@@ -96,9 +96,8 @@ def make_detector(options, classes):
 
     for_scenes = options.dataset == "scenes"
     size = options.image_size
-    levels = ("P3", "P4", "P5")
     backbone = keras_hub.models.RetinaNetBackbone(
-        image_encoder=dense_task.make_backbone(options, levels),
+        image_encoder=keras_tnt.backbone(dense_task.make_model(options), ("P3", "P4", "P5")),
         min_level=3,
         max_level=5 if for_scenes else 7,
         use_p5=False,

@@ -90,12 +90,14 @@ def make_segmenter(options, classes):
 
     for_scenes = options.dataset == "scenes"
     size = options.image_size
-    coarse = "P4" if for_scenes else "P5"
+    model = dense_task.make_model(options)
+    fine = 3 if len(keras_tnt.anatomy(model).stages) > 1 else 2  # the finest level that there is
+    coarse = 4 if for_scenes else 5
     backbone = keras_hub.models.DeepLabV3Backbone(
-        image_encoder=dense_task.make_backbone(options, ("P2", coarse)),
-        spatial_pyramid_pooling_key=coarse,
-        low_level_feature_key="P2",
-        upsampling_size=4 if for_scenes else 8,
+        image_encoder=keras_tnt.backbone(model, (f"P{fine}", f"P{coarse}")),
+        spatial_pyramid_pooling_key=f"P{coarse}",
+        low_level_feature_key=f"P{fine}",
+        upsampling_size=2 ** (coarse - fine),
         dilation_rates=[1, 2] if for_scenes else [6, 12, 18],
         projection_filters=48,
         image_shape=(size, size, 3),

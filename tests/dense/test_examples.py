@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import keras_tnt
 from examples import dense_data, dense_task, detection, scenes, segmentation
 from tests.checks import ROOT
 
@@ -235,9 +236,21 @@ def test_weights_of_a_classifier_of_digits_are_learnt_once(tmp_path):
     path = dense_task.digits_weights(parsed, count=64, epochs=1)
     written = Path(path).stat().st_mtime_ns
     parsed.weights = "digits"
-    backbone = dense_task.make_backbone(parsed, ("P2", "P4"))
+    model = dense_task.make_model(parsed)
     assert Path(path).stat().st_mtime_ns == written
-    assert list(backbone(np.zeros((1, 64, 64, 3), "float32"))) == ["P2", "P4"]
+    trained = keras_tnt.create_model(
+        "tnt", weights=path, input_shape=(32, 32, 3), classes=10, **parsed.architecture
+    )
+    kernels = [keras_tnt.anatomy(m).blocks[0].layer.get_weights()[0] for m in (model, trained)]
+    assert np.array_equal(*kernels)
+
+
+def test_a_segmenter_takes_pyramid_tnt_whose_maps_begin_at_another_stride():
+    dims = '{"depths": [1, 1], "outer_dims": [16, 16], "inner_dims": [4, 4], "outer_heads": [2, 2], "inner_heads": [2, 2], "reductions": [2, 1]}'  # fmt: skip  # noqa: E501
+    arguments = ["--model=pyramid_tnt", f"--architecture={dims}"]
+    parsed = dense_task.parse("", segmentation.SETTINGS, arguments)
+    segmenter = segmentation.make_segmenter(parsed, 11)
+    assert segmenter.output_shape == (None, 64, 64, 11)
 
 
 # === The commands ===
