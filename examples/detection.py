@@ -24,10 +24,10 @@ SETTINGS = {
     "scenes": Settings(
         model="tnt",
         architecture=TNT_SCENES,
-        weights="none",
+        weights="digits",
         image_size=64,
-        batch=16,
-        steps=1200,
+        batch=8,
+        steps=3000,
         learning_rate=1e-3,
     ),
     # TNT on COCO (arXiv 2103.00112, tables 10 and 13): AdamW, batch 16, images up to 800 pixels,
@@ -279,6 +279,8 @@ def draw(path, images, found, truth, classes, count=12, threshold=0.5):
     from matplotlib import pyplot
     from matplotlib.patches import Rectangle
 
+    from keras_tnt import figures
+
     count = min(count, len(images))
     columns = min(4, count)
     rows = -(-count // columns)
@@ -306,14 +308,14 @@ def draw(path, images, found, truth, classes, count=12, threshold=0.5):
             axis.text(
                 box[1],
                 box[0] - 2,
-                f"{classes[label]} {confidence:.0%}",
+                f"{figures.drawable(classes[label])} {confidence:.0%}",
                 color="white",
                 fontsize=8,
                 clip_on=True,
                 bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
             )
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figures.save(figure, path, dpi=80)
     pyplot.close(figure)
 
 

@@ -21,7 +21,7 @@ SETTINGS = {
     "scenes": Settings(
         model="tnt",
         architecture=TNT_SCENES,
-        weights="none",
+        weights="digits",
         image_size=64,
         batch=16,
         steps=2400,
@@ -190,6 +190,7 @@ def draw(path, images, found, masks, classes, count=6):
     import numpy as np
 
     from examples import dense_data
+    from keras_tnt import figures
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -221,13 +222,16 @@ def draw(path, images, found, masks, classes, count=6):
                 axis.set_ylabel(name, fontsize=12)
     shown = np.unique(np.concatenate([masks[:count].ravel(), found[:count].ravel()]))
     handles = [
-        Patch(color=palette[0 if k == 0 else 1 + (k - 1) % (len(palette) - 1)], label=classes[k])
+        Patch(
+            color=palette[0 if k == 0 else 1 + (k - 1) % (len(palette) - 1)],
+            label=figures.drawable(classes[k]),
+        )
         for k in shown.astype(int)
         if k != dense_data.IGNORED
     ][:24]
     figure.legend(handles=handles, loc="lower center", ncols=min(12, len(handles)))
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(path, dpi=80)
+    figures.save(figure, path, dpi=80)
     pyplot.close(figure)
 
 

@@ -27,11 +27,6 @@ def first_line(text):
     return printable((str(text).splitlines() or [""])[0], longest=10_000)
 
 
-def drawable(text):
-    """Text for matplotlib, which takes what stands between dollars for mathematics."""
-    return printable(text).replace("$", r"\$")
-
-
 def is_line(text):
     """Whether a text is one line that is not blank."""
     return bool(text.strip()) and text.splitlines() == [text]

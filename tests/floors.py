@@ -10,7 +10,7 @@ SCRIPTS = ("training", "savedmodels", "benchmarks")
 # From the ground up: a module or package imports only what stands on a floor below, or on its own.
 FLOORS = (
     ("files", "text", "imagenet", "native", "registry"),
-    ("layers",),
+    ("layers", "figures"),
     ("weights",),
     ("anatomy",),
     ("pretrained",),

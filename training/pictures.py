@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from keras_tnt.files import replacing
-from keras_tnt.text import drawable
+from keras_tnt import figures
 
 # Up to so many classes each has its row with its name; up to so many, its counts written out.
 NAMED = 30
@@ -126,7 +125,7 @@ def shortened(name, longest):
     if len(name) > longest:
         end = longest // 2
         name = f"{name[: longest - end - 1].rstrip()}…{name[-end:].lstrip()}"
-    return drawable(name)
+    return figures.drawable(name)
 
 
 def pyplot():
@@ -141,6 +140,5 @@ def pyplot():
 
 
 def save(figure, path):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    figures.save(figure, path, dpi=110)
     pyplot().close(figure)

@@ -43,7 +43,7 @@ def plot(runs, output):
         reports[str(run)] = read_metrics(path)
     import matplotlib
 
-    from keras_tnt.files import replacing
+    from keras_tnt import figures
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -54,14 +54,14 @@ def plot(runs, output):
             for key, style in zip(keys, ("-", "--"), strict=False):
                 points = [(line["epoch"], line[key]) for line in lines if key in line]
                 if points:
-                    label = run if key == keys[0] else f"{run}, moving average"
+                    name = figures.drawable(run)
+                    label = name if key == keys[0] else f"{name}, moving average"
                     axis.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
     output = Path(output)
-    with replacing(output) as temporary:
-        figure.savefig(temporary, dpi=120, format=output.suffix.lstrip(".") or "png")
+    figures.save(figure, output, dpi=120)
     pyplot.close(figure)
     return output
 

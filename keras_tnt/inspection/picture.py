@@ -1,14 +1,11 @@
 """A picture of what a model attends to in one image."""
 
-import os
-
 import keras
 import numpy as np
 
 from keras_tnt.anatomy import anatomy, class_names, sides_of
-from keras_tnt.files import replacing
+from keras_tnt.figures import drawable, save
 from keras_tnt.inspection.maps import attention_maps, attention_rollout
-from keras_tnt.text import drawable
 
 COLOURS = ("#ff5964", "#35c4dc", "#7ac74f")
 GLOW = (1.0, 0.6, 0.0, 0.8)
@@ -209,9 +206,3 @@ def frame(axis, row, column, grid, pixels, colour, linestyle="-"):
 def cut_out(pixels, row, column, grid):
     height, width = (side // cells for side, cells in zip(pixels.shape, grid, strict=False))
     return pixels[row * height : (row + 1) * height, column * width : (column + 1) * width]
-
-
-def save(figure, path):
-    """Write a figure in the format that the path's ending names; PNG without one."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=os.path.splitext(temporary)[1].lstrip(".") or "png")

@@ -200,7 +200,7 @@ def run(module, workdir, *arguments):
         [
             f"--workdir={workdir}",
             f"--architecture={TINY}",
-            *("--steps=2", "--batch=2", "--scenes=4", "--held_out_scenes=3"),
+            *("--weights=none", "--steps=2", "--batch=2", "--scenes=4", "--held_out_scenes=3"),
             *arguments,
         ]
     )
@@ -247,7 +247,7 @@ def test_weights_of_a_classifier_of_digits_are_learnt_once(tmp_path):
 
 def test_a_segmenter_takes_pyramid_tnt_whose_maps_begin_at_another_stride():
     dims = '{"depths": [1, 1], "outer_dims": [16, 16], "inner_dims": [4, 4], "outer_heads": [2, 2], "inner_heads": [2, 2], "reductions": [2, 1]}'  # fmt: skip  # noqa: E501
-    arguments = ["--model=pyramid_tnt", f"--architecture={dims}"]
+    arguments = ["--model=pyramid_tnt", f"--architecture={dims}", "--weights=none"]
     parsed = dense_task.parse("", segmentation.SETTINGS, arguments)
     segmenter = segmentation.make_segmenter(parsed, 11)
     assert segmenter.output_shape == (None, 64, 64, 11)

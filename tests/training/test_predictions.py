@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from keras_tnt import figures
 from training import configuration, data, loop, models, pictures, predictions, sources
 
 
@@ -86,6 +87,17 @@ def test_pictures_are_drawn_for_few_and_for_many_classes(classes, tmp_path):
     for name in ("confusion.png", "right.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 400
+
+
+def test_names_of_any_script_are_drawn_or_escaped(tmp_path):
+    """matplotlib's warning of a glyph that a font lacks is an error here."""
+    names = ["猫", "big dog", "птица", "\U0010fffd", "$1"]
+    pictures.confusion(np.eye(5, k=1, dtype=int), names, tmp_path / "confusion.png")
+    image = np.zeros((8, 8, 3), "uint8")
+    pictures.mistakes([(image, *names[:2], 0.5)], 1, 1, tmp_path / "mistakes.png")
+    assert figures.drawable("a\U0010fffd") == r"a\U0010fffd"
+    assert figures.drawable("猫") in ("猫", r"\u732b")
+    assert figures.drawable("$1, птица\n") == r"\$1, птица\n"
 
 
 def test_of_a_long_name_beginning_and_end_are_shown():
