@@ -50,6 +50,7 @@ def main(arguments=None):
     require("keras_hub", "faster_coco_eval", "sklearn", "tensorflow")
     import keras
 
+    import keras_tnt  # noqa: F401  Keras loads its layers by their names
     from examples import dense_data, dense_task
 
     keras.utils.set_random_seed(options.seed)

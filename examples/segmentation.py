@@ -48,6 +48,7 @@ def main(arguments=None):
     require("keras_hub", "sklearn", "tensorflow")
     import keras
 
+    import keras_tnt  # noqa: F401  Keras loads its layers by their names
     from examples import dense_data, dense_task
 
     keras.utils.set_random_seed(options.seed)
