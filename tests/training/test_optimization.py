@@ -36,6 +36,46 @@ def test_the_rate_scales_with_the_batch():
     assert rates[0] == pytest.approx(rates[1] / 2, rel=0.02)
 
 
+RATES = {
+    "warmup_epochs": 2,
+    "warmup_learning_rate": 0.1,
+    "learning_rate": 0.25,
+    "learning_rate_batch": 16,
+    "batch_size": 64,  # so that the peak is 1
+    "min_learning_rate": 0.2,
+    "epochs": 10,
+    "step_factor": 0.5,
+    "step_epochs": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epoch", "rate"),
+    [
+        *(("cosine", 0, 0.1), ("linear", 0.5, 0.325), ("constant", 1.5, 0.775)),
+        *(("cosine", 2.5, 0.2 + 0.8 * (1 + 0.5**0.5) / 2), ("cosine", 5, 0.6), ("cosine", 10, 0.2)),
+        *(("linear", 2, 0.84), ("linear", 5, 0.6), ("linear", 7.5, 0.4), ("linear", 10, 0.2)),
+        *(("step", 2, 1), ("step", 2.9, 1), ("step", 3, 0.5), ("step", 9.5, 0.125)),
+        *(("constant", 2, 1), ("constant", 9, 1)),
+    ],
+)
+def test_the_rate_is_that_of_its_schedule(schedule, epoch, rate):
+    config = configuration.make("digits", schedule=schedule, **RATES)
+    assert optimization.learning_rate(config, 20 * epoch, 20) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_rate_below_the_least_stays_where_it_is(schedule):
+    values = {**RATES, "min_learning_rate": 2.0, "schedule": schedule}
+    config = configuration.make("digits", **values)
+    assert optimization.learning_rate(config, 140, 20) == pytest.approx(1)
+
+
+def test_without_a_batch_to_scale_by_the_rate_is_the_rate():
+    values = {**RATES, "learning_rate_batch": 0, "schedule": "constant"}
+    assert optimization.learning_rate(configuration.make("digits", **values), 60, 20) == 0.25
+
+
 @pytest.fixture(scope="module")
 def model():
     return models.tnt_digits(distilled=True, layer_scale=1e-3, depth=2)
@@ -121,6 +161,36 @@ def test_the_average_follows_the_weights_and_is_put_in_their_place_for_a_while()
             np.testing.assert_allclose(value, 0.9 * first + 0.1 * last, rtol=1e-5)
     for value, last in zip(model.get_weights(), trained, strict=True):
         np.testing.assert_array_equal(value, last)
+
+
+def test_the_loss_scale_doubles_after_its_steps_and_halves_at_an_overflow(monkeypatch):
+    monkeypatch.setattr(optimization.Optimizer, "growth_steps", 2)
+    config = configuration.make("digits", precision="float16", ema=0.9)
+    optimizer = optimization.Optimizer(model := dense(), config)
+    assert optimizer.state()["loss_scale"].numpy() == 2.0**15
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+
+    def update(value):
+        """Update by gradients of a loss that was scaled; tell weights, their average and scale."""
+        gradients = [value * optimizer.loss_scale() * tf.ones_like(w) for w in model.weights]
+        arguments = (gradients, tf.constant(0.0), tf.constant(1e-2))
+        norm = strategy.run(optimizer.apply, args=arguments)
+        if np.isfinite(value):
+            assert float(norm) == pytest.approx(value * 8**0.5)
+        state = optimizer.state()
+        changing = [model.get_weights()[0], optimizer.averages[0].numpy()]
+        return changing, float(state["loss_scale"]), float(state["loss_scale_age"])
+
+    (before, _), *told = update(1.0)
+    assert told == [2.0**15, 1]
+    assert update(1.0)[1:] == (2.0**16, 0)
+    kept, *told = update(1.0)
+    assert told == [2.0**16, 1] and not np.array_equal(kept[0], before)
+    stayed, *told = update(np.inf)
+    assert told == [2.0**15, 0]
+    np.testing.assert_array_equal(stayed, kept)
+    optimizer.scale[0].assign(1.0)
+    assert update(np.inf)[1:] == (1.0, 0)
 
 
 # === Recipes ===

@@ -183,7 +183,7 @@ class Drawn:
         return value
 
     def beta(self, first, second):
-        assert first == second
+        self.alphas = (first, second)
         return self.share
 
 
@@ -193,23 +193,20 @@ class Drawn:
     [((10, 20), [2, 18, 8, 32]), ((3, 40), [0, 11, 28, 48]), ((31, 0), [23, 32, 0, 12])],
 )
 def test_cutmix_s_box_is_as_large_as_its_share(monkeypatch, middle, box):
-    values = configuration.make("digits", cutmix=1.0)
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: Drawn([0, *middle], 0.75))
+    values = configuration.make("digits", cutmix=0.5)
+    drawn = Drawn([0, *middle], 0.75)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
     mixing = step_functions.draw_mixing(values, 5, (32, 48), 0)
-    assert mixing.tolist() == [1, *box]
+    assert mixing.tolist() == [1, *box] and drawn.alphas == (0.5, 0.5)
 
 
 def test_mixup_keeps_its_share_and_ends_before_the_last_epochs(monkeypatch):
     values = configuration.make("digits", mixup=0.2, cutmix=1.0, epochs=4, mix_off_epochs=1)
-    seeds = []
-
-    def generator(seed):
-        seeds.append(seed)
-        return Drawn([0], 0.625)
-
-    monkeypatch.setattr(np.random, "default_rng", generator)
+    seeds, drawn = [], Drawn([0], 0.625)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: (seeds.append(seed), drawn)[1])
     mixing = step_functions.draw_mixing(values, 5, (32, 48), 2)
     assert mixing.tolist() == [0.625, 0, 0, 0, 0] and seeds == [[0, 5, 2]]
+    assert drawn.alphas == (0.2, 0.2)
     for epoch in (3, 4):
         last = step_functions.draw_mixing(values, 5, (32, 48), epoch)
         assert last.tolist() == [1, 0, 0, 0, 0]
@@ -233,6 +230,38 @@ def test_an_answer_is_right_if_it_is_one_of_several_labels():
     expected = -np.log(np.array([6, 0.5, 0.375]) / total)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert top1.numpy().tolist() == [1, 0, 0] and top5.numpy().tolist() == [1, 1, 0]
+
+
+def test_an_answer_is_right_if_it_is_first_or_among_five():
+    logits = np.log(np.float32([[16, 4, 8, 2, 1, 0.5, 0.5]] * 4))
+    loss, top1, top5 = step_functions.judge_one_label(logits, tf.constant([0, 2, 4, 5]))
+    np.testing.assert_allclose(loss, -np.log(np.array([16, 8, 1, 0.5]) / 32), rtol=1e-5)
+    assert top1.numpy().tolist() == [1, 0, 0, 0] and top5.numpy().tolist() == [1, 1, 1, 0]
+
+
+def test_the_step_mixes_where_the_augmentation_does_not():
+    def mixes(**values):
+        return step_functions.mixes(configuration.make("digits", **values))
+
+    assert mixes(mixup=0.8, cutmix=0.0) and mixes(mixup=0.0, cutmix=1.0)
+    assert not mixes(mixup=0.0, cutmix=0.0)
+    assert not mixes(mixup=0.8, cutmix=1.0, augmentation="keras_cv")
+
+
+@pytest.mark.parametrize(
+    ("values", "gpus", "compiled"),
+    [
+        ({"jit": "auto"}, 0, False),
+        ({"jit": "auto"}, 2, True),
+        ({"jit": "auto", "cpu_devices": 2, "strategy": "mirrored"}, 2, False),
+        ({"jit": "on"}, 0, True),
+        ({"jit": "off"}, 2, False),
+    ],
+)
+def test_xla_compiles_where_it_is_told_to_or_finds_a_gpu(monkeypatch, values, gpus, compiled):
+    found = ["GPU"] * gpus
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: found * (kind == "GPU"))
+    assert step_functions.uses_xla(configuration.make("digits", **values)) is compiled
 
 
 @pytest.mark.slow
