@@ -1,6 +1,8 @@
 """Figures of matplotlib: text of any script, and files that are whole or not there."""
 
+import contextlib
 import functools
+import logging
 import os
 
 from keras_tnt.files import replacing
@@ -63,7 +65,19 @@ def save(figure, path, **options):
         needed = {family_of(c) for c in text.get_text() if not c.isspace()} - {None}
         had = text.get_fontfamily()
         text.set_fontfamily([*had, *sorted(needed - set(had))])
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, silent("matplotlib.font_manager"):
         figure.savefig(
             temporary, format=os.path.splitext(temporary)[1].lstrip(".") or "png", **options
         )
+
+
+@contextlib.contextmanager
+def silent(name):
+    """Without a logger's warnings: of a font that has one weight alone, each text would tell."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

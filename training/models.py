@@ -1,6 +1,7 @@
 """The models that the trainer can build, by name, and their logits."""
 
 import dataclasses
+import inspect
 import os
 import zipfile
 
@@ -77,6 +78,11 @@ def build(config, classes, label_names=None, fresh_heads=True):
     if config.precision != "float32":
         arguments["dtype"] = f"mixed_{config.precision}"
     builder, weights = find_builder(config.model), file_of_run(config.weights) or None
+    if weights == "imagenet" and not has_public_weights(builder):
+        raise ValueError(
+            f"--weights=imagenet: there are no public weights of {config.model}. Type --weights= "
+            "to begin at random, --weights=FILE for yours, or another --model of `keras-tnt list`"
+        )
     theirs = classes_of(weights)
     if not fresh_heads or theirs in (None, classes):
         model = builder(classes=classes, weights=weights, **arguments)
@@ -95,6 +101,12 @@ def build(config, classes, label_names=None, fresh_heads=True):
         for layer in (*(block.layer for block in found.blocks), *found.class_blocks):
             rematerialise(layer)
     return model
+
+
+def has_public_weights(builder):
+    """Whether a builder begins with public weights where nothing else is said."""
+    weights = inspect.signature(builder).parameters.get("weights")
+    return weights is not None and weights.default == "imagenet"
 
 
 def freeze(config, model):

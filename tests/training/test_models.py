@@ -97,6 +97,13 @@ def test_a_teacher_has_its_public_weights(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("model", ["tnt_digits", "tnt_tiny", "tnt"])
+def test_where_no_public_weights_are_the_flag_that_does_without_is_named(model):
+    config = configuration.make("digits", model=model, weights="imagenet", image_size=32)
+    with pytest.raises(ValueError, match=f"no public weights of {model}. Type --weights= to"):
+        models.build(config, 10)
+
+
 def test_freeze_lets_the_named_part_stand_still():
     model = models.tnt_digits(depth=2)
     models.freeze(configuration.make("digits", freeze="head"), model)
