@@ -9,13 +9,15 @@ from training import pictures, step_functions
 
 LOWEST, HIGHEST, UPDATES = 1e-6, 10.0, 100
 SMOOTHING = 0.9
+FIRST = 10  # updates after which the average is one of several
 
 
 def find_learning_rate(run, training_batches):
     """Train on the first images at higher and higher rates, until the loss blows up.
 
     A tenth of the rate at which the smoothed loss was lowest is named: the loss falls steeply
-    there, and it is far enough from where training breaks.
+    there, and it is far enough from where training breaks. The first of the updates are not asked:
+    what one batch lost by chance is not what a rate does.
 
     Args:
         run: a `training.loop.Run`, whose model is of no use afterwards.
@@ -40,8 +42,8 @@ def find_learning_rate(run, training_batches):
         smooth.append(average / (1 - SMOOTHING ** (step + 1)))
         if smooth[-1] > 2 * min(smooth) + 1:
             break
-    best = int(np.argmin(smooth)) if smooth else 0
-    if not best:
+    best = FIRST + int(np.argmin(smooth[FIRST:])) if len(smooth) > FIRST else FIRST
+    if best == FIRST:
         raise ValueError(
             f"the loss never fell between the learning rates {LOWEST:g} and {HIGHEST:g}: are the "
             "images and labels what they should be?"

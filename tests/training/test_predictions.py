@@ -1,6 +1,7 @@
 """What a model answers to each image, and the tables and pictures made of it."""
 
 import csv
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ import tensorflow as tf
 from PIL import Image
 
 from keras_tnt import figures
-from training import configuration, data, loop, models, pictures, predictions, sources
+from training import configuration, data, find_rate, loop, models, pictures, predictions, sources
 
 
 def test_calibration_error_is_the_mean_distance_of_certainty_and_accuracy():
@@ -114,3 +115,31 @@ def test_a_learning_rate_is_named_and_drawn_and_no_run_begun(tiny, tmp_path):
     result = loop.train(config)
     assert 1e-7 < result["learning_rate"] < 1
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "learning_rate.png"}
+
+
+def ramp(losses, tmp_path):
+    """What is named where the updates of a ramp have these losses."""
+    values = iter(losses)
+    run = SimpleNamespace(
+        config=configuration.make("digits", mixup=0.0, cutmix=0.0),
+        size=(32, 32),
+        train_step=lambda *arguments: (next(values),),
+        strategy=SimpleNamespace(distribute_datasets_from_function=lambda make: make(None)),
+        workdir=tmp_path,
+        chief=True,
+    )
+    return find_rate.find_learning_rate(run, lambda epoch, step: range(7))["learning_rate"]
+
+
+def test_a_lucky_first_batch_names_no_learning_rate(tmp_path):
+    """The loss falls from 2 to 1 about a rate of 0.01, and is 100 from 0.1 on."""
+    rates = np.geomspace(1e-6, 10, 100)
+    losses = np.where(rates < 0.1, 2 - np.exp(-(np.log10(rates / 0.01) ** 2)), 100.0)
+    losses[:3] = 0.5
+    named = ramp(losses, tmp_path)
+    assert 1e-3 < named < 1e-2
+
+
+def test_a_loss_that_never_falls_names_no_learning_rate(tmp_path):
+    with pytest.raises(ValueError, match="the loss never fell between"):
+        ramp(np.linspace(1.0, 3.0, 100), tmp_path)
