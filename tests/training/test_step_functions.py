@@ -330,6 +330,8 @@ def by_numpy(weights, config, mixing, streams, step, teacher_logits=None):
         seed = [step, i + config.seed * 1_000_003]
         noise = tf.random.stateless_normal((part, *SIZE, 3), seed).numpy()
         pixels = data["image"][rows].astype("float64")
+        if config.dataset == "synthetic":
+            pixels = tf.random.stateless_uniform(pixels.shape, seed, 0, 255).numpy()
         if config.erasing:
             for j, (top, bottom, left, right) in enumerate(data["erase"][rows]):
                 erased = 90.0 + 40.0 * noise[j, top:bottom, left:right]
@@ -351,10 +353,10 @@ def by_numpy(weights, config, mixing, streams, step, teacher_logits=None):
         loss = -(weight * targets * np.log(softmax(mean))).sum()
         return loss, [flat.T @ (weight * (softmax(mean) - targets)) / len(logits)] * len(logits)
     taught = np.eye(CLASSES)[teacher_logits(images).argmax(axis=-1)]
-    loss, gradients = 0.0, []
-    for share, wanted, each in zip((1 - ALPHA, ALPHA), (targets, taught), logits, strict=True):
-        loss -= share * (weight * wanted * np.log(softmax(each))).sum()
-        gradients.append(share * flat.T @ (weight * (softmax(each) - wanted)))
+    loss, gradients = 0.0, [0.0] * len(logits)
+    for head, share, wanted in ((0, 1 - ALPHA, targets), (-1, ALPHA, taught)):
+        loss -= share * (weight * wanted * np.log(softmax(logits[head]))).sum()
+        gradients[head] += share * flat.T @ (weight * (softmax(logits[head]) - wanted))
     return loss, gradients
 
 
@@ -366,6 +368,8 @@ CASES = {
     "mixup": (1, {"mixup": 0.8, "label_smoothing": 0.1}, [0.7, 0, 0, 0, 0]),
     "cutmix in parts": (1, {"cutmix": 1.0, "accumulation": 2}, [1, 1, 3, 2, 6]),
     "erasing in parts": (1, {"erasing": 0.5, "accumulation": 2, "seed": 5}, [1, 0, 0, 0, 0]),
+    "synthetic": (1, {"dataset": "synthetic", "accumulation": 2}, [1, 0, 0, 0, 0]),
+    "one head distilled": (1, {"distill": "hard", "teacher": "a.keras"}, [1, 0, 0, 0, 0]),
     "distilled": (2, {"distill": "hard", "teacher": "a.keras", "mixup": 0.8}, [0.6, 0, 0, 0, 0]),
 }
 
