@@ -62,7 +62,7 @@ TESTS = {
     "keras_tnt/distillation.py": ["tests/test_distillation.py"],
     "keras_tnt/preprocessing.py": ["tests/test_preprocessing.py", *FITTING],
 } | {
-    str(path.relative_to(ROOT)): ["tests/layers"]
+    str(path.relative_to(ROOT)): ["tests/layers", "tests/test_tnt.py", "tests/test_pyramid_tnt.py"]
     for path in sorted((ROOT / "keras_tnt" / "layers").glob("*.py"))
     if path.name != "__init__.py"
 }
