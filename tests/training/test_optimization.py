@@ -164,6 +164,8 @@ def test_the_average_follows_the_weights_and_is_put_in_their_place_for_a_while()
 
 
 def test_the_loss_scale_doubles_after_its_steps_and_halves_at_an_overflow(monkeypatch):
+    keras_s = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    assert optimization.Optimizer.growth_steps == keras_s.dynamic_growth_steps
     monkeypatch.setattr(optimization.Optimizer, "growth_steps", 2)
     config = configuration.make("digits", precision="float16", ema=0.9)
     optimizer = optimization.Optimizer(model := dense(), config)
