@@ -102,6 +102,10 @@ def test_batchmean_is_the_textbook_divergence():
     np.testing.assert_allclose(float(released), divergence / 10, rtol=1e-5)
 
 
+def test_logits_are_compared_as_they_are_by_default():
+    assert DistillationLoss().get_config()["temperature"] == 1.0
+
+
 def test_loss_survives_its_configuration():
     loss = DistillationLoss("soft", 3.0, kl_reduction="batchmean")
     serialized = json.loads(json.dumps(keras.saving.serialize_keras_object(loss)))
@@ -147,6 +151,29 @@ def test_default_loss_fits_a_student_without_activation():
         LABELS, student(pixels(8, 16, 16, 3))
     )
     np.testing.assert_allclose(logs["loss"], ops.convert_to_numpy(expected), rtol=1e-4)
+
+
+def test_other_losses_see_what_the_student_gives():
+    student = tnt(classifier_activation=None)
+    images = pixels(8, 16, 16, 3)
+    distiller = keras_tnt.Distiller(student, dense(), alpha=0)
+    distiller.compile("sgd", "mean_squared_error", run_eagerly=QUICKER_EAGERLY)
+    wanted = np.eye(5, dtype="float32")[LABELS]
+    logs = distiller.evaluate(images, wanted, verbose=0, return_dict=True)
+    expected = np.mean((ops.convert_to_numpy(student(images)) - wanted) ** 2)
+    np.testing.assert_allclose(logs["loss"], expected, rtol=1e-4)
+
+
+def test_the_teacher_alone_may_teach():
+    _, logs = distil(dense(), dense(), alpha=1)
+    np.testing.assert_allclose(logs["loss"], logs["distillation_loss"], rtol=1e-6)
+
+
+def test_a_call_drops_nothing():
+    student = tnt(dropout=0.5)
+    images = pixels(2, 16, 16, 3)
+    found = keras_tnt.Distiller(student, dense())(images)["predictions"]
+    golden.assert_close(found, student(images, training=False))
 
 
 def test_sample_weights_weigh_both_losses():
