@@ -1,7 +1,7 @@
 """TNT, DeiT and PyramidTNT of as many parameters, as backbones of a detector and a segmenter.
 
     KERAS_BACKEND=jax python benchmarks/dense.py
-    KERAS_BACKEND=jax python benchmarks/dense.py --tasks=segmentation --seeds=2 --steps=100
+    KERAS_BACKEND=jax python benchmarks/dense.py --tasks=segmentation --seeds=2 --steps=600
 
 Each backbone begins with the weights of a classifier of single digits, and is trained as a whole,
 or stands still but for the layers that bring its maps to their strides, under KerasHub's heads: see
@@ -51,7 +51,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default="segmentation,detection")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "dense")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/dense.json")
     options = parser.parse_args()

@@ -56,7 +56,10 @@ FITTING = [
 # The files whose formulas decide what a model learns, and the tests that run for each.
 TESTS = {
     "training/augmentation.py": ["tests/training/test_augmentation.py"],
-    "training/data.py": ["tests/training/test_data.py"],
+    "training/data.py": [
+        "tests/training/test_data.py",
+        "tests/training/test_keras_cv_augmentation.py",
+    ],
     "training/step_functions.py": UPDATES,
     "training/optimization.py": UPDATES,
     "keras_tnt/distillation.py": ["tests/test_distillation.py"],

@@ -246,15 +246,73 @@ def test_an_image_s_place_in_the_epoch_is_its_own_whoever_feeds_it(monkeypatch, 
     monkeypatch.setattr(data, "batches", lambda items, *_: items.map(lambda *item: item[3]))
     source = sources.in_memory(np.zeros((16, 8, 8, 3), "uint8"), np.arange(16) % 2, 2, "x")
     if kind == "streamed":
-
-        def stream(seed, worker, workers):
-            return tf.data.Dataset.range(16).map(lambda i: ("", "", i)).shard(workers, worker)
-
-        source = kinds.Streamed(16, 2, stream)
+        source = streamed(16)
     values = configuration.make("digits", batch_size=4)
     shares = [data.WorkerShare(i, 2, 2) for i in (0, 1)]
     places = [train(source, values, first=1, steps=3, share=share) for share in shares]
     assert [[int(place) for place in each] for each in places] == expected
+
+
+def streamed(count):
+    """A source of so many images, whose labels are their numbers."""
+
+    def stream(seed, worker, workers):
+        return tf.data.Dataset.range(count).map(lambda i: ("", "", i)).shard(workers, worker)
+
+    return kinds.Streamed(count, count, stream)
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_a_streamed_batch_holds_each_image_as_often_as_asked(monkeypatch, repeats):
+    monkeypatch.setattr(data, "batches", lambda items, *_: items.map(lambda *item: item[2]))
+    values = configuration.make("digits", batch_size=6, repeats=repeats)
+    labels = [int(label) for label in train(streamed(24), values, steps=2)]
+    for batch in (labels[:6], labels[6:]):
+        distinct = batch[: 6 // repeats]
+        assert len(set(distinct)) == 6 // repeats and batch == distinct * repeats
+    assert set(labels[:6]).isdisjoint(labels[6:])
+
+
+def test_a_streamed_epoch_longer_than_its_source_begins_it_again_in_the_same_order(monkeypatch):
+    monkeypatch.setattr(data, "batches", lambda items, *_: items.map(lambda *item: item[2]))
+    labels = [int(x) for x in train(streamed(8), configuration.make("digits", batch_size=8))]
+    assert labels == labels[:8] * 4 and labels[:8] != sorted(labels[:8])
+
+
+def test_each_streamed_image_is_evaluated_at_its_place_and_what_fills_up_at_none(monkeypatch):
+    def places(items, *_):
+        return items.map(lambda *item: item[3])
+
+    monkeypatch.setattr(data, "batches", places)
+    values = configuration.make("digits", batch_size=4)
+    found = [
+        [int(x) for x in evaluation(streamed(5), values, data.WorkerShare(i, 2, 2))] for i in (0, 1)
+    ]
+    assert found == [[0, 2, 4, -1], [1, 3, -1, -1]]
+
+
+def test_a_batch_is_one_replica_s_share_of_the_global_one():
+    source = sources.in_memory(np.zeros((16, 32, 32, 3), "uint8"), np.arange(16) % 2, 2, "x")
+    values = configuration.make("digits", batch_size=8)
+    batches = train(source, values, steps=2, share=data.WorkerShare(0, 1, 4))
+    assert batches.element_spec["image"].shape[0] == 2 and len(list(batches)) == 8
+
+
+def test_what_tensorflow_says_of_records_becomes_a_line(tmp_path):
+    path = tmp_path / "a.tfrecord"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(b"whole" * 20)
+    path.write_bytes(path.read_bytes()[:-7] + b"damaged")
+    source = kinds.Streamed(1, 2, lambda *_: None, stretches=[(str(path), 0, 1)])
+    unreadable = data.UnreadableImages(source, 0.5)
+    with pytest.raises(ValueError, match="a.tfrecord is damaged"), unreadable.reading():
+        raise tf.errors.DataLossError(None, None, "corrupted record at 0")
+    said = "assertion failed: [label 9 of 'b' is none of 4 classes] [Condition x < y]"
+    with pytest.raises(ValueError, match="^label 9 of 'b' is none of 4 classes$"):
+        with unreadable.reading():
+            raise tf.errors.InvalidArgumentError(None, None, said)
+    with pytest.raises(tf.errors.InvalidArgumentError), unreadable.reading():
+        raise tf.errors.InvalidArgumentError(None, None, "shapes differ")
 
 
 def test_each_image_is_erased_by_its_own_draw_and_only_if_asked_for():
