@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import keras
@@ -235,8 +234,7 @@ def in_fork(function, count=1):
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     process = context.Process(target=function, args=(queue,), daemon=True)
-    with warnings.catch_warnings(action="ignore"):  # of the very thing that is tried here
-        process.start()
+    process.start()
     try:
         process.join(60)
         assert process.exitcode == 0, "the forked process hangs or failed"
