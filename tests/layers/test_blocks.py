@@ -11,6 +11,7 @@ from keras_tnt import layers
 from keras_tnt.layers import (
     MLP,
     ClassAttentionBlock,
+    PyramidTNTBlock,
     SqueezeExcite,
     TalkingHeadBlock,
     TNTBlock,
@@ -143,3 +144,15 @@ def test_a_misspelt_argument_fails_when_the_layer_is_made(layer_class):
     assert set(own) <= set(config), "get_config leaves arguments out"
     with pytest.raises((TypeError, ValueError), match="droput"):
         layer_class(**arguments, droput=0.1)
+
+
+@pytest.mark.parametrize("block", [TransformerBlock, TalkingHeadBlock, ClassAttentionBlock])
+def test_the_hidden_dimension_is_four_times_the_inputs_by_default(block):
+    made = block(2)
+    made.build(TOKENS)
+    assert made.mlp.fc1.units == 64
+
+
+@pytest.mark.parametrize("block", [TNTBlock, PyramidTNTBlock])
+def test_so_it_is_of_the_blocks_of_two_transformers(block):
+    assert block(2, 2).mlp_ratio == 4

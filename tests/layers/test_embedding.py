@@ -202,6 +202,14 @@ def test_a_table_that_is_not_of_its_grid_is_refused():
         resample_positions(normal((12, 8)), (3, 3), (4, 4), 2)
 
 
+def test_only_one_table_of_a_square_grid_can_be_resampled():
+    layer = PositionEmbedding((2, 3), prefix_tokens=1)
+    layer.build((None, 7, 8))
+    assert layer.can_resample((10, 8)) and layer.can_resample((1, 10, 8))
+    for shape in [(2, 10, 8), (2, 1, 10, 8), (1, 10, 7), (1, 9, 8), (1, 1, 8)]:
+        assert not layer.can_resample(shape), shape
+
+
 @pytest.mark.parametrize(("new_grid", "new_tokens"), [((4, 2), 9), ((3, 5), 16)])
 def test_position_embedding_resamples_what_another_grid_saved(new_grid, new_tokens, tmp_path):
     def model(grid, tokens):
