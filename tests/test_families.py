@@ -308,13 +308,14 @@ def test_arguments_that_do_not_fit_are_named(family, arguments, message):
         tiny(family, **arguments)
 
 
-@pytest.mark.parametrize("family", sorted(TINY))
+@pytest.mark.parametrize("family", [*sorted(TINY), "tnt", "tnt of the legacy stem"])
 def test_a_new_model_starts_from_small_normal_numbers_and_constants(family):
     """The papers': truncated normal numbers of 0.02, norms of one, biases of zero.
 
     PyramidTNT's convolutions begin as Keras has them.
     """
-    for weight in tiny(family).weights:
+    model = tiny(family) if family in TINY else tiny_tnt(legacy=family != "tnt")
+    for weight in model.weights:
         values = ops.convert_to_numpy(weight)
         if values.dtype.kind != "f" or np.ptp(values) == 0 or "/convolution" in weight.path:
             continue

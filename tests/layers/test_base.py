@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_tnt.layers.base import at_least_float32, gelu
+from keras_tnt.layers.base import LayerNormalization, at_least_float32, gelu
+from tests.checks import assert_close, compute, normal
 
 
 def test_gelu_is_exact():
@@ -32,3 +33,15 @@ def test_gelu_keeps_the_dtype(dtype):
 )
 def test_half_precision_is_widened_and_nothing_narrowed(dtype, wider):
     assert at_least_float32(dtype) == wider
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(-1, (5,)), ((-2, -1), (4, 5))])
+def test_norms_are_their_equation(axis, shape):
+    layer = LayerNormalization(axis=axis, epsilon=1e-3)
+    x = normal((2, 3, 4, 5)) + 2
+    layer.build(x.shape)
+    gamma, beta = normal(shape, seed=1), normal(shape, seed=2)
+    layer.set_weights([gamma, beta])
+    centred = x - x.mean(axis, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis, keepdims=True) + 1e-3)
+    assert_close(compute(layer, x), centred / deviation * gamma + beta, 1e-5)

@@ -1,0 +1,169 @@
+"""How far bfloat16 and int8 are from float32, and how much faster, on weights that were trained.
+
+    python benchmarks/low_precision.py
+    python benchmarks/low_precision.py --models=tnt_digits --runtimes=onnxruntime,openvino
+
+The models learn handwritten digits first: tnt_digits as they are, TNTSmall enlarged to 224x224,
+--steps batches, enough for weights that are no noise any more. Then all held-out digits are
+predicted in both precisions: how often the first class is the same, the largest difference of a
+probability, and the images/s of a batch of 8, the two precisions in turn. int8 is that of static
+ranges, from 64 training images.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+BACKENDS = ("tensorflow", "jax", "torch")
+RUNTIMES = ("onnxruntime", "openvino", *BACKENDS)
+BATCH, CALIBRATION = 8, 64
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="tnt_digits,TNTSmall")
+    parser.add_argument("--runtimes", default=",".join(RUNTIMES))
+    parser.add_argument("--steps", default="600,120", help="of 64 and of 8 images, by model")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/low_precision.json")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        part, *arguments = json.loads(options.part)
+        return {"train": train, "compare": compare}[part](*arguments)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, steps in zip(options.models.split(","), options.steps.split(","), strict=True):
+            run("tensorflow", "train", name, int(steps), folder)
+            for runtime in options.runtimes.split(","):
+                backend = runtime if runtime in BACKENDS else "tensorflow"
+                found = run(backend, "compare", name, runtime, options.rounds, folder)
+                rows.append({"model": name, "runtime": runtime, **json.loads(found)})
+                print(
+                    "| {model} | {runtime} | {precision} | {images} | {same_top1:.2%} "
+                    "| {largest_difference:.4f} | {ratio:.2f} |".format(**rows[-1]),
+                    flush=True,
+                )
+    from keras_tnt.files import write_atomically
+
+    write_atomically(options.out, json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def run(backend, *part):
+    """The last line that a process of its own prints."""
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    command = [sys.executable, __file__, "--part", json.dumps(part)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def build(name):
+    from training import models
+
+    return models.find_builder(name)(
+        classes=10, **({} if name == "tnt_digits" else {"weights": None})
+    )
+
+
+def digits(name):
+    """Training and held-out images and labels, as the model takes them."""
+    import numpy as np
+
+    from training import sources
+
+    def enlarged(images):
+        side = 32 if name == "tnt_digits" else 224
+        return np.repeat(np.repeat(images, side // 32, 1), side // 32, 2).astype("float32")
+
+    return [(enlarged(images), labels) for images, labels in sources.digits()]
+
+
+def train(name, steps, folder):
+    import keras
+    import numpy as np
+
+    keras.utils.set_random_seed(0)
+    model = build(name)
+    (images, labels), (held_out, right) = digits(name)
+    batch = 64 if name == "tnt_digits" else BATCH
+    rate = 2e-3 if name == "tnt_digits" else 2e-4
+    schedule = keras.optimizers.schedules.CosineDecay(
+        rate / 100, steps - steps // 10, warmup_target=rate, warmup_steps=steps // 10
+    )
+    model.compile(
+        keras.optimizers.AdamW(schedule, weight_decay=0.05, clipnorm=1.0),
+        "sparse_categorical_crossentropy",
+        jit_compile=name != "tnt_digits",
+    )
+    draw = np.random.default_rng(0)
+    for step in range(steps):
+        chosen = draw.integers(0, len(images), batch)
+        loss = model.train_on_batch(images[chosen], labels[chosen])
+        if step % 20 == 0:
+            print(f"{name}: step {step} of {steps}, loss {float(loss):.3f}", file=sys.stderr)
+    model.save_weights(f"{folder}/{name}.weights.h5")
+    accuracy = np.mean(model.predict(held_out[:CALIBRATION], verbose=0).argmax(-1) == right[:64])
+    print(f"{name}: accuracy on {CALIBRATION} held-out digits {accuracy:.1%}")
+
+
+def compare(name, runtime, rounds, folder):
+    """Print the agreement and the ratio of speeds of a runtime's two precisions, as JSON."""
+    import numpy as np
+
+    model = build(name)
+    model.load_weights(f"{folder}/{name}.weights.h5")
+    (images, _), (held_out, _) = digits(name)
+    precision = "int8" if runtime == "onnxruntime" else "bfloat16"
+    both = [
+        opened(model, runtime, which, images[:CALIBRATION], f"{folder}/{name}_{which}.onnx")
+        for which in ("float32", precision)
+    ]
+    pieces = [held_out[i : i + BATCH] for i in range(0, len(held_out), BATCH)]
+    expected, found = (np.concatenate([f(piece) for piece in pieces]) for f in both)
+    seconds = ([], [])
+    for _ in range(rounds):
+        for predict, spent in zip(both, seconds, strict=True):
+            began = time.perf_counter()
+            predict(pieces[0])
+            spent.append(time.perf_counter() - began)
+    slow, fast = map(statistics.median, seconds)
+    result = {
+        "precision": precision,
+        "images": len(expected),
+        "same_top1": float(np.mean(expected.argmax(-1) == found.argmax(-1))),
+        "largest_difference": float(np.abs(expected - found).max()),
+        "images_per_second": [len(pieces[0]) / slow, len(pieces[0]) / fast],
+        "ratio": slow / fast,
+    }
+    print(json.dumps(result))
+
+
+def opened(model, runtime, precision, calibration, path):
+    """A function from images to probabilities."""
+    import numpy as np
+
+    import keras_tnt
+
+    if runtime in BACKENDS:
+        predict = keras_tnt.compile_inference(model, precision=precision)
+        return lambda images: np.asarray(predict(images))
+    if runtime == "openvino":
+        keras_tnt.export.onnx(model, path, opset=23)
+        predict = keras_tnt.export.openvino_session(path, precision=precision)
+        return lambda images: predict(images)["probabilities"]
+    given = {"calibration": calibration} if precision == "int8" else {}
+    keras_tnt.export.onnx(model, path, precision=precision, opset=23, **given)
+    session = keras_tnt.export.onnx_session(path)
+    return lambda images: session.run(["probabilities"], {"images": images})[0]
+
+
+if __name__ == "__main__":
+    main()
