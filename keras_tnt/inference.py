@@ -37,8 +37,9 @@ def compile_inference(
     function predicts with the model's weights as they are at each call (on torch, other weights are
     another minute's compilation), and never trains. Threads may share it.
 
-    JAX's programs for a CPU are kept in the user's folder of caches, XDG_CACHE_HOME, where the next
-    process finds them compiled.
+    Programs of JAX and torch for a CPU are kept in the user's folder of caches, XDG_CACHE_HOME,
+    where the next process finds them compiled; torch's, of which the newest eight stay, hold the
+    weights.
 
     On a CPU transformers among words, 16 or a multiple of it a patch, are C++ that the machine's
     compiler makes for its processor (the variable CXX names another) and that is kept in the user's
@@ -238,31 +239,31 @@ def torch_program(model, image_shape, half=False):
     # Inductor fails to pack int8, and chooses oneDNN for products of an unknown size: so even a
     # batch of one stays unknown.
     freezing = all(keras.backend.is_float_dtype(w.dtype) for w in model.weights)
-    compiled, of_weights, lock = None, None, threading.Lock()
+    network = in_bfloat16(model) if half else model
+    program, of_weights, lock = None, None, threading.Lock()
 
     def export():
         # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
         two_images = ops.zeros((2, *image_shape), model.inputs[0].dtype)
         exported = torch.export.export(
-            in_bfloat16(model) if half else model,
+            network,
             (two_images,),
             dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},),),
             strict=False,
         )
-        compiled = torch.compile(exported.module())
-        with runtimes.inductor_settings(freezing) as of_any_size:
-            of_any_size(two_images)  # to the program, whatever batch comes first
-            compiled(two_images)
-        return compiled
+        return torch.compile(exported.module()), two_images
 
     def run(images):
-        nonlocal compiled, of_weights
+        nonlocal program, of_weights
         with torch.no_grad(), lock:
             weights = [(id(v.value), v.value._version) for v in model.variables]
             if weights != of_weights:
                 with _compiling:
-                    compiled, of_weights = export(), weights
-            return compiled(images)
+                    program = runtimes.inductor_program(
+                        model, network, image_shape, half, freezing, export
+                    )
+                    of_weights = weights
+            return program(images)
 
     return run
 

@@ -13,7 +13,10 @@ import pickle
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+
+import keras
+import numpy as np
 
 from keras_tnt import native
 from keras_tnt.files import write_atomically
@@ -156,25 +159,50 @@ def torch_operator(sizes):
     return torch_operator.make(sizes)
 
 
-@contextlib.contextmanager
-def inductor_settings(freezing: bool) -> Iterator[Callable]:
-    """Within the context, Inductor compiles for a batch of unknown size, with packed weights.
+def inductor_program(
+    model, network: Callable, image_shape: tuple, half: bool, freezing: bool, export: Callable
+) -> Callable:
+    """What Inductor makes of a network for batches of any size, or made in another process.
 
     Args:
+        model: a Keras model.
+        network: computes what the model does, in its precision or in half of it.
+        image_shape: of the images, without the batch.
+        half: whether the network multiplies in bfloat16.
         freezing: whether to pack the weights, as constants of the program.
-
-    Yields:
-        A function that tells Dynamo that a tensor's first dimension may be any.
+        export: gives a function of `torch.compile`, not called before, and a batch of two images.
     """
-    if not is_seen("torch"):
-        yield lambda tensor: None
-        return
     import torch
+
+    if not is_seen("torch"):
+        return export()[0]
     from torch._inductor import config
     from torch.fx.experimental import _config as symbols
 
+    from keras_tnt.native import inductor
+
+    dtype = keras.backend.standardize_dtype(model.inputs[0].dtype)
+    pixels = 255 * np.random.default_rng(0).random((3, *image_shape))
+    images = keras.ops.convert_to_tensor(pixels, dtype)
+    expected = network(images[:1])
+    on_cpu = images.device.type == "cpu"
+    precision = "bfloat16" if half else "float32"
+    path = inductor.path_of(model, image_shape, precision) if on_cpu and freezing else None
+    found = path and inductor.find(path, expected)
+    if found and inductor.agrees(found, images, expected, precision):
+        return found
+    function, two_images = export()
     with config.patch(freezing=freezing), symbols.patch(backed_size_oblivious=True):
-        yield lambda tensor: torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        # To the program, whatever batch comes first.
+        torch._dynamo.maybe_mark_dynamic(two_images, 0)
+        program = inductor.compile_program(function, two_images, expected)
+    if program is function or not on_cpu:
+        return function
+    if not inductor.agrees(program, images, expected, precision):
+        return function
+    if path:
+        inductor.keep(program, path)
+    return program
 
 
 def jax_program(function: Callable, *args) -> Callable:

@@ -1,0 +1,179 @@
+"""Inductor's programs for a CPU, called as they are and kept between processes.
+
+What Inductor writes is a Python module with a function `call`, and tensors that the module holds:
+the weights, some of them packed for oneDNN. Dynamo calls it behind guards, of which one compiles
+another program for a single image. Here it is called without them, and kept as the module's source
+and its tensors, which its own cache does not do with packed ones. What is found is tried against
+the model before it is used.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch._inductor.codecache import PyCodeCache
+
+from keras_tnt import native
+from keras_tnt.files import replacing
+from keras_tnt.native import processor
+
+KEPT = 8  # programs at once; the one used longest ago makes room for another
+FILES = "torch-*.safetensors"
+# By how much of the spread a program that is found may differ from the model, by its precision.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+class Program:
+    """What Inductor wrote.
+
+    Args:
+        module: that has `call`, a function of a list: the batch's size and the images.
+        path: of its source.
+        constants: its tensors by name.
+        structure: of the model's outputs.
+    """
+
+    def __init__(self, module, path: str, constants: dict, structure):
+        self.module, self.path, self.constants, self.structure = module, path, constants, structure
+
+    def __call__(self, images):
+        outputs = self.module.call([images.shape[0], images.contiguous()])
+        return keras.tree.pack_sequence_as(self.structure, list(outputs))
+
+
+def compile_program(function: Callable, images, structure) -> Callable:
+    """The program that Inductor makes of a function for batches of any size.
+
+    Args:
+        function: of `torch.compile`, not called before.
+        images: a batch of two.
+        structure: of what it returns, with anything as leaves.
+
+    Returns:
+        A `Program`; where Inductor's module is not as it is known here, the function.
+    """
+    written, load = [], PyCodeCache.__dict__["load_by_key_path"]
+
+    def record(cls, key, path, linemap=None, attrs=None):
+        module = load.__func__(cls, key, path, linemap, attrs)
+        written.append((module, path, dict(attrs or {})))
+        return module
+
+    PyCodeCache.load_by_key_path = classmethod(record)
+    try:
+        expected = function(images)
+    finally:
+        PyCodeCache.load_by_key_path = load
+    with contextlib.suppress(Exception):  # of whatever kind another module raises
+        ((module, path, constants),) = written
+        program = Program(module, path, constants, structure)
+        pairs = zip(*map(keras.tree.flatten, (program(images), expected)), strict=True)
+        if all(torch.equal(found, wanted) for found, wanted in pairs):
+            return program
+    return function
+
+
+def path_of(model: keras.Model, image_shape: tuple, precision: str) -> str | None:
+    """Where the program of a model with its weights is kept; None if it cannot be told apart."""
+    instructions = sorted(processor.features())
+    if not instructions:
+        return None
+    try:
+        network = model.to_json()
+    except Exception:  # of whatever kind a user's layer raises
+        return None
+    sources = [*native.FOLDER.glob("*"), *(native.FOLDER.parent / "layers").glob("*.py")]
+    settings = {
+        "releases": [torch.__version__, keras.__version__],
+        "machine": [platform.machine(), *instructions, torch.get_num_threads()],
+        "environment": sorted(item for item in os.environ.items() if "INDUCTOR" in item[0]),
+        "compiler": os.environ.get("CXX"),
+        "images": [image_shape, precision, keras.config.floatx()],
+        "sources": [path.read_text("utf-8") for path in sorted(sources) if path.is_file()],
+    }
+    digest = hashlib.sha256(json.dumps([network, settings]).encode())
+    for variable in model.variables:
+        digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).view("uint8"))
+    name = FILES.replace("*", digest.hexdigest()[:32])
+    return os.path.join(native.cache_folder(), name)
+
+
+def keep(program: Program, path: str) -> None:
+    """Write a program, unless it cannot be kept."""
+    with contextlib.suppress(Exception):  # no place for it, or tensors of other kinds
+        tensors, layouts = {}, {}
+        for name, tensor in program.constants.items():
+            plain = tensor.to_dense() if tensor.is_mkldnn else tensor
+            layouts[name] = [tensor.is_mkldnn, list(plain.shape), list(plain.stride())]
+            for axis, stride in enumerate(plain.stride()):
+                plain = plain if stride else plain.narrow(axis, 0, 1)  # the rest repeats it
+            tensors[name] = plain.clone(memory_format=torch.contiguous_format)
+        source = Path(program.path).read_text("utf-8")
+        metadata = {"source": source, "layouts": json.dumps(layouts)}
+        metadata["sha256"] = checksum(metadata, tensors)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
+        found = sorted(Path(path).parent.glob(FILES), key=os.path.getmtime)
+        for old in found[:-KEPT]:
+            old.unlink()
+
+
+def find(path: str, structure) -> Program | None:
+    """The program that another process kept, if there is one and it is whole."""
+    with contextlib.suppress(Exception):  # damaged, or not taken any more
+        with safe_open(path, "pt") as file:
+            told = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if checksum(told, tensors) != told["sha256"]:
+            return None
+        layouts = json.loads(told["layouts"])
+        constants = {name: unpacked(tensors[name], *layouts[name]) for name in layouts}
+        key, source_path = PyCodeCache.write(told["source"])
+        module = PyCodeCache.load_by_key_path(key, source_path, attrs=constants)
+        os.utime(path)
+        return Program(module, source_path, constants, structure)
+
+
+def unpacked(tensor, packed, shape, strides):
+    """A tensor of the strides that the program takes it to have, packed for oneDNN if it was."""
+    laid_out = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
+    tensor = laid_out.copy_(tensor).expand(shape)
+    return torch.ops.mkldnn._reorder_linear_weight(tensor) if packed else tensor
+
+
+def agrees(program: Callable, images, expected, precision: str) -> bool:
+    """Whether a program predicts for the first of some images, alone and among all, what it should.
+
+    Args:
+        program: to be tried.
+        images: of any contents.
+        expected: what the model predicts for the first.
+        precision: in which the program multiplies.
+    """
+    with contextlib.suppress(Exception):  # of whatever kind a program raises that does not fit
+        for given in (images[:1], images):
+            pairs = zip(*map(keras.tree.flatten, (program(given), expected)), strict=True)
+            for found, wanted in pairs:
+                apart = (found[:1] - wanted).abs().max()
+                spread = wanted.float().std(correction=0) + 1e-3 * wanted.abs().max()
+                if not apart <= TOLERANCES[precision] * spread:
+                    return False
+        return True
+    return False
+
+
+def checksum(told: dict, tensors: dict) -> str:
+    """Of what a file holds: the source and the layouts that its metadata tell, and its tensors."""
+    digest = hashlib.sha256(f"{told['source']}\0{told['layouts']}".encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].view(torch.uint8).numpy())
+    return digest.hexdigest()
