@@ -74,10 +74,10 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 assert not any(map(importlib.util.find_spec, absent))
 import numpy as np
 import keras_tnt
-# An operator of a backend is a module of its own, and imported where that backend runs.
-others = tuple(f"{name}_operator" for name in absent)
+# What is a backend's own is a module named after it, and imported where that backend runs.
+others = tuple(f"{name}_" for name in absent)
 for module in pkgutil.walk_packages(keras_tnt.__path__, "keras_tnt."):
-    if not module.name.endswith(others):
+    if not module.name.rpartition(".")[2].startswith(others):
         importlib.import_module(module.name)
 model = keras_tnt.TNT(
     input_shape=(32, 32, 3), classes=3, depth=1,

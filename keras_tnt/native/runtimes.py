@@ -179,29 +179,29 @@ def inductor_program(
     from torch._inductor import config
     from torch.fx.experimental import _config as symbols
 
-    from keras_tnt.native import inductor
+    from keras_tnt.native import torch_program
 
     dtype = keras.backend.standardize_dtype(model.inputs[0].dtype)
     pixels = 255 * np.random.default_rng(0).random((3, *image_shape))
     images = keras.ops.convert_to_tensor(pixels, dtype)
     expected = network(images[:1])
     on_cpu = images.device.type == "cpu"
-    precision = "bfloat16" if half else "float32"
-    path = inductor.path_of(model, image_shape, precision) if on_cpu and freezing else None
-    found = path and inductor.find(path, expected)
-    if found and inductor.agrees(found, images, expected, precision):
+    precision = "bfloat16" if half else model.compute_dtype
+    path = torch_program.path_of(model, image_shape, precision) if on_cpu and freezing else None
+    found = path and torch_program.find(path, expected)
+    if found and torch_program.agrees(found, images, expected, precision):
         return found
     function, two_images = export()
     with config.patch(freezing=freezing), symbols.patch(backed_size_oblivious=True):
         # To the program, whatever batch comes first.
         torch._dynamo.maybe_mark_dynamic(two_images, 0)
-        program = inductor.compile_program(function, two_images, expected)
+        program = torch_program.compile_program(function, two_images, expected)
     if program is function or not on_cpu:
         return function
-    if not inductor.agrees(program, images, expected, precision):
+    if not torch_program.agrees(program, images, expected, precision):
         return function
     if path:
-        inductor.keep(program, path)
+        torch_program.keep(program, path)
     return program
 
 

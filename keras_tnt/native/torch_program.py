@@ -28,8 +28,8 @@ from keras_tnt.native import processor
 
 KEPT = 8  # programs at once; the one used longest ago makes room for another
 FILES = "torch-*.safetensors"
-# By how much of the spread a program that is found may differ from the model, by its precision.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
+# By how much of the spread a program may differ from the model.
+TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
 
 
 class Program:
@@ -159,13 +159,14 @@ def agrees(program: Callable, images, expected, precision: str) -> bool:
         expected: what the model predicts for the first.
         precision: in which the program multiplies.
     """
+    tolerance = TOLERANCE if precision in ("float32", "float64") else TOLERANCE_OF_HALF
     with contextlib.suppress(Exception):  # of whatever kind a program raises that does not fit
         for given in (images[:1], images):
             pairs = zip(*map(keras.tree.flatten, (program(given), expected)), strict=True)
             for found, wanted in pairs:
                 apart = (found[:1] - wanted).abs().max()
                 spread = wanted.float().std(correction=0) + 1e-3 * wanted.abs().max()
-                if not apart <= TOLERANCES[precision] * spread:
+                if not apart <= tolerance * spread:
                     return False
         return True
     return False
