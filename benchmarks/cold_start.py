@@ -22,8 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
 FILES = ("onnxruntime", "openvino")
 MODEL = """
+import keras
 import numpy as np
 import keras_tnt
+keras.utils.set_random_seed(0)  # programs of torch are found by their weights
 model = keras_tnt.create_model({model!r}, weights=None)
 predict = keras_tnt.compile_inference(model)
 predict(np.zeros((1, *model.input_shape[1:]), "float32"))
