@@ -38,8 +38,8 @@ def compile_inference(
     another minute's compilation), and never trains. Threads may share it.
 
     Programs of JAX and torch for a CPU are kept in the user's folder of caches, XDG_CACHE_HOME,
-    where the next process finds them compiled; torch's, of which the newest eight stay, hold the
-    weights.
+    where the next process finds them compiled; torch's, of which the newest stay (eight, of 4 GiB
+    in all), hold the weights.
 
     On a CPU transformers among words, 16 or a multiple of it a patch, are C++ that the machine's
     compiler makes for its processor (the variable CXX names another) and that is kept in the user's

@@ -9,6 +9,7 @@ the model before it is used.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -26,7 +27,8 @@ from keras_tnt import native
 from keras_tnt.files import replacing
 from keras_tnt.native import processor
 
-KEPT = 8  # programs at once; the one used longest ago makes room for another
+# So many programs and bytes of them at once; those used longest ago make room.
+KEPT, KEPT_BYTES = 8, 4 * 2**30
 FILES = "torch-*.safetensors"
 # By how much of the spread a program may differ from the model.
 TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
@@ -92,10 +94,12 @@ def path_of(model: keras.Model, image_shape: tuple, precision: str) -> str | Non
     except Exception:  # of whatever kind a user's layer raises
         return None
     sources = [*native.FOLDER.glob("*"), *(native.FOLDER.parent / "layers").glob("*.py")]
+    environment = {k: v for k, v in os.environ.items() if k.startswith("TORCHINDUCTOR_")}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # which Inductor itself sets
     settings = {
         "releases": [torch.__version__, keras.__version__],
         "machine": [platform.machine(), *instructions, torch.get_num_threads()],
-        "environment": sorted(item for item in os.environ.items() if "INDUCTOR" in item[0]),
+        "environment": sorted(environment.items()),
         "compiler": os.environ.get("CXX"),
         "images": [image_shape, precision, keras.config.floatx()],
         "sources": [path.read_text("utf-8") for path in sorted(sources) if path.is_file()],
@@ -122,9 +126,11 @@ def keep(program: Program, path: str) -> None:
         metadata["sha256"] = checksum(metadata, tensors)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
-        found = sorted(Path(path).parent.glob(FILES), key=os.path.getmtime)
-        for old in found[:-KEPT]:
-            old.unlink()
+        found = sorted(Path(path).parent.glob(FILES), key=os.path.getmtime, reverse=True)
+        sizes = itertools.accumulate(each.stat().st_size for each in found)
+        for place, (each, so_far) in enumerate(zip(found, sizes, strict=True)):
+            if place >= KEPT or so_far > KEPT_BYTES:
+                each.unlink()
 
 
 def find(path: str, structure) -> Program | None:
