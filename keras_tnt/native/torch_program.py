@@ -105,7 +105,7 @@ def path_of(model: keras.Model, image_shape: tuple, precision: str) -> str | Non
         "sources": [path.read_text("utf-8") for path in sorted(sources) if path.is_file()],
     }
     digest = hashlib.sha256(json.dumps([network, settings]).encode())
-    for variable in model.variables:
+    for variable in model.weights:  # and not the states of random layers
         digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).view("uint8"))
     name = FILES.replace("*", digest.hexdigest()[:32])
     return os.path.join(native.cache_folder(), name)
