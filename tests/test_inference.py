@@ -43,14 +43,17 @@ def test_programs_are_for_powers_of_two():
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(tmp_path_factory):
     """A model, its function, what threads that called it first got, and the calls of the model."""
     model = keras_tnt.TNT(**TINY)
     predict = keras_tnt.compile_inference(model, max_batch=4)
     call, traced = model.call, []
     model.call = lambda *args, **kwargs: (traced.append(args), call(*args, **kwargs))[1]
     images = np.random.default_rng(0).uniform(0, 255, (4, 16, 16, 3)).astype("float32")
-    with ThreadPoolExecutor(6) as pool:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(6) as pool:
+        patch.setenv(
+            "XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches"))
+        )  # nothing is kept yet
         results = list(pool.map(lambda _: predict(images), range(12)))
     del model.call
     return model, predict, images, results, traced
