@@ -46,13 +46,13 @@ EXPORT = [
     *JAX,
     "tf2onnx>=1.17,<2",
     "onnx>=1.20,<2",
-    "onnxruntime>=1.24,<2",
+    "onnxruntime>=1.24.1,<2",
     "tensorflow-serving-api>=2.19,<3",
     "grpcio>=1.68,<2",
     *IMAGES,
 ]
-EDGE = ["ai-edge-litert>=2,<3", "openvino>=2026.1,<2027"]
-DOCS = ["sphinx>=8.2,<10", "furo>=2025.7", "myst-parser>=4,<6", "absl-py>=2.1,<3"]
+EDGE = ["ai-edge-litert>=2.0.2,<3", "openvino>=2026.1,<2027"]
+DOCS = ["sphinx>=8.2,<10", "furo>=2025.7.19", "myst-parser>=4,<6", "absl-py>=2.1,<3"]
 TEST = [
     *TRAIN,
     *DENSE,
@@ -63,10 +63,10 @@ TEST = [
     *DOCS,
     "scikit-image>=0.25,<1",  # photographs
     "ml_dtypes>=0.5,<1",
-    "protobuf>=5",
+    "protobuf>=5.28",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
-    "cosmic-ray>=8.4,<9",  # make mutation
+    "cosmic-ray>=8.4.1,<9",  # make mutation
     "kubernetes-validate>=1.32",
     "pyyaml>=6",
     "markdown-it-py>=3,<5",  # reads the pages whose code the tests run
@@ -113,7 +113,7 @@ setup(
         "keras>=3.15,<4",
         "numpy>=1.26,<3",
         "safetensors>=0.5,<1",
-        "h5py>=3",
+        "h5py>=3.11",
         "huggingface_hub>=1,<3",
     ],
     extras_require={
