@@ -236,10 +236,8 @@ def torch_program(model, image_shape, half=False):
     """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
     import torch
 
-    # Inductor fails to pack int8, and chooses oneDNN for products of an unknown size: so even a
-    # batch of one stays unknown.
-    freezing = all(keras.backend.is_float_dtype(w.dtype) for w in model.weights)
     network = in_bfloat16(model) if half else model
+    precision = "bfloat16" if half else model.compute_dtype
     program, of_weights, lock = None, None, threading.Lock()
 
     def export():
@@ -260,7 +258,7 @@ def torch_program(model, image_shape, half=False):
             if weights != of_weights:
                 with _compiling:
                     program = runtimes.inductor_program(
-                        model, network, image_shape, half, freezing, export
+                        model, network, image_shape, precision, export
                     )
                     of_weights = weights
             return program(images)

@@ -51,9 +51,8 @@ def compiled(tmp_path_factory):
     model.call = lambda *args, **kwargs: (traced.append(args), call(*args, **kwargs))[1]
     images = np.random.default_rng(0).uniform(0, 255, (4, 16, 16, 3)).astype("float32")
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(6) as pool:
-        patch.setenv(
-            "XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches"))
-        )  # nothing is kept yet
+        # Nothing is kept yet.
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         results = list(pool.map(lambda _: predict(images), range(12)))
     del model.call
     return model, predict, images, results, traced
@@ -251,6 +250,8 @@ def exports(monkeypatch):
 def test_inductors_program_is_kept_for_the_next_process(tmp_path, monkeypatch, images, exports):
     from torch._dynamo.utils import counters
 
+    from keras_tnt.native import torch_program
+
     model = keras_tnt.TNT(**{**TINY, "depth": 1}, dropout=0.5)
     expected = compute(model, images)
     counters.clear()
@@ -272,11 +273,8 @@ def test_inductors_program_is_kept_for_the_next_process(tmp_path, monkeypatch, i
     damaged[-10] ^= 1  # a weight
     kept.write_bytes(damaged)
     assert predict() == 2  # compiled, and written again
-    from keras_tnt.native import torch_program
-
     monkeypatch.setattr(torch_program, "KEPT_BYTES", 1.5 * kept.stat().st_size)
-    bias = model.get_layer("head").bias
-    bias.assign(np.arange(5))
+    model.get_layer("head").bias.assign(np.arange(5))
     expected = compute(model, images)
     assert predict() == 3 and not kept.exists()  # other weights took its place
     assert predict() == 3

@@ -15,9 +15,6 @@ import sys
 import threading
 from collections.abc import Callable
 
-import keras
-import numpy as np
-
 from keras_tnt import native
 from keras_tnt.files import write_atomically
 from keras_tnt.native import processor
@@ -160,49 +157,22 @@ def torch_operator(sizes):
 
 
 def inductor_program(
-    model, network: Callable, image_shape: tuple, half: bool, freezing: bool, export: Callable
+    model, network: Callable, image_shape: tuple, precision: str, export: Callable
 ) -> Callable:
     """What Inductor makes of a network for batches of any size, or made in another process.
 
     Args:
         model: a Keras model.
-        network: computes what the model does, in its precision or in half of it.
+        network: computes what the model does, in this precision.
         image_shape: of the images, without the batch.
-        half: whether the network multiplies in bfloat16.
-        freezing: whether to pack the weights, as constants of the program.
+        precision: in which the network multiplies.
         export: gives a function of `torch.compile`, not called before, and a batch of two images.
     """
-    import torch
-
     if not is_seen("torch"):
         return export()[0]
-    from torch._inductor import config
-    from torch.fx.experimental import _config as symbols
-
     from keras_tnt.native import torch_program
 
-    dtype = keras.backend.standardize_dtype(model.inputs[0].dtype)
-    pixels = 255 * np.random.default_rng(0).random((3, *image_shape))
-    images = keras.ops.convert_to_tensor(pixels, dtype)
-    expected = network(images[:1])
-    on_cpu = images.device.type == "cpu"
-    precision = "bfloat16" if half else model.compute_dtype
-    path = torch_program.path_of(model, image_shape, precision) if on_cpu and freezing else None
-    found = path and torch_program.find(path, expected)
-    if found and torch_program.agrees(found, images, expected, precision):
-        return found
-    function, two_images = export()
-    with config.patch(freezing=freezing), symbols.patch(backed_size_oblivious=True):
-        # To the program, whatever batch comes first.
-        torch._dynamo.maybe_mark_dynamic(two_images, 0)
-        program = torch_program.compile_program(function, two_images, expected)
-    if program is function or not on_cpu:
-        return function
-    if not torch_program.agrees(program, images, expected, precision):
-        return function
-    if path:
-        torch_program.keep(program, path)
-    return program
+    return torch_program.make(model, network, image_shape, precision, export)
 
 
 def jax_program(function: Callable, *args) -> Callable:

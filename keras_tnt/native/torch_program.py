@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import keras
@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch._inductor import config
 from torch._inductor.codecache import PyCodeCache
+from torch.fx.experimental import _config as symbols
 
 from keras_tnt import native
 from keras_tnt.files import replacing
@@ -32,6 +34,30 @@ KEPT, KEPT_BYTES = 8, 4 * 2**30
 FILES = "torch-*.safetensors"
 # By how much of the spread a program may differ from the model.
 TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
+
+
+def make(
+    model: keras.Model, network: Callable, image_shape: tuple, precision: str, export: Callable
+) -> Callable:
+    """What `runtimes.inductor_program` describes."""
+    # Inductor fails to pack int8, and chooses oneDNN for products of an unknown size: so even a
+    # batch of one stays unknown.
+    packed = all(keras.backend.is_float_dtype(weight.dtype) for weight in model.weights)
+    if not packed or keras.ops.zeros(()).device.type != "cpu":
+        return compile_program(export, packed)[0]
+    pixels = 255 * np.random.default_rng(0).random((3, *image_shape))
+    images = keras.ops.convert_to_tensor(pixels, model.inputs[0].dtype)
+    expected = network(images[:1])
+    path = path_of(model, image_shape, precision)
+    program = path and find(path, expected)
+    if program and agrees(program, images, expected, precision):
+        return program
+    function, program = compile_program(export, packed, expected)
+    if program is None or not agrees(program, images, expected, precision):
+        return function
+    if path:
+        keep(program, path)
+    return program
 
 
 class Program:
@@ -52,17 +78,40 @@ class Program:
         return keras.tree.pack_sequence_as(self.structure, list(outputs))
 
 
-def compile_program(function: Callable, images, structure) -> Callable:
-    """The program that Inductor makes of a function for batches of any size.
+def compile_program(export: Callable, packed: bool, structure=None):
+    """Compile for batches of any size.
 
     Args:
-        function: of `torch.compile`, not called before.
-        images: a batch of two.
-        structure: of what it returns, with anything as leaves.
+        export: gives a function of `torch.compile`, not called before, and a batch of two images.
+        packed: whether to pack the weights, as constants of the program.
+        structure: of the outputs, with anything as leaves, where a `Program` is wanted.
 
     Returns:
-        A `Program`; where Inductor's module is not as it is known here, the function.
+        The function, compiled, and what Inductor wrote for it as a `Program`: None where none is
+        wanted, or Inductor's module is not as it is known here.
     """
+    function, images = export()
+    with (
+        config.patch(freezing=packed),
+        symbols.patch(backed_size_oblivious=True),
+        recording() as written,
+    ):
+        torch._dynamo.maybe_mark_dynamic(images, 0)  # to the program, whatever batch comes first
+        expected = function(images)
+    if structure is None:
+        return function, None
+    with contextlib.suppress(Exception):  # of whatever kind another module raises
+        ((module, path, constants),) = written
+        program = Program(module, path, constants, structure)
+        pairs = zip(*map(keras.tree.flatten, (program(images), expected)), strict=True)
+        if all(torch.equal(found, wanted) for found, wanted in pairs):
+            return function, program
+    return function, None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list]:
+    """Within the context, what Inductor writes is noted: modules, their paths and constants."""
     written, load = [], PyCodeCache.__dict__["load_by_key_path"]
 
     def record(cls, key, path, linemap=None, attrs=None):
@@ -72,16 +121,9 @@ def compile_program(function: Callable, images, structure) -> Callable:
 
     PyCodeCache.load_by_key_path = classmethod(record)
     try:
-        expected = function(images)
+        yield written
     finally:
         PyCodeCache.load_by_key_path = load
-    with contextlib.suppress(Exception):  # of whatever kind another module raises
-        ((module, path, constants),) = written
-        program = Program(module, path, constants, structure)
-        pairs = zip(*map(keras.tree.flatten, (program(images), expected)), strict=True)
-        if all(torch.equal(found, wanted) for found, wanted in pairs):
-            return program
-    return function
 
 
 def path_of(model: keras.Model, image_shape: tuple, precision: str) -> str | None:
