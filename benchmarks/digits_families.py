@@ -2,7 +2,7 @@
 
     python benchmarks/digits_families.py
     python benchmarks/digits_families.py --seeds=2 --epochs=5
-    KERAS_BACKEND=torch python benchmarks/digits_families.py --models=TNT --plain --workdir=runs/p
+    KERAS_BACKEND=torch python benchmarks/digits_families.py --models TNT --plain --workdir=runs/p
 
 A seed draws weights, batches and shifts; the held-out images are always the same 360. A student's
 teacher has its own seed, so that none is picked by its accuracy. Finished runs stay in --workdir,
@@ -39,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--models", default="DeiT,TNT,distilled", help="some of these, by commas")
+    parser.add_argument("--models", nargs="+", choices=[*BUILDERS], default=[*BUILDERS])
     parser.add_argument("--plain", action="store_true", help="no inner transformer in C++")
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "digits_families")
     parser.add_argument(
@@ -50,10 +50,9 @@ def main():
     if options.plain:
         runtimes.operator = lambda backend, sizes: None
 
-    wanted = options.models.split(",")
     digits = sources.digits()
-    rows = [row(name, build, digits, options) for name, build in BUILDERS.items() if name in wanted]
-    if "distilled" in wanted:
+    rows = [row(name, BUILDERS[name], digits, options) for name in options.models]
+    if len(rows) > 1:
         better = max(rows, key=lambda found: found["mean"])["model"]
         rows.append(row(f"TNT from {better}", distilled_tnt, digits, options, teacher=better))
     report(rows, options)

@@ -43,7 +43,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, steps in zip(options.models.split(","), options.steps.split(","), strict=True):
-            run("tensorflow", "train", name, int(steps), options.batch_size, folder)
+            print(run("tensorflow", "train", name, int(steps), options.batch_size, folder))
             for runtime in options.runtimes.split(","):
                 backend = runtime if runtime in BACKENDS else "tensorflow"
                 found = run(backend, "compare", name, runtime, options.rounds, folder)
@@ -114,7 +114,9 @@ def train(name, steps, batch, folder):
         if step % 20 == 0:
             print(f"{name}: step {step} of {steps}, loss {float(loss):.3f}", file=sys.stderr)
     model.save_weights(f"{folder}/{name}.weights.h5")
-    accuracy = np.mean(model.predict(held_out[:CALIBRATION], verbose=0).argmax(-1) == right[:64])
+    accuracy = np.mean(
+        model.predict(held_out[:CALIBRATION], verbose=0).argmax(-1) == right[:CALIBRATION]
+    )
     print(f"{name}: accuracy on {CALIBRATION} held-out digits {accuracy:.1%}")
 
 
@@ -127,7 +129,7 @@ def compare(name, runtime, rounds, folder):
     (images, _), (held_out, _) = digits(name)
     precision = "int8" if runtime == "onnxruntime" else "bfloat16"
     both = [
-        opened(model, runtime, which, images[:CALIBRATION], f"{folder}/{name}_{which}.onnx")
+        opened(model, runtime, which, images[:CALIBRATION], folder)
         for which in ("float32", precision)
     ]
     pieces = [held_out[i : i + BATCH] for i in range(0, len(held_out), BATCH)]
@@ -150,7 +152,7 @@ def compare(name, runtime, rounds, folder):
     print(json.dumps(result))
 
 
-def opened(model, runtime, precision, calibration, path):
+def opened(model, runtime, precision, calibration, folder):
     """A function from images to probabilities."""
     import numpy as np
 
@@ -160,13 +162,21 @@ def opened(model, runtime, precision, calibration, path):
         predict = keras_tnt.compile_inference(model, precision=precision)
         return lambda images: np.asarray(predict(images))
     if runtime == "openvino":
-        keras_tnt.export.onnx(model, path, opset=23)
-        predict = keras_tnt.export.openvino_session(path, precision=precision)
+        predict = keras_tnt.export.openvino_session(written(model, folder), precision=precision)
         return lambda images: predict(images)["probabilities"]
-    given = {"calibration": calibration} if precision == "int8" else {}
-    keras_tnt.export.onnx(model, path, precision=precision, opset=23, **given)
-    session = keras_tnt.export.onnx_session(path)
+    calibrated = {"precision": precision, "calibration": calibration} if precision == "int8" else {}
+    session = keras_tnt.export.onnx_session(written(model, folder, **calibrated))
     return lambda images: session.run(["probabilities"], {"images": images})[0]
+
+
+def written(model, folder, precision="float32", **arguments):
+    """The path of the model's ONNX file, which runtimes share."""
+    import keras_tnt
+
+    path = f"{folder}/{model.name}_{precision}.onnx"
+    if not os.path.exists(path):
+        keras_tnt.export.onnx(model, path, precision=precision, opset=23, **arguments)
+    return path
 
 
 if __name__ == "__main__":
