@@ -14,7 +14,7 @@ VERSION = re.search(
     re.MULTILINE,
 ).group(1)
 
-TENSORFLOW = ["tensorflow>=2.19,<3"]
+TENSORFLOW = ["tensorflow>=2.20,<3"]  # the first with tf.io.decode_webp
 JAX = ["jax>=0.8.1,<1"]
 TORCH = ["torch>=2.6,<3"]
 IMAGES = ["pillow>=11"]

@@ -46,12 +46,9 @@ CASES = {
     "test": ("tensorflow", "model"),
 }
 
-# Run in a clean environment, outside of the repository, every warning an error where we import.
+# Run in a clean environment, outside of the repository.
 SETTING = """
-import warnings
-warnings.simplefilter("error")
 import keras_tnt
-warnings.simplefilter("default")
 import numpy as np
 
 def tiny(**more):
@@ -104,7 +101,7 @@ def main():
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--oldest", action="store_true", help="only at the oldest versions")
     kinds.add_argument("--newest", action="store_true", help="only at the newest versions")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.action == "build":
         return build()
     unknown = set(options.extras) - set(CASES)
@@ -253,8 +250,10 @@ def try_case(folder, wheel, extra, kind):
     subprocess.run([python, "-m", "pip", "check"], check=True)
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
     clean |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    # Old releases warn of new ones of what they import in turn.
+    strictly = ["-W", "error"] if kind == "newest" else []
     for command in (
-        [python, "-W", "error", "-c", "import keras_tnt"],
+        [python, *strictly, "-c", "import keras_tnt"],
         [environment / "bin" / "keras-tnt", "list", "tnt*"],
         [python, "-c", SETTING + PROGRAMS[program]],
     ):

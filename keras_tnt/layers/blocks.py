@@ -265,6 +265,14 @@ class TransformerBlock(ResidualBlock):
             self.excite.build(input_shape)
 
     def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        if bias is None and grid is None and first_tokens is None:
+            found = fused.transformed(self, x, training=training)
+            if found is not None:
+                return found
+        return self.transform(x, bias, grid, first_tokens, training)
+
+    def transform(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        """What `call` gives, in operations of Keras."""
         at = {} if grid is None else {"grid": grid}
         # Squeeze-and-excitation reads every token: then all are computed and the rest cut off.
         computed = None if self.squeeze_excite else first_tokens
@@ -406,7 +414,7 @@ class TNTBlock(CompositeLayer):
         self.outer.build(tokens_shape)
 
     def call(self, tokens, words, bias=None, grid=None, first_tokens=None, training=False):
-        words = fused.inner_transformer(self.inner, words, training=training)
+        words = self.inner(words, training=training)
         patches = self.words_to_patches(words)  # (b, patches, outer_dim)
         tokens = tokens + ops.pad(patches, [[0, 0], [self.tokens_before, 0], [0, 0]])
         tokens = self.outer(

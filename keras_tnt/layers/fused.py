@@ -1,8 +1,8 @@
-"""When the inner transformer is computed in C++, and with which of its weights.
+"""When a transformer block is computed in C++, and with which of its weights.
 
-It is wherever words are transformed on a CPU, to train or to predict, if the block is nothing but
-norms, self-attention, MLP and residuals in float32, without dropout, among words that fill the
-processor's vectors.
+Among the words of patches it is wherever a CPU computes, to train or to predict; among the patches
+where a CPU trains. In either case the block has to be nothing but norms, self-attention, MLP and
+residuals in float32, without dropout; and words have to fill the processor's vectors.
 """
 
 import keras
@@ -14,50 +14,54 @@ from keras_tnt.layers.base import inference_device, link_observer
 from keras_tnt.native import runtimes
 
 
-def inner_transformer(block, words, training=False):
-    """`block(words, training=training)`, in C++ where that is possible.
+def transformed(block, x, training=False):
+    """What a block makes of words or tokens, in C++.
 
     Args:
         block: a built `TransformerBlock`.
-        words: `(batch, patches, words, dim)`.
+        x: `(batch, patches, words, dim)` or `(batch, tokens, dim)`.
         training: whether the block trains.
 
     Returns:
-        Words of the same shape.
+        The same shape; None where there is no C++ for it, so that the block computes itself.
     """
-    operator = operator_for(block, words.shape) if runs_here(block, words, training) else None
+    operator = operator_for(block, x.shape) if runs_here(block, x, training) else None
     if operator is None:
-        return block(words, training=training)
-    keep = keep_of(block, words) if training and block.stochastic_depth else None
-    return operator(words, weights_of(block, words.shape), block.epsilon, keep)
+        return None
+    keep = keep_of(block, x) if training and block.stochastic_depth else None
+    return operator(x, weights_of(block, x.shape), block.epsilon, keep)
 
 
-def runs_here(block, words, training):
+def runs_here(block, x, training):
     """Whether the block is to be computed on a CPU of this process, unobserved, without dropout."""
     if link_observer() is not None or training and (block.dropout or block.attention_dropout):
         return False
+    if len(x.shape) == 3 and not training:
+        return False
     if inference_device() is not None:
         return inference_device() == "cpu" and not training
-    return runtimes.runs_here(keras.backend.backend(), words, training)
+    return runtimes.runs_here(keras.backend.backend(), x, training)
 
 
-def keep_of(block, words):
-    """What stochastic depth multiplies the two branches by, `(2, batch, patches)`."""
-    ones = ops.ones_like(words[..., :1, :1])
+def keep_of(block, x):
+    """What stochastic depth multiplies the branches by, `(2, batch, patches)` or `(2, batch)`."""
+    ones = ops.ones_like(x[..., :1, :1])
     drops = block.drop_attention, block.drop_mlp
     return ops.stack([drop(ones, training=True)[..., 0, 0] for drop in drops])
 
 
-def operator_for(block, words_shape):
+def operator_for(block, shape):
     """What `runtimes.operator` gives for a block; None where there is no C++ for it."""
-    if len(words_shape) != 4 or words_shape[2] % native.LANES or not is_plain(block):
+    if not is_plain(block):
         return None
-    sizes = native.Sizes(
-        *words_shape[2:],
-        heads=block.num_heads,
-        hidden=block.mlp.fc1.units,
-        across_words=len(block.norm_attention.axis) > 1,
-    )
+    across_words = len(block.norm_attention.axis) > 1
+    heads, hidden = block.num_heads, block.mlp.fc1.units
+    if len(shape) == 3 and not across_words:
+        sizes = native.OuterSizes(heads, hidden)
+    elif len(shape) == 4 and shape[2] % native.LANES == 0:
+        sizes = native.Sizes(*shape[2:], heads, hidden, across_words)
+    else:
+        return None
     return runtimes.operator(keras.backend.backend(), sizes)
 
 
@@ -71,26 +75,29 @@ def is_plain(block):
     )
 
 
-def weights_of(block, words_shape):
-    """A block's weights as `native.Weights`."""
+def weights_of(block, shape):
+    """A block's weights as `native.Weights`, for words or tokens of a shape."""
     qkv, projection = block.attention.qkv, block.attention.projection
     scale_attention = scale_mlp = None
     if block.layer_scale is not None:
         scale_attention, scale_mlp = block.scale_attention.gamma, block.scale_mlp.gamma
     return native.Weights(
-        *norm_weights(block.norm_attention, words_shape),
+        *norm_weights(block.norm_attention, shape),
         *dense_weights(qkv),
         *dense_weights(projection, scale_attention),
-        *norm_weights(block.norm_mlp, words_shape),
+        *norm_weights(block.norm_mlp, shape),
         *dense_weights(block.mlp.fc1),
         *dense_weights(block.mlp.fc2, scale_mlp),
     )
 
 
-def norm_weights(norm, words_shape):
-    """Scale and offset of a norm, each `(dim, words)`."""
-    words, dim = words_shape[2:]
+def norm_weights(norm, shape):
+    """Scale and offset of a norm, each `(dim, words)`, or `(dim,)` for tokens."""
     for weight in (norm.gamma, norm.beta):  # (dim,) or (words, dim)
+        if len(shape) == 3:
+            yield ops.convert_to_tensor(weight)
+            continue
+        words, dim = shape[2:]
         columns = ops.transpose(ops.reshape(weight, (-1, dim)))  # (dim, 1 or words)
         yield ops.broadcast_to(columns, (dim, words))
 

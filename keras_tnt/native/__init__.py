@@ -1,4 +1,4 @@
-"""The inner transformer in C++, compiled for the machine where it is to run."""
+"""The transformers in C++, compiled for the machine where they are to run."""
 
 import ctypes
 import functools
@@ -44,17 +44,48 @@ class Sizes(NamedTuple):
     def name(self, prefix: str = "keras_tnt") -> str:
         return "_".join([prefix, *(str(int(value)) for value in self)])
 
+    part = "inner"
+
+    def kept(self, shape: tuple) -> list[tuple]:
+        """The shapes of what its gradient needs of the forward pass beside the words."""
+        return []
+
+    def attributes(self) -> dict[str, str | int]:
+        """What an XLA custom call is told of them beside its operands."""
+        return {"kernel": self.name()}
+
+
+class OuterSizes(NamedTuple):
+    """What outer_transformer.h cannot read off the shapes of the tokens.
+
+    Attributes:
+        heads: of the attention.
+        hidden: dimension of the MLP.
+    """
+
+    heads: int
+    hidden: int
+
+    part = "outer"
+
+    def kept(self, shape: tuple) -> list[tuple]:
+        """As `Sizes.kept`, for tokens of a shape."""
+        return [(*shape[:2], 5 * shape[2] + self.hidden)]
+
+    def attributes(self) -> dict[str, str | int]:
+        return {"heads": self.heads}
+
 
 class Weights(NamedTuple):
-    """The weights of an inner transformer, in the order of `Weights` in inner_transformer.h.
+    """The weights of a transformer, in the order of `Weights` in the headers beside this file.
 
     Attributes:
         attention_gamma, attention_beta: scale and offset of the norm before the attention,
-            `(dim, words)`.
+            `(dim, words)` of an inner transformer and `(dim,)` of an outer one.
         qkv_kernel, qkv_bias: of query, key and value, `(dim, 3 * dim)` and `(3 * dim,)`.
         projection_kernel, projection_bias: behind the attention, multiplied by LayerScale where
             there is one, `(dim, dim)` and `(dim,)`.
-        mlp_gamma, mlp_beta: scale and offset of the norm before the MLP, `(dim, words)`.
+        mlp_gamma, mlp_beta: scale and offset of the norm before the MLP, as of the other.
         fc1_kernel, fc1_bias: `(dim, hidden)` and `(hidden,)`.
         fc2_kernel, fc2_bias: multiplied by LayerScale where there is one, `(hidden, dim)` and
             `(dim,)`.
@@ -76,15 +107,15 @@ class Weights(NamedTuple):
 
 @functools.cache
 def warn_slower(reason: str) -> None:
-    """Say, once for each reason, why the inner transformer is not C++."""
+    """Say, once for each reason, why a transformer is not C++."""
     warnings.warn(
-        f"The inner transformer is not C++ here; what takes its place is slower. {reason}",
+        f"The transformer is not C++ here; what takes its place is slower. {reason}",
         stacklevel=3,
     )
 
 
 def library(entry: str | Path, sizes: Sizes | None, *settings: str) -> ctypes.CDLL | None:
-    """The inner transformer as a shared library, compiled for this very processor.
+    """A transformer as a shared library, compiled for this very processor.
 
     It is kept in the folder `keras_tnt` of the user's caches (XDG_CACHE_HOME), by compiler,
     processor and source, so that only the first process compiles it.

@@ -1,4 +1,4 @@
-"""The coefficients of GELU in inner_transformer.h: `python gelu_coefficients.py` prints them.
+"""The coefficients of GELU in vectors.h: `python gelu_coefficients.py` prints them.
 
 x Phi(x) = max(x, 0) - s Phi(-s) for s = |x|, and Phi(-s) = e^(-s^2 / 2) R(s), where R, half the
 scaled complementary error function of s / sqrt(2), falls slowly, from 1/2 like 1 / (s sqrt(2 pi)).

@@ -4,55 +4,13 @@
 //
 // Defined before this text: WORDS, DIM, HEADS, HIDDEN and ACROSS_WORDS, whether norms run over all
 // words of a patch.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "vectors.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int lanes = 16;
-#elif defined(__AVX__)
-constexpr int lanes = 8;
-#else
-constexpr int lanes = 4;
-#endif
-
-// GCC's and Clang's vectors: operators work on all lanes, and a number among them on each.
-typedef float Vec __attribute__((vector_size(4 * lanes)));
-typedef int32_t Bits __attribute__((vector_size(4 * lanes)));
 
 constexpr int words = WORDS, dim = DIM, heads = HEADS, hidden = HIDDEN;
 constexpr bool across_words = ACROSS_WORDS;
 constexpr int head_dim = dim / heads, parts = words / lanes;
-
-inline Vec all(float x) { return x - Vec{}; }
-
-inline Vec load(const float* from) {
-  Vec x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-// The larger of the two; y where either is NaN.
-inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
-
-// e^x for x <= 0, within 2 units in the last place: e^x = 2^n e^r with |r| <= ln(2) / 2, and
-// Taylor's polynomial for e^r.
-inline Vec exp(Vec x) {
-  x = larger(all(-87.0f), x);
-  const Vec shift = all(12582912.0f);  // 1.5 * 2^23: added and taken off, it rounds
-  const Vec shifted = x * 1.44269504f + shift, n = shifted - shift;
-  const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  Vec y = r * (1.0f / 5040) + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
-  return (Vec)((Bits)y + ((Bits)shifted << 23));
-}
 
 // One channel of all words of a patch.
 struct Channel {
@@ -146,28 +104,6 @@ inline void attend(const Channel* qkv, Channel* y) {
       for (int d = 0; d < head_dim; ++d) y[head * head_dim + d].part[p] = mixed[d] / total;
     }
   }
-}
-
-// Phi(-s) for s >= 0, within 5e-8 of its value before rounding: e^(-s^2 / 2) t P(u) with a polynomial
-// P that gelu_coefficients.py, beside this file, derives.
-inline Vec normal_tail(Vec s) {
-  constexpr float shift = 2.9f;
-  const Vec t = 1.0f / (s + shift), u = 1.0f - 2.0f * shift * t;
-  Vec y = u * -0.000327919197f - 0.000732461668f;
-  y = y * u + 0.00174480859f;
-  y = y * u + 0.00566905911f;
-  y = y * u - 0.0135619316f;
-  y = y * u - 0.0345270705f;
-  y = y * u + 0.211311281f;
-  y = y * u - 0.495965296f;
-  y = y * u + 0.725277957f;
-  return t * y * exp(s * s * -0.5f);
-}
-
-// x Phi(x) = max(x, 0) - s Phi(-s) with s = |x|.
-inline Vec gelu(Vec x) {
-  const Vec s = larger(x, -x);
-  return larger(x, Vec{}) - s * normal_tail(s);
 }
 
 inline void add(const Channel* branch, Channel* x) {

@@ -16,6 +16,10 @@ struct Gradients {
 };
 
 constexpr int gradient_count = sizeof(Gradients) / sizeof(float);
+constexpr int64_t weight_sizes[] = {
+    dim * words, dim * words, dim * 3 * dim, 3 * dim, dim * dim, dim,
+    dim * words, dim * words, dim * hidden,  hidden,  hidden * dim, dim,
+};
 
 // Kernels as (outputs, inputs), by which gradients go back.
 struct Transposed {
@@ -158,13 +162,6 @@ inline void attend_gradient(const Channel* qkv, const Channel* dy, Channel* dqkv
       }
     }
   }
-}
-
-// The derivative of GELU, Phi(x) + x phi(x); x itself becomes GELU of x.
-inline Vec gelu_gradient(Vec& x) {
-  const Vec value = x, s = larger(value, -value), tail = normal_tail(s);
-  x = larger(value, Vec{}) - s * tail;
-  return (value > 0.0f ? 1.0f - tail : tail) + value * exp(s * s * -0.5f) * 0.398942280f;
 }
 
 // For the patches from `first` to before `last`: din, the gradient by `in` for dout by the result,

@@ -1,4 +1,4 @@
-"""The inner transformer as operations of JAX.
+"""The transformers as operations of JAX.
 
 They are primitives of their own, so that each program takes the C++ where it can: one that is
 compiled for a single CPU of this process has the custom call; one for another device or several,
@@ -15,53 +15,75 @@ from jax.interpreters import ad, batching, mlir
 from keras_tnt import native
 from keras_tnt.native import plain, xla_library
 
+WEIGHTS = len(native.Weights._fields)
 
-def make(sizes: native.Sizes):
+
+def make(sizes: native.Sizes | native.OuterSizes):
     """The function that `runtimes.operator` describes; None where there is no library for it."""
     library = xla_library.load(sizes, "-isystem", jax.ffi.include_dir())
     if library is None:
         return None
-    for name in (xla_library.FORWARD, xla_library.GRADIENT):
+    for name in xla_library.targets(sizes):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[name]), platform="cpu")
 
-    def call(words, weights, epsilon, keep=None):
-        operands = [words, *weights]
+    def call(x, weights, epsilon, keep=None):
+        operands = [x, *weights]
         if keep is not None:
             operands.append(jax.lax.stop_gradient(keep))
         # Within a mesh gradients are summed over devices, each in its own way.
-        run = forward_of if jax.sharding.get_abstract_mesh().empty else plain_forward
-        return run(*operands, sizes=sizes, epsilon=epsilon)
+        run = forward.bind if jax.sharding.get_abstract_mesh().empty else plain_forward
+        return run(*operands, sizes=sizes, epsilon=epsilon)[0]
 
     return call
 
 
 # === The plain operations ===
+#
+# Each takes what its primitive does. Operands are x, the weights and, if there is one, `keep`.
 
 
-def plain_forward(words, *rest, sizes, epsilon):
-    count = len(native.Weights._fields)
-    keep = rest[count] if len(rest) > count else None
-    return plain.inner_transformer(words, rest[:count], keep, sizes, epsilon)
+def plain_forward(x, *rest, sizes, epsilon):
+    """What x becomes, and in the place of what the C++ keeps, zeros."""
+    keep = rest[WEIGHTS] if len(rest) > WEIGHTS else None
+    result = plain.transformer(x, rest[:WEIGHTS], keep, sizes, epsilon)
+    return result, *(jax.numpy.zeros(shape, x.dtype) for shape in sizes.kept(x.shape))
 
 
-def plain_tangent(*primals_and_tangents, **settings):
-    half = len(primals_and_tangents) // 2
-    primals, tangents = primals_and_tangents[:half], primals_and_tangents[half:]
-    return jax.jvp(functools.partial(plain_forward, **settings), primals, tangents)[1]
+def plain_tangent(*kept_operands_and_tangents, sizes, epsilon):
+    """The tangent of the result, for those of the operands; what was kept stands in front."""
+    _, operands, tangents = split(kept_operands_and_tangents, sizes)
+
+    def result(*operands):
+        return plain_forward(*operands, sizes=sizes, epsilon=epsilon)[0]
+
+    return jax.jvp(result, operands, tangents)[1]
 
 
-def plain_gradient(words, dwords, *rest, **settings):
-    """The gradient by the words, and those by the weights one after another."""
-    _, back = jax.vjp(functools.partial(plain_forward, **settings), words, *rest)
-    of_words, *of_rest = back(dwords)
-    of_weights = of_rest[: len(native.Weights._fields)]
-    return of_words, jax.numpy.concatenate([x.ravel() for x in of_weights])
+def plain_gradient(dx, *kept_and_operands, sizes, epsilon):
+    """The gradients by x and by the weights."""
+    operands = kept_and_operands[kept_count(sizes) :]
+
+    def result(*operands):
+        return plain_forward(*operands, sizes=sizes, epsilon=epsilon)[0]
+
+    return jax.vjp(result, *operands)[1](dx)[: 1 + WEIGHTS]
+
+
+def kept_count(sizes):
+    return len(sizes.kept((1, 1, 1)))
+
+
+def split(kept_operands_and_tangents, sizes):
+    count = kept_count(sizes)
+    kept, both = kept_operands_and_tangents[:count], kept_operands_and_tangents[count:]
+    half = len(both) // 2
+    return kept, both[:half], both[half:]
 
 
 # === The primitives ===
 
 
-def primitive(name, function, multiple_results=False):
+def primitive(name, function, multiple_results=True):
     """A primitive that is a plain function, until it is told better."""
     new = Primitive(f"keras_tnt_{name}")
     new.multiple_results = multiple_results
@@ -85,58 +107,68 @@ def primitive(name, function, multiple_results=False):
     return new
 
 
-def on_a_cpu(new, target, function):
+def on_a_cpu(new, which, function):
     """Let a primitive be a custom call in programs for a single CPU of this process."""
-    plain_lowering = mlir.lower_fun(function, multiple_results=new.multiple_results)
+    plain_lowering = mlir.lower_fun(function, multiple_results=True)
 
     def lower(ctx, *operands, sizes, epsilon):
         module = ctx.module_context
         devices = getattr(module.axis_context, "num_devices", None) or 1
         if module.lowering_parameters.for_export or devices > 1:
             return plain_lowering(ctx, *operands, sizes=sizes, epsilon=epsilon)
-        call = jax.ffi.ffi_lowering(target)
-        return call(ctx, *operands, kernel=sizes.name(), epsilon=np.float32(epsilon))
+        call = jax.ffi.ffi_lowering(xla_library.targets(sizes)[which])
+        attributes = {
+            name: np.int64(value) if isinstance(value, int) else value
+            for name, value in sizes.attributes().items()
+        }
+        return call(ctx, *operands, **attributes, epsilon=np.float32(epsilon))
 
     mlir.register_lowering(new, lower, platform="cpu")
 
 
 forward = primitive("forward", plain_forward)
-forward.def_abstract_eval(lambda words, *_, **__: words.update(weak_type=False))
-on_a_cpu(forward, xla_library.FORWARD, plain_forward)
+on_a_cpu(forward, 0, plain_forward)
 
-tangent = primitive("tangent", plain_tangent)
-tangent.def_abstract_eval(lambda words, *_, **__: words.update(weak_type=False))
+tangent = primitive("tangent", plain_tangent, multiple_results=False)
 
-gradient = primitive("gradient", plain_gradient, multiple_results=True)
-on_a_cpu(gradient, xla_library.GRADIENT, plain_gradient)
+gradient = primitive("gradient", plain_gradient)
+on_a_cpu(gradient, 1, plain_gradient)
+
+
+@forward.def_abstract_eval
+def _(x, *_, sizes, **__):
+    shapes = x.shape, *sizes.kept(x.shape)
+    return [x.update(shape=shape, weak_type=False) for shape in shapes]
+
+
+@tangent.def_abstract_eval
+def _(*args, sizes, **_):
+    return split(args, sizes)[1][0].update(weak_type=False)
 
 
 @gradient.def_abstract_eval
-def _(words, dwords, *rest, **_):
-    count = sum(weight.size for weight in rest[: len(native.Weights._fields)])
-    return words.update(weak_type=False), words.update(shape=(count,), weak_type=False)
+def _(_, *kept_and_operands, sizes, **__):
+    operands = kept_and_operands[kept_count(sizes) :]
+    return [operand.update(weak_type=False) for operand in operands[: 1 + WEIGHTS]]
 
 
-def forward_of(*operands, **settings):
-    return forward.bind(*operands, **settings)
-
-
-def differentiate_forward(primals, tangents, **settings):
+def differentiate_forward(primals, tangents, sizes, epsilon):
+    settings = {"sizes": sizes, "epsilon": epsilon}
+    result, *kept = forward.bind(*primals, **settings)
     tangents = map(ad.instantiate_zeros, tangents)
-    return forward.bind(*primals, **settings), tangent.bind(*primals, *tangents, **settings)
+    moved = tangent.bind(*kept, *primals, *tangents, **settings)
+    return [result, *kept], [moved, *(ad.Zero(jax.typeof(x).to_tangent_aval()) for x in kept)]
 
 
-def transpose_tangent(dwords, *operands, **settings):
-    half = len(operands) // 2
-    primals, tangents = operands[:half], operands[half:]
-    if type(dwords) is ad.Zero:
-        found = [ad.Zero(primal.aval) for primal in primals]
+def transpose_tangent(dx, *args, sizes, epsilon):
+    kept, operands, tangents = split(args, sizes)
+    if type(dx) is ad.Zero:
+        found = [ad.Zero(operand.aval) for operand in operands]
     else:
-        weights = native.Weights(*primals[1 : 1 + len(native.Weights._fields)])
-        of_words, sums = gradient.bind(primals[0], dwords, *primals[1:], **settings)
-        found = [of_words, *xla_library.apart(sums, weights), None]
+        found = [*gradient.bind(dx, *kept, *operands, sizes=sizes, epsilon=epsilon), None]
     wanted = [ad.is_undefined_primal(x) for x in tangents]
-    return [None] * half + [x if asked else None for x, asked in zip(found, wanted, strict=False)]
+    back = [x if asked else None for x, asked in zip(found, wanted, strict=False)]
+    return [None] * (len(kept) + len(operands)) + back
 
 
 ad.primitive_jvps[forward] = differentiate_forward

@@ -1,4 +1,4 @@
-"""The inner transformer in the operations of Keras's backend, on the weights that the C++ takes.
+"""The transformers in the operations of Keras's backend, on the weights that the C++ takes.
 
 It is what the C++ is the same as. Programs that hold the C++ fall back on it where there is none:
 on another device, in a file that leaves the process, for derivatives of derivatives.
@@ -6,50 +6,55 @@ on another device, in a file that leaves the process, for derivatives of derivat
 
 from keras import ops
 
-from keras_tnt.native import Sizes, Weights
+from keras_tnt.native import Weights
 
 
-def inner_transformer(words, weights, keep, sizes, epsilon):
-    """The transformer among the words of each patch (TNT, equations 2 and 3).
+def transformer(x, weights, keep, sizes, epsilon):
+    """The transformer among the words of each patch, or among the tokens (TNT, equations 2 to 8).
 
     Args:
-        words: `(batch, patches, words, dim)`.
+        x: `(batch, patches, words, dim)` or `(batch, tokens, dim)`.
         weights: `native.Weights`.
-        keep: `(2, batch, patches)`, what the branches of attention and MLP are multiplied by; None:
-            all ones.
-        sizes: `native.Sizes`.
+        keep: `(2, batch, patches)` or `(2, batch)`, what the branches of attention and MLP are
+            multiplied by; None: all ones.
+        sizes: `native.Sizes` or `native.OuterSizes`.
         epsilon: of the norms.
 
     Returns:
-        Words of the same shape.
+        Words or tokens of the same shape.
     """
     w = Weights(*weights)
-    keep = (1, 1) if keep is None else ops.expand_dims(keep, (-2, -1))  # (2, b, p, 1, 1)
-    x = normalize(words, w.attention_gamma, w.attention_beta, sizes, epsilon)
-    mixed = attend(dense(x, w.qkv_kernel, w.qkv_bias), sizes)
-    words = words + keep[0] * dense(mixed, w.projection_kernel, w.projection_bias)
-    x = normalize(words, w.mlp_gamma, w.mlp_beta, sizes, epsilon)
-    x = ops.gelu(dense(x, w.fc1_kernel, w.fc1_bias), approximate=False)
-    return words + keep[1] * dense(x, w.fc2_kernel, w.fc2_bias)
+    axes = (-2, -1) if sizes.part == "inner" and sizes.across_words else -1
+    keep = (1, 1) if keep is None else ops.expand_dims(keep, (-2, -1))  # (2, ..., 1, 1)
+    normed = normalize(x, w.attention_gamma, w.attention_beta, axes, epsilon)
+    mixed = attend(dense(normed, w.qkv_kernel, w.qkv_bias), sizes.heads)
+    x = x + keep[0] * dense(mixed, w.projection_kernel, w.projection_bias)
+    normed = normalize(x, w.mlp_gamma, w.mlp_beta, axes, epsilon)
+    wide = ops.gelu(dense(normed, w.fc1_kernel, w.fc1_bias), approximate=False)
+    return x + keep[1] * dense(wide, w.fc2_kernel, w.fc2_bias)
 
 
-def normalize(x, gamma, beta, sizes, epsilon):
-    axes = (-2, -1) if sizes.across_words else -1
+def normalize(x, gamma, beta, axes, epsilon):
     x = x - ops.mean(x, axis=axes, keepdims=True)
     variance = ops.mean(ops.square(x), axis=axes, keepdims=True)
-    return x * ops.rsqrt(variance + epsilon) * ops.transpose(gamma) + ops.transpose(beta)
+    return x * ops.rsqrt(variance + epsilon) * as_rows(gamma) + as_rows(beta)
+
+
+def as_rows(weight):
+    """(dim, words) to (words, dim); (dim,) as it is."""
+    return weight if len(weight.shape) == 1 else ops.transpose(weight)
 
 
 def dense(x, kernel, bias):
     return ops.matmul(x, kernel) + bias
 
 
-def attend(qkv, sizes: Sizes):
-    """Query, key and value `(batch, patches, words, 3 * dim)` to `(batch, patches, words, dim)`."""
-    head_dim = sizes.dim // sizes.heads
-    lead = tuple(ops.shape(qkv)[:2])
-    qkv = ops.reshape(qkv, (*lead, sizes.words, 3, sizes.heads, head_dim))
-    qkv = ops.transpose(qkv, (3, 0, 1, 4, 2, 5))  # (3, b, p, heads, words, head_dim)
+def attend(qkv, heads):
+    """Query, key and value `(..., tokens, 3 * dim)` to `(..., tokens, dim)`."""
+    *lead, dim = ops.shape(qkv)
+    head_dim = dim // (3 * heads)
+    qkv = ops.reshape(qkv, (*lead, 3, heads, head_dim))
+    qkv = ops.moveaxis(qkv, (-3, -2), (0, -3))  # (3, ..., heads, tokens, head_dim)
     scores = ops.matmul(qkv[0], ops.swapaxes(qkv[1], -2, -1)) * head_dim**-0.5
-    mixed = ops.matmul(ops.softmax(scores, axis=-1), qkv[2])  # (b, p, heads, words, head_dim)
-    return ops.reshape(ops.swapaxes(mixed, -3, -2), (*lead, sizes.words, sizes.dim))
+    mixed = ops.matmul(ops.softmax(scores, axis=-1), qkv[2])  # (..., heads, tokens, head_dim)
+    return ops.reshape(ops.swapaxes(mixed, -3, -2), (*lead, heads * head_dim))

@@ -1,4 +1,4 @@
-"""How each runtime calls the inner transformer in C++, and what of them promises nothing.
+"""How each runtime calls the transformers in C++, and what of them promises nothing.
 
 Interfaces that a runtime may change in any release are used here alone. A release that is not in
 `SEEN`, or one that fails, means another, slower way and a warning, never an error.
@@ -61,14 +61,15 @@ def is_seen(package: str) -> bool:
     return False
 
 
-def operator(backend: str, sizes: native.Sizes) -> Callable | None:
-    """The inner transformer in C++ as an operation of a backend of Keras.
+def operator(backend: str, sizes: native.Sizes | native.OuterSizes) -> Callable | None:
+    """The inner or the outer transformer in C++ as an operation of a backend of Keras.
 
     Returns:
-        A function (words, weights, epsilon, keep=None) to words, for words `(batch, patches, words,
-        dim)` in float32 and `native.Weights`, which has a gradient; None, with a warning, where it
-        cannot be had. `keep`, `(2, batch, patches)`, is what the branches of attention and MLP are
-        multiplied by, and has no gradient.
+        A function (x, weights, epsilon, keep=None) to what x becomes, for words `(batch, patches,
+        words, dim)` or tokens `(batch, tokens, dim)` in float32 and `native.Weights`, which has a
+        gradient; None, with a warning, where it cannot be had. `keep`, `(2, batch, patches)` or
+        `(2, batch)`, is what the branches of attention and MLP are multiplied by, and has no
+        gradient.
     """
     with _lock:
         return _operator(backend, sizes)

@@ -1,4 +1,4 @@
-"""The inner transformer as operations of TensorFlow: XLA's custom calls.
+"""The transformers as operations of TensorFlow: XLA's custom calls.
 
 XLA compiles what is around them if it compiles the program, and the calls alone if it does not.
 """
@@ -11,36 +11,42 @@ from tensorflow.compiler.tf2xla.python import xla
 from keras_tnt import native
 from keras_tnt.native import plain, xla_library
 
+WEIGHTS = len(native.Weights._fields)
 
-def make(sizes: native.Sizes):
+
+def make(sizes: native.Sizes | native.OuterSizes):
     """The function that `runtimes.operator` describes; None where there is no library for it."""
     settings = "-isystem", tf.sysconfig.get_include(), "-DREGISTER", *tf.sysconfig.get_link_flags()
     if xla_library.load(sizes, *settings) is None:
         return None
 
-    def call(words, weights, epsilon, keep=None):
+    def call(x, weights, epsilon, keep=None):
         # Of variables a function with a gradient of its own would have to tell.
         rest = [tf.convert_to_tensor(weight) for weight in weights]
         if keep is not None:
             rest.append(tf.stop_gradient(keep))
-        return forward(sizes, epsilon)(words, *rest)
+        return forward(sizes, epsilon)(x, *rest)
 
     return call
 
 
 @functools.cache
 def forward(sizes, epsilon):
-    """The function from words and weights, and `keep`, to words."""
-    count = len(native.Weights._fields)
+    """The function from words or tokens, the weights and `keep` to words or tokens."""
+    target, _ = xla_library.targets(sizes)
 
     @tf.custom_gradient
-    def run(words, *rest):
-        def back(dwords):
-            of_words, sums = gradient(sizes, epsilon)(words, dwords, *rest)
-            of_weights = xla_library.apart(sums, rest[:count])
-            return of_words, *of_weights, *[None] * (len(rest) - count)
+    def run(*operands):
+        def back(dx):
+            numbers = (tf.bitcast(x, tf.float32) for x in kept)
+            found = gradient(sizes, epsilon)(dx, *numbers, *operands)
+            return *found, *[None] * (len(operands) - len(found))
 
-        (result,) = custom_call(xla_library.FORWARD, (words, *rest), sizes, epsilon)
+        shape = operands[0].shape
+        shapes = [shape, *map(tf.TensorShape, sizes.kept(shape))]
+        result, *kept = custom_call(target, operands, operands[0], shapes, sizes, epsilon)
+        # By integers TensorFlow does not differentiate.
+        kept = [tf.bitcast(x, tf.int32) for x in kept]
         return result, back
 
     # TensorFlow compiles its gradient alike.
@@ -49,55 +55,66 @@ def forward(sizes, epsilon):
 
 @functools.cache
 def gradient(sizes, epsilon):
-    """The function to the gradient by the words, and to those by the weights side by side."""
-    count = len(native.Weights._fields)
+    """The function to the gradients by words or tokens and by the weights.
 
-    def in_plain_operations(words, dwords, *rest):
-        inputs = [words, *rest[:count]]
+    It takes what the result is propagated back of, what the forward pass kept, and its operands.
+    """
+    _, target = xla_library.targets(sizes)
+    first = 1 + len(sizes.kept((1, 1, 1)))
+
+    def in_plain_operations(dx, *operands):
+        inputs, keep = operands[: 1 + WEIGHTS], operands[1 + WEIGHTS :]
         with tf.GradientTape() as tape:
             tape.watch(inputs)
-            keep = rest[count] if len(rest) > count else None
-            result = plain.inner_transformer(words, rest[:count], keep, sizes, epsilon)
-        of_words, *of_weights = tape.gradient(result, inputs, output_gradients=dwords)
-        return of_words, tf.concat([tf.reshape(x, [-1]) for x in of_weights], 0)
+            keep = keep[0] if keep else None
+            result = plain.transformer(inputs[0], inputs[1:], keep, sizes, epsilon)
+        return tape.gradient(result, inputs, output_gradients=dx)
 
     @tf.custom_gradient
-    def run(*operands):
+    def run(dx, *kept_and_operands):
+        operands = kept_and_operands[first - 1 :]
+
         def back(*upstream):
-            inputs, keep = operands[: 2 + count], operands[2 + count :]
+            inputs, keep = (dx, *operands[: 1 + WEIGHTS]), operands[1 + WEIGHTS :]
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
                 results = in_plain_operations(*inputs, *keep)
-            found = tape.gradient(results, inputs, output_gradients=upstream)
-            return *found, *[None] * len(keep)
+            of_dx, *found = tape.gradient(results, inputs, output_gradients=upstream)
+            return of_dx, *[None] * (first - 1), *found, *[None] * len(keep)
 
-        return custom_call(xla_library.GRADIENT, operands, sizes, epsilon), back
+        shapes = [operand.shape for operand in operands[: 1 + WEIGHTS]]
+        given = dx, *kept_and_operands
+        return custom_call(target, given, operands[0], shapes, sizes, epsilon), back
 
     return tf.function(run, jit_compile=True, autograph=False)
 
 
-def custom_call(target, operands, sizes, epsilon):
+def custom_call(target, operands, x, shapes, sizes, epsilon):
     """A custom call of xla.cpp as an operation; the numbers of images and patches may be unknown.
 
     Args:
-        target: its name; the gradient's has a second result, the numbers of all weights.
+        target: its name.
         operands: what xla.cpp says.
-        sizes: `native.Sizes`.
+        x: that of the operands which is words or tokens.
+        shapes: of the results; what is unknown of them is that axis of x.
+        sizes: `native.Sizes` or `native.OuterSizes`.
         epsilon: of the norms.
 
     Returns:
         A list of the results.
     """
-    shapes = [operands[0].shape]
-    if target == xla_library.GRADIENT:
-        weights = operands[2 : 2 + len(native.Weights._fields)]
-        shapes.append(tf.TensorShape(sum(weight.shape.num_elements() for weight in weights)))
-    arguments = {f"%operand{i}": tensor_type(x.shape) for i, x in enumerate(operands)}
+    arguments = {f"%operand{i}": tensor_type(y.shape) for i, y in enumerate(operands)}
     results = ", ".join(map(tensor_type, shapes))
     lines, told = [], {}
-    if not shapes[0].is_fully_defined():
-        lines, told = shapes_told(arguments, shapes)
+    if not all(shape.is_fully_defined() for shape in shapes):
+        (name,) = (f"%operand{i}" for i, y in enumerate(operands) if y is x)
+        lines, told = shapes_told(name, arguments[name], shapes)
     taken = arguments | told
+    settings = [f"epsilon = {epsilon:.9e} : f32"]
+    for name, value in sizes.attributes().items():
+        settings.append(
+            f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value} : i64"
+        )
     # TensorFlow refines the shapes of a program that JAX would have made for any.
     module = f"""
       module attributes {{jax.uses_shape_polymorphism = true}} {{
@@ -105,7 +122,7 @@ def custom_call(target, operands, sizes, epsilon):
           {" ".join(lines)}
           %results:{len(shapes)} = stablehlo.custom_call @{target}({", ".join(taken)}) {{
             api_version = 4 : i32,
-            backend_config = {{kernel = "{sizes.name()}", epsilon = {epsilon:.9e} : f32}},
+            backend_config = {{{", ".join(settings)}}},
             indices_of_shape_operands = dense<{[*range(len(arguments), len(taken))]}>
               : tensor<{len(told)}xi64>
           }} : ({", ".join(taken.values())}) -> ({results})
@@ -122,34 +139,32 @@ def custom_call(target, operands, sizes, epsilon):
     )
 
 
-def shapes_told(arguments, shapes):
+def shapes_told(x, x_type, shapes):
     """How a program is told the shapes of results, where those of its arguments are unknown.
 
     Returns:
         Lines of the program, and a dict from its values that hold a result's shape to their types.
     """
-    (words, words_type), *_ = arguments.items()
-    axes, lines = [], []
-    for axis, size in enumerate(shapes[0].as_list()):
-        value = f"%axis{axis}"
-        if size is None:
+    lines, told = [], {}
+    for i, shape in enumerate(shapes):
+        value, kind = f"%shape{i}", f"tensor<{len(shape)}xi32>"
+        told[value] = kind
+        if shape.is_fully_defined():
+            lines.append(f"{value} = stablehlo.constant dense<{shape.as_list()}> : {kind}")
+            continue
+        axes = [f"{value}_{axis}" for axis in range(len(shape))]
+        for axis, (name, size) in enumerate(zip(axes, shape.as_list(), strict=True)):
+            if size is not None:
+                lines.append(f"{name} = stablehlo.constant dense<{size}> : tensor<1xi32>")
+                continue
             lines += [
-                f"%size{axis} = stablehlo.get_dimension_size {words}, dim = {axis} "
-                f": ({words_type}) -> tensor<i32>",
-                f"{value} = stablehlo.reshape %size{axis} : (tensor<i32>) -> tensor<1xi32>",
+                f"{name}_size = stablehlo.get_dimension_size {x}, dim = {axis} "
+                f": ({x_type}) -> tensor<i32>",
+                f"{name} = stablehlo.reshape {name}_size : (tensor<i32>) -> tensor<1xi32>",
             ]
-        else:
-            lines.append(f"{value} = stablehlo.constant dense<{size}> : tensor<1xi32>")
-        axes.append(value)
-    lines.append(
-        f"%shape0 = stablehlo.concatenate {', '.join(axes)}, dim = 0 "
-        f": ({', '.join(['tensor<1xi32>'] * len(axes))}) -> tensor<{len(axes)}xi32>"
-    )
-    told = {"%shape0": f"tensor<{len(axes)}xi32>"}
-    for i, shape in enumerate(shapes[1:], 1):
-        told[f"%shape{i}"] = f"tensor<{len(shape)}xi32>"
         lines.append(
-            f"%shape{i} = stablehlo.constant dense<{shape.as_list()}> : {told[f'%shape{i}']}"
+            f"{value} = stablehlo.concatenate {', '.join(axes)}, dim = 0 "
+            f": ({', '.join(['tensor<1xi32>'] * len(axes))}) -> {kind}"
         )
     return lines, told
 

@@ -1,4 +1,4 @@
-"""The inner transformer as operations of torch; sizes are read off their tensors."""
+"""The transformers as operations of torch; sizes are read off their tensors."""
 
 import ctypes
 import functools
@@ -9,117 +9,137 @@ from keras_tnt import native
 from keras_tnt.native import plain
 
 
-def make(sizes: native.Sizes):
+def make(sizes: native.Sizes | native.OuterSizes):
     """The function that `runtimes.operator` describes; None where there is no library for it."""
     if library_of(sizes) is None:
         return None
+    across_words = sizes.part == "inner" and sizes.across_words
 
-    def call(words, weights, epsilon, keep=None):
-        return run(words, list(weights), keep, sizes.heads, epsilon, sizes.across_words)
+    def call(x, weights, epsilon, keep=None):
+        return run(x, list(weights), keep, sizes.heads, epsilon, across_words)[0]
 
     return call
 
 
 @functools.cache
 def library_of(sizes):
-    library = native.library("torch.cpp", sizes, "-fopenmp")
+    """The library with the functions `forward` and `gradient`, as this file calls them."""
+    inner = sizes.part == "inner"
+    library = native.library(f"torch_{sizes.part}.cpp", sizes if inner else None, "-fopenmp")
     if library is not None:
-        pointer, numbers = ctypes.c_void_p, (ctypes.c_float, ctypes.c_int64, ctypes.c_int)
-        library.inner_transformer.argtypes = [*[pointer] * 4, *numbers]
-        library.inner_transformer_gradient.argtypes = [*[pointer] * 6, *numbers]
-        for function in (library.inner_transformer, library.inner_transformer_gradient):
-            function.restype = None
+        pointer, numbers = ctypes.c_void_p, [ctypes.c_int64] * (1 if inner else 5)
+        numbers += [ctypes.c_float, ctypes.c_int]
+        library.forward.argtypes = [*[pointer] * 5, *numbers]
+        library.gradient.argtypes = [*[pointer] * 7, *numbers]
+        library.forward.restype = library.gradient.restype = None
     return library
 
 
-def sizes_of(words, weights, heads, across_words):
+def sizes_of(x, weights, heads, across_words):
     hidden = native.Weights(*weights).fc1_bias.numel()
-    return native.Sizes(*words.shape[2:], heads, hidden, across_words)
+    if x.ndim == 3:
+        return native.OuterSizes(heads, hidden)
+    return native.Sizes(*x.shape[2:], heads, hidden, across_words)
 
 
-def side_by_side(words, weights, keep):
+def numbers_of(x, sizes, epsilon):
+    """What the C++ is told in numbers: sizes, epsilon, and how many threads to use."""
+    counts = (x.shape[0] * x.shape[1],)
+    if sizes.part == "outer":
+        counts = (*x.shape, sizes.heads, sizes.hidden)
+    return *counts, epsilon, torch.get_num_threads()
+
+
+def side_by_side(x, weights, keep):
     """The same tensors with their numbers one after another, and pointers to the weights."""
     weights = [weight.contiguous() for weight in weights]
-    pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
-    return words.contiguous(), weights, keep if keep is None else keep.contiguous(), pointers
+    return x.contiguous(), weights, keep if keep is None else keep.contiguous(), pointers(weights)
+
+
+def pointers(tensors):
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def address(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-@torch.library.custom_op(
-    "keras_tnt::inner_transformer", mutates_args=(), tags=torch.Tag.flexible_layout
-)
+@torch.library.custom_op("keras_tnt::transformer", mutates_args=(), tags=torch.Tag.flexible_layout)
 def run(
-    words: torch.Tensor,
+    x: torch.Tensor,
     weights: list[torch.Tensor],
     keep: torch.Tensor | None,
     heads: int,
     epsilon: float,
     across_words: bool,
-) -> torch.Tensor:
-    library = library_of(sizes_of(words, weights, heads, across_words))
-    words, weights, keep, pointers = side_by_side(words, weights, keep)
-    result = torch.empty_like(words)
-    library.inner_transformer(
-        *(address(words), address(result), pointers, address(keep)),
-        *(epsilon, words.shape[0] * words.shape[1], torch.get_num_threads()),
+) -> list[torch.Tensor]:
+    """Words or tokens, and what the gradient needs beside them."""
+    sizes = sizes_of(x, weights, heads, across_words)
+    x, weights, keep, to_weights = side_by_side(x, weights, keep)
+    results = [torch.empty_like(x), *map(x.new_empty, sizes.kept(x.shape))]
+    library_of(sizes).forward(
+        *(address(x), to_weights, address(keep)),
+        *(address(results[0]), address(results[-1])),
+        *numbers_of(x, sizes, epsilon),
     )
-    return result
+    return results
 
 
-@torch.library.custom_op("keras_tnt::inner_transformer_gradient", mutates_args=())
+@torch.library.custom_op("keras_tnt::transformer_gradient", mutates_args=())
 def run_gradient(
-    words: torch.Tensor,
+    x: torch.Tensor,
     weights: list[torch.Tensor],
     keep: torch.Tensor | None,
+    kept: list[torch.Tensor],
     gradient: torch.Tensor,
     heads: int,
     epsilon: float,
     across_words: bool,
 ) -> list[torch.Tensor]:
-    library = library_of(sizes_of(words, weights, heads, across_words))
-    words, weights, keep, pointers = side_by_side(words, weights, keep)
-    gradient, result = gradient.contiguous(), torch.empty_like(words)
-    threads, counts = torch.get_num_threads(), [weight.numel() for weight in weights]
-    sums = torch.zeros(threads, sum(counts))
-    library.inner_transformer_gradient(
-        *(address(words), address(gradient), address(result), pointers, address(keep)),
-        *(address(sums), epsilon, words.shape[0] * words.shape[1], threads),
+    sizes = sizes_of(x, weights, heads, across_words)
+    x, weights, keep, to_weights = side_by_side(x, weights, keep)
+    gradient = gradient.contiguous()
+    results = [torch.empty_like(tensor) for tensor in (x, *weights)]
+    library_of(sizes).gradient(
+        *(address(x), address(gradient), to_weights, address(keep)),
+        *(address(kept[0]) if kept else None, address(results[0]), pointers(results[1:])),
+        *numbers_of(x, sizes, epsilon),
     )
-    found = zip(sums[0].split(counts), weights, strict=True)
-    return [result, *(flat.reshape(weight.shape).clone() for flat, weight in found)]
+    return results
 
 
 @run.register_fake
-def _(words, weights, keep, heads, epsilon, across_words):
-    return torch.empty_like(words, memory_format=torch.contiguous_format)
+def _(x, weights, keep, heads, epsilon, across_words):
+    sizes = sizes_of(x, weights, heads, across_words)
+    like_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return [like_x, *map(x.new_empty, sizes.kept(x.shape))]
 
 
 @run_gradient.register_fake
-def _(words, weights, keep, gradient, heads, epsilon, across_words):
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (words, *weights)]
+def _(x, weights, keep, kept, gradient, heads, epsilon, across_words):
+    return [torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x, *weights)]
 
 
-def plain_gradient(words, weights, keep, gradient, heads, epsilon, across_words):
+def plain_gradient(x, weights, keep, kept, gradient, heads, epsilon, across_words):
     """What `run_gradient` gives, in operations that can be differentiated again."""
-    sizes = sizes_of(words, weights, heads, across_words)
-    inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in (words, *weights)]
-    result = plain.inner_transformer(inputs[0], inputs[1:], keep, sizes, epsilon)
+    sizes = sizes_of(x, weights, heads, across_words)
+    inputs = [y if y.requires_grad else y.detach().requires_grad_() for y in (x, *weights)]
+    result = plain.transformer(inputs[0], inputs[1:], keep, sizes, epsilon)
     return torch.autograd.grad(result, inputs, gradient, create_graph=True)
 
 
 def remember(ctx, inputs, output):
-    words, weights, keep, *ctx.settings = inputs
-    ctx.save_for_backward(words, keep, *weights)
+    x, weights, keep, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)  # there is none by what is kept
+    ctx.save_for_backward(x, keep, *weights, *output[1:])
 
 
-def backward(ctx, gradient):
-    words, keep, *weights = ctx.saved_tensors
+def backward(ctx, gradients):
+    x, keep, *rest = ctx.saved_tensors
+    count = len(native.Weights._fields)
     find = plain_gradient if torch.is_grad_enabled() else run_gradient
-    of_words, *of_weights = find(words, weights, keep, gradient, *ctx.settings)
-    return of_words, of_weights, None, None, None, None
+    of_x, *of_weights = find(x, rest[:count], keep, rest[count:], gradients[0], *ctx.settings)
+    return of_x, list(of_weights), None, None, None, None
 
 
 run.register_autograd(backward, setup_context=remember)

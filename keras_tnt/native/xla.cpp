@@ -1,6 +1,7 @@
-// XLA's custom calls, for JAX and TensorFlow, of the kernels of all sizes: the attribute `kernel`
-// names one. Operands are words, `(..., words, dim)`, in the gradient's call what is to be propagated
-// back too, the weights in the order of `Weights`, and, if a branch may be skipped, `keep`.
+// XLA's custom calls, for JAX and TensorFlow. Operands are words `(..., words, dim)` or tokens `(batch,
+// tokens, dim)`, the weights in the order of `Weights`, and, if a branch may be skipped, `keep`. In
+// the gradient's calls what is to be propagated back, and what the forward pass kept, stand in front.
+// Those of the inner transformer are kernels of one size each, which the attribute `kernel` names.
 #include <algorithm>
 #include <atomic>
 #include <map>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "kernel.h"
+#include "outer_transformer_gradient.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -46,6 +48,8 @@ static void share(ffi::ThreadPool pool, int64_t parts, Part part) {
   take();
   while (work->done.load() < parts) std::this_thread::yield();
 }
+
+// === The inner transformer ===
 
 // What both calls are given, but for the words.
 struct Call {
@@ -89,8 +93,8 @@ static ffi::Error run(ffi::ThreadPool pool, std::string_view name, float epsilon
 // The weights' gradients are summed in rows that do not depend on the threads, and so equal calls
 // give equal sums.
 static ffi::Error run_gradient(ffi::ThreadPool pool, std::string_view name, float epsilon,
-                               Numbers in, Numbers dout, ffi::RemainingArgs rest,
-                               ffi::Result<Numbers> din, ffi::Result<Numbers> sums) {
+                               Numbers dout, Numbers in, ffi::RemainingArgs rest,
+                               ffi::Result<Numbers> din, ffi::RemainingRets gradients) {
   const ffi::ErrorOr<Call> found = read(name, in, rest);
   if (!found.has_value()) return found.error();
   const Call& call = *found;
@@ -103,26 +107,97 @@ static ffi::Error run_gradient(ffi::ThreadPool pool, std::string_view name, floa
                               call.patches, call.patches * i / rows,
                               call.patches * (i + 1) / rows);
   });
-  float* total = sums->typed_data();
-  std::fill_n(total, count, 0.0f);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < count; ++j) total[j] += row[i * count + j];
+  int64_t number = 0;
+  for (int64_t weight = 0; weight < call.kernel->weight_count; ++weight) {
+    ffi::Result<Numbers> result = *gradients.get<Numbers>(weight);
+    float* total = result->typed_data();
+    for (size_t j = 0; j < result->element_count(); ++j, ++number) {
+      total[j] = 0.0f;
+      for (int64_t i = 0; i < rows; ++i) total[j] += row[i * count + number];
+    }
+  }
   return ffi::Error::Success();
 }
 
-#define WITH_SETTINGS() \
+// === The outer transformer ===
+
+static void share_with(void* pool, int64_t parts, void (*part)(void*, int64_t), void* data) {
+  share(*static_cast<ffi::ThreadPool*>(pool), parts, [=](int64_t i) { part(data, i); });
+}
+
+struct OuterCall {
+  outer::Sizes sizes;
+  outer::Weights<const float> weights;
+  const float* keep;
+
+  OuterCall(int64_t heads, float epsilon, Numbers in, ffi::RemainingArgs rest) {
+    const float* pointers[outer::weight_count];
+    for (int i = 0; i < outer::weight_count; ++i)
+      pointers[i] = rest.get<Numbers>(i)->typed_data();
+    weights = outer::as_weights(pointers);
+    const bool skips = rest.size() > outer::weight_count;
+    keep = skips ? rest.get<Numbers>(outer::weight_count)->typed_data() : nullptr;
+    const auto shape = in.dimensions();
+    const int64_t hidden = rest.get<Numbers>(outer::fc1_bias)->element_count();
+    sizes = {shape[0], shape[1], shape[2], heads, hidden, epsilon};
+  }
+};
+
+static ffi::Error run_outer(ffi::ThreadPool pool, int64_t heads, float epsilon, Numbers in,
+                            ffi::RemainingArgs rest, ffi::Result<Numbers> out,
+                            ffi::Result<Numbers> kept) {
+  const OuterCall call(heads, epsilon, in, rest);
+  outer::transform(call.sizes, {share_with, &pool}, in.typed_data(), call.weights, call.keep,
+                   out->typed_data(), outer::Kept(kept->typed_data(), call.sizes));
+  return ffi::Error::Success();
+}
+
+static ffi::Error run_outer_gradient(ffi::ThreadPool pool, int64_t heads, float epsilon,
+                                     Numbers dout, Numbers kept, Numbers in,
+                                     ffi::RemainingArgs rest, ffi::Result<Numbers> din,
+                                     ffi::RemainingRets gradients) {
+  const OuterCall call(heads, epsilon, in, rest);
+  float* pointers[outer::weight_count];
+  for (int i = 0; i < outer::weight_count; ++i)
+    pointers[i] = (*gradients.get<Numbers>(i))->typed_data();
+  const float* from = kept.typed_data();
+  outer::transform_gradient(call.sizes, {share_with, &pool}, in.typed_data(), dout.typed_data(),
+                            call.weights, call.keep, outer::Kept(from, call.sizes),
+                            din->typed_data(), outer::as_weights(pointers));
+  return ffi::Error::Success();
+}
+
+// === What XLA finds ===
+
+#define INNER() \
   ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<std::string_view>("kernel").Attr<float>("epsilon")
+#define OUTER() \
+  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("heads").Attr<float>("epsilon")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_inner_transformer, run,
-                              WITH_SETTINGS().Arg<Numbers>().RemainingArgs().Ret<Numbers>());
+                              INNER().Arg<Numbers>().RemainingArgs().Ret<Numbers>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     keras_tnt_inner_transformer_gradient, run_gradient,
-    WITH_SETTINGS().Arg<Numbers>().Arg<Numbers>().RemainingArgs().Ret<Numbers>().Ret<Numbers>());
+    INNER().Arg<Numbers>().Arg<Numbers>().RemainingArgs().Ret<Numbers>().RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    keras_tnt_outer_transformer, run_outer,
+    OUTER().Arg<Numbers>().RemainingArgs().Ret<Numbers>().Ret<Numbers>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer_transformer_gradient, run_outer_gradient,
+                              OUTER()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .RemainingArgs()
+                                  .Ret<Numbers>()
+                                  .RemainingRets());
 
 #ifdef REGISTER
-XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), "keras_tnt_inner_transformer", "Host",
-                         keras_tnt_inner_transformer);
-XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), "keras_tnt_inner_transformer_gradient", "Host",
-                         keras_tnt_inner_transformer_gradient);
+#define REGISTER_ON_HOST(name) XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), #name, "Host", name)
+REGISTER_ON_HOST(keras_tnt_inner_transformer);
+REGISTER_ON_HOST(keras_tnt_inner_transformer_gradient);
+REGISTER_ON_HOST(keras_tnt_outer_transformer);
+REGISTER_ON_HOST(keras_tnt_outer_transformer_gradient);
 #endif

@@ -1,4 +1,4 @@
-"""The inner transformer in C++ is the inner transformer, and stands in only where it may."""
+"""A transformer in C++ is the transformer, and stands in only where it may."""
 
 import keras
 import numpy as np
@@ -10,21 +10,22 @@ from keras_tnt.layers import TransformerBlock, fused
 from keras_tnt.layers.attention import record_attention
 from keras_tnt.layers.base import inference_on
 from keras_tnt.native import plain, runtimes
-from tests.checks import BACKEND, assert_equal, compute, gradients, normal
+from tests.checks import BACKEND, assert_equal, gradients, normal
 from tests.test_families import tiny as tiny_of
 from tests.test_tnt import tiny as tiny_tnt
 
 
 def block_and_words(shape, **options):
-    """A block with words to transform, and what it makes of them without the C++."""
-    block = TransformerBlock(num_heads=2, sample_axes=2, **options)
+    """A block with words or tokens to transform, and what it makes of them without the C++."""
+    block = TransformerBlock(num_heads=2, sample_axes=len(shape) - 2, **options)
     words = normal(shape)
     block.build(words.shape)
     # Of scores twice as large XLA's and TensorFlow's own rounding is more than 1e-6.
     size = 1.0 if BACKEND == "torch" else 0.5
     weights = enumerate(block.get_weights())
     block.set_weights([size * normal(weight.shape, seed=i) for i, weight in weights])
-    return block, ops.convert_to_tensor(words), compute(block, words)
+    words = ops.convert_to_tensor(words)
+    return block, words, ops.convert_to_numpy(block.transform(words))
 
 
 @pytest.mark.parametrize(
@@ -38,10 +39,10 @@ def block_and_words(shape, **options):
 )
 def test_the_inner_transformer_in_cpp_is_the_inner_transformer(shape, options, monkeypatch):
     block, words, expected = block_and_words(shape, **options)
-    monkeypatch.setattr(block, "call", None)
+    monkeypatch.setattr(block, "transform", None)
     with inference_on("cpu"):
-        assert_equal(fused.inner_transformer(block, words), expected)
-    assert_equal(fused.inner_transformer(block, words), expected)
+        assert_equal(block(words), expected)
+    assert_equal(block(words), expected)
 
 
 @pytest.mark.parametrize(
@@ -58,29 +59,44 @@ def test_the_inner_transformer_in_cpp_is_the_inner_transformer(shape, options, m
 )
 @pytest.mark.one_backend
 def test_all_else_is_left_to_the_block(device, training, options, words, monkeypatch):
-    block, given = left_alone(options, words, monkeypatch)
+    block, given = left_alone(options, (1, 3, words, 8), monkeypatch)
     with inference_on(device):
-        fused.inner_transformer(block, given, training=training)
+        block(given, training=training)
     assert block.called == [training]
 
 
-def left_alone(options, words, monkeypatch):
-    """A block that says how it was called, and words; whoever asks for C++ fails."""
+@pytest.mark.parametrize(
+    "training, arguments",
+    [
+        (False, {}),
+        (True, {"bias": np.zeros((2, 5, 5), "float32")}),
+        (True, {"first_tokens": 1}),
+    ],
+)
+@pytest.mark.one_backend
+def test_tokens_are_left_to_the_block_unless_all_learn(training, arguments, monkeypatch):
+    block, given = left_alone({}, (1, 5, 8), monkeypatch)
+    block(given, **arguments, training=training)
+    assert block.called == [training]
+
+
+def left_alone(options, shape, monkeypatch):
+    """A block that says how it was called, and words or tokens; whoever asks for C++ fails."""
     monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
     block = TransformerBlock(num_heads=2, **options)
-    block.build((None, 3, words, 8))
+    block.build(shape)
     block.called = []
-    monkeypatch.setattr(block, "call", lambda x, training: block.called.append(training) or x)
-    return block, ops.ones((1, 3, words, 8))
+    monkeypatch.setattr(block, "transform", lambda x, *rest: block.called.append(rest[-1]) or x)
+    return block, ops.ones(shape)
 
 
 @pytest.mark.one_backend
 def test_a_quantized_block_and_one_that_is_looked_into_compute_themselves(monkeypatch):
-    block, words = left_alone({}, 16, monkeypatch)
+    block, words = left_alone({}, (1, 3, 16, 8), monkeypatch)
     with record_attention():
-        fused.inner_transformer(block, words)
+        block(words)
     block.mlp.fc2.quantize("int8")
-    fused.inner_transformer(block, words)
+    block(words)
     assert block.called == [False, False]
 
 
@@ -88,8 +104,9 @@ def test_what_lora_adds_is_computed_too():
     block, words, before = block_and_words((2, 3, 16, 8))
     block.attention.qkv.enable_lora(2)
     block.attention.qkv.lora_kernel_b.assign(normal((2, 24)))
-    assert_equal(fused.inner_transformer(block, words), compute(block, words))
-    assert np.max(np.abs(compute(block, words) - before)) > 1e-3
+    expected = ops.convert_to_numpy(block.transform(words))
+    assert_equal(block(words), expected)
+    assert np.max(np.abs(expected - before)) > 1e-3
 
 
 def test_of_an_unknown_release_the_block_computes_itself(monkeypatch):
@@ -98,8 +115,8 @@ def test_of_an_unknown_release_the_block_computes_itself(monkeypatch):
     block, words, expected = block_and_words((1, 2, 16, 10))
     with inference_on("cpu"):
         with pytest.warns(UserWarning, match="not among the releases.*0.0"):
-            result = fused.inner_transformer(block, words)
-        again = fused.inner_transformer(block, words)  # and warns no more
+            result = block(words)
+        again = block(words)  # and warns no more
     runtimes._operator.cache_clear()
     assert_equal([result, again], [expected, expected])
 
@@ -108,7 +125,7 @@ def test_of_an_unknown_release_the_block_computes_itself(monkeypatch):
 
 
 class Learned(keras.layers.Layer):
-    """A block and the words that it transforms while it trains, which are a weight too."""
+    """A block and what it transforms while it trains, which is a weight too."""
 
     def __init__(self, block, words):
         super().__init__()
@@ -118,7 +135,7 @@ class Learned(keras.layers.Layer):
         self.built = True
 
     def call(self):
-        return fused.inner_transformer(self.block, self.words + 0.0, training=True)
+        return self.block(self.words + 0.0, training=True)
 
     def gradients(self):
         """The result, and the gradients by words and weights."""
@@ -141,6 +158,11 @@ def restart_seeds(layer):
         ((2, 3, 16, 8), {"norm_axis": (-2, -1)}),
         ((4, 7, 32, 12), {"qkv_bias": True, "stochastic_depth": 0.4}),
         ((5, 29, 16, 4), {"mlp_ratio": 3, "norm_axis": (-2, -1), "stochastic_depth": 0.4}),
+        ((2, 5, 8), {"qkv_bias": True, "layer_scale": 0.5}),
+        ((1, 1, 6), {}),
+        ((3, 17, 20), {"mlp_ratio": 2.5}),  # of no panel's or tile's size
+        ((6, 9, 8), {"qkv_bias": True, "stochastic_depth": 0.5}),
+        ((2, 250, 12), {"layer_scale": 0.5}),  # more than are computed at once
     ],
 )
 def test_the_cpp_learns_what_the_block_learns(shape, options, monkeypatch):
@@ -149,7 +171,7 @@ def test_the_cpp_learns_what_the_block_learns(shape, options, monkeypatch):
     with monkeypatch.context() as without:
         without.setattr(fused, "runs_here", lambda *_: False)
         expected = learned.gradients()
-    monkeypatch.setattr(block, "call", None)
+    monkeypatch.setattr(block, "transform", None)
     found = learned.gradients()
     for actual, wanted in zip(found, expected, strict=True):
         assert np.max(np.abs(actual - wanted)) <= 1e-5 * np.max(np.abs(wanted))
@@ -166,7 +188,7 @@ def tiny(family, **arguments):
 # One step of PyramidTNT, for its stem has ReLUs: in a second one, rounding of the first decides on
 # which side of zero some of its values lie.
 @pytest.mark.slow
-@pytest.mark.parametrize("family, batch_size", [("tnt", 4), ("pyramid_tnt", 7)])
+@pytest.mark.parametrize("family, batch_size", [("tnt", 4), ("deit", 4), ("pyramid_tnt", 7)])
 def test_a_model_fits_alike_with_the_cpp_and_without(family, batch_size, monkeypatch):
     model = tiny(family, stochastic_depth=0.2)
     start, used = model.get_weights(), []
@@ -191,17 +213,20 @@ def test_a_model_fits_alike_with_the_cpp_and_without(family, batch_size, monkeyp
 # === Derivatives of derivatives, and what is exported ===
 
 
-@pytest.fixture
-def operation():
-    """A function of words through the operator, the same in plain operations, and words."""
-    block, words, _ = block_and_words((2, 3, 16, 8))
+@pytest.fixture(params=[(2, 3, 16, 8), (3, 7, 8)], ids=["words", "tokens"])
+def operation(request):
+    """A function of words or tokens through the operator, the same without it, and them."""
+    block, words, _ = block_and_words(request.param)
     operator, weights = fused.operator_for(block, words.shape), fused.weights_of(block, words.shape)
     weights = [ops.stop_gradient(ops.convert_to_tensor(weight)) for weight in weights]
-    keep = ops.convert_to_tensor(1.5 * (normal((2, 2, 3)) > -0.5).astype("float32"))
-    sizes = native.Sizes(16, 8, heads=2, hidden=32, across_words=False)
+    keep = 1.5 * (normal((2, *request.param[:-2])) > -0.5).astype("float32")
+    keep = ops.convert_to_tensor(keep)
+    sizes = native.OuterSizes(heads=2, hidden=32)
+    if len(request.param) == 4:
+        sizes = native.Sizes(16, 8, heads=2, hidden=32, across_words=False)
     return (
         lambda x: ops.sum(ops.square(operator(x, weights, 1e-5, keep))),
-        lambda x: ops.sum(ops.square(plain.inner_transformer(x, weights, keep, sizes, 1e-5))),
+        lambda x: ops.sum(ops.square(plain.transformer(x, weights, keep, sizes, 1e-5))),
         words,
     )
 
@@ -255,14 +280,35 @@ def test_jax_transforms_it(operation):
         assert_close_relatively(transform(in_cpp), transform(in_plain))
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="these transformations are torch's")
-def test_torch_transforms_the_block_itself():
+@pytest.mark.skipif(BACKEND != "torch", reason="of the backends torch alone tells how many threads")
+def test_tokens_give_the_same_numbers_on_any_number_of_threads():
     import torch
 
-    block, words, _ = block_and_words((2, 3, 16, 8))
+    block, tokens, _ = block_and_words((5, 30, 40), stochastic_depth=0.3)
+    learned, threads = Learned(block, tokens), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(learned.gradients())
+    finally:
+        torch.set_num_threads(threads)
+    for one, three in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, three)
+
+
+SHAPES = pytest.mark.parametrize("shape", [(2, 3, 16, 8), (2, 7, 8)])
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="these transformations are torch's")
+@SHAPES
+def test_torch_transforms_the_block_itself(shape):
+    import torch
+
+    block, words, _ = block_and_words(shape)
 
     def function(x):
-        return torch.sum(fused.inner_transformer(block, x, training=True) ** 2)
+        return torch.sum(block(x, training=True) ** 2)
 
     learned = words.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(function(learned), learned)
@@ -272,18 +318,19 @@ def test_torch_transforms_the_block_itself():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch's own check")
-def test_torch_may_compile_what_learns():
+@SHAPES
+def test_torch_may_compile_what_learns(shape):
     import torch
 
     from keras_tnt.native import torch_operator
 
-    block, words, _ = block_and_words((2, 3, 16, 8))
+    block, words, _ = block_and_words(shape)
     assert fused.operator_for(block, words.shape) is not None
     weights = [
         ops.convert_to_tensor(x).detach().requires_grad_()
         for x in fused.weights_of(block, words.shape)
     ]
-    keep = torch.ones(2, 2, 3)
+    keep = torch.ones(2, *shape[:-2])
     arguments = words.requires_grad_(), weights, keep, block.num_heads, 1e-5, False
     torch.library.opcheck(torch_operator.run, arguments)
 

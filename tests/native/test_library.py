@@ -47,22 +47,22 @@ def compiled(monkeypatch):
 
 def test_a_library_is_compiled_once_and_again_for_other_settings(caches, compiled):
     for settings in ((), (), ("-DSOMETHING",)):
-        assert native.library("torch.cpp", SIZES, *settings).inner_transformer
+        assert native.library("torch_inner.cpp", SIZES, *settings).forward
     assert len(compiled) == len(os.listdir(caches)) == 2
 
 
 def test_without_a_compiler_there_is_one_warning_and_no_library(caches, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(UserWarning, match="CXX names the compiler.*no-such-compiler") as warned:
-        assert native.library("torch.cpp", SIZES) is None
-        assert native.library("torch.cpp", SIZES._replace(dim=4)) is None
+        assert native.library("torch_inner.cpp", SIZES) is None
+        assert native.library("torch_inner.cpp", SIZES._replace(dim=4)) is None
     assert len(warned) == 1
     assert not caches.exists()
 
 
 def test_a_compiler_that_fails_leaves_nothing_behind(caches):
     with pytest.warns(UserWarning, match="could not be compiled and loaded.*error"):
-        assert native.library("torch.cpp", SIZES, "-include", "no-such-header.h") is None
+        assert native.library("torch_inner.cpp", SIZES, "-include", "no-such-header.h") is None
     assert os.listdir(caches) == []
 
 
@@ -79,7 +79,7 @@ def test_where_nothing_can_be_kept_each_process_compiles(obstacle, caches, monke
             return load(path)
 
         monkeypatch.setattr(ctypes, "CDLL", mounted_noexec)
-    assert native.library("torch.cpp", SIZES).inner_transformer
+    assert native.library("torch_inner.cpp", SIZES).forward
 
 
 def test_where_nothing_can_be_loaded_there_is_a_warning_and_no_library(monkeypatch):
@@ -88,15 +88,15 @@ def test_where_nothing_can_be_loaded_there_is_a_warning_and_no_library(monkeypat
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     with pytest.warns(UserWarning, match="slower.*failed to map segment"):
-        assert native.library("torch.cpp", SIZES) is None
+        assert native.library("torch_inner.cpp", SIZES) is None
 
 
 @pytest.mark.slow
 def test_two_processes_compile_at_once(caches):
     code = f"""if True:
         from keras_tnt import native
-        library = native.library("torch.cpp", native.Sizes(*{tuple(SIZES)}))
-        assert library.inner_transformer"""
+        library = native.library("torch_inner.cpp", native.Sizes(*{tuple(SIZES)}))
+        assert library.forward"""
     environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the quickest to import
     command = [sys.executable, "-W", "error", "-c", code]
     started = [subprocess.Popen(command, env=environment) for _ in range(2)]
@@ -125,6 +125,6 @@ def test_gelu_is_exact_to_the_ends_of_its_tails(tmp_path):
 
 def test_the_header_has_the_coefficients_that_are_derived():
     derived = gelu_coefficients.coefficients()
-    header = native.HEADER.read_text(encoding="utf-8")
+    header = (native.FOLDER / "vectors.h").read_text(encoding="utf-8")
     assert all(f"{abs(value):.9g}f" in header for value in derived)
     assert gelu_coefficients.largest_error(derived) < 5.1e-8

@@ -1,0 +1,35 @@
+// The functions that torch's operators of the inner transformer call, on as many threads as torch is
+// told to use.
+#include <memory>
+
+#include "inner_transformer_gradient.h"
+
+extern "C" void forward(const float* in, const float* const* pointers, const float* keep, float* out,
+                        float*, int64_t patches, float epsilon, int threads) {
+  const Weights weights = as_weights(pointers);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t patch = 0; patch < patches; ++patch)
+    transform(in, out, weights, epsilon, patch, patch + 1, keep, patches);
+}
+
+// gradients: pointers to where the gradients of the weights go. Each thread has its own patches and
+// its own sums, so that equal calls give equal gradients.
+extern "C" void gradient(const float* in, const float* dout, const float* const* pointers,
+                         const float* keep, float*, float* din, float* const* gradients,
+                         int64_t patches, float epsilon, int threads) {
+  const Weights weights = as_weights(pointers);
+  const Transposed back(weights);
+  const std::unique_ptr<Gradients[]> sums(new Gradients[threads]());
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread)
+    transform_gradient(in, dout, din, weights, back, sums[thread], keep, patches, epsilon,
+                       patches * thread / threads, patches * (thread + 1) / threads);
+  int64_t number = 0;
+  for (int i = 0; i < weight_count; ++i)
+    for (int64_t j = 0; j < weight_sizes[i]; ++j, ++number) {
+      float sum = 0.0f;
+      for (int thread = 0; thread < threads; ++thread)
+        sum += reinterpret_cast<const float*>(&sums[thread])[number];
+      gradients[i][j] = sum;
+    }
+}
