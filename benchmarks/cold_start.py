@@ -4,8 +4,9 @@
     python benchmarks/cold_start.py --models=TNTSmall --runtimes=jax,onnxruntime --rounds=3
 
 Each measurement is a process of its own with an empty folder of caches, then --rounds with what the
-first left there: C++ libraries, JAX's programs and what Inductor keeps. A process starts Python,
-imports, builds the model or opens the file, and predicts one image. Files are written before.
+first left there: C++ libraries, programs of JAX and torch. A process starts Python, imports, builds
+the model with weights of a file or opens an exported one, and predicts one image; what it does to end
+does not count. Files are written before.
 """
 
 import argparse
@@ -22,45 +23,44 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
 FILES = ("onnxruntime", "openvino")
 MODEL = """
-import keras
 import numpy as np
 import keras_tnt
-keras.utils.set_random_seed(0)  # programs of torch are found by their weights
-model = keras_tnt.create_model({model!r}, weights=None)
+model = keras_tnt.create_model({model!r}, weights={weights!r})
 predict = keras_tnt.compile_inference(model)
 predict(np.zeros((1, *model.input_shape[1:]), "float32"))
+print("predicted", flush=True)
 """
 FILE = """
 import numpy as np
 import keras_tnt
 images = np.zeros((1, *{shape}), "float32")
+{predict}
+print("predicted", flush=True)
 """
-CODE = {
-    **dict.fromkeys(BACKENDS, MODEL),
-    "onnxruntime": FILE
-    + 'keras_tnt.export.onnx_session({path!r}).run(["logits"], {{"images": images}})',
-    "openvino": FILE + "keras_tnt.export.openvino_session({path!r})(images)",
+PREDICT = {
+    "onnxruntime": 'keras_tnt.export.onnx_session({path!r}).run(["logits"], {{"images": images}})',
+    "openvino": "keras_tnt.export.openvino_session({path!r})(images)",
 }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="TNTSmall,DeiTSmall")
-    parser.add_argument("--runtimes", default=",".join(CODE))
+    parser.add_argument("--runtimes", default=",".join((*BACKENDS, *FILES)))
     parser.add_argument("--rounds", type=int, default=3, help="with caches")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/cold_start.json")
     options = parser.parse_args()
     runtimes = options.runtimes.split(",")
-    if unknown := set(runtimes) - set(CODE):
-        parser.error(f"{', '.join(unknown)}: there are {', '.join(CODE)}")
+    if unknown := set(runtimes) - {*BACKENDS, *FILES}:
+        parser.error(f"{', '.join(unknown)}: there are {', '.join((*BACKENDS, *FILES))}")
 
     print("| model | | no caches, s | with caches, s |\n|---|---|---|---|")
     rows = []
     for model in options.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            file = export(model, folder) if set(runtimes) & set(FILES) else {}
+            files = write(model, folder)
             for runtime in runtimes:
-                code = CODE[runtime].format(model=model, **file)
+                code = MODEL.format(model=model, **files)
+                if runtime in FILES:
+                    code = FILE.format(predict=PREDICT[runtime].format(**files), **files)
                 caches = os.path.join(folder, runtime)
                 first, *later = [seconds(runtime, code, caches) for _ in range(options.rounds + 1)]
                 rows.append({"model": model, "runtime": runtime, "first": first, "later": later})
@@ -76,12 +76,13 @@ def main():
     print(f"\n{options.out}")
 
 
-def export(model, folder):
-    """Write a model's ONNX file; returns what the code that opens it is told."""
-    path = os.path.join(folder, "model.onnx")
+def write(model, folder):
+    """Write a model's weights and its ONNX file; returns what the code is told of them."""
+    weights, path = (os.path.join(folder, name) for name in ("model.weights.h5", "model.onnx"))
     code = f"""
 import json, keras_tnt
 model = keras_tnt.create_model({model!r}, weights=None)
+model.save_weights({weights!r})
 keras_tnt.export.onnx(model, {path!r}, opset=23)
 print(json.dumps(model.input_shape[1:]))
 """
@@ -92,7 +93,8 @@ print(json.dumps(model.input_shape[1:]))
         stdout=-1,
         text=True,
     ).stdout
-    return {"path": path, "shape": tuple(json.loads(output.splitlines()[-1]))}
+    shape = tuple(json.loads(output.splitlines()[-1]))
+    return {"weights": weights, "path": path, "shape": shape}
 
 
 def seconds(runtime, code, caches):
@@ -102,10 +104,12 @@ def seconds(runtime, code, caches):
         "TORCHINDUCTOR_CACHE_DIR": os.path.join(caches, "inductor"),
     }
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-c", code], env=settings, check=True, stdout=subprocess.DEVNULL
-    )
-    return time.perf_counter() - start
+    with subprocess.Popen([sys.executable, "-c", code], env=settings, stdout=-1, text=True) as run:
+        said = run.stdout.readline()
+        taken = time.perf_counter() - start
+    if said != "predicted\n" or run.returncode:
+        raise RuntimeError(f"{runtime} ended with status {run.returncode} and said: {said}")
+    return taken
 
 
 def environment(runtime):

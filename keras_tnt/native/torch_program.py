@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch._inductor import config
+from torch._inductor import config, cpu_vec_isa
 from torch._inductor.codecache import PyCodeCache
 from torch.fx.experimental import _config as symbols
 
@@ -165,6 +165,7 @@ def keep(program: Program, path: str) -> None:
             tensors[name] = plain.clone(memory_format=torch.contiguous_format)
         source = Path(program.path).read_text("utf-8")
         metadata = {"source": source, "layouts": json.dumps(layouts)}
+        metadata["instructions"] = json.dumps(instructions_that_work())
         metadata["sha256"] = checksum(metadata, tensors)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
@@ -186,9 +187,26 @@ def find(path: str, structure) -> Program | None:
         layouts = json.loads(told["layouts"])
         constants = {name: unpacked(tensors[name], *layouts[name]) for name in layouts}
         key, source_path = PyCodeCache.write(told["source"])
+        take_for_working(json.loads(told["instructions"]))
         module = PyCodeCache.load_by_key_path(key, source_path, attrs=constants)
         os.utime(path)
         return Program(module, source_path, constants, structure)
+
+
+def instructions_that_work() -> list[str]:
+    """The kinds of vectors that Inductor can compile for, the best first."""
+    return [str(kind) for kind in cpu_vec_isa.valid_vec_isa_list()]
+
+
+def take_for_working(instructions: list[str]) -> None:
+    """Spare Inductor a second of processes that try what another process found to work.
+
+    Args:
+        instructions: what `instructions_that_work` gave that process, on a processor of the same.
+    """
+    with config.patch({"cpp.vec_isa_ok": True}):
+        if instructions_that_work() != instructions:
+            cpu_vec_isa.valid_vec_isa_list.cache_clear()
 
 
 def unpacked(tensor, packed, shape, strides):
