@@ -29,7 +29,7 @@ TRAIN = [
     *PARQUET,
     "scikit-learn>=1.5,<2",
     *PLOTS,
-    "tensorboard>=2.19,<3",  # tf.summary.scalar lives in it
+    "tensorboard>=2.20,<3",  # tf.summary.scalar lives in it
 ]
 # Heads of detectors and segmenters, and what the examples with them measure and draw.
 DENSE = [
@@ -62,7 +62,7 @@ TEST = [
     *PARQUET,
     *DOCS,
     "scikit-image>=0.25,<1",  # photographs
-    "ml_dtypes>=0.5,<1",
+    "ml_dtypes>=0.5.1,<1",
     "protobuf>=5.28",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",

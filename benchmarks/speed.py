@@ -244,6 +244,7 @@ def prepare_ours(runtime, model, mode, images, labels, depth, precision):
         network.compile(
             keras.optimizers.AdamW(1e-4), "sparse_categorical_crossentropy", jit_compile=jit
         )
+        network.optimizer.build(network.trainable_variables)  # as the trainer does
         return lambda: network.train_on_batch(images, labels)
     for variable in network.trainable_variables:
         if variable.name == "bias":  # which an ONNX file leaves out where it is zero
