@@ -63,7 +63,7 @@ TEST = [
     *DOCS,
     "scikit-image>=0.25,<1",  # photographs
     "ml_dtypes>=0.5.1,<1",
-    "protobuf>=5.28",
+    "protobuf>=5.28.3",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "cosmic-ray>=8.4.1,<9",  # make mutation
