@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--models", nargs="+", choices=[*BUILDERS], default=[*BUILDERS])
-    parser.add_argument("--plain", action="store_true", help="no inner transformer in C++")
+    parser.add_argument("--plain", action="store_true", help="no transformer in C++")
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "digits_families")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks/results/digits_families.json"
