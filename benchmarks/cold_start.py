@@ -41,6 +41,8 @@ PREDICT = {
     "onnxruntime": 'keras_tnt.export.onnx_session({path!r}).run(["logits"], {{"images": images}})',
     "openvino": "keras_tnt.export.openvino_session({path!r})(images)",
 }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="TNTSmall,DeiTSmall")
