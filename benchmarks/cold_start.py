@@ -5,8 +5,8 @@
 
 Each measurement is a process of its own with an empty folder of caches, then --rounds with what the
 first left there: C++ libraries, programs of JAX and torch. A process starts Python, imports, builds
-the model with weights of a file or opens an exported one, and predicts one image; what it does to end
-does not count. Files are written before.
+the model with weights of a file or opens an exported one, and predicts one image; how it ends does
+not count. Files are written before.
 """
 
 import argparse
