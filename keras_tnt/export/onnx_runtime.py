@@ -162,7 +162,7 @@ def inner_transformer(graph, attended, tensors, heads):
         *walk.dense_weights(fc1),
         *walk.dense_weights(fc2),
     )
-    sizes = native.Sizes(*shape[2:], heads, len(weights.fc2_kernel), across_words=axis == -2)
+    sizes = native.InnerSizes(*shape[2:], heads, len(weights.fc2_kernel), across_words=axis == -2)
     return graph.maker[last], words, weights, sizes, epsilon
 
 

@@ -59,7 +59,7 @@ def operator_for(block, shape):
     if len(shape) == 3 and not across_words:
         sizes = native.OuterSizes(heads, hidden)
     elif len(shape) == 4 and shape[2] % native.LANES == 0:
-        sizes = native.Sizes(*shape[2:], heads, hidden, across_words)
+        sizes = native.InnerSizes(*shape[2:], heads, hidden, across_words)
     else:
         return None
     return runtimes.operator(keras.backend.backend(), sizes)

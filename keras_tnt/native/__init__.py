@@ -19,7 +19,7 @@ HEADER = FOLDER / "inner_transformer.h"
 LANES = 16
 
 
-class Sizes(NamedTuple):
+class InnerSizes(NamedTuple):
     """What inner_transformer.h wants defined: a program for each.
 
     Attributes:
@@ -36,6 +36,8 @@ class Sizes(NamedTuple):
     hidden: int
     across_words: bool
 
+    part = "inner"
+
     def arguments(self) -> list[str]:
         """What the compiler is told of them."""
         defined = [f"-D{name.upper()}={int(value)}" for name, value in self._asdict().items()]
@@ -43,8 +45,6 @@ class Sizes(NamedTuple):
 
     def name(self, prefix: str = "keras_tnt") -> str:
         return "_".join([prefix, *(str(int(value)) for value in self)])
-
-    part = "inner"
 
     def kept(self, shape: tuple) -> list[tuple]:
         """The shapes of what its gradient needs of the forward pass beside the words."""
@@ -69,7 +69,7 @@ class OuterSizes(NamedTuple):
     part = "outer"
 
     def kept(self, shape: tuple) -> list[tuple]:
-        """As `Sizes.kept`, for tokens of a shape."""
+        """As `InnerSizes.kept`, for tokens of a shape."""
         return [(*shape[:2], 5 * shape[2] + self.hidden)]
 
     def attributes(self) -> dict[str, str | int]:
@@ -77,7 +77,7 @@ class OuterSizes(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The weights of a transformer, in the order of `Weights` in the headers beside this file.
+    """The weights of a transformer, in the order of `Weights` in weights.h.
 
     Attributes:
         attention_gamma, attention_beta: scale and offset of the norm before the attention,
@@ -114,7 +114,7 @@ def warn_slower(reason: str) -> None:
     )
 
 
-def library(entry: str | Path, sizes: Sizes | None, *settings: str) -> ctypes.CDLL | None:
+def library(entry: str | Path, sizes: InnerSizes | None, *settings: str) -> ctypes.CDLL | None:
     """A transformer as a shared library, compiled for this very processor.
 
     It is kept in the folder `keras_tnt` of the user's caches (XDG_CACHE_HOME), by compiler,
@@ -122,7 +122,7 @@ def library(entry: str | Path, sizes: Sizes | None, *settings: str) -> ctypes.CD
 
     Args:
         entry: file of this folder by which it is called.
-        sizes: `Sizes`; None for what is the same for all.
+        sizes: `InnerSizes`; None for what is the same for all.
         settings: further arguments for the compiler.
 
     Returns:

@@ -5,6 +5,7 @@
 // Defined before this text: WORDS, DIM, HEADS, HIDDEN and ACROSS_WORDS, whether norms run over all
 // words of a patch.
 #include "vectors.h"
+#include "weights.h"
 
 namespace {
 
@@ -111,26 +112,6 @@ inline void add(const Channel* branch, Channel* x) {
     for (int p = 0; p < parts; ++p) x[c].part[p] += branch[c].part[p];
 }
 
-// Scale and offset of the norms, (dim, words); kernels (inputs, outputs), those that stand before a
-// residual multiplied by LayerScale where there is one, and so their biases. The entries take the
-// weights as pointers in this order.
-struct Weights {
-  const float *attention_gamma, *attention_beta;
-  const float *qkv_kernel, *qkv_bias;  // of query, key and value: (dim, 3 dim)
-  const float *projection_kernel, *projection_bias;
-  const float *mlp_gamma, *mlp_beta;
-  const float *fc1_kernel, *fc1_bias;  // (dim, hidden)
-  const float *fc2_kernel, *fc2_bias;  // (hidden, dim)
-};
-
-constexpr int weight_count = sizeof(Weights) / sizeof(float*);
-
-inline Weights as_weights(const float* const* pointers) {
-  Weights weights;
-  std::memcpy(&weights, pointers, sizeof weights);
-  return weights;
-}
-
 inline void read(const float* from, Channel* x) {
   float* flat = reinterpret_cast<float*>(x);
   for (int w = 0; w < words; ++w)
@@ -151,7 +132,7 @@ inline void scale(float factor, Channel* x) {
 // Transforms the patches from `first` to before `last`; in and out are (patches, words, dim). keep:
 // (2, patches), what the branches of attention and MLP are multiplied by, which are not computed
 // where it is 0; null: all ones.
-void transform(const float* in, float* out, const Weights& weights, float epsilon, int64_t first,
+void transform(const float* in, float* out, const Weights<>& weights, float epsilon, int64_t first,
                int64_t last, const float* keep = nullptr, int64_t patches = 0) {
   for (int64_t patch = first; patch < last; ++patch) {
     Channel x[dim], normed[dim], qkv[3 * dim], mixed[dim], wide[hidden];

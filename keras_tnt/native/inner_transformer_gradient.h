@@ -26,7 +26,7 @@ struct Transposed {
   float qkv[3 * dim * dim], projection[dim * dim], fc1[hidden * dim], fc2[dim * hidden];
   float zeros[hidden > 3 * dim ? hidden : 3 * dim] = {};
 
-  explicit Transposed(const Weights& weights) {
+  explicit Transposed(const Weights<>& weights) {
     transpose(weights.qkv_kernel, dim, 3 * dim, qkv);
     transpose(weights.projection_kernel, dim, dim, projection);
     transpose(weights.fc1_kernel, dim, hidden, fc1);
@@ -167,7 +167,7 @@ inline void attend_gradient(const Channel* qkv, const Channel* dy, Channel* dqkv
 // For the patches from `first` to before `last`: din, the gradient by `in` for dout by the result,
 // and the weights' gradients, added to what stands there. keep: (2, patches), by what the branches
 // of attention and MLP were multiplied; a branch of 0 is not computed; null: all ones.
-void transform_gradient(const float* in, const float* dout, float* din, const Weights& weights,
+void transform_gradient(const float* in, const float* dout, float* din, const Weights<>& weights,
                         const Transposed& back, Gradients& sums, const float* keep,
                         int64_t patches, float epsilon, int64_t first, int64_t last) {
   for (int64_t patch = first; patch < last; ++patch) {

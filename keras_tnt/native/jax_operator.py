@@ -18,7 +18,7 @@ from keras_tnt.native import plain, xla_library
 WEIGHTS = len(native.Weights._fields)
 
 
-def make(sizes: native.Sizes | native.OuterSizes):
+def make(sizes: native.InnerSizes | native.OuterSizes):
     """The function that `runtimes.operator` describes; None where there is no library for it."""
     library = xla_library.load(sizes, "-isystem", jax.ffi.include_dir())
     if library is None:

@@ -11,9 +11,9 @@ static void run(const float* in, float* out, const float* const* pointers, const
 static void run_gradient(const float* in, const float* dout, float* din,
                          const float* const* pointers, const float* keep, float* sums,
                          float epsilon, int64_t patches, int64_t first, int64_t last) {
-  const Weights weights = as_weights(pointers);
+  const Weights<> weights = as_weights(pointers);
   transform_gradient(in, dout, din, weights, Transposed(weights),
                      *reinterpret_cast<Gradients*>(sums), keep, patches, epsilon, first, last);
 }
 
-extern "C" const Kernel kernel = {words * dim, weight_count, gradient_count, run, run_gradient};
+extern "C" const Kernel kernel = {words * dim, gradient_count, run, run_gradient};

@@ -4,10 +4,9 @@
 
 // Both functions are for the patches from `first` to before `last` of `patches`; see `transform` in
 // inner_transformer.h and `transform_gradient` in inner_transformer_gradient.h. pointers: to the
-// weights, in the order of `Weights`; sums: of their gradients, in the same order.
+// weights, as weights.h has them; sums: of their gradients, one after another.
 struct Kernel {
   int64_t patch_size;  // numbers of a patch
-  int64_t weight_count;
   int64_t gradient_count;  // numbers of all weights
   void (*run)(const float* in, float* out, const float* const* pointers, const float* keep,
               float epsilon, int64_t patches, int64_t first, int64_t last);

@@ -6,6 +6,7 @@
 // Work is cut into parts that do not depend on the number of threads, nor do the sums.
 #pragma once
 #include "product.h"
+#include "weights.h"
 
 namespace outer {
 namespace {
@@ -28,29 +29,6 @@ struct Sizes {
   int64_t rows() const { return images * tokens; }
   int64_t head_dim() const { return dim / heads; }
 };
-
-// Scale and offset of the norms, (dim,); kernels (inputs, outputs), those that stand before a
-// residual multiplied by LayerScale where there is one, and so their biases. The entries take the
-// weights as pointers in this order, and the gradients are side by side in it.
-template <typename Number>
-struct Weights {
-  Number *attention_gamma, *attention_beta;
-  Number *qkv_kernel, *qkv_bias;  // of query, key and value: (dim, 3 dim)
-  Number *projection_kernel, *projection_bias;
-  Number *mlp_gamma, *mlp_beta;
-  Number *fc1_kernel, *fc1_bias;  // (dim, hidden)
-  Number *fc2_kernel, *fc2_bias;  // (hidden, dim)
-};
-
-constexpr int weight_count = sizeof(Weights<float>) / sizeof(float*);
-constexpr int fc1_bias = 9;  // its place among them
-
-template <typename Number>
-inline Weights<Number> as_weights(Number* const* pointers) {
-  Weights<Number> weights;
-  std::memcpy(&weights, pointers, sizeof weights);
-  return weights;
-}
 
 // What the forward pass keeps, for all rows: query, key and value, the attention's result, the
 // tokens between attention and MLP, the MLP's hidden numbers before GELU.
@@ -236,7 +214,7 @@ class Packed {
 
   Panels qkv, projection, fc1, fc2;
 
-  Packed(const Sizes& s, const Weights<const float>& w, bool transposed, Parallel parallel,
+  Packed(const Sizes& s, const Weights<>& w, bool transposed, Parallel parallel,
          float* at) {
     const int64_t d = s.dim, h = s.hidden;
     const Matrix from[] = {{w.qkv_kernel, 3 * d, 1},
@@ -264,7 +242,7 @@ class Packed {
 // images), what the branches of attention and MLP are multiplied by, which are not computed where it
 // is 0; null: all ones.
 inline void transform(const Sizes& s, Parallel parallel, const float* in,
-                      const Weights<const float>& w, const float* keep, float* out,
+                      const Weights<>& w, const float* keep, float* out,
                       Kept<float> kept) {
   const int64_t d = s.dim, h = s.hidden, most = std::min(Block::most, s.tokens);
   const auto factor = [&](int branch, int64_t image) {

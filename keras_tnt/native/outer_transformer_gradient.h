@@ -122,7 +122,7 @@ struct DenseGradient {
 // din, the gradient by `in` for dout by the result, and the gradients of the weights. keep: as
 // `transform` had it.
 inline void transform_gradient(const Sizes& s, Parallel parallel, const float* in,
-                               const float* dout, const Weights<const float>& w,
+                               const float* dout, const Weights<>& w,
                                const float* keep, Kept<const float> kept, float* din,
                                const Weights<float>& sums) {
   const int64_t d = s.dim, h = s.hidden, n = s.rows(), blocks = Block::count(s);

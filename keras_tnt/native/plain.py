@@ -17,7 +17,7 @@ def transformer(x, weights, keep, sizes, epsilon):
         weights: `native.Weights`.
         keep: `(2, batch, patches)` or `(2, batch)`, what the branches of attention and MLP are
             multiplied by; None: all ones.
-        sizes: `native.Sizes` or `native.OuterSizes`.
+        sizes: `native.InnerSizes` or `native.OuterSizes`.
         epsilon: of the norms.
 
     Returns:

@@ -61,7 +61,7 @@ def is_seen(package: str) -> bool:
     return False
 
 
-def operator(backend: str, sizes: native.Sizes | native.OuterSizes) -> Callable | None:
+def operator(backend: str, sizes: native.InnerSizes | native.OuterSizes) -> Callable | None:
     """The inner or the outer transformer in C++ as an operation of a backend of Keras.
 
     Returns:
@@ -211,7 +211,7 @@ def jax_program(function: Callable, *args) -> Callable:
     return compiled
 
 
-def register_in_onnxruntime(options, sizes: native.Sizes, domain: str) -> bool:
+def register_in_onnxruntime(options, sizes: native.InnerSizes, domain: str) -> bool:
     """Register the C++ as the operator `InnerTransformer` of a domain.
 
     Args:
@@ -236,7 +236,7 @@ def register_in_onnxruntime(options, sizes: native.Sizes, domain: str) -> bool:
         return True
 
 
-def extend_openvino(core, sizes: native.Sizes, domain: str) -> bool:
+def extend_openvino(core, sizes: native.InnerSizes, domain: str) -> bool:
     """Add the C++ as the operation `InnerTransformer` of a domain.
 
     Args:

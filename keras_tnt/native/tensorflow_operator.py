@@ -14,7 +14,7 @@ from keras_tnt.native import plain, xla_library
 WEIGHTS = len(native.Weights._fields)
 
 
-def make(sizes: native.Sizes | native.OuterSizes):
+def make(sizes: native.InnerSizes | native.OuterSizes):
     """The function that `runtimes.operator` describes; None where there is no library for it."""
     settings = "-isystem", tf.sysconfig.get_include(), "-DREGISTER", *tf.sysconfig.get_link_flags()
     if xla_library.load(sizes, *settings) is None:
@@ -97,7 +97,7 @@ def custom_call(target, operands, x, shapes, sizes, epsilon):
         operands: what xla.cpp says.
         x: that of the operands which is words or tokens.
         shapes: of the results; what is unknown of them is that axis of x.
-        sizes: `native.Sizes` or `native.OuterSizes`.
+        sizes: `native.InnerSizes` or `native.OuterSizes`.
         epsilon: of the norms.
 
     Returns:

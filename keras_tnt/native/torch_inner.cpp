@@ -6,7 +6,7 @@
 
 extern "C" void forward(const float* in, const float* const* pointers, const float* keep, float* out,
                         float*, int64_t patches, float epsilon, int threads) {
-  const Weights weights = as_weights(pointers);
+  const Weights<> weights = as_weights(pointers);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t patch = 0; patch < patches; ++patch)
     transform(in, out, weights, epsilon, patch, patch + 1, keep, patches);
@@ -17,7 +17,7 @@ extern "C" void forward(const float* in, const float* const* pointers, const flo
 extern "C" void gradient(const float* in, const float* dout, const float* const* pointers,
                          const float* keep, float*, float* din, float* const* gradients,
                          int64_t patches, float epsilon, int threads) {
-  const Weights weights = as_weights(pointers);
+  const Weights<> weights = as_weights(pointers);
   const Transposed back(weights);
   const std::unique_ptr<Gradients[]> sums(new Gradients[threads]());
 #pragma omp parallel for schedule(static) num_threads(threads)

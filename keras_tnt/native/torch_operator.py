@@ -9,7 +9,7 @@ from keras_tnt import native
 from keras_tnt.native import plain
 
 
-def make(sizes: native.Sizes | native.OuterSizes):
+def make(sizes: native.InnerSizes | native.OuterSizes):
     """The function that `runtimes.operator` describes; None where there is no library for it."""
     if library_of(sizes) is None:
         return None
@@ -39,7 +39,7 @@ def sizes_of(x, weights, heads, across_words):
     hidden = native.Weights(*weights).fc1_bias.numel()
     if x.ndim == 3:
         return native.OuterSizes(heads, hidden)
-    return native.Sizes(*x.shape[2:], heads, hidden, across_words)
+    return native.InnerSizes(*x.shape[2:], heads, hidden, across_words)
 
 
 def numbers_of(x, sizes, epsilon):

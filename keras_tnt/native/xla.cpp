@@ -49,13 +49,19 @@ static void share(ffi::ThreadPool pool, int64_t parts, Part part) {
   while (work->done.load() < parts) std::this_thread::yield();
 }
 
+// Pointers to the weights, and to `keep`: null where every branch is computed.
+static void read_weights(ffi::RemainingArgs rest, const float** weights, const float** keep) {
+  for (int i = 0; i < weight_count; ++i) weights[i] = rest.get<Numbers>(i)->typed_data();
+  *keep = rest.size() > weight_count ? rest.get<Numbers>(weight_count)->typed_data() : nullptr;
+}
+
 // === The inner transformer ===
 
 // What both calls are given, but for the words.
 struct Call {
   const Kernel* kernel;
-  std::vector<const float*> weights;
-  const float* keep;  // null: every branch is computed
+  const float* weights[weight_count];
+  const float* keep;
   int64_t patches;
 };
 
@@ -69,10 +75,7 @@ static ffi::ErrorOr<Call> read(std::string_view name, Numbers in, ffi::Remaining
           "No inner transformer of these sizes was loaded: " + std::string(name)));
     call.kernel = found->second;
   }
-  const int64_t count = call.kernel->weight_count;
-  for (int64_t i = 0; i < count; ++i) call.weights.push_back(rest.get<Numbers>(i)->typed_data());
-  const bool skips = static_cast<int64_t>(rest.size()) > count;
-  call.keep = skips ? rest.get<Numbers>(count)->typed_data() : nullptr;
+  read_weights(rest, call.weights, &call.keep);
   call.patches = in.element_count() / call.kernel->patch_size;
   return call;
 }
@@ -84,7 +87,7 @@ static ffi::Error run(ffi::ThreadPool pool, std::string_view name, float epsilon
   if (!found.has_value()) return found.error();
   const Call& call = *found;
   share(pool, (call.patches + at_once - 1) / at_once, [&](int64_t i) {
-    call.kernel->run(in.typed_data(), out->typed_data(), call.weights.data(), call.keep, epsilon,
+    call.kernel->run(in.typed_data(), out->typed_data(), call.weights, call.keep, epsilon,
                      call.patches, i * at_once, std::min((i + 1) * at_once, call.patches));
   });
   return ffi::Error::Success();
@@ -99,22 +102,20 @@ static ffi::Error run_gradient(ffi::ThreadPool pool, std::string_view name, floa
   if (!found.has_value()) return found.error();
   const Call& call = *found;
   const int64_t count = call.kernel->gradient_count, rows = std::min<int64_t>(64, call.patches);
-  const std::unique_ptr<float[]> row(new float[rows * count]);
+  const std::unique_ptr<float[]> row(new float[std::max<int64_t>(rows, 1) * count]());  // zeros
   share(pool, rows, [&](int64_t i) {
-    std::fill_n(&row[i * count], count, 0.0f);
     call.kernel->run_gradient(in.typed_data(), dout.typed_data(), din->typed_data(),
-                              call.weights.data(), call.keep, &row[i * count], epsilon,
+                              call.weights, call.keep, &row[i * count], epsilon,
                               call.patches, call.patches * i / rows,
                               call.patches * (i + 1) / rows);
   });
-  int64_t number = 0;
-  for (int64_t weight = 0; weight < call.kernel->weight_count; ++weight) {
-    ffi::Result<Numbers> result = *gradients.get<Numbers>(weight);
-    float* total = result->typed_data();
-    for (size_t j = 0; j < result->element_count(); ++j, ++number) {
-      total[j] = 0.0f;
-      for (int64_t i = 0; i < rows; ++i) total[j] += row[i * count + number];
-    }
+  for (int64_t i = 1; i < rows; ++i)
+    for (int64_t j = 0; j < count; ++j) row[j] += row[i * count + j];
+  const float* sum = row.get();
+  for (int i = 0; i < weight_count; ++i) {
+    ffi::Result<Numbers> gradient = *gradients.get<Numbers>(i);
+    std::copy_n(sum, gradient->element_count(), gradient->typed_data());
+    sum += gradient->element_count();
   }
   return ffi::Error::Success();
 }
@@ -127,18 +128,15 @@ static void share_with(void* pool, int64_t parts, void (*part)(void*, int64_t), 
 
 struct OuterCall {
   outer::Sizes sizes;
-  outer::Weights<const float> weights;
+  Weights<> weights;
   const float* keep;
 
   OuterCall(int64_t heads, float epsilon, Numbers in, ffi::RemainingArgs rest) {
-    const float* pointers[outer::weight_count];
-    for (int i = 0; i < outer::weight_count; ++i)
-      pointers[i] = rest.get<Numbers>(i)->typed_data();
-    weights = outer::as_weights(pointers);
-    const bool skips = rest.size() > outer::weight_count;
-    keep = skips ? rest.get<Numbers>(outer::weight_count)->typed_data() : nullptr;
+    const float* pointers[weight_count];
+    read_weights(rest, pointers, &keep);
+    weights = as_weights(pointers);
     const auto shape = in.dimensions();
-    const int64_t hidden = rest.get<Numbers>(outer::fc1_bias)->element_count();
+    const int64_t hidden = rest.get<Numbers>(fc1_bias)->element_count();
     sizes = {shape[0], shape[1], shape[2], heads, hidden, epsilon};
   }
 };
@@ -157,13 +155,13 @@ static ffi::Error run_outer_gradient(ffi::ThreadPool pool, int64_t heads, float 
                                      ffi::RemainingArgs rest, ffi::Result<Numbers> din,
                                      ffi::RemainingRets gradients) {
   const OuterCall call(heads, epsilon, in, rest);
-  float* pointers[outer::weight_count];
-  for (int i = 0; i < outer::weight_count; ++i)
+  float* pointers[weight_count];
+  for (int i = 0; i < weight_count; ++i)
     pointers[i] = (*gradients.get<Numbers>(i))->typed_data();
   const float* from = kept.typed_data();
   outer::transform_gradient(call.sizes, {share_with, &pool}, in.typed_data(), dout.typed_data(),
                             call.weights, call.keep, outer::Kept(from, call.sizes),
-                            din->typed_data(), outer::as_weights(pointers));
+                            din->typed_data(), as_weights(pointers));
   return ffi::Error::Success();
 }
 

@@ -5,13 +5,13 @@ import ctypes
 from keras_tnt import native
 
 
-def targets(sizes: native.Sizes | native.OuterSizes) -> tuple[str, str]:
+def targets(sizes: native.InnerSizes | native.OuterSizes) -> tuple[str, str]:
     """What xla.cpp calls its functions, and a framework the custom calls: forward and gradient."""
     name = f"keras_tnt_{sizes.part}_transformer"
     return name, f"{name}_gradient"
 
 
-def load(sizes: native.Sizes | native.OuterSizes, *settings: str) -> ctypes.CDLL | None:
+def load(sizes: native.InnerSizes | native.OuterSizes, *settings: str) -> ctypes.CDLL | None:
     """The library of the custom calls, which from now on finds the kernel of an inner transformer.
 
     Args:

@@ -224,7 +224,7 @@ def operation(request):
     keep = ops.convert_to_tensor(keep)
     sizes = native.OuterSizes(heads=2, hidden=32)
     if len(request.param) == 4:
-        sizes = native.Sizes(16, 8, heads=2, hidden=32, across_words=False)
+        sizes = native.InnerSizes(16, 8, heads=2, hidden=32, across_words=False)
     return (
         lambda x: ops.sum(ops.square(operator(x, weights, 1e-5, keep))),
         lambda x: ops.sum(ops.square(plain.transformer(x, weights, keep, sizes, 1e-5))),

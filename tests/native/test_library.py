@@ -14,7 +14,7 @@ from keras_tnt.native import gelu_coefficients
 
 pytestmark = pytest.mark.one_backend
 
-SIZES = native.Sizes(words=16, dim=2, heads=1, hidden=2, across_words=False)
+SIZES = native.InnerSizes(words=16, dim=2, heads=1, hidden=2, across_words=False)
 GELU = """
 extern "C" void gelu_of(const float* in, float* out, int count) {
   for (int i = 0; i < count; i += lanes) {
@@ -95,7 +95,7 @@ def test_where_nothing_can_be_loaded_there_is_a_warning_and_no_library(monkeypat
 def test_two_processes_compile_at_once(caches):
     code = f"""if True:
         from keras_tnt import native
-        library = native.library("torch_inner.cpp", native.Sizes(*{tuple(SIZES)}))
+        library = native.library("torch_inner.cpp", native.InnerSizes(*{tuple(SIZES)}))
         assert library.forward"""
     environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the quickest to import
     command = [sys.executable, "-W", "error", "-c", code]
