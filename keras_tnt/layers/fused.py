@@ -28,8 +28,11 @@ def transformed(block, x, training=False):
     operator = operator_for(block, x.shape) if runs_here(block, x, training) else None
     if operator is None:
         return None
+    weights = weights_of(block, x.shape)
+    if any(keras.backend.standardize_dtype(y.dtype) != "float32" for y in (x, *weights)):
+        return None
     keep = keep_of(block, x) if training and block.stochastic_depth else None
-    return operator(x, weights_of(block, x.shape), block.epsilon, keep)
+    return operator(x, weights, block.epsilon, keep)
 
 
 def runs_here(block, x, training):
@@ -52,13 +55,17 @@ def keep_of(block, x):
 
 def operator_for(block, shape):
     """What `runtimes.operator` gives for a block; None where there is no C++ for it."""
-    if not is_plain(block):
+    rank = len(shape)
+    if not is_plain(block) or block.stochastic_depth and block.sample_axes > rank - 2:
         return None
-    across_words = len(block.norm_attention.axis) > 1
+    axes = sorted(axis % rank for axis in block.norm_attention.axis)
+    across_words = axes == [2, 3]
+    if not across_words and axes != [rank - 1]:
+        return None
     heads, hidden = block.num_heads, block.mlp.fc1.units
-    if len(shape) == 3 and not across_words:
+    if rank == 3:
         sizes = native.OuterSizes(heads, hidden)
-    elif len(shape) == 4 and shape[2] % native.LANES == 0:
+    elif rank == 4 and shape[2] % native.LANES == 0:
         sizes = native.InnerSizes(*shape[2:], heads, hidden, across_words)
     else:
         return None

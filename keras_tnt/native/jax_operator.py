@@ -100,7 +100,11 @@ def primitive(name, function, multiple_results=True):
         tangents = tuple(map(ad.instantiate_zeros, tangents))
         return jax.jvp(functools.partial(function, **settings), tuple(primals), tangents)
 
-    new.def_impl(compiled)
+    def run(*args, **settings):
+        with jax.disable_jit(False):  # in which this would call itself
+            return compiled(*args, **settings)
+
+    new.def_impl(run)
     mlir.register_lowering(new, mlir.lower_fun(function, multiple_results=multiple_results))
     batching.primitive_batchers[new] = batch
     ad.primitive_jvps[new] = differentiate

@@ -253,10 +253,14 @@ inline void transform(const Sizes& s, Parallel parallel, const float* in,
 
   parallel(Block::count(s), [&](int64_t number) {
     const Block block(s, number);
-    if (factor(0, block.image) == 0) return;
+    float* qkv = kept.qkv + block.first * 3 * d;
+    if (factor(0, block.image) == 0) {  // what is kept is defined all the same
+      std::fill_n(qkv, block.rows * 3 * d, 0.0f);
+      std::fill_n(kept.mixed + block.first * d, block.rows * d, 0.0f);
+      return;
+    }
     Space space(most * d + Space::aligned);
     float* normed = space.take(most * d);
-    float* qkv = kept.qkv + block.first * 3 * d;
     layer_norm(in + block.first * d, block.rows, d, w.attention_gamma, w.attention_beta, s.epsilon,
                normed);
     product({normed, d, 1}, kernels.qkv, block.rows, {w.qkv_bias, 0}, qkv, 3 * d);
@@ -280,8 +284,8 @@ inline void transform(const Sizes& s, Parallel parallel, const float* in,
     } else {
       std::copy_n(in + at, numbers, middle);
     }
+    float* wide = kept.wide + block.first * h;
     if (const float by = factor(1, block.image); by != 0) {
-      float* wide = kept.wide + block.first * h;
       layer_norm(middle, block.rows, d, w.mlp_gamma, w.mlp_beta, s.epsilon, normed);
       product({normed, d, 1}, kernels.fc1, block.rows, {w.fc1_bias, 0}, wide, h);
       along(block.rows * h, [&](int64_t c, int64_t count) {
@@ -291,6 +295,7 @@ inline void transform(const Sizes& s, Parallel parallel, const float* in,
       add(middle, branch, by, numbers, out + at);
     } else {
       std::copy_n(middle, numbers, out + at);
+      std::fill_n(wide, block.rows * h, 0.0f);
     }
   });
 }

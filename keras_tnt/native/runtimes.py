@@ -93,7 +93,7 @@ def runs_here(backend: str, words, training: bool) -> bool:
     Args:
         backend: of Keras.
         words: the tensor, which may be one of a program that is being made.
-        training: whether it is for training; such programs do not leave the process.
+        training: whether it is for training; such programs are not made to leave the process.
 
     Returns:
         False also where it cannot be told, and where the backend takes no operator of ours.
@@ -132,6 +132,7 @@ def _torch_runs_here(words, training):
 
     return (
         words.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()
         and forward_ad._current_level < 0

@@ -120,10 +120,14 @@ def _(x, weights, keep, kept, gradient, heads, epsilon, across_words):
     return [torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x, *weights)]
 
 
+@torch.enable_grad()
 def plain_gradient(x, weights, keep, kept, gradient, heads, epsilon, across_words):
     """What `run_gradient` gives, in operations that can be differentiated again."""
     sizes = sizes_of(x, weights, heads, across_words)
-    inputs = [y if y.requires_grad else y.detach().requires_grad_() for y in (x, *weights)]
+    # Of x as it came the weights of a block that is applied twice would be found once more.
+    inputs = [
+        y.view_as(y) if y.requires_grad else y.detach().requires_grad_() for y in (x, *weights)
+    ]
     result = plain.transformer(inputs[0], inputs[1:], keep, sizes, epsilon)
     return torch.autograd.grad(result, inputs, gradient, create_graph=True)
 
@@ -137,7 +141,11 @@ def remember(ctx, inputs, output):
 def backward(ctx, gradients):
     x, keep, *rest = ctx.saved_tensors
     count = len(native.Weights._fields)
-    find = plain_gradient if torch.is_grad_enabled() else run_gradient
+    batched = torch._C._functorch
+    several = batched.is_batchedtensor(gradients[0]) or batched.is_legacy_batchedtensor(
+        gradients[0]
+    )
+    find = plain_gradient if several or torch.is_grad_enabled() else run_gradient
     of_x, *of_weights = find(x, rest[:count], keep, rest[count:], gradients[0], *ctx.settings)
     return of_x, list(of_weights), None, None, None, None
 

@@ -90,6 +90,37 @@ def left_alone(options, shape, monkeypatch):
     return block, ops.ones(shape)
 
 
+@pytest.mark.parametrize(
+    "options, shape",
+    [
+        ({"norm_axis": -2}, (1, 5, 8)),
+        ({"norm_axis": 1}, (1, 5, 8)),
+        ({"norm_axis": -2}, (1, 3, 16, 8)),
+        ({"sample_axes": 2, "stochastic_depth": 0.5}, (1, 5, 8)),
+    ],
+)
+@pytest.mark.one_backend
+def test_norms_and_samples_of_another_kind_are_left_to_the_block(options, shape, monkeypatch):
+    block, given = left_alone(options, shape, monkeypatch)
+    block(given, training=True)
+    assert block.called == [True]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the others ask for dtypes themselves")
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 16, 8)])
+def test_other_numbers_than_float32_are_left_to_the_block(shape):
+    import torch
+
+    block, given, _ = block_and_words(shape)
+    whole = (10 * given).int()
+    assert_equal(block(whole, training=True), block.transform(whole, training=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(block(given, training=True), block.transform(given, training=True))
+    block.double()
+    given = given.double()
+    assert_equal(block(given, training=True), block.transform(given, training=True))
+
+
 @pytest.mark.one_backend
 def test_a_quantized_block_and_one_that_is_looked_into_compute_themselves(monkeypatch):
     block, words = left_alone({}, (1, 3, 16, 8), monkeypatch)
@@ -271,6 +302,8 @@ def test_jax_transforms_it(operation):
     import jax
 
     in_cpp, in_plain, words = operation
+    with jax.disable_jit():
+        assert_close_relatively(jax.grad(in_cpp)(words), jax.grad(in_plain)(words))
     several = ops.stack([words, -words])
     for transform in (
         lambda function: jax.jvp(function, (words,), (words,))[1],
@@ -316,6 +349,31 @@ def test_torch_transforms_the_block_itself(shape):
     assert_close_relatively(torch.func.grad(function)(words), gradient)
     several, value = torch.stack([words, words]), function(words)
     assert_close_relatively(torch.vmap(function)(several), torch.stack([value, value]))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="these transformations are torch's")
+@SHAPES
+def test_torch_differentiates_a_block_that_is_applied_twice(shape, monkeypatch):
+    import torch
+
+    block, words, _ = block_and_words(shape)
+    weights = [variable.value for variable in block.trainable_variables]
+
+    def found(**options):
+        result = block(block(words, training=True), training=True)
+        return torch.autograd.grad(result.square().sum(), weights, **options)
+
+    def batched():
+        result = block(words, training=True)
+        ones = torch.ones(2, *result.shape)
+        return torch.autograd.grad(result, weights, ones, is_grads_batched=True)
+
+    once, again, both = found(), found(create_graph=True), batched()
+    monkeypatch.setattr(fused, "runs_here", lambda *_: False)
+    for actual, wanted in zip(
+        (*once, *again, *both), (*found(), *found(), *batched()), strict=True
+    ):
+        assert_close_relatively(actual.detach(), wanted.detach())
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch's own check")
