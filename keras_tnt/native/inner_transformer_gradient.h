@@ -16,6 +16,7 @@ struct Gradients {
 };
 
 constexpr int gradient_count = sizeof(Gradients) / sizeof(float);
+// How many of them each weight has.
 constexpr int64_t weight_sizes[] = {
     dim * words, dim * words, dim * 3 * dim, 3 * dim, dim * dim, dim,
     dim * words, dim * words, dim * hidden,  hidden,  hidden * dim, dim,

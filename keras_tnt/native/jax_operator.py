@@ -61,7 +61,7 @@ def plain_tangent(*kept_operands_and_tangents, sizes, epsilon):
 
 def plain_gradient(dx, *kept_and_operands, sizes, epsilon):
     """The gradients by x and by the weights."""
-    operands = kept_and_operands[kept_count(sizes) :]
+    operands = kept_and_operands[xla_library.kept_count(sizes) :]
 
     def result(*operands):
         return plain_forward(*operands, sizes=sizes, epsilon=epsilon)[0]
@@ -69,12 +69,8 @@ def plain_gradient(dx, *kept_and_operands, sizes, epsilon):
     return jax.vjp(result, *operands)[1](dx)[: 1 + WEIGHTS]
 
 
-def kept_count(sizes):
-    return len(sizes.kept((1, 1, 1)))
-
-
 def split(kept_operands_and_tangents, sizes):
-    count = kept_count(sizes)
+    count = xla_library.kept_count(sizes)
     kept, both = kept_operands_and_tangents[:count], kept_operands_and_tangents[count:]
     half = len(both) // 2
     return kept, both[:half], both[half:]
@@ -152,7 +148,7 @@ def _(*args, sizes, **_):
 
 @gradient.def_abstract_eval
 def _(_, *kept_and_operands, sizes, **__):
-    operands = kept_and_operands[kept_count(sizes) :]
+    operands = kept_and_operands[xla_library.kept_count(sizes) :]
     return [operand.update(weak_type=False) for operand in operands[: 1 + WEIGHTS]]
 
 

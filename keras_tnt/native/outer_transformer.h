@@ -30,6 +30,17 @@ struct Sizes {
   int64_t head_dim() const { return dim / heads; }
 };
 
+// What the branches of attention, 0, and MLP, 1, of an image are multiplied by, (2, images); a branch
+// of 0 is not computed. Null: all ones.
+struct Factors {
+  const float* at;
+  int64_t images;
+
+  float operator()(int branch, int64_t image) const {
+    return at ? at[branch * images + image] : 1.0f;
+  }
+};
+
 // What the forward pass keeps, for all rows: query, key and value, the attention's result, the
 // tokens between attention and MLP, the MLP's hidden numbers before GELU.
 template <typename Number>
@@ -118,12 +129,17 @@ inline void add(const float* x, const float* branch, float factor, int64_t n, fl
   });
 }
 
+// y = factor * x
+inline void scale(const float* x, float factor, int64_t n, float* y) {
+  along(n, [&](int64_t c, int64_t count) { store(load(x + c, count) * factor, y + c, count); });
+}
+
 // Rows of one image that are computed together.
 struct Block {
   int64_t image, first, rows;
 
   static constexpr int64_t most = 16 * tile_rows;
-  static int64_t per_image(const Sizes& s) { return (s.tokens + most - 1) / most; }
+  static int64_t per_image(const Sizes& s) { return parts_of(s.tokens, most); }
   static int64_t count(const Sizes& s) { return s.images * per_image(s); }
 
   Block(const Sizes& s, int64_t number)
@@ -214,8 +230,7 @@ class Packed {
 
   Panels qkv, projection, fc1, fc2;
 
-  Packed(const Sizes& s, const Weights<>& w, bool transposed, Parallel parallel,
-         float* at) {
+  Packed(const Sizes& s, const Weights<>& w, bool transposed, Parallel parallel, float* at) {
     const int64_t d = s.dim, h = s.hidden;
     const Matrix from[] = {{w.qkv_kernel, 3 * d, 1},
                            {w.projection_kernel, d, 1},
@@ -238,16 +253,12 @@ class Packed {
   }
 };
 
-// tokens (images, tokens, dim) to `out` of the same shape, and to what `Kept` says. keep: (2,
-// images), what the branches of attention and MLP are multiplied by, which are not computed where it
-// is 0; null: all ones.
-inline void transform(const Sizes& s, Parallel parallel, const float* in,
-                      const Weights<>& w, const float* keep, float* out,
-                      Kept<float> kept) {
+// tokens (images, tokens, dim) to `out` of the same shape, and to what `Kept` says. keep: of
+// `Factors`.
+inline void transform(const Sizes& s, Parallel parallel, const float* in, const Weights<>& w,
+                      const float* keep, float* out, Kept<float> kept) {
   const int64_t d = s.dim, h = s.hidden, most = std::min(Block::most, s.tokens);
-  const auto factor = [&](int branch, int64_t image) {
-    return keep ? keep[branch * s.images + image] : 1.0f;
-  };
+  const Factors factor = {keep, s.images};
   Space packs(Packed::size(s, false) + Space::aligned);
   const Packed kernels(s, w, false, parallel, packs.take(0));
 

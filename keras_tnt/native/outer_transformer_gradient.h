@@ -49,7 +49,7 @@ inline void attend_gradient(const Sizes& s, const float* qkv, const float* dmixe
   values.pack(head.value.transposed(), t);
   key_rows.pack(head.key);
   float *dquery = dqkv + head.at, *dkey = dquery + s.dim, *dvalue = dkey + s.dim;
-  const float scale = 1.0 / std::sqrt(double(d));
+  const float by = 1.0 / std::sqrt(double(d));
   const Matrix all_gradients = {dmixed + head.in_tokens(s, number), s.dim, 1};
   for (int64_t first = 0; first < t; first += most) {
     const int64_t rows = std::min(most, t - first);
@@ -62,7 +62,7 @@ inline void attend_gradient(const Sizes& s, const float* qkv, const float* dmixe
       for (int64_t c = 0; c < row; c += lanes) sum += ::load(weight + c) * ::load(dscore + c);
       const float mean = total(sum);
       for (int64_t c = 0; c < row; c += lanes)
-        ::store((::load(dscore + c) - mean) * ::load(weight + c) * scale, dscore + c);
+        ::store((::load(dscore + c) - mean) * ::load(weight + c) * by, dscore + c);
     }
     const Panels queries = {of_queries, rows, d}, gradients = {of_gradients, rows, d};
     queries.pack(query);
@@ -86,12 +86,12 @@ struct DenseGradient {
   static constexpr int64_t most_inputs = 28 * tile_rows, most_outputs = 12 * tile_columns;
   static constexpr int64_t at_once = depth / 2;  // of the rows
 
-  int64_t parts_down() const { return (inputs + most_inputs - 1) / most_inputs; }
-  int64_t parts_across() const { return (outputs + most_outputs - 1) / most_outputs; }
+  int64_t parts_down() const { return parts_of(inputs, most_inputs); }
+  int64_t parts_across() const { return parts_of(outputs, most_outputs); }
   int64_t parts() const { return parts_down() * parts_across(); }
 
   // Computes a part of the kernel, and with the topmost of those that share columns their biases.
-  void compute(const Sizes& s, const float* skipped, int64_t number) const {
+  void compute(const Sizes& s, const Factors& factor, int64_t number) const {
     const int64_t across = number / parts_down(), down = number % parts_down();
     const int64_t i = down * most_inputs, j = across * most_outputs, t = s.tokens;
     const int64_t rows = std::min(most_inputs, inputs - i);
@@ -100,11 +100,8 @@ struct DenseGradient {
     float* panels = space.take(Panels::size(at_once, columns));
     for (int64_t r = 0; r < rows; ++r) std::fill_n(kernel + (i + r) * outputs + j, columns, 0.0f);
     if (down == 0) std::fill_n(bias + j, columns, 0.0f);
-    const auto skips = [&](int64_t image) {
-      return skipped && skipped[branch * s.images + image] == 0;
-    };
     for (int64_t image = 0, end; image < s.images; image = end + 1) {
-      for (end = image; end < s.images && !skips(end);) ++end;
+      for (end = image; end < s.images && factor(branch, end) != 0;) ++end;
       for (int64_t first = image * t; first < end * t; first += at_once) {
         const Panels right = {panels, std::min(at_once, end * t - first), columns};
         const float* from = dy + first * outputs + j;
@@ -122,14 +119,12 @@ struct DenseGradient {
 // din, the gradient by `in` for dout by the result, and the gradients of the weights. keep: as
 // `transform` had it.
 inline void transform_gradient(const Sizes& s, Parallel parallel, const float* in,
-                               const float* dout, const Weights<>& w,
-                               const float* keep, Kept<const float> kept, float* din,
+                               const float* dout, const Weights<>& w, const float* keep,
+                               Kept<const float> kept, float* din,
                                const Weights<float>& sums) {
   const int64_t d = s.dim, h = s.hidden, n = s.rows(), blocks = Block::count(s);
   const int64_t most = std::min(Block::most, s.tokens);
-  const auto factor = [&](int branch, int64_t image) {
-    return keep ? keep[branch * s.images + image] : 1.0f;
-  };
+  const Factors factor = {keep, s.images};
   const int64_t widest = std::max(d, h);
   Space space(Packed::size(s, true) + n * (9 * d + 2 * h) + blocks * 4 * d + widest +
               16 * Space::aligned);
@@ -150,9 +145,7 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
     std::fill_n(norm, 4 * d, 0.0f);
     std::copy_n(dout + at, numbers, dmiddle + at);
     if (const float by = factor(1, block.image); by != 0) {
-      along(numbers, [&](int64_t c, int64_t count) {
-        store(load(dout + at + c, count) * by, dmlp + at + c, count);
-      });
+      scale(dout + at, by, numbers, dmlp + at);
       product({dmlp + at, d, 1}, kernels.fc2, block.rows, {zeros, 0}, dwide + hidden_at, h);
       along(block.rows * h, [&](int64_t c, int64_t count) {
         Vec value = load(kept.wide + hidden_at + c, count);
@@ -165,9 +158,7 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
                           s.epsilon, normed_mlp + at, dmiddle + at, norm + 2 * d, norm + 3 * d);
     }
     if (const float by = factor(0, block.image); by != 0) {
-      along(numbers, [&](int64_t c, int64_t count) {
-        store(load(dmiddle + at + c, count) * by, dattention + at + c, count);
-      });
+      scale(dmiddle + at, by, numbers, dattention + at);
       product({dattention + at, d, 1}, kernels.projection, block.rows, {zeros, 0}, dmixed + at, d);
     }
   });
@@ -208,7 +199,7 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
   parallel(parts, [&](int64_t number) {
     const DenseGradient* layer = layers;
     while (number >= layer->parts()) number -= layer++->parts();
-    layer->compute(s, keep, number);
+    layer->compute(s, factor, number);
   });
 }
 

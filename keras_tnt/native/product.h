@@ -37,7 +37,10 @@ inline void copy_up_to(const float* from, int64_t n, float* to) {
     std::copy_n(from, n, to);
 }
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// How many parts of at most `most` there are of n.
+inline int64_t parts_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
+
+inline int64_t round_up(int64_t n, int64_t to) { return parts_of(n, to) * to; }
 
 inline void store(Vec x, float* to) { std::memcpy(to, &x, sizeof x); }
 
@@ -111,7 +114,7 @@ struct Panels {
   int64_t k, n;
 
   static int64_t size(int64_t k, int64_t n) { return k * round_up(n, tile_columns); }
-  int64_t count() const { return round_up(n, tile_columns) / tile_columns; }
+  int64_t count() const { return parts_of(n, tile_columns); }
 
   // The panel of the columns from `column` on, of the rows from `row` on.
   float* panel(int64_t row, int64_t column) const {

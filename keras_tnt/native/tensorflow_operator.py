@@ -60,7 +60,7 @@ def gradient(sizes, epsilon):
     It takes what the result is propagated back of, what the forward pass kept, and its operands.
     """
     _, target = xla_library.targets(sizes)
-    first = 1 + len(sizes.kept((1, 1, 1)))
+    count = xla_library.kept_count(sizes)
 
     def in_plain_operations(dx, *operands):
         inputs, keep = operands[: 1 + WEIGHTS], operands[1 + WEIGHTS :]
@@ -72,7 +72,7 @@ def gradient(sizes, epsilon):
 
     @tf.custom_gradient
     def run(dx, *kept_and_operands):
-        operands = kept_and_operands[first - 1 :]
+        operands = kept_and_operands[count:]
 
         def back(*upstream):
             inputs, keep = (dx, *operands[: 1 + WEIGHTS]), operands[1 + WEIGHTS :]
@@ -80,7 +80,7 @@ def gradient(sizes, epsilon):
                 tape.watch(inputs)
                 results = in_plain_operations(*inputs, *keep)
             of_dx, *found = tape.gradient(results, inputs, output_gradients=upstream)
-            return of_dx, *[None] * (first - 1), *found, *[None] * len(keep)
+            return of_dx, *[None] * count, *found, *[None] * len(keep)
 
         shapes = [operand.shape for operand in operands[: 1 + WEIGHTS]]
         given = dx, *kept_and_operands

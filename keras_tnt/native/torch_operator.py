@@ -138,14 +138,17 @@ def remember(ctx, inputs, output):
     ctx.save_for_backward(x, keep, *weights, *output[1:])
 
 
+def is_batched(tensor):
+    """Whether a tensor is one of several that a `vmap`, the older one too, computes at once."""
+    kinds = torch._C._functorch
+    return kinds.is_batchedtensor(tensor) or kinds.is_legacy_batchedtensor(tensor)
+
+
 def backward(ctx, gradients):
     x, keep, *rest = ctx.saved_tensors
     count = len(native.Weights._fields)
-    batched = torch._C._functorch
-    several = batched.is_batchedtensor(gradients[0]) or batched.is_legacy_batchedtensor(
-        gradients[0]
-    )
-    find = plain_gradient if several or torch.is_grad_enabled() else run_gradient
+    in_plain = torch.is_grad_enabled() or is_batched(gradients[0])
+    find = plain_gradient if in_plain else run_gradient
     of_x, *of_weights = find(x, rest[:count], keep, rest[count:], gradients[0], *ctx.settings)
     return of_x, list(of_weights), None, None, None, None
 

@@ -11,6 +11,11 @@ def targets(sizes: native.InnerSizes | native.OuterSizes) -> tuple[str, str]:
     return name, f"{name}_gradient"
 
 
+def kept_count(sizes: native.InnerSizes | native.OuterSizes) -> int:
+    """How many operands of the gradient are what the forward pass kept."""
+    return len(sizes.kept((1, 1, 1)))
+
+
 def load(sizes: native.InnerSizes | native.OuterSizes, *settings: str) -> ctypes.CDLL | None:
     """The library of the custom calls, which from now on finds the kernel of an inner transformer.
 
