@@ -113,15 +113,12 @@ inline void add(const Channel* branch, Channel* x) {
 }
 
 inline void read(const float* from, Channel* x) {
-  float* flat = reinterpret_cast<float*>(x);
-  for (int w = 0; w < words; ++w)
-    for (int c = 0; c < dim; ++c) flat[c * words + w] = from[w * dim + c];
+  transpose(from, dim, words, dim, reinterpret_cast<float*>(x), words);
 }
 
-inline void write(const Channel* x, float* to) {
-  const float* flat = reinterpret_cast<const float*>(x);
-  for (int w = 0; w < words; ++w)
-    for (int c = 0; c < dim; ++c) to[w * dim + c] = flat[c * words + w];
+// to: (words, count)
+inline void write(const Channel* x, int count, float* to) {
+  transpose(reinterpret_cast<const float*>(x), words, count, words, to, count);
 }
 
 inline void scale(float factor, Channel* x) {
@@ -154,7 +151,7 @@ void transform(const float* in, float* out, const Weights<>& weights, float epsi
       if (keep) scale(keep[patches + patch], normed);
       add(normed, x);
     }
-    write(x, out + patch * words * dim);
+    write(x, dim, out + patch * words * dim);
   }
 }
 

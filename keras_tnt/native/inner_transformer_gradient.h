@@ -2,25 +2,38 @@
 // pass is kept but its input: what is needed of it is computed again.
 //
 // Defined before this text: inner_transformer.h.
+#include "space.h"
 
 namespace {
 
-// Where the gradients of the weights are summed: one after another, in the order of `Weights`.
-struct Gradients {
-  float attention_gamma[dim * words], attention_beta[dim * words];
-  float qkv_kernel[dim * 3 * dim], qkv_bias[3 * dim];
-  float projection_kernel[dim * dim], projection_bias[dim];
-  float mlp_gamma[dim * words], mlp_beta[dim * words];
-  float fc1_kernel[dim * hidden], fc1_bias[hidden];
-  float fc2_kernel[hidden * dim], fc2_bias[dim];
-};
-
-constexpr int gradient_count = sizeof(Gradients) / sizeof(float);
-// How many of them each weight has.
-constexpr int64_t weight_sizes[] = {
-    dim * words, dim * words, dim * 3 * dim, 3 * dim, dim * dim, dim,
+// How many numbers each weight has, in the order of `Weights`.
+constexpr int64_t weight_sizes[weight_count] = {
+    dim * words, dim * words, dim * 3 * dim, 3 * dim, dim * dim,    dim,
     dim * words, dim * words, dim * hidden,  hidden,  hidden * dim, dim,
 };
+
+// Where the gradient of weight `i` begins among those of all, which stand one behind another, each
+// from a whole line of memory on.
+constexpr int64_t sum_at(int i) {
+  return i == 0 ? 0 : sum_at(i - 1) + round_up(weight_sizes[i - 1], Space::aligned);
+}
+constexpr int64_t sums_size = sum_at(weight_count);
+
+inline Weights<float> sums_in(float* row) {
+  float* pointers[weight_count];
+  for (int i = 0; i < weight_count; ++i) pointers[i] = row + sum_at(i);
+  return as_weights(pointers);
+}
+
+// The gradients of the weights from rows of sums.
+void add_up(const float* rows, int64_t count, float* const* gradients) {
+  for (int i = 0; i < weight_count; ++i) {
+    std::copy_n(rows + sum_at(i), weight_sizes[i], gradients[i]);
+    for (int64_t row = 1; row < count; ++row)
+      for (int64_t j = 0; j < weight_sizes[i]; ++j)
+        gradients[i][j] += rows[row * sums_size + sum_at(i) + j];
+  }
+}
 
 // Kernels as (outputs, inputs), by which gradients go back.
 struct Transposed {
@@ -28,42 +41,37 @@ struct Transposed {
   float zeros[hidden > 3 * dim ? hidden : 3 * dim] = {};
 
   explicit Transposed(const Weights<>& weights) {
-    transpose(weights.qkv_kernel, dim, 3 * dim, qkv);
-    transpose(weights.projection_kernel, dim, dim, projection);
-    transpose(weights.fc1_kernel, dim, hidden, fc1);
-    transpose(weights.fc2_kernel, hidden, dim, fc2);
-  }
-
-  static void transpose(const float* from, int rows, int columns, float* to) {
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < columns; ++j) to[j * rows + i] = from[i * columns + j];
+    transpose(weights.qkv_kernel, 3 * dim, dim, 3 * dim, qkv, dim);
+    transpose(weights.projection_kernel, dim, dim, dim, projection, dim);
+    transpose(weights.fc1_kernel, hidden, dim, hidden, fc1, dim);
+    transpose(weights.fc2_kernel, dim, hidden, dim, fc2, hidden);
   }
 };
-
-inline float sum_of(const Channel& channel) {
-  Vec sum = channel.part[0];
-  for (int p = 1; p < parts; ++p) sum += channel.part[p];
-  float total = 0.0f;
-  for (int i = 0; i < lanes; ++i) total += sum[i];
-  return total;
-}
 
 // kernel += x^T dy and bias += the sum of dy, over the words.
 template <int inputs, int outputs>
 inline void dense_gradient(const Channel* x, const Channel* dy, float* kernel, float* bias) {
+  // The last vector of a row ends with it, and may share outputs with the one before.
+  constexpr int width = std::min(outputs, lanes), vectors = (outputs + lanes - 1) / lanes;
+  constexpr int block = divisor(inputs, 12 / vectors);
+  const auto at = [](int j) { return std::min(j * lanes, outputs - width); };
   float rows[words][outputs];
-  for (int j = 0; j < outputs; ++j) {
-    bias[j] += sum_of(dy[j]);
-    for (int w = 0; w < words; ++w) rows[w][j] = dy[j].word(w);
-  }
-  for (int i = 0; i < inputs; ++i) {
-    float sum[outputs];
-    std::memcpy(sum, kernel + i * outputs, sizeof sum);
+  write(dy, outputs, rows[0]);
+  for (int w = 0; w < words; ++w)
+    for (int j = 0; j < outputs; ++j) bias[j] += rows[w][j];
+  for (int i = 0; i < inputs; i += block) {
+    Vec sum[block * vectors];
+#pragma GCC unroll 64
+    for (int j = 0; j < block * vectors; ++j)
+      sum[j] = load(kernel + (i + j / vectors) * outputs + at(j % vectors), width);
     for (int w = 0; w < words; ++w) {
-      const float factor = x[i].word(w);
-      for (int j = 0; j < outputs; ++j) sum[j] += factor * rows[w][j];
+#pragma GCC unroll 64
+      for (int j = 0; j < block * vectors; ++j)
+        sum[j] += x[i + j / vectors].word(w) * load(rows[w] + at(j % vectors), width);
     }
-    std::memcpy(kernel + i * outputs, sum, sizeof sum);
+#pragma GCC unroll 64
+    for (int j = 0; j < block * vectors; ++j)
+      store(sum[j], kernel + (i + j / vectors) * outputs + at(j % vectors), width);
   }
 }
 
@@ -144,12 +152,8 @@ inline void attend_gradient(const Channel* qkv, const Channel* dy, Channel* dqkv
       for (int c = 0; c < head_dim; ++c) dquery[c].part[p] = sum[c];
     }
     Channel weight_of[words], dscore_of[words];  // of each query, keys along the lanes
-    float* to[] = {reinterpret_cast<float*>(weight_of), reinterpret_cast<float*>(dscore_of)};
-    for (int k = 0; k < words; ++k)
-      for (int q = 0; q < words; ++q) {
-        to[0][q * words + k] = weight[k].word(q);
-        to[1][q * words + k] = dscore[k].word(q);
-      }
+    write(weight, words, reinterpret_cast<float*>(weight_of));
+    write(dscore, words, reinterpret_cast<float*>(dscore_of));
     for (int p = 0; p < parts; ++p) {
       Vec keys[head_dim] = {}, values[head_dim] = {};
       for (int q = 0; q < words; ++q)
@@ -169,7 +173,7 @@ inline void attend_gradient(const Channel* qkv, const Channel* dy, Channel* dqkv
 // and the weights' gradients, added to what stands there. keep: (2, patches), by what the branches
 // of attention and MLP were multiplied; a branch of 0 is not computed; null: all ones.
 void transform_gradient(const float* in, const float* dout, float* din, const Weights<>& weights,
-                        const Transposed& back, Gradients& sums, const float* keep,
+                        const Transposed& back, const Weights<float>& sums, const float* keep,
                         int64_t patches, float epsilon, int64_t first, int64_t last) {
   for (int64_t patch = first; patch < last; ++patch) {
     const float keep_attention = keep ? keep[patch] : 1.0f;
@@ -213,7 +217,7 @@ void transform_gradient(const float* in, const float* dout, float* din, const We
       norm_attention.gradient(dbranch, weights.attention_gamma, sums.attention_gamma,
                               sums.attention_beta, dx);
     }
-    write(dx, din + patch * words * dim);
+    write(dx, dim, din + patch * words * dim);
   }
 }
 

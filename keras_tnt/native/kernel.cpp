@@ -13,7 +13,7 @@ static void run_gradient(const float* in, const float* dout, float* din,
                          float epsilon, int64_t patches, int64_t first, int64_t last) {
   const Weights<> weights = as_weights(pointers);
   transform_gradient(in, dout, din, weights, Transposed(weights),
-                     *reinterpret_cast<Gradients*>(sums), keep, patches, epsilon, first, last);
+                     sums_in(sums), keep, patches, epsilon, first, last);
 }
 
-extern "C" const Kernel kernel = {words * dim, gradient_count, run, run_gradient};
+extern "C" const Kernel kernel = {words * dim, sums_size, run, run_gradient, add_up};

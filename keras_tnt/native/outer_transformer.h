@@ -62,19 +62,6 @@ inline void along(int64_t n, What what) {
   if (c < n) what(c, n - c);
 }
 
-// The first numbers of a vector, zeros behind them.
-inline Vec load(const float* from, int64_t count) {
-  if (count == lanes) return ::load(from);
-  Vec x = {};
-  std::memcpy(&x, from, count * sizeof *from);
-  return x;
-}
-
-inline void store(Vec x, float* to, int64_t count) {
-  if (count == lanes) return ::store(x, to);
-  std::memcpy(to, &x, count * sizeof *to);
-}
-
 // x, and `other` behind its first numbers.
 inline Vec cut(Vec x, int64_t count, float other) {
   if (count == lanes) return x;
@@ -200,8 +187,7 @@ inline void attention(const Sizes& s, Matrix query, int64_t rows, Panels keys, c
 inline void attend(const Sizes& s, const float* qkv, int64_t number, float* mixed) {
   const Head head(s, qkv, number);
   const int64_t d = s.head_dim(), t = s.tokens, row = score_row(s), most = std::min(Block::most, t);
-  Space space(Panels::size(d, row) + Panels::size(t, d) + most * row + std::max(d, row) +
-              4 * Space::aligned);
+  Space space;
   const Panels keys = {space.take(Panels::size(d, row)), d, row};
   const Panels values = {space.take(Panels::size(t, d)), t, d};
   float* scores = space.take(most * row);
@@ -219,18 +205,9 @@ inline void attend(const Sizes& s, const float* qkv, int64_t number, float* mixe
 // Kernels, packed to be multiplied with, and where they come from.
 class Packed {
  public:
-  // The numbers that the kernels of a transformer take.
-  static int64_t size(const Sizes& s, bool transposed) {
-    const int64_t d = s.dim, h = s.hidden;
-    return transposed ? Panels::size(3 * d, d) + Panels::size(d, d) + Panels::size(h, d) +
-                            Panels::size(d, h)
-                      : Panels::size(d, 3 * d) + Panels::size(d, d) + Panels::size(d, h) +
-                            Panels::size(h, d);
-  }
-
   Panels qkv, projection, fc1, fc2;
 
-  Packed(const Sizes& s, const Weights<>& w, bool transposed, Parallel parallel, float* at) {
+  Packed(const Sizes& s, const Weights<>& w, bool transposed, Parallel parallel, Space& space) {
     const int64_t d = s.dim, h = s.hidden;
     const Matrix from[] = {{w.qkv_kernel, 3 * d, 1},
                            {w.projection_kernel, d, 1},
@@ -240,8 +217,8 @@ class Packed {
     Panels* to[] = {&qkv, &projection, &fc1, &fc2};
     int64_t ends[4], end = 0;
     for (int i = 0; i < 4; ++i) {
-      *to[i] = {at, shapes[i][transposed], shapes[i][!transposed]};
-      at += Panels::size(to[i]->k, to[i]->n);
+      const int64_t k = shapes[i][transposed], n = shapes[i][!transposed];
+      *to[i] = {space.take(Panels::size(k, n)), k, n};
       ends[i] = end += to[i]->count();
     }
     parallel(end, [&](int64_t number) {
@@ -259,8 +236,8 @@ inline void transform(const Sizes& s, Parallel parallel, const float* in, const 
                       const float* keep, float* out, Kept<float> kept) {
   const int64_t d = s.dim, h = s.hidden, most = std::min(Block::most, s.tokens);
   const Factors factor = {keep, s.images};
-  Space packs(Packed::size(s, false) + Space::aligned);
-  const Packed kernels(s, w, false, parallel, packs.take(0));
+  Space space;
+  const Packed kernels(s, w, false, parallel, space);
 
   parallel(Block::count(s), [&](int64_t number) {
     const Block block(s, number);
@@ -270,7 +247,7 @@ inline void transform(const Sizes& s, Parallel parallel, const float* in, const 
       std::fill_n(kept.mixed + block.first * d, block.rows * d, 0.0f);
       return;
     }
-    Space space(most * d + Space::aligned);
+    Space space;
     float* normed = space.take(most * d);
     layer_norm(in + block.first * d, block.rows, d, w.attention_gamma, w.attention_beta, s.epsilon,
                normed);
@@ -284,7 +261,7 @@ inline void transform(const Sizes& s, Parallel parallel, const float* in, const 
   parallel(Block::count(s), [&](int64_t number) {
     const Block block(s, number);
     const int64_t at = block.first * d, numbers = block.rows * d;
-    Space space(2 * most * d + most * h + 3 * Space::aligned);
+    Space space;
     float *branch = space.take(most * d), *normed = space.take(most * d);
     float* active = space.take(most * h);
     float* middle = kept.middle + at;

@@ -38,8 +38,7 @@ inline void attend_gradient(const Sizes& s, const float* qkv, const float* dmixe
   const int64_t d = s.head_dim(), t = s.tokens, row = score_row(s), most = std::min(Block::most, t);
   const int64_t wide = Panels::size(d, row), tall = Panels::size(t, d);
   const int64_t piece = Panels::size(most, d), tokens_row = 3 * s.dim;
-  Space space(2 * wide + tall + 2 * piece + 2 * most * row + std::max(d, row) +
-              8 * Space::aligned);
+  Space space;
   const Panels keys = {space.take(wide), d, row}, values = {space.take(wide), d, row};
   const Panels key_rows = {space.take(tall), t, d};
   float *of_queries = space.take(piece), *of_gradients = space.take(piece);
@@ -96,7 +95,7 @@ struct DenseGradient {
     const int64_t i = down * most_inputs, j = across * most_outputs, t = s.tokens;
     const int64_t rows = std::min(most_inputs, inputs - i);
     const int64_t columns = std::min(most_outputs, outputs - j);
-    Space space(Panels::size(at_once, columns) + Space::aligned);
+    Space space;
     float* panels = space.take(Panels::size(at_once, columns));
     for (int64_t r = 0; r < rows; ++r) std::fill_n(kernel + (i + r) * outputs + j, columns, 0.0f);
     if (down == 0) std::fill_n(bias + j, columns, 0.0f);
@@ -109,8 +108,11 @@ struct DenseGradient {
         right.pack({from, outputs, 1});
         product({x + first * inputs + i, 1, inputs}, right, rows, {to, outputs}, to, outputs);
         if (down) continue;
-        for (int64_t r = 0; r < right.k; ++r)
-          add(bias + j, from + r * outputs, 1.0f, columns, bias + j);
+        along(columns, [&](int64_t c, int64_t count) {
+          Vec sum = load(bias + j + c, count);
+          for (int64_t r = 0; r < right.k; ++r) sum += ::load(right.number(r, c));
+          store(sum, bias + j + c, count);
+        });
       }
     }
   }
@@ -125,21 +127,19 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
   const int64_t d = s.dim, h = s.hidden, n = s.rows(), blocks = Block::count(s);
   const int64_t most = std::min(Block::most, s.tokens);
   const Factors factor = {keep, s.images};
-  const int64_t widest = std::max(d, h);
-  Space space(Packed::size(s, true) + n * (9 * d + 2 * h) + blocks * 4 * d + widest +
-              16 * Space::aligned);
-  const Packed kernels(s, w, true, parallel, space.take(Packed::size(s, true)));
+  Space space;
+  const Packed kernels(s, w, true, parallel, space);
   float *normed_attention = space.take(n * d), *normed_mlp = space.take(n * d);
   float *active = space.take(n * h), *dwide = space.take(n * h);
   float *dmlp = space.take(n * d), *dattention = space.take(n * d);  // by the branches' results
   float *dmixed = space.take(n * d), *dqkv = space.take(n * 3 * d);
   float *dmiddle = space.take(n * d), *norms = space.take(blocks * 4 * d);
-  const float* zeros = space.zeros(widest);
+  const float* zeros = space.zeros(std::max(d, h));
 
   parallel(blocks, [&](int64_t number) {
     const Block block(s, number);
     const int64_t at = block.first * d, numbers = block.rows * d, hidden_at = block.first * h;
-    Space own(most * d + Space::aligned);
+    Space own;
     float* dnormed = own.take(most * d);
     float* norm = norms + number * 4 * d;
     std::fill_n(norm, 4 * d, 0.0f);
@@ -172,7 +172,7 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
     const int64_t at = block.first * d, numbers = block.rows * d;
     std::copy_n(dmiddle + at, numbers, din + at);
     if (factor(0, block.image) == 0) return;
-    Space own(most * d + Space::aligned);
+    Space own;
     float* dnormed = own.take(most * d);
     float* norm = norms + number * 4 * d;
     product({dqkv + block.first * 3 * d, 3 * d, 1}, kernels.qkv, block.rows, {zeros, 0}, dnormed,

@@ -2,12 +2,9 @@
 // registers while panels of both factors stream through the first caches.
 #pragma once
 #include <algorithm>
-#include <memory>
-#include <mutex>
-#include <optional>
 #include <type_traits>
-#include <vector>
 
+#include "space.h"
 #include "vectors.h"
 
 namespace {
@@ -18,7 +15,10 @@ constexpr int64_t tile_rows = 14;
 constexpr int64_t tile_rows = 6;
 #endif
 constexpr int64_t tile_columns = 2 * lanes;
+constexpr int64_t ahead = 16;  // rows that are asked of memory before they are copied
 constexpr int64_t depth = 384;  // of what is summed before a tile goes back to memory
+
+inline void prefetch(const float* at) { __builtin_prefetch(at); }
 
 // How far the next row and the next column are from a number of a matrix.
 struct Matrix {
@@ -37,76 +37,6 @@ inline void copy_up_to(const float* from, int64_t n, float* to) {
     std::copy_n(from, n, to);
 }
 
-// How many parts of at most `most` there are of n.
-inline int64_t parts_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
-
-inline int64_t round_up(int64_t n, int64_t to) { return parts_of(n, to) * to; }
-
-inline void store(Vec x, float* to) { std::memcpy(to, &x, sizeof x); }
-
-// Memory to write on, used again from call to call: the system takes long to hand out new pages.
-class Space {
- public:
-  explicit Space(int64_t size) {
-    {
-      std::lock_guard<std::mutex> lock(guard());
-      auto& waiting = idle();
-      if (!waiting.empty()) {
-        memory = std::move(waiting.back());
-        waiting.pop_back();
-      }
-    }
-    if (memory.size < size + aligned) {
-      memory.numbers.reset();
-      memory = {std::unique_ptr<float[]>(new float[size + aligned]), size + aligned};
-    }
-    next = memory.numbers.get();
-    next += round_up(reinterpret_cast<uintptr_t>(next), 64) / 4 -
-            reinterpret_cast<uintptr_t>(next) / 4;
-  }
-
-  ~Space() {
-    std::lock_guard<std::mutex> lock(guard());
-    idle().push_back(std::move(memory));
-  }
-
-  Space(const Space&) = delete;
-  Space& operator=(const Space&) = delete;
-
-  // The next so many numbers.
-  float* take(int64_t size) {
-    float* taken = next;
-    next += round_up(size, aligned);
-    return taken;
-  }
-
-  // So many zeros.
-  const float* zeros(int64_t size) {
-    float* taken = take(size);
-    std::fill_n(taken, size, 0.0f);
-    return taken;
-  }
-
-  static constexpr int64_t aligned = 16;
-
- private:
-  struct Memory {
-    std::unique_ptr<float[]> numbers;
-    int64_t size = 0;
-  };
-  // Both are never destroyed: threads may compute while the process ends.
-  static std::mutex& guard() {
-    static auto& it = *new std::mutex;
-    return it;
-  }
-  static std::vector<Memory>& idle() {
-    static auto& them = *new std::vector<Memory>;
-    return them;
-  }
-  Memory memory;
-  float* next;
-};
-
 // The right factor of a product, (k, n): its columns in panels of `tile_columns`, zeros behind the
 // last, cut at each `depth` rows.
 struct Panels {
@@ -121,6 +51,11 @@ struct Panels {
     return at + row * round_up(n, tile_columns) + column * std::min(depth, k - row);
   }
 
+  float* number(int64_t row, int64_t column) const {
+    const int64_t above = row / depth * depth, in_panel = column % tile_columns;
+    return panel(above, column - in_panel) + (row - above) * tile_columns + in_panel;
+  }
+
   // Fills the panel number `i` with columns of a matrix, of which there may be fewer than n.
   void pack(Matrix from, int64_t columns, int64_t i) const {
     const int64_t column = i * tile_columns;
@@ -130,15 +65,15 @@ struct Panels {
       const Matrix part = from.from(row, column);
       float* to = panel(row, column);
       if (width < tile_columns) std::fill_n(to, rows * tile_columns, 0.0f);
-      if (part.column == 1) {
-        for (int64_t p = 0; p < rows; ++p)
-          copy_up_to<tile_columns>(part.at + p * part.row, width, to + p * tile_columns);
+      if (part.column != 1) {
+        transpose(part.at, part.column, width, rows, to, tile_columns);
         continue;
       }
-      for (int64_t first = 0; first < rows; first += lanes)  // a cache line of each column at once
-        for (int64_t j = 0; j < width; ++j)
-          for (int64_t p = first; p < std::min(rows, first + lanes); ++p)
-            to[p * tile_columns + j] = part.at[p * part.row + j * part.column];
+      for (int64_t p = 0; p < rows; ++p) {
+        const float* row = part.at + p * part.row;
+        for (int64_t c = 0; c < width; c += lanes) prefetch(row + ahead * part.row + c);
+        copy_up_to<tile_columns>(row, width, to + p * tile_columns);
+      }
     }
   }
 
@@ -158,8 +93,8 @@ __attribute__((noinline)) void multiply(const float* a, int64_t stride, const fl
   Vec sum[rows][2] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
-    __builtin_prefetch(start + i * start_row);
-    __builtin_prefetch(start + i * start_row + lanes);
+    prefetch(start + i * start_row);
+    prefetch(start + i * start_row + lanes);
   }
   for (int64_t p = 0; p < k; ++p, a += down ? stride : 1, panel += tile_columns) {
     const Vec left = load(panel), right = load(panel + lanes);
@@ -214,15 +149,16 @@ inline void product(Matrix a, Panels b, int64_t m, Start start, float* c, int64_
         c + i * c_row + j, c_row);
   };
   const bool down = a.column != 1;
-  std::optional<Space> space;
-  if (down) space.emplace(round_up(m, tile_rows) * std::min(depth, b.k));
-  float* left = down ? space->take(0) : nullptr;
+  Space space;
+  float* left = down ? space.take(round_up(m, tile_rows) * std::min(depth, b.k)) : nullptr;
   for (int64_t row = 0; row < b.k; row += depth, start = {c, c_row}) {
     const int64_t k = std::min(depth, b.k - row);
     for (int64_t i = 0; down && i < m; i += tile_rows)  // rows of a tile side by side
-      for (int64_t p = 0; p < k; ++p)
+      for (int64_t p = 0; p < k; ++p) {
+        prefetch(a.from(i, row + p + ahead).at);
         copy_up_to<tile_rows>(a.from(i, row + p).at, std::min(tile_rows, m - i),
                               left + i * k + p * tile_rows);
+      }
     for (int64_t j = 0; j < b.n; j += tile_columns)  // a panel stays in the first cache
       for (int64_t i = 0; i < m; i += tile_rows) {
         if (down)

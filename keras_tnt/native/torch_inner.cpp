@@ -1,7 +1,5 @@
 // The functions that torch's operators of the inner transformer call, on as many threads as torch is
 // told to use.
-#include <memory>
-
 #include "inner_transformer_gradient.h"
 
 extern "C" void forward(const float* in, const float* const* pointers, const float* keep, float* out,
@@ -19,17 +17,12 @@ extern "C" void gradient(const float* in, const float* dout, const float* const*
                          int64_t patches, float epsilon, int threads) {
   const Weights<> weights = as_weights(pointers);
   const Transposed back(weights);
-  const std::unique_ptr<Gradients[]> sums(new Gradients[threads]());
+  Space space;
+  float* sums = space.zeros(threads * sums_size);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int thread = 0; thread < threads; ++thread)
-    transform_gradient(in, dout, din, weights, back, sums[thread], keep, patches, epsilon,
-                       patches * thread / threads, patches * (thread + 1) / threads);
-  int64_t number = 0;
-  for (int i = 0; i < weight_count; ++i)
-    for (int64_t j = 0; j < weight_sizes[i]; ++j, ++number) {
-      float sum = 0.0f;
-      for (int thread = 0; thread < threads; ++thread)
-        sum += reinterpret_cast<const float*>(&sums[thread])[number];
-      gradients[i][j] = sum;
-    }
+    transform_gradient(in, dout, din, weights, back, sums_in(sums + thread * sums_size), keep,
+                       patches, epsilon, patches * thread / threads,
+                       patches * (thread + 1) / threads);
+  add_up(sums, threads, gradients);
 }

@@ -1,8 +1,10 @@
-// What is computed on whole vectors of the processor: the largest of two, e^x, GELU.
+// What is computed on whole vectors of the processor: the largest of two, e^x, GELU, transposes.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace {
 
@@ -24,6 +26,21 @@ inline Vec load(const float* from) {
   Vec x;
   std::memcpy(&x, from, sizeof x);
   return x;
+}
+
+inline void store(Vec x, float* to) { std::memcpy(to, &x, sizeof x); }
+
+// The first numbers of a vector, zeros behind them.
+inline Vec load(const float* from, int64_t count) {
+  if (count == lanes) return load(from);
+  Vec x = {};
+  std::memcpy(&x, from, count * sizeof *from);
+  return x;
+}
+
+inline void store(Vec x, float* to, int64_t count) {
+  if (count == lanes) return store(x, to);
+  std::memcpy(to, &x, count * sizeof *to);
 }
 
 // The larger of the two; y where either is NaN.
@@ -73,6 +90,49 @@ inline Vec gelu_gradient(Vec& x) {
   const Vec value = x, s = larger(value, -value), tail = normal_tail(s);
   x = larger(value, Vec{}) - s * tail;
   return (value > 0.0f ? 1.0f - tail : tail) + value * exp(s * s * -0.5f) * 0.398942280f;
+}
+
+// Exchanges the upper of each two runs of `step` lanes of a for the lower of b.
+template <int step, int... lane>
+inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, lane...>) {
+  const Vec x = a, y = b;
+#ifdef __clang__
+  a = __builtin_shufflevector(x, y, (lane & step ? lanes + (lane ^ step) : lane)...);
+  b = __builtin_shufflevector(x, y, (lane & step ? lanes + lane : lane ^ step)...);
+#else
+  a = __builtin_shuffle(x, y, Bits{(lane & step ? lanes + (lane ^ step) : lane)...});
+  b = __builtin_shuffle(x, y, Bits{(lane & step ? lanes + lane : lane ^ step)...});
+#endif
+}
+
+template <int step = lanes / 2>
+inline void transpose(Vec (&rows)[lanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i)
+    if (!(i & step))
+      exchange<step>(rows[i], rows[i + step], std::make_integer_sequence<int, lanes>());
+  if constexpr (step > 1) transpose<step / 2>(rows);
+}
+
+// to[j * to_row + i] = from[i * from_row + j] for i < rows, j < columns.
+inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
+                      int64_t to_row) {
+  if (rows < lanes || columns < lanes) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) to[j * to_row + i] = from[i * from_row + j];
+    return;
+  }
+  for (int64_t i = 0; i < rows; i += lanes)
+    for (int64_t j = 0; j < columns; j += lanes) {
+      // The last ones end with the matrix, over what was written before.
+      const int64_t top = std::min(i, rows - lanes), left = std::min(j, columns - lanes);
+      Vec block[lanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) block[k] = load(from + (top + k) * from_row + left);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) store(block[k], to + (left + k) * to_row + top);
+    }
 }
 
 }  // namespace

@@ -15,6 +15,9 @@
 #include "kernel.h"
 #include "outer_transformer_gradient.h"
 #include "xla/ffi/api/ffi.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace ffi = xla::ffi;
 using Numbers = ffi::Buffer<ffi::F32>;
@@ -54,6 +57,15 @@ static void read_weights(ffi::RemainingArgs rest, const float** weights, const f
   for (int i = 0; i < weight_count; ++i) weights[i] = rest.get<Numbers>(i)->typed_data();
   *keep = rest.size() > weight_count ? rest.get<Numbers>(weight_count)->typed_data() : nullptr;
 }
+
+// Where the gradients of the weights go.
+struct Pointers {
+  float* at[weight_count];
+
+  explicit Pointers(ffi::RemainingRets gradients) {
+    for (int i = 0; i < weight_count; ++i) at[i] = (*gradients.get<Numbers>(i))->typed_data();
+  }
+};
 
 // === The inner transformer ===
 
@@ -101,22 +113,17 @@ static ffi::Error run_gradient(ffi::ThreadPool pool, std::string_view name, floa
   const ffi::ErrorOr<Call> found = read(name, in, rest);
   if (!found.has_value()) return found.error();
   const Call& call = *found;
-  const int64_t count = call.kernel->gradient_count, rows = std::min<int64_t>(64, call.patches);
-  const std::unique_ptr<float[]> row(new float[std::max<int64_t>(rows, 1) * count]());  // zeros
+  const int64_t size = call.kernel->sums_size;
+  const int64_t rows = std::clamp<int64_t>(call.patches, 1, 64);
+  Space space;
+  float* sums = space.zeros(rows * size);
   share(pool, rows, [&](int64_t i) {
-    call.kernel->run_gradient(in.typed_data(), dout.typed_data(), din->typed_data(),
-                              call.weights, call.keep, &row[i * count], epsilon,
-                              call.patches, call.patches * i / rows,
-                              call.patches * (i + 1) / rows);
+    call.kernel->run_gradient(in.typed_data(), dout.typed_data(), din->typed_data(), call.weights,
+                              call.keep, sums + i * size, epsilon, call.patches,
+                              call.patches * i / rows, call.patches * (i + 1) / rows);
   });
-  for (int64_t i = 1; i < rows; ++i)
-    for (int64_t j = 0; j < count; ++j) row[j] += row[i * count + j];
-  const float* sum = row.get();
-  for (int i = 0; i < weight_count; ++i) {
-    ffi::Result<Numbers> gradient = *gradients.get<Numbers>(i);
-    std::copy_n(sum, gradient->element_count(), gradient->typed_data());
-    sum += gradient->element_count();
-  }
+  const Pointers to(gradients);
+  call.kernel->add_up(sums, rows, to.at);
   return ffi::Error::Success();
 }
 
@@ -141,10 +148,23 @@ struct OuterCall {
   }
 };
 
+// JAX's memory is new at each step, and the system takes long to hand it out in small pages: it is
+// told that large ones are wanted.
+static void want_large_pages(Numbers numbers) {
+#ifdef __linux__
+  constexpr uintptr_t page = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(numbers.untyped_data());
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t last = (begin + numbers.size_bytes()) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 static ffi::Error run_outer(ffi::ThreadPool pool, int64_t heads, float epsilon, Numbers in,
                             ffi::RemainingArgs rest, ffi::Result<Numbers> out,
                             ffi::Result<Numbers> kept) {
   const OuterCall call(heads, epsilon, in, rest);
+  want_large_pages(*kept);
   outer::transform(call.sizes, {share_with, &pool}, in.typed_data(), call.weights, call.keep,
                    out->typed_data(), outer::Kept(kept->typed_data(), call.sizes));
   return ffi::Error::Success();
@@ -155,13 +175,11 @@ static ffi::Error run_outer_gradient(ffi::ThreadPool pool, int64_t heads, float 
                                      ffi::RemainingArgs rest, ffi::Result<Numbers> din,
                                      ffi::RemainingRets gradients) {
   const OuterCall call(heads, epsilon, in, rest);
-  float* pointers[weight_count];
-  for (int i = 0; i < weight_count; ++i)
-    pointers[i] = (*gradients.get<Numbers>(i))->typed_data();
+  const Pointers to(gradients);
   const float* from = kept.typed_data();
   outer::transform_gradient(call.sizes, {share_with, &pool}, in.typed_data(), dout.typed_data(),
                             call.weights, call.keep, outer::Kept(from, call.sizes),
-                            din->typed_data(), as_weights(pointers));
+                            din->typed_data(), as_weights(to.at));
   return ffi::Error::Success();
 }
 
