@@ -415,7 +415,7 @@ class TNTBlock(CompositeLayer):
 
     def call(self, tokens, words, bias=None, grid=None, first_tokens=None, training=False):
         words = self.inner(words, training=training)
-        patches = self.words_to_patches(words)  # (b, patches, outer_dim)
+        patches = self.words_to_patches(words, training=training)  # (b, patches, outer_dim)
         tokens = tokens + ops.pad(patches, [[0, 0], [self.tokens_before, 0], [0, 0]])
         tokens = self.outer(
             tokens, bias=bias, grid=grid, first_tokens=first_tokens, training=training

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_tnt.layers import fused
 from keras_tnt.layers.base import (
     CompositeLayer,
     LayerNormalization,
@@ -226,9 +227,12 @@ class WordsToPatches(CompositeLayer):
         weights = look(self, ops.ones_like(words[..., 0]))  # (b, n, words)
         return x * ops.repeat(weights, words.shape[-1], axis=-1)
 
-    def call(self, words):
-        x = self.weigh(self.norm_words(self.flatten(words)), words)
-        return self.norm_patches(self.projection(x))
+    def call(self, words, training=False):
+        x = self.flatten(words)
+        patches = fused.projected(self, x, training)
+        if patches is not None:
+            return patches
+        return self.norm_patches(self.projection(self.weigh(self.norm_words(x), words)))
 
     def compute_output_shape(self, words_shape):
         return (*words_shape[:-2], self.dim)
@@ -262,7 +266,7 @@ class LegacyWordsToPatches(WordsToPatches):
         self.norm_words = self.norm("norm_words", words_shape)
         self.build_projection(words_shape)
 
-    def call(self, words):
+    def call(self, words, training=False):
         return self.projection(self.weigh(self.flatten(self.norm_words(words)), words))
 
 

@@ -1,8 +1,9 @@
-"""When a transformer block is computed in C++, and with which of its weights.
+"""What is computed in C++, when, and with which weights.
 
-Among the words of patches it is wherever a CPU computes, to train or to predict; among the patches
-where a CPU trains. In either case the block has to be nothing but norms, self-attention, MLP and
-residuals in float32, without dropout; and words have to fill the processor's vectors.
+A transformer block among the words of patches is wherever a CPU computes, to train or to predict;
+one among the patches, and what words become patches by, where a CPU trains. In either case the
+block has to be nothing but norms, self-attention, MLP and residuals in float32, without dropout;
+and words have to fill the processor's vectors.
 """
 
 import keras
@@ -25,21 +26,49 @@ def transformed(block, x, training=False):
     Returns:
         The same shape; None where there is no C++ for it, so that the block computes itself.
     """
-    operator = operator_for(block, x.shape) if runs_here(block, x, training) else None
+    if training and (block.dropout or block.attention_dropout) or not runs_here(x, training):
+        return None
+    operator = operator_for(block, x.shape)
     if operator is None:
         return None
     weights = weights_of(block, x.shape)
-    if any(keras.backend.standardize_dtype(y.dtype) != "float32" for y in (x, *weights)):
+    if not in_float32(x, *weights):
         return None
     keep = keep_of(block, x) if training and block.stochastic_depth else None
     return operator(x, weights, block.epsilon, keep)
 
 
-def runs_here(block, x, training):
-    """Whether the block is to be computed on a CPU of this process, unobserved, without dropout."""
-    if link_observer() is not None or training and (block.dropout or block.attention_dropout):
-        return False
-    if len(x.shape) == 3 and not training:
+def projected(layer, x, training=False):
+    """What a layer makes of words, in C++.
+
+    Args:
+        layer: a built `WordsToPatches`.
+        x: `(batch, patches, inputs)`, the words of each patch side by side.
+        training: whether the layer trains.
+
+    Returns:
+        `(batch, patches, dim)`; None where there is no C++ for it.
+    """
+    if not is_float32(layer.projection) or not runs_here(x, training):
+        return None
+    operator = runtimes.operator(keras.backend.backend(), native.PatchSizes(layer.dim))
+    weights = native.PatchWeights(
+        *norm_weights(layer.norm_words, x.shape),
+        *dense_weights(layer.projection),
+        *norm_weights(layer.norm_patches, x.shape),
+    )
+    if operator is None or not in_float32(x, *weights):
+        return None
+    return operator(x, weights, layer.epsilon)
+
+
+def in_float32(*tensors):
+    return all(keras.backend.standardize_dtype(x.dtype) == "float32" for x in tensors)
+
+
+def runs_here(x, training):
+    """Whether something is to be computed on a CPU of this process, unobserved."""
+    if link_observer() is not None or len(x.shape) == 3 and not training:
         return False
     if inference_device() is not None:
         return inference_device() == "cpu" and not training
@@ -77,9 +106,11 @@ def is_plain(block):
     if block.squeeze_excite or type(block.attention) is not SelfAttention:
         return False
     dense = block.attention.qkv, block.attention.projection, block.mlp.fc1, block.mlp.fc2
-    return all(
-        layer.compute_dtype == "float32" and layer.quantization_mode is None for layer in dense
-    )
+    return all(map(is_float32, dense))
+
+
+def is_float32(dense):
+    return dense.compute_dtype == "float32" and dense.quantization_mode is None
 
 
 def weights_of(block, shape):

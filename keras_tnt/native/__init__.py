@@ -38,6 +38,10 @@ class InnerSizes(NamedTuple):
 
     part = "inner"
 
+    def weights(self) -> type:
+        """What the weights are."""
+        return Weights
+
     def arguments(self) -> list[str]:
         """What the compiler is told of them."""
         defined = [f"-D{name.upper()}={int(value)}" for name, value in self._asdict().items()]
@@ -46,9 +50,17 @@ class InnerSizes(NamedTuple):
     def name(self, prefix: str = "keras_tnt") -> str:
         return "_".join([prefix, *(str(int(value)) for value in self)])
 
+    def result(self, shape: tuple) -> tuple:
+        """The shape of what becomes of words of a shape."""
+        return shape
+
     def kept(self, shape: tuple) -> list[tuple]:
         """The shapes of what its gradient needs of the forward pass beside the words."""
         return []
+
+    def numbers(self, shape: tuple) -> tuple:
+        """The integers that torch's entry takes, for words of a shape."""
+        return (shape[0] * shape[1],)
 
     def attributes(self) -> dict[str, str | int]:
         """What an XLA custom call is told of them beside its operands."""
@@ -68,12 +80,54 @@ class OuterSizes(NamedTuple):
 
     part = "outer"
 
+    # As those of `InnerSizes`, for tokens of a shape.
+
+    def weights(self) -> type:
+        return Weights
+
+    def result(self, shape: tuple) -> tuple:
+        return shape
+
     def kept(self, shape: tuple) -> list[tuple]:
-        """As `InnerSizes.kept`, for tokens of a shape."""
         return [(*shape[:2], 5 * shape[2] + self.hidden)]
+
+    def numbers(self, shape: tuple) -> tuple:
+        return *shape, *self
 
     def attributes(self) -> dict[str, str | int]:
         return {"heads": self.heads}
+
+
+class PatchSizes(NamedTuple):
+    """What patches.h cannot read off the shape of the patches' words.
+
+    Attributes:
+        dim: of a patch.
+    """
+
+    dim: int
+
+    part = "patches"
+
+    # As those of `InnerSizes`, for `(batch, patches, inputs)`.
+
+    def weights(self) -> type:
+        return PatchWeights
+
+    def result(self, shape: tuple) -> tuple:
+        return *shape[:2], self.dim
+
+    def kept(self, shape: tuple) -> list[tuple]:
+        return [self.result(shape)]
+
+    def numbers(self, shape: tuple) -> tuple:
+        return *shape, *self
+
+    def attributes(self) -> dict[str, str | int]:
+        return {}
+
+
+Sizes = InnerSizes | OuterSizes | PatchSizes
 
 
 class Weights(NamedTuple):
@@ -103,6 +157,23 @@ class Weights(NamedTuple):
     fc1_bias: Any
     fc2_kernel: Any
     fc2_bias: Any
+
+
+class PatchWeights(NamedTuple):
+    """The weights by which words become patches, in the order of `PatchWeights` in weights.h.
+
+    Attributes:
+        words_gamma, words_beta: scale and offset of the norm of a patch's words, `(inputs,)`.
+        kernel, bias: of the projection, `(inputs, dim)` and `(dim,)`.
+        patches_gamma, patches_beta: scale and offset of the norm behind it, `(dim,)`.
+    """
+
+    words_gamma: Any
+    words_beta: Any
+    kernel: Any
+    bias: Any
+    patches_gamma: Any
+    patches_beta: Any
 
 
 @functools.cache

@@ -15,10 +15,8 @@ from jax.interpreters import ad, batching, mlir
 from keras_tnt import native
 from keras_tnt.native import plain, xla_library
 
-WEIGHTS = len(native.Weights._fields)
 
-
-def make(sizes: native.InnerSizes | native.OuterSizes):
+def make(sizes: native.Sizes):
     """The function that `runtimes.operator` describes; None where there is no library for it."""
     library = xla_library.load(sizes, "-isystem", jax.ffi.include_dir())
     if library is None:
@@ -42,10 +40,15 @@ def make(sizes: native.InnerSizes | native.OuterSizes):
 # Each takes what its primitive does. Operands are x, the weights and, if there is one, `keep`.
 
 
-def plain_forward(x, *rest, sizes, epsilon):
+def inputs_of(sizes):
+    """How many of the operands have a gradient: x and the weights."""
+    return 1 + len(sizes.weights()._fields)
+
+
+def plain_forward(*operands, sizes, epsilon):
     """What x becomes, and in the place of what the C++ keeps, zeros."""
-    keep = rest[WEIGHTS] if len(rest) > WEIGHTS else None
-    result = plain.transformer(x, rest[:WEIGHTS], keep, sizes, epsilon)
+    (x, *weights), keep = operands[: inputs_of(sizes)], operands[inputs_of(sizes) :]
+    result = plain.compute(x, weights, keep[0] if keep else None, sizes, epsilon)
     return result, *(jax.numpy.zeros(shape, x.dtype) for shape in sizes.kept(x.shape))
 
 
@@ -66,7 +69,7 @@ def plain_gradient(dx, *kept_and_operands, sizes, epsilon):
     def result(*operands):
         return plain_forward(*operands, sizes=sizes, epsilon=epsilon)[0]
 
-    return jax.vjp(result, *operands)[1](dx)[: 1 + WEIGHTS]
+    return jax.vjp(result, *operands)[1](dx)[: inputs_of(sizes)]
 
 
 def split(kept_operands_and_tangents, sizes):
@@ -137,19 +140,20 @@ on_a_cpu(gradient, 1, plain_gradient)
 
 @forward.def_abstract_eval
 def _(x, *_, sizes, **__):
-    shapes = x.shape, *sizes.kept(x.shape)
+    shapes = sizes.result(x.shape), *sizes.kept(x.shape)
     return [x.update(shape=shape, weak_type=False) for shape in shapes]
 
 
 @tangent.def_abstract_eval
 def _(*args, sizes, **_):
-    return split(args, sizes)[1][0].update(weak_type=False)
+    x = split(args, sizes)[1][0]
+    return x.update(shape=sizes.result(x.shape), weak_type=False)
 
 
 @gradient.def_abstract_eval
 def _(_, *kept_and_operands, sizes, **__):
     operands = kept_and_operands[xla_library.kept_count(sizes) :]
-    return [operand.update(weak_type=False) for operand in operands[: 1 + WEIGHTS]]
+    return [operand.update(weak_type=False) for operand in operands[: inputs_of(sizes)]]
 
 
 def differentiate_forward(primals, tangents, sizes, epsilon):

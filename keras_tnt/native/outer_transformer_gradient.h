@@ -31,6 +31,29 @@ inline void layer_norm_gradient(const float* x, const float* dy, int64_t rows, i
   }
 }
 
+// The gradients of a norm's scale and offset, of each block for itself.
+class NormSums {
+ public:
+  NormSums(int64_t blocks, int64_t n, Space& space)
+      : blocks(blocks), n(n), at(space.zeros(blocks * 2 * n)) {}
+
+  float* gamma(int64_t block) const { return at + block * 2 * n; }
+  float* beta(int64_t block) const { return gamma(block) + n; }
+
+  void add_up(float* dgamma, float* dbeta) const {
+    std::fill_n(dgamma, n, 0.0f);
+    std::fill_n(dbeta, n, 0.0f);
+    for (int64_t block = 0; block < blocks; ++block) {
+      add(dgamma, gamma(block), 1.0f, n, dgamma);
+      add(dbeta, beta(block), 1.0f, n, dbeta);
+    }
+  }
+
+ private:
+  const int64_t blocks, n;
+  float* const at;
+};
+
 // dqkv of one head, for dmixed by the result of `attend`.
 inline void attend_gradient(const Sizes& s, const float* qkv, const float* dmixed, int64_t number,
                             float* dqkv) {
@@ -133,7 +156,8 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
   float *active = space.take(n * h), *dwide = space.take(n * h);
   float *dmlp = space.take(n * d), *dattention = space.take(n * d);  // by the branches' results
   float *dmixed = space.take(n * d), *dqkv = space.take(n * 3 * d);
-  float *dmiddle = space.take(n * d), *norms = space.take(blocks * 4 * d);
+  float* dmiddle = space.take(n * d);
+  const NormSums of_attention(blocks, d, space), of_mlp(blocks, d, space);
   const float* zeros = space.zeros(std::max(d, h));
 
   parallel(blocks, [&](int64_t number) {
@@ -141,8 +165,6 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
     const int64_t at = block.first * d, numbers = block.rows * d, hidden_at = block.first * h;
     Space own;
     float* dnormed = own.take(most * d);
-    float* norm = norms + number * 4 * d;
-    std::fill_n(norm, 4 * d, 0.0f);
     std::copy_n(dout + at, numbers, dmiddle + at);
     if (const float by = factor(1, block.image); by != 0) {
       scale(dout + at, by, numbers, dmlp + at);
@@ -155,7 +177,8 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
       });
       product({dwide + hidden_at, h, 1}, kernels.fc1, block.rows, {zeros, 0}, dnormed, d);
       layer_norm_gradient(kept.middle + at, dnormed, block.rows, d, w.mlp_gamma, w.mlp_beta,
-                          s.epsilon, normed_mlp + at, dmiddle + at, norm + 2 * d, norm + 3 * d);
+                          s.epsilon, normed_mlp + at, dmiddle + at, of_mlp.gamma(number),
+                          of_mlp.beta(number));
     }
     if (const float by = factor(0, block.image); by != 0) {
       scale(dmiddle + at, by, numbers, dattention + at);
@@ -174,19 +197,15 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
     if (factor(0, block.image) == 0) return;
     Space own;
     float* dnormed = own.take(most * d);
-    float* norm = norms + number * 4 * d;
     product({dqkv + block.first * 3 * d, 3 * d, 1}, kernels.qkv, block.rows, {zeros, 0}, dnormed,
             d);
     layer_norm_gradient(in + at, dnormed, block.rows, d, w.attention_gamma, w.attention_beta,
-                        s.epsilon, normed_attention + at, din + at, norm, norm + d);
+                        s.epsilon, normed_attention + at, din + at, of_attention.gamma(number),
+                        of_attention.beta(number));
   });
 
-  float* of_norms[] = {sums.attention_gamma, sums.attention_beta, sums.mlp_gamma, sums.mlp_beta};
-  for (int i = 0; i < 4; ++i) {
-    std::fill_n(of_norms[i], d, 0.0f);
-    for (int64_t block = 0; block < blocks; ++block)
-      add(of_norms[i], norms + (block * 4 + i) * d, 1.0f, d, of_norms[i]);
-  }
+  of_attention.add_up(sums.attention_gamma, sums.attention_beta);
+  of_mlp.add_up(sums.mlp_gamma, sums.mlp_beta);
 
   const DenseGradient layers[] = {
       {active, dmlp, h, d, 1, sums.fc2_kernel, sums.fc2_bias},

@@ -6,7 +6,31 @@ on another device, in a file that leaves the process, for derivatives of derivat
 
 from keras import ops
 
-from keras_tnt.native import Weights
+from keras_tnt.native import PatchWeights, Weights
+
+
+def compute(x, weights, keep, sizes, epsilon):
+    """What `native.Sizes` of any kind say: `transformer`, or `patches`, which takes no `keep`."""
+    if sizes.part == "patches":
+        return patches(x, weights, epsilon)
+    return transformer(x, weights, keep, sizes, epsilon)
+
+
+def patches(x, weights, epsilon):
+    """All words of a patch, normalised, projected and normalised (TNT, equations 5 and 6).
+
+    Args:
+        x: `(batch, patches, inputs)`, the words of a patch side by side.
+        weights: `native.PatchWeights`.
+        epsilon: of the norms.
+
+    Returns:
+        `(batch, patches, dim)`.
+    """
+    w = PatchWeights(*weights)
+    normed = normalize(x, w.words_gamma, w.words_beta, -1, epsilon)
+    projected = dense(normed, w.kernel, w.bias)
+    return normalize(projected, w.patches_gamma, w.patches_beta, -1, epsilon)
 
 
 def transformer(x, weights, keep, sizes, epsilon):

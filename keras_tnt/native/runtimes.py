@@ -61,15 +61,16 @@ def is_seen(package: str) -> bool:
     return False
 
 
-def operator(backend: str, sizes: native.InnerSizes | native.OuterSizes) -> Callable | None:
-    """The inner or the outer transformer in C++ as an operation of a backend of Keras.
+def operator(backend: str, sizes: native.Sizes) -> Callable | None:
+    """What is there in C++ as an operation of a backend of Keras.
 
     Returns:
-        A function (x, weights, epsilon, keep=None) to what x becomes, for words `(batch, patches,
-        words, dim)` or tokens `(batch, tokens, dim)` in float32 and `native.Weights`, which has a
-        gradient; None, with a warning, where it cannot be had. `keep`, `(2, batch, patches)` or
-        `(2, batch)`, is what the branches of attention and MLP are multiplied by, and has no
-        gradient.
+        A function (x, weights, epsilon, keep=None) to what x becomes, which has a gradient; None,
+        with a warning, where it cannot be had. x are words `(batch, patches, words, dim)`, tokens
+        `(batch, tokens, dim)` or the words of each patch side by side, `(batch, patches, inputs)`,
+        in float32; the weights `native.Weights` or, of the last, `native.PatchWeights`. `keep`, for
+        the first two, `(2, batch, patches)` or `(2, batch)`, is what the branches of attention and
+        MLP are multiplied by, and has no gradient.
     """
     with _lock:
         return _operator(backend, sizes)
@@ -87,12 +88,12 @@ def _operator(backend, sizes):
         return None
 
 
-def runs_here(backend: str, words, training: bool) -> bool:
+def runs_here(backend: str, x, training: bool) -> bool:
     """Whether what a backend is about to compute, or to compile, is for a CPU of this process.
 
     Args:
         backend: of Keras.
-        words: the tensor, which may be one of a program that is being made.
+        x: the tensor, which may be one of a program that is being made.
         training: whether it is for training; such programs are not made to leave the process.
 
     Returns:
@@ -100,20 +101,20 @@ def runs_here(backend: str, words, training: bool) -> bool:
     """
     ask = {"jax": _jax_runs_here, "tensorflow": _tensorflow_runs_here, "torch": _torch_runs_here}
     try:
-        return backend in ask and ask[backend](words, training)
+        return backend in ask and ask[backend](x, training)
     except Exception as error:  # of whatever kind a changed interface raises
         native.warn_slower(f"{backend} does not say for whom a program is made: {error}")
         return False
 
 
-def _jax_runs_here(words, training):
+def _jax_runs_here(x, training):
     import jax
 
     # What is compiled for other devices or exported, the operator itself sees to.
     return jax.default_backend() == "cpu"
 
 
-def _tensorflow_runs_here(words, training):
+def _tensorflow_runs_here(x, training):
     import tensorflow as tf
     from tensorflow.python.ops import control_flow_util
 
@@ -126,12 +127,12 @@ def _tensorflow_runs_here(words, training):
     return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
-def _torch_runs_here(words, training):
+def _torch_runs_here(x, training):
     import torch
     from torch.autograd import forward_ad
 
     return (
-        words.device.type == "cpu"
+        x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()

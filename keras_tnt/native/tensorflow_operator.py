@@ -11,10 +11,8 @@ from tensorflow.compiler.tf2xla.python import xla
 from keras_tnt import native
 from keras_tnt.native import plain, xla_library
 
-WEIGHTS = len(native.Weights._fields)
 
-
-def make(sizes: native.InnerSizes | native.OuterSizes):
+def make(sizes: native.Sizes):
     """The function that `runtimes.operator` describes; None where there is no library for it."""
     settings = "-isystem", tf.sysconfig.get_include(), "-DREGISTER", *tf.sysconfig.get_link_flags()
     if xla_library.load(sizes, *settings) is None:
@@ -43,7 +41,7 @@ def forward(sizes, epsilon):
             return *found, *[None] * (len(operands) - len(found))
 
         shape = operands[0].shape
-        shapes = [shape, *map(tf.TensorShape, sizes.kept(shape))]
+        shapes = [tf.TensorShape(x) for x in (sizes.result(shape), *sizes.kept(shape))]
         result, *kept = custom_call(target, operands, operands[0], shapes, sizes, epsilon)
         # By integers TensorFlow does not differentiate.
         kept = [tf.bitcast(x, tf.int32) for x in kept]
@@ -60,14 +58,14 @@ def gradient(sizes, epsilon):
     It takes what the result is propagated back of, what the forward pass kept, and its operands.
     """
     _, target = xla_library.targets(sizes)
-    count = xla_library.kept_count(sizes)
+    count, inputs_count = xla_library.kept_count(sizes), 1 + len(sizes.weights()._fields)
 
     def in_plain_operations(dx, *operands):
-        inputs, keep = operands[: 1 + WEIGHTS], operands[1 + WEIGHTS :]
+        inputs, keep = operands[:inputs_count], operands[inputs_count:]
         with tf.GradientTape() as tape:
             tape.watch(inputs)
             keep = keep[0] if keep else None
-            result = plain.transformer(inputs[0], inputs[1:], keep, sizes, epsilon)
+            result = plain.compute(inputs[0], inputs[1:], keep, sizes, epsilon)
         return tape.gradient(result, inputs, output_gradients=dx)
 
     @tf.custom_gradient
@@ -75,14 +73,14 @@ def gradient(sizes, epsilon):
         operands = kept_and_operands[count:]
 
         def back(*upstream):
-            inputs, keep = (dx, *operands[: 1 + WEIGHTS]), operands[1 + WEIGHTS :]
+            inputs, keep = (dx, *operands[:inputs_count]), operands[inputs_count:]
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
                 results = in_plain_operations(*inputs, *keep)
             of_dx, *found = tape.gradient(results, inputs, output_gradients=upstream)
             return of_dx, *[None] * count, *found, *[None] * len(keep)
 
-        shapes = [operand.shape for operand in operands[: 1 + WEIGHTS]]
+        shapes = [operand.shape for operand in operands[:inputs_count]]
         given = dx, *kept_and_operands
         return custom_call(target, given, operands[0], shapes, sizes, epsilon), back
 
@@ -97,7 +95,7 @@ def custom_call(target, operands, x, shapes, sizes, epsilon):
         operands: what xla.cpp says.
         x: that of the operands which is words or tokens.
         shapes: of the results; what is unknown of them is that axis of x.
-        sizes: `native.InnerSizes` or `native.OuterSizes`.
+        sizes: `native.Sizes`.
         epsilon: of the norms.
 
     Returns:

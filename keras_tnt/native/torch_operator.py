@@ -9,14 +9,14 @@ from keras_tnt import native
 from keras_tnt.native import plain
 
 
-def make(sizes: native.InnerSizes | native.OuterSizes):
+def make(sizes: native.Sizes):
     """The function that `runtimes.operator` describes; None where there is no library for it."""
     if library_of(sizes) is None:
         return None
-    across_words = sizes.part == "inner" and sizes.across_words
+    heads, across_words = getattr(sizes, "heads", 1), getattr(sizes, "across_words", False)
 
     def call(x, weights, epsilon, keep=None):
-        return run(x, list(weights), keep, sizes.heads, epsilon, across_words)[0]
+        return run(x, list(weights), keep, heads, epsilon, across_words)[0]
 
     return call
 
@@ -27,8 +27,8 @@ def library_of(sizes):
     inner = sizes.part == "inner"
     library = native.library(f"torch_{sizes.part}.cpp", sizes if inner else None, "-fopenmp")
     if library is not None:
-        pointer, numbers = ctypes.c_void_p, [ctypes.c_int64] * (1 if inner else 5)
-        numbers += [ctypes.c_float, ctypes.c_int]
+        pointer, integers = ctypes.c_void_p, len(sizes.numbers((1, 1, 1)))
+        numbers = [*[ctypes.c_int64] * integers, ctypes.c_float, ctypes.c_int]
         library.forward.argtypes = [*[pointer] * 5, *numbers]
         library.gradient.argtypes = [*[pointer] * 7, *numbers]
         library.forward.restype = library.gradient.restype = None
@@ -36,6 +36,8 @@ def library_of(sizes):
 
 
 def sizes_of(x, weights, heads, across_words):
+    if len(weights) == len(native.PatchWeights._fields):
+        return native.PatchSizes(native.PatchWeights(*weights).bias.numel())
     hidden = native.Weights(*weights).fc1_bias.numel()
     if x.ndim == 3:
         return native.OuterSizes(heads, hidden)
@@ -44,10 +46,7 @@ def sizes_of(x, weights, heads, across_words):
 
 def numbers_of(x, sizes, epsilon):
     """What the C++ is told in numbers: sizes, epsilon, and how many threads to use."""
-    counts = (x.shape[0] * x.shape[1],)
-    if sizes.part == "outer":
-        counts = (*x.shape, sizes.heads, sizes.hidden)
-    return *counts, epsilon, torch.get_num_threads()
+    return *sizes.numbers(x.shape), epsilon, torch.get_num_threads()
 
 
 def side_by_side(x, weights, keep):
@@ -76,7 +75,7 @@ def run(
     """Words or tokens, and what the gradient needs beside them."""
     sizes = sizes_of(x, weights, heads, across_words)
     x, weights, keep, to_weights = side_by_side(x, weights, keep)
-    results = [torch.empty_like(x), *map(x.new_empty, sizes.kept(x.shape))]
+    results = [x.new_empty(shape) for shape in (sizes.result(x.shape), *sizes.kept(x.shape))]
     library_of(sizes).forward(
         *(address(x), to_weights, address(keep)),
         *(address(results[0]), address(results[-1])),
@@ -111,8 +110,7 @@ def run_gradient(
 @run.register_fake
 def _(x, weights, keep, heads, epsilon, across_words):
     sizes = sizes_of(x, weights, heads, across_words)
-    like_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return [like_x, *map(x.new_empty, sizes.kept(x.shape))]
+    return [x.new_empty(shape) for shape in (sizes.result(x.shape), *sizes.kept(x.shape))]
 
 
 @run_gradient.register_fake
@@ -128,12 +126,13 @@ def plain_gradient(x, weights, keep, kept, gradient, heads, epsilon, across_word
     inputs = [
         y.view_as(y) if y.requires_grad else y.detach().requires_grad_() for y in (x, *weights)
     ]
-    result = plain.transformer(inputs[0], inputs[1:], keep, sizes, epsilon)
+    result = plain.compute(inputs[0], inputs[1:], keep, sizes, epsilon)
     return torch.autograd.grad(result, inputs, gradient, create_graph=True)
 
 
 def remember(ctx, inputs, output):
     x, weights, keep, *ctx.settings = inputs
+    ctx.count = len(weights)
     ctx.set_materialize_grads(False)  # there is none by what is kept
     ctx.save_for_backward(x, keep, *weights, *output[1:])
 
@@ -146,7 +145,7 @@ def is_batched(tensor):
 
 def backward(ctx, gradients):
     x, keep, *rest = ctx.saved_tensors
-    count = len(native.Weights._fields)
+    count = ctx.count
     in_plain = torch.is_grad_enabled() or is_batched(gradients[0])
     find = plain_gradient if in_plain else run_gradient
     of_x, *of_weights = find(x, rest[:count], keep, rest[count:], gradients[0], *ctx.settings)

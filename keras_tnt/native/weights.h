@@ -18,12 +18,23 @@ struct Weights {
   Number *fc2_kernel, *fc2_bias;  // (hidden, dim)
 };
 
-constexpr int weight_count = sizeof(Weights<>) / sizeof(float*);
-constexpr int fc1_bias = 9;  // its place among them
+// By which all words of a patch, `inputs` numbers, become a patch: scale and offset of the norms
+// before and behind the projection, and its kernel (inputs, dim).
+template <typename Number = const float>
+struct PatchWeights {
+  Number *words_gamma, *words_beta;
+  Number *kernel, *bias;
+  Number *patches_gamma, *patches_beta;
+};
 
-template <typename Number>
-inline Weights<Number> as_weights(Number* const* pointers) {
-  Weights<Number> weights;
+template <template <typename> typename Which>
+constexpr int count_of = sizeof(Which<float>) / sizeof(float*);
+constexpr int weight_count = count_of<Weights>;
+constexpr int fc1_bias = 9, patch_bias = 3;  // their places
+
+template <template <typename> typename Which = Weights, typename Number>
+inline Which<Number> as_weights(Number* const* pointers) {
+  Which<Number> weights;
   std::memcpy(&weights, pointers, sizeof weights);
   return weights;
 }

@@ -1,7 +1,8 @@
-// XLA's custom calls, for JAX and TensorFlow. Operands are words `(..., words, dim)` or tokens `(batch,
-// tokens, dim)`, the weights in the order of `Weights`, and, if a branch may be skipped, `keep`. In
-// the gradient's calls what is to be propagated back, and what the forward pass kept, stand in front.
-// Those of the inner transformer are kernels of one size each, which the attribute `kernel` names.
+// XLA's custom calls, for JAX and TensorFlow. Operands are words `(..., words, dim)`, tokens `(batch,
+// tokens, dim)` or the words of each patch side by side, `(batch, patches, inputs)`; the weights in the
+// order of `Weights` or `PatchWeights`; and, if a branch may be skipped, `keep`. In the gradient's calls
+// what is to be propagated back, and what the forward pass kept, stand in front. Those of the inner
+// transformer are kernels of one size each, which the attribute `kernel` names.
 #include <algorithm>
 #include <atomic>
 #include <map>
@@ -13,7 +14,7 @@
 #include <vector>
 
 #include "kernel.h"
-#include "outer_transformer_gradient.h"
+#include "patches.h"
 #include "xla/ffi/api/ffi.h"
 #ifdef __linux__
 #include <sys/mman.h>
@@ -52,18 +53,20 @@ static void share(ffi::ThreadPool pool, int64_t parts, Part part) {
   while (work->done.load() < parts) std::this_thread::yield();
 }
 
-// Pointers to the weights, and to `keep`: null where every branch is computed.
-static void read_weights(ffi::RemainingArgs rest, const float** weights, const float** keep) {
-  for (int i = 0; i < weight_count; ++i) weights[i] = rest.get<Numbers>(i)->typed_data();
-  *keep = rest.size() > weight_count ? rest.get<Numbers>(weight_count)->typed_data() : nullptr;
+// Fills in pointers to the weights. Returns `keep`: null where every branch is computed.
+template <int count>
+static const float* read_weights(ffi::RemainingArgs rest, const float* (&weights)[count]) {
+  for (int i = 0; i < count; ++i) weights[i] = rest.get<Numbers>(i)->typed_data();
+  return rest.size() > count ? rest.get<Numbers>(count)->typed_data() : nullptr;
 }
 
 // Where the gradients of the weights go.
+template <int count>
 struct Pointers {
-  float* at[weight_count];
+  float* at[count];
 
   explicit Pointers(ffi::RemainingRets gradients) {
-    for (int i = 0; i < weight_count; ++i) at[i] = (*gradients.get<Numbers>(i))->typed_data();
+    for (int i = 0; i < count; ++i) at[i] = (*gradients.get<Numbers>(i))->typed_data();
   }
 };
 
@@ -87,7 +90,7 @@ static ffi::ErrorOr<Call> read(std::string_view name, Numbers in, ffi::Remaining
           "No inner transformer of these sizes was loaded: " + std::string(name)));
     call.kernel = found->second;
   }
-  read_weights(rest, call.weights, &call.keep);
+  call.keep = read_weights(rest, call.weights);
   call.patches = in.element_count() / call.kernel->patch_size;
   return call;
 }
@@ -122,7 +125,7 @@ static ffi::Error run_gradient(ffi::ThreadPool pool, std::string_view name, floa
                               call.keep, sums + i * size, epsilon, call.patches,
                               call.patches * i / rows, call.patches * (i + 1) / rows);
   });
-  const Pointers to(gradients);
+  const Pointers<weight_count> to(gradients);
   call.kernel->add_up(sums, rows, to.at);
   return ffi::Error::Success();
 }
@@ -140,7 +143,7 @@ struct OuterCall {
 
   OuterCall(int64_t heads, float epsilon, Numbers in, ffi::RemainingArgs rest) {
     const float* pointers[weight_count];
-    read_weights(rest, pointers, &keep);
+    keep = read_weights(rest, pointers);
     weights = as_weights(pointers);
     const auto shape = in.dimensions();
     const int64_t hidden = rest.get<Numbers>(fc1_bias)->element_count();
@@ -175,7 +178,7 @@ static ffi::Error run_outer_gradient(ffi::ThreadPool pool, int64_t heads, float 
                                      ffi::RemainingArgs rest, ffi::Result<Numbers> din,
                                      ffi::RemainingRets gradients) {
   const OuterCall call(heads, epsilon, in, rest);
-  const Pointers to(gradients);
+  const Pointers<weight_count> to(gradients);
   const float* from = kept.typed_data();
   outer::transform_gradient(call.sizes, {share_with, &pool}, in.typed_data(), dout.typed_data(),
                             call.weights, call.keep, outer::Kept(from, call.sizes),
@@ -183,37 +186,66 @@ static ffi::Error run_outer_gradient(ffi::ThreadPool pool, int64_t heads, float 
   return ffi::Error::Success();
 }
 
+// === From words to patches ===
+
+struct PatchesCall {
+  patches::Sizes sizes;
+  PatchWeights<> weights;
+
+  PatchesCall(float epsilon, Numbers in, ffi::RemainingArgs rest) {
+    const float* pointers[count_of<PatchWeights>];
+    read_weights(rest, pointers);
+    weights = as_weights<PatchWeights>(pointers);
+    const auto shape = in.dimensions();
+    sizes = {shape[0], shape[1], shape[2], rest.get<Numbers>(patch_bias)->element_count(), epsilon};
+  }
+};
+
+static ffi::Error run_patches(ffi::ThreadPool pool, float epsilon, Numbers in,
+                              ffi::RemainingArgs rest, ffi::Result<Numbers> out,
+                              ffi::Result<Numbers> kept) {
+  const PatchesCall call(epsilon, in, rest);
+  patches::project(call.sizes, {share_with, &pool}, in.typed_data(), call.weights,
+                   out->typed_data(), kept->typed_data());
+  return ffi::Error::Success();
+}
+
+static ffi::Error run_patches_gradient(ffi::ThreadPool pool, float epsilon, Numbers dout,
+                                       Numbers kept, Numbers in, ffi::RemainingArgs rest,
+                                       ffi::Result<Numbers> din, ffi::RemainingRets gradients) {
+  const PatchesCall call(epsilon, in, rest);
+  const Pointers<count_of<PatchWeights>> to(gradients);
+  patches::project_gradient(call.sizes, {share_with, &pool}, in.typed_data(), dout.typed_data(),
+                            call.weights, kept.typed_data(), din->typed_data(),
+                            as_weights<PatchWeights>(to.at));
+  return ffi::Error::Success();
+}
+
 // === What XLA finds ===
 
-#define INNER() \
-  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<std::string_view>("kernel").Attr<float>("epsilon")
-#define OUTER() \
-  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("heads").Attr<float>("epsilon")
+#define CALL() ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+#define INNER() CALL().Attr<std::string_view>("kernel").Attr<float>("epsilon")
+#define OUTER() CALL().Attr<int64_t>("heads").Attr<float>("epsilon")
+#define PATCHES() CALL().Attr<float>("epsilon")
+// Operands and results: with what the forward pass keeps, and without.
+#define FORWARD() Arg<Numbers>().RemainingArgs().Ret<Numbers>()
+#define GRADIENT() Arg<Numbers>().Arg<Numbers>().RemainingArgs().Ret<Numbers>().RemainingRets()
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_inner_transformer, run,
-                              INNER().Arg<Numbers>().RemainingArgs().Ret<Numbers>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    keras_tnt_inner_transformer_gradient, run_gradient,
-    INNER().Arg<Numbers>().Arg<Numbers>().RemainingArgs().Ret<Numbers>().RemainingRets());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    keras_tnt_outer_transformer, run_outer,
-    OUTER().Arg<Numbers>().RemainingArgs().Ret<Numbers>().Ret<Numbers>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer_transformer_gradient, run_outer_gradient,
-                              OUTER()
-                                  .Arg<Numbers>()
-                                  .Arg<Numbers>()
-                                  .Arg<Numbers>()
-                                  .RemainingArgs()
-                                  .Ret<Numbers>()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_inner, run, INNER().FORWARD());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_inner_gradient, run_gradient, INNER().GRADIENT());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer, run_outer, OUTER().FORWARD().Ret<Numbers>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer_gradient, run_outer_gradient,
+                              OUTER().Arg<Numbers>().GRADIENT());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_patches, run_patches, PATCHES().FORWARD().Ret<Numbers>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_patches_gradient, run_patches_gradient,
+                              PATCHES().Arg<Numbers>().GRADIENT());
 
 #ifdef REGISTER
 #define REGISTER_ON_HOST(name) XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), #name, "Host", name)
-REGISTER_ON_HOST(keras_tnt_inner_transformer);
-REGISTER_ON_HOST(keras_tnt_inner_transformer_gradient);
-REGISTER_ON_HOST(keras_tnt_outer_transformer);
-REGISTER_ON_HOST(keras_tnt_outer_transformer_gradient);
+REGISTER_ON_HOST(keras_tnt_inner);
+REGISTER_ON_HOST(keras_tnt_inner_gradient);
+REGISTER_ON_HOST(keras_tnt_outer);
+REGISTER_ON_HOST(keras_tnt_outer_gradient);
+REGISTER_ON_HOST(keras_tnt_patches);
+REGISTER_ON_HOST(keras_tnt_patches_gradient);
 #endif

@@ -5,29 +5,29 @@ import ctypes
 from keras_tnt import native
 
 
-def targets(sizes: native.InnerSizes | native.OuterSizes) -> tuple[str, str]:
+def targets(sizes: native.Sizes) -> tuple[str, str]:
     """What xla.cpp calls its functions, and a framework the custom calls: forward and gradient."""
-    name = f"keras_tnt_{sizes.part}_transformer"
+    name = f"keras_tnt_{sizes.part}"
     return name, f"{name}_gradient"
 
 
-def kept_count(sizes: native.InnerSizes | native.OuterSizes) -> int:
+def kept_count(sizes: native.Sizes) -> int:
     """How many operands of the gradient are what the forward pass kept."""
     return len(sizes.kept((1, 1, 1)))
 
 
-def load(sizes: native.InnerSizes | native.OuterSizes, *settings: str) -> ctypes.CDLL | None:
+def load(sizes: native.Sizes, *settings: str) -> ctypes.CDLL | None:
     """The library of the custom calls, which from now on finds the kernel of an inner transformer.
 
     Args:
-        sizes: of the inner or outer transformer.
+        sizes: of what is computed.
         settings: arguments for the compiler: where a framework has XLA's headers, and the like.
 
     Returns:
         The library; None, with a warning, where it cannot be had.
     """
     library = native.library("xla.cpp", None, *settings)
-    if library is None or sizes.part == "outer":
+    if library is None or sizes.part != "inner":
         return library
     kernel = native.library("kernel.cpp", sizes)
     if kernel is None:
