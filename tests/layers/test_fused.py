@@ -1,4 +1,4 @@
-"""A transformer in C++ is the transformer, and stands in only where it may."""
+"""What is computed in C++ is the same, and stands in only where it may."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_tnt import native
-from keras_tnt.layers import TransformerBlock, fused
+from keras_tnt.layers import TransformerBlock, WordsToPatches, fused
 from keras_tnt.layers.attention import record_attention
 from keras_tnt.layers.base import inference_on
 from keras_tnt.native import plain, runtimes
@@ -156,23 +156,23 @@ def test_of_an_unknown_release_the_block_computes_itself(monkeypatch):
 
 
 class Learned(keras.layers.Layer):
-    """A block and what it transforms while it trains, which is a weight too."""
+    """A layer and the words or tokens it is called with while it trains, a weight too."""
 
-    def __init__(self, block, words):
+    def __init__(self, layer, words):
         super().__init__()
-        self.block = block
+        self.layer = layer
         self.words = self.add_weight(words.shape)
         self.words.assign(words)
         self.built = True
 
     def call(self):
-        return self.block(self.words + 0.0, training=True)
+        return self.layer(self.words + 0.0, training=True)
 
     def gradients(self):
         """The result, and the gradients by words and weights."""
-        restart_seeds(self.block)
+        restart_seeds(self.layer)
         result = ops.convert_to_numpy(self.call())
-        restart_seeds(self.block)
+        restart_seeds(self.layer)
         return [result, *gradients(self, self.call, ())]
 
 
@@ -199,16 +199,57 @@ def restart_seeds(layer):
 )
 def test_the_cpp_learns_what_the_block_learns(shape, options, monkeypatch):
     block, words, _ = block_and_words(shape, **options)
-    learned = Learned(block, words)
+    check_learned(Learned(block, words), "transform", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "use_bias"),
+    [
+        ((3, 5, 16, 4), 20, True),
+        ((1, 1, 9, 3), 7, False),
+        ((2, 230, 4, 6), 33, True),  # more patches than are computed at once
+    ],
+)
+def test_the_cpp_learns_how_words_become_patches(shape, dim, use_bias, monkeypatch):
+    layer = words_to_patches(shape, dim, use_bias=use_bias)
+    check_learned(Learned(layer, normal(shape)), "weigh", monkeypatch)
+
+
+def words_to_patches(shape, dim, **options):
+    layer = WordsToPatches(dim, **options)
+    layer.build(shape)
+    weights = enumerate(layer.get_weights())
+    layer.set_weights([normal(weight.shape, seed=i) for i, weight in weights])
+    return layer
+
+
+def check_learned(learned, plain_part, monkeypatch):
+    """A layer learns in C++, without a part that it would call, what it learns without C++."""
     with monkeypatch.context() as without:
         without.setattr(fused, "runs_here", lambda *_: False)
         expected = learned.gradients()
-    monkeypatch.setattr(block, "transform", None)
-    found = learned.gradients()
+    with monkeypatch.context() as within:
+        within.setattr(learned.layer, plain_part, None)
+        found, again = learned.gradients(), learned.gradients()
     for actual, wanted in zip(found, expected, strict=True):
         assert np.max(np.abs(actual - wanted)) <= 1e-5 * np.max(np.abs(wanted))
-    for first, second in zip(found, learned.gradients(), strict=True):
+    for first, second in zip(found, again, strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "training, options",
+    [(False, {}), (True, {"dtype": "mixed_bfloat16"}), (True, {"dtype": "float64"})],
+)
+@pytest.mark.one_backend
+def test_words_become_patches_without_it_elsewhere(training, options, monkeypatch):
+    monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
+    layer = words_to_patches((1, 3, 16, 4), 8, **options)
+    assert layer(ops.ones((1, 3, 16, 4)), training=training).shape == (1, 3, 8)
+    with record_attention():
+        layer(ops.ones((1, 3, 16, 4)), training=True)
+    layer.projection.quantize("int8")
+    layer(ops.ones((1, 3, 16, 4)), training=True)
 
 
 def tiny(family, **arguments):
@@ -245,20 +286,30 @@ def test_a_model_fits_alike_with_the_cpp_and_without(family, batch_size, monkeyp
 # === Derivatives of derivatives, and what is exported ===
 
 
-@pytest.fixture(params=[(2, 3, 16, 8), (3, 7, 8)], ids=["words", "tokens"])
+@pytest.fixture(
+    params=[
+        ((2, 3, 16, 8), native.InnerSizes(16, 8, heads=2, hidden=32, across_words=False)),
+        ((3, 7, 8), native.OuterSizes(heads=2, hidden=32)),
+        ((3, 7, 12), native.PatchSizes(dim=6)),
+    ],
+    ids=["words", "tokens", "patches"],
+)
 def operation(request):
     """A function of words or tokens through the operator, the same without it, and them."""
-    block, words, _ = block_and_words(request.param)
-    operator, weights = fused.operator_for(block, words.shape), fused.weights_of(block, words.shape)
+    shape, sizes = request.param
+    if sizes.part == "patches":
+        shapes = native.PatchWeights((12,), (12,), (12, 6), (6,), (6,), (6,))
+        weights = [normal(weight, seed=i) for i, weight in enumerate(shapes)]
+        words, keep = ops.convert_to_tensor(normal(shape)), None
+    else:
+        block, words, _ = block_and_words(shape)
+        weights = fused.weights_of(block, shape)
+        keep = ops.convert_to_tensor(1.5 * (normal((2, *shape[:-2])) > -0.5).astype("float32"))
     weights = [ops.stop_gradient(ops.convert_to_tensor(weight)) for weight in weights]
-    keep = 1.5 * (normal((2, *request.param[:-2])) > -0.5).astype("float32")
-    keep = ops.convert_to_tensor(keep)
-    sizes = native.OuterSizes(heads=2, hidden=32)
-    if len(request.param) == 4:
-        sizes = native.InnerSizes(16, 8, heads=2, hidden=32, across_words=False)
+    operator = runtimes.operator(BACKEND, sizes)
     return (
-        lambda x: ops.sum(ops.square(operator(x, weights, 1e-5, keep))),
-        lambda x: ops.sum(ops.square(plain.transformer(x, weights, keep, sizes, 1e-5))),
+        lambda x: ops.sum(ops.power(operator(x, weights, 1e-5, keep), 3)),
+        lambda x: ops.sum(ops.power(plain.compute(x, weights, keep, sizes, 1e-5), 3)),
         words,
     )
 
@@ -304,12 +355,12 @@ def test_jax_transforms_it(operation):
     in_cpp, in_plain, words = operation
     with jax.disable_jit():
         assert_close_relatively(jax.grad(in_cpp)(words), jax.grad(in_plain)(words))
-    several = ops.stack([words, -words])
+    several, direction = ops.stack([words, -words]), ops.square(words)
     for transform in (
-        lambda function: jax.jvp(function, (words,), (words,))[1],
+        lambda function: jax.jvp(function, (words,), (direction,))[1],
         lambda function: jax.vmap(jax.grad(function))(several),
         lambda function: jax.grad(jax.checkpoint(function))(words),
-        lambda function: jax.jvp(jax.grad(function), (words,), (words,))[1],
+        lambda function: jax.jvp(jax.grad(function), (words,), (direction,))[1],
     ):
         assert_close_relatively(transform(in_cpp), transform(in_plain))
 
@@ -391,6 +442,10 @@ def test_torch_may_compile_what_learns(shape):
     ]
     keep = torch.ones(2, *shape[:-2])
     arguments = words.requires_grad_(), weights, keep, block.num_heads, 1e-5, False
+    torch.library.opcheck(torch_operator.run, arguments)
+    shapes = (8,), (8,), (8, 6), (6,), (6,), (6,)
+    weights = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    arguments = torch.randn(2, 7, 8, requires_grad=True), weights, None, 1, 1e-5, False
     torch.library.opcheck(torch_operator.run, arguments)
 
 
