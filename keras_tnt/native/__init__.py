@@ -1,4 +1,4 @@
-"""The transformers in C++, compiled for the machine where they are to run."""
+"""The parts of TNT's block in C++, compiled for the machine where they are to run."""
 
 import ctypes
 import functools

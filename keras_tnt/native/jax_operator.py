@@ -1,4 +1,4 @@
-"""The transformers as operations of JAX.
+"""The parts of TNT's block as operations of JAX.
 
 They are primitives of their own, so that each program takes the C++ where it can: one that is
 compiled for a single CPU of this process has the custom call; one for another device or several,

@@ -1,4 +1,4 @@
-"""The transformers in the operations of Keras's backend, on the weights that the C++ takes.
+"""The parts of TNT's block in the operations of Keras's backend, on the weights of the C++.
 
 It is what the C++ is the same as. Programs that hold the C++ fall back on it where there is none:
 on another device, in a file that leaves the process, for derivatives of derivatives.

@@ -1,4 +1,4 @@
-"""How each runtime calls the transformers in C++, and what of them promises nothing.
+"""How each runtime calls what is in C++, and what of them promises nothing.
 
 Interfaces that a runtime may change in any release are used here alone. A release that is not in
 `SEEN`, or one that fails, means another, slower way and a warning, never an error.

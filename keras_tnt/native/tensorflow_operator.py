@@ -1,4 +1,4 @@
-"""The transformers as operations of TensorFlow: XLA's custom calls.
+"""The parts of TNT's block as operations of TensorFlow: XLA's custom calls.
 
 XLA compiles what is around them if it compiles the program, and the calls alone if it does not.
 """

@@ -1,4 +1,4 @@
-"""The transformers as operations of torch; sizes are read off their tensors."""
+"""The parts of TNT's block as operations of torch; sizes are read off their tensors."""
 
 import ctypes
 import functools
@@ -63,7 +63,7 @@ def address(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-@torch.library.custom_op("keras_tnt::transformer", mutates_args=(), tags=torch.Tag.flexible_layout)
+@torch.library.custom_op("keras_tnt::compute", mutates_args=(), tags=torch.Tag.flexible_layout)
 def run(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -72,7 +72,7 @@ def run(
     epsilon: float,
     across_words: bool,
 ) -> list[torch.Tensor]:
-    """Words or tokens, and what the gradient needs beside them."""
+    """What x becomes, and what the gradient needs beside it."""
     sizes = sizes_of(x, weights, heads, across_words)
     x, weights, keep, to_weights = side_by_side(x, weights, keep)
     results = [x.new_empty(shape) for shape in (sizes.result(x.shape), *sizes.kept(x.shape))]
@@ -84,7 +84,7 @@ def run(
     return results
 
 
-@torch.library.custom_op("keras_tnt::transformer_gradient", mutates_args=())
+@torch.library.custom_op("keras_tnt::compute_gradient", mutates_args=())
 def run_gradient(
     x: torch.Tensor,
     weights: list[torch.Tensor],

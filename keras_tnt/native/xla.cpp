@@ -64,6 +64,19 @@ static const float* read_weights(ffi::RemainingArgs rest, const float* (&weights
   return rest.size() > count ? rest.get<Numbers>(count)->typed_data() : nullptr;
 }
 
+// JAX's memory is new at each step, and the system takes long to hand it out in small pages: it is
+// told that large ones are wanted where these numbers go, and what shares those pages with them.
+static void want_large_pages(Numbers numbers) {
+#ifdef __linux__
+  constexpr uintptr_t page = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(numbers.untyped_data());
+  const uintptr_t first = begin / page * page;
+  const uintptr_t last = (begin + numbers.size_bytes() + page - 1) / page * page;
+  if (numbers.size_bytes() >= page)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Where the gradients of the weights go.
 template <int count>
 struct Pointers {
@@ -105,6 +118,7 @@ static ffi::Error run(ffi::ThreadPool pool, std::string_view name, float epsilon
   const ffi::ErrorOr<Call> found = read(name, in, rest);
   if (!found.has_value()) return found.error();
   const Call& call = *found;
+  want_large_pages(*out);
   share(pool, (call.patches + at_once - 1) / at_once, [&](int64_t i) {
     call.kernel->run(in.typed_data(), out->typed_data(), call.weights, call.keep, epsilon,
                      call.patches, i * at_once, std::min((i + 1) * at_once, call.patches));
@@ -155,18 +169,6 @@ struct OuterCall {
   }
 };
 
-// JAX's memory is new at each step, and the system takes long to hand it out in small pages: it is
-// told that large ones are wanted.
-static void want_large_pages(Numbers numbers) {
-#ifdef __linux__
-  constexpr uintptr_t page = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(numbers.untyped_data());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + numbers.size_bytes()) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // What making a program took, hundreds of MiB, is given back before its first step takes as much. A
 // program is known by the shape of its tokens.
 static void give_back_before_first_step(Numbers tokens) {
@@ -183,6 +185,7 @@ static ffi::Error run_outer(ffi::ThreadPool pool, int64_t heads, float epsilon, 
                             ffi::Result<Numbers> kept) {
   const OuterCall call(heads, epsilon, in, rest);
   give_back_before_first_step(in);
+  want_large_pages(*out);
   want_large_pages(*kept);
   outer::transform(call.sizes, {share_with, &pool}, in.typed_data(), call.weights, call.keep,
                    out->typed_data(), outer::Kept(kept->typed_data(), call.sizes));
@@ -221,6 +224,8 @@ static ffi::Error run_patches(ffi::ThreadPool pool, float epsilon, Numbers in,
                               ffi::RemainingArgs rest, ffi::Result<Numbers> out,
                               ffi::Result<Numbers> kept) {
   const PatchesCall call(epsilon, in, rest);
+  want_large_pages(*out);
+  want_large_pages(*kept);
   patches::project(call.sizes, {share_with, &pool}, in.typed_data(), call.weights,
                    out->typed_data(), kept->typed_data());
   return ffi::Error::Success();
