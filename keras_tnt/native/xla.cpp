@@ -17,9 +17,6 @@
 #include "kernel.h"
 #include "patches.h"
 #include "xla/ffi/api/ffi.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -64,19 +61,6 @@ static const float* read_weights(ffi::RemainingArgs rest, const float* (&weights
   return rest.size() > count ? rest.get<Numbers>(count)->typed_data() : nullptr;
 }
 
-// JAX's memory is new at each step, and the system takes long to hand it out in small pages: it is
-// told that large ones are wanted where these numbers go, and what shares those pages with them.
-static void want_large_pages(Numbers numbers) {
-#ifdef __linux__
-  constexpr uintptr_t page = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(numbers.untyped_data());
-  const uintptr_t first = begin / page * page;
-  const uintptr_t last = (begin + numbers.size_bytes() + page - 1) / page * page;
-  if (numbers.size_bytes() >= page)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // Where the gradients of the weights go.
 template <int count>
 struct Pointers {
@@ -118,7 +102,6 @@ static ffi::Error run(ffi::ThreadPool pool, std::string_view name, float epsilon
   const ffi::ErrorOr<Call> found = read(name, in, rest);
   if (!found.has_value()) return found.error();
   const Call& call = *found;
-  want_large_pages(*out);
   share(pool, (call.patches + at_once - 1) / at_once, [&](int64_t i) {
     call.kernel->run(in.typed_data(), out->typed_data(), call.weights, call.keep, epsilon,
                      call.patches, i * at_once, std::min((i + 1) * at_once, call.patches));
@@ -185,8 +168,6 @@ static ffi::Error run_outer(ffi::ThreadPool pool, int64_t heads, float epsilon, 
                             ffi::Result<Numbers> kept) {
   const OuterCall call(heads, epsilon, in, rest);
   give_back_before_first_step(in);
-  want_large_pages(*out);
-  want_large_pages(*kept);
   outer::transform(call.sizes, {share_with, &pool}, in.typed_data(), call.weights, call.keep,
                    out->typed_data(), outer::Kept(kept->typed_data(), call.sizes));
   return ffi::Error::Success();
@@ -224,8 +205,6 @@ static ffi::Error run_patches(ffi::ThreadPool pool, float epsilon, Numbers in,
                               ffi::RemainingArgs rest, ffi::Result<Numbers> out,
                               ffi::Result<Numbers> kept) {
   const PatchesCall call(epsilon, in, rest);
-  want_large_pages(*out);
-  want_large_pages(*kept);
   patches::project(call.sizes, {share_with, &pool}, in.typed_data(), call.weights,
                    out->typed_data(), kept->typed_data());
   return ffi::Error::Success();
