@@ -104,8 +104,9 @@ struct DenseGradient {
   int64_t inputs, outputs;
   int branch;  // of which images may be skipped
   float *kernel, *bias;
+  int64_t most_inputs = 28 * tile_rows;  // of a part
 
-  static constexpr int64_t most_inputs = 28 * tile_rows, most_outputs = 12 * tile_columns;
+  static constexpr int64_t most_outputs = 12 * tile_columns;
   static constexpr int64_t at_once = depth / 2;  // of the rows
 
   int64_t parts_down() const { return parts_of(inputs, most_inputs); }

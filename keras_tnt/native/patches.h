@@ -45,7 +45,7 @@ inline void project_gradient(const Sizes& s, Parallel parallel, const float* in,
   const Panels kernel = {space.take(Panels::size(s.dim, s.inputs)), s.dim, s.inputs};
   const Matrix transposed = Matrix{w.kernel, s.dim, 1}.transposed();
   parallel(kernel.count(), [&](int64_t panel) { kernel.pack(transposed, s.inputs, panel); });
-  float *normed = space.take(n * s.inputs), *dprojected = space.zeros(n * s.dim);
+  float *normed = space.take(n * s.inputs), *dprojected = space.take(n * s.dim);
   const float* zeros = space.zeros(s.inputs);
   outer::NormSums words(blocks, s.inputs, space), patches(blocks, s.dim, space);
 
@@ -55,6 +55,7 @@ inline void project_gradient(const Sizes& s, Parallel parallel, const float* in,
     Space own;
     float* dnormed = own.take(block.rows * s.inputs);
     float* result = own.take(block.rows * s.dim);
+    std::fill_n(dprojected + at, block.rows * s.dim, 0.0f);
     outer::layer_norm_gradient(kept + at, dout + at, block.rows, s.dim, w.patches_gamma,
                                w.patches_beta, s.epsilon, result, dprojected + at,
                                patches.gamma(number), patches.beta(number));
@@ -67,7 +68,9 @@ inline void project_gradient(const Sizes& s, Parallel parallel, const float* in,
 
   words.add_up(sums.words_gamma, sums.words_beta);
   patches.add_up(sums.patches_gamma, sums.patches_beta);
-  const outer::DenseGradient layer = {normed, dprojected, s.inputs, s.dim, 0, sums.kernel, sums.bias};
+  // There is nothing beside it to keep other threads busy: smaller parts than elsewhere.
+  const outer::DenseGradient layer = {normed,      dprojected, s.inputs,      s.dim, 0,
+                                      sums.kernel, sums.bias,  7 * tile_rows};
   parallel(layer.parts(),
            [&](int64_t part) { layer.compute(s.outer(), {nullptr, s.images}, part); });
 }
