@@ -52,14 +52,14 @@ def projected(layer, x, training=False):
     if not is_float32(layer.projection) or not runs_here(x, training):
         return None
     operator = runtimes.operator(keras.backend.backend(), native.PatchSizes(layer.dim))
+    if operator is None:
+        return None
     weights = native.PatchWeights(
         *norm_weights(layer.norm_words, x.shape),
         *dense_weights(layer.projection),
         *norm_weights(layer.norm_patches, x.shape),
     )
-    if operator is None or not in_float32(x, *weights):
-        return None
-    return operator(x, weights, layer.epsilon)
+    return operator(x, weights, layer.epsilon) if in_float32(x, *weights) else None
 
 
 def in_float32(*tensors):

@@ -19,117 +19,6 @@ HEADER = FOLDER / "inner_transformer.h"
 LANES = 16
 
 
-class InnerSizes(NamedTuple):
-    """What inner_transformer.h wants defined: a program for each.
-
-    Attributes:
-        words: of a patch; a multiple of `LANES`.
-        dim: of a word.
-        heads: of the attention.
-        hidden: dimension of the MLP.
-        across_words: whether norms run over all words of a patch.
-    """
-
-    words: int
-    dim: int
-    heads: int
-    hidden: int
-    across_words: bool
-
-    part = "inner"
-
-    def weights(self) -> type:
-        """What the weights are."""
-        return Weights
-
-    def arguments(self) -> list[str]:
-        """What the compiler is told of them."""
-        defined = [f"-D{name.upper()}={int(value)}" for name, value in self._asdict().items()]
-        return [*defined, "-include", str(HEADER)]
-
-    def name(self, prefix: str = "keras_tnt") -> str:
-        return "_".join([prefix, *(str(int(value)) for value in self)])
-
-    def result(self, shape: tuple) -> tuple:
-        """The shape of what becomes of words of a shape."""
-        return shape
-
-    def kept(self, shape: tuple) -> list[tuple]:
-        """The shapes of what its gradient needs of the forward pass beside the words."""
-        return []
-
-    def numbers(self, shape: tuple) -> tuple:
-        """The integers that torch's entry takes, for words of a shape."""
-        return (shape[0] * shape[1],)
-
-    def attributes(self) -> dict[str, str | int]:
-        """What an XLA custom call is told of them beside its operands."""
-        return {"kernel": self.name()}
-
-
-class OuterSizes(NamedTuple):
-    """What outer_transformer.h cannot read off the shapes of the tokens.
-
-    Attributes:
-        heads: of the attention.
-        hidden: dimension of the MLP.
-    """
-
-    heads: int
-    hidden: int
-
-    part = "outer"
-
-    # As those of `InnerSizes`, for tokens of a shape.
-
-    def weights(self) -> type:
-        return Weights
-
-    def result(self, shape: tuple) -> tuple:
-        return shape
-
-    def kept(self, shape: tuple) -> list[tuple]:
-        return [(*shape[:2], 5 * shape[2] + self.hidden)]
-
-    def numbers(self, shape: tuple) -> tuple:
-        return *shape, *self
-
-    def attributes(self) -> dict[str, str | int]:
-        return {"heads": self.heads}
-
-
-class PatchSizes(NamedTuple):
-    """What patches.h cannot read off the shape of the patches' words.
-
-    Attributes:
-        dim: of a patch.
-    """
-
-    dim: int
-
-    part = "patches"
-
-    # As those of `InnerSizes`, for `(batch, patches, inputs)`.
-
-    def weights(self) -> type:
-        return PatchWeights
-
-    def result(self, shape: tuple) -> tuple:
-        return *shape[:2], self.dim
-
-    def kept(self, shape: tuple) -> list[tuple]:
-        return [self.result(shape)]
-
-    def numbers(self, shape: tuple) -> tuple:
-        return *shape, *self
-
-    def attributes(self) -> dict[str, str | int]:
-        return {}
-
-
-Sizes = InnerSizes | OuterSizes | PatchSizes
-
-
 class Weights(NamedTuple):
     """The weights of a transformer, in the order of `Weights` in weights.h.
 
@@ -174,6 +63,107 @@ class PatchWeights(NamedTuple):
     bias: Any
     patches_gamma: Any
     patches_beta: Any
+
+
+class InnerSizes(NamedTuple):
+    """What inner_transformer.h wants defined: a program for each.
+
+    Attributes:
+        words: of a patch; a multiple of `LANES`.
+        dim: of a word.
+        heads: of the attention.
+        hidden: dimension of the MLP.
+        across_words: whether norms run over all words of a patch.
+    """
+
+    words: int
+    dim: int
+    heads: int
+    hidden: int
+    across_words: bool
+
+    part, weights = "inner", Weights
+
+    def arguments(self) -> list[str]:
+        """What the compiler is told of them."""
+        defined = [f"-D{name.upper()}={int(value)}" for name, value in self._asdict().items()]
+        return [*defined, "-include", str(HEADER)]
+
+    def name(self, prefix: str = "keras_tnt") -> str:
+        return "_".join([prefix, *(str(int(value)) for value in self)])
+
+    def result(self, shape: tuple) -> tuple:
+        """The shape of what becomes of words of a shape."""
+        return shape
+
+    def kept(self, shape: tuple) -> list[tuple]:
+        """The shapes of what its gradient needs of the forward pass beside the words."""
+        return []
+
+    def numbers(self, shape: tuple) -> tuple:
+        """The integers that torch's entry takes, for words of a shape."""
+        return (shape[0] * shape[1],)
+
+    def attributes(self) -> dict[str, str | int]:
+        """What an XLA custom call is told of them beside its operands."""
+        return {"kernel": self.name()}
+
+
+class OuterSizes(NamedTuple):
+    """What outer_transformer.h cannot read off the shapes of the tokens.
+
+    Attributes:
+        heads: of the attention.
+        hidden: dimension of the MLP.
+    """
+
+    heads: int
+    hidden: int
+
+    part, weights = "outer", Weights
+
+    # As those of `InnerSizes`, for tokens of a shape.
+
+    def result(self, shape: tuple) -> tuple:
+        return shape
+
+    def kept(self, shape: tuple) -> list[tuple]:
+        return [(*shape[:2], 5 * shape[2] + self.hidden)]
+
+    def numbers(self, shape: tuple) -> tuple:
+        return *shape, *self
+
+    def attributes(self) -> dict[str, str | int]:
+        return {"heads": self.heads}
+
+
+class PatchSizes(NamedTuple):
+    """What patches.h cannot read off the shape of the patches' words.
+
+    Attributes:
+        dim: of a patch.
+    """
+
+    dim: int
+
+    part, weights = "patches", PatchWeights
+
+    # As those of `InnerSizes`, for `(batch, patches, inputs)`.
+
+    def result(self, shape: tuple) -> tuple:
+        return *shape[:2], self.dim
+
+    def kept(self, shape: tuple) -> list[tuple]:
+        return [self.result(shape)]
+
+    def numbers(self, shape: tuple) -> tuple:
+        return *shape, *self
+
+    def attributes(self) -> dict[str, str | int]:
+        return {}
+
+
+Sizes = InnerSizes | OuterSizes | PatchSizes
 
 
 @functools.cache

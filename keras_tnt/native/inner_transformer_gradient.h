@@ -101,9 +101,8 @@ struct Normed {
       for (int p = 0; p < parts; ++p) {
         const int at = c * words + p * lanes;
         const Vec g = dy[c].part[p], h = hat[c].part[p];
-        const Vec summed = load(dgamma + at) + g * h, moved = load(dbeta + at) + g;
-        std::memcpy(dgamma + at, &summed, sizeof summed);
-        std::memcpy(dbeta + at, &moved, sizeof moved);
+        store(load(dgamma + at) + g * h, dgamma + at);
+        store(load(dbeta + at) + g, dbeta + at);
         dy[c].part[p] = g * load(gamma + at);
         mean[p] += dy[c].part[p];
         product[p] += dy[c].part[p] * h;

@@ -40,14 +40,10 @@ def make(sizes: native.Sizes):
 # Each takes what its primitive does. Operands are x, the weights and, if there is one, `keep`.
 
 
-def inputs_of(sizes):
-    """How many of the operands have a gradient: x and the weights."""
-    return 1 + len(sizes.weights()._fields)
-
-
 def plain_forward(*operands, sizes, epsilon):
     """What x becomes, and in the place of what the C++ keeps, zeros."""
-    (x, *weights), keep = operands[: inputs_of(sizes)], operands[inputs_of(sizes) :]
+    count = xla_library.inputs_count(sizes)
+    (x, *weights), keep = operands[:count], operands[count:]
     result = plain.compute(x, weights, keep[0] if keep else None, sizes, epsilon)
     return result, *(jax.numpy.zeros(shape, x.dtype) for shape in sizes.kept(x.shape))
 
@@ -69,7 +65,7 @@ def plain_gradient(dx, *kept_and_operands, sizes, epsilon):
     def result(*operands):
         return plain_forward(*operands, sizes=sizes, epsilon=epsilon)[0]
 
-    return jax.vjp(result, *operands)[1](dx)[: inputs_of(sizes)]
+    return jax.vjp(result, *operands)[1](dx)[: xla_library.inputs_count(sizes)]
 
 
 def split(kept_operands_and_tangents, sizes):
@@ -153,7 +149,9 @@ def _(*args, sizes, **_):
 @gradient.def_abstract_eval
 def _(_, *kept_and_operands, sizes, **__):
     operands = kept_and_operands[xla_library.kept_count(sizes) :]
-    return [operand.update(weak_type=False) for operand in operands[: inputs_of(sizes)]]
+    return [
+        operand.update(weak_type=False) for operand in operands[: xla_library.inputs_count(sizes)]
+    ]
 
 
 def differentiate_forward(primals, tangents, sizes, epsilon):

@@ -139,18 +139,18 @@ struct Block {
 // The softmax of the first n of scores times `scale`, in place; zeros behind, to the end of the row.
 inline void softmax(float* scores, int64_t n, int64_t row, float scale) {
   const int64_t end = round_up(n, lanes), last = end - lanes, count = n - last;
-  ::store(cut(::load(scores + last), count, -INFINITY), scores + last);
+  store(cut(load(scores + last), count, -INFINITY), scores + last);
   Vec most = all(-INFINITY), sum = {};
-  for (int64_t c = 0; c < end; c += lanes) most = larger(most, ::load(scores + c));
+  for (int64_t c = 0; c < end; c += lanes) most = larger(most, load(scores + c));
   const float largest = fold(most, [](float a, float b) { return a > b ? a : b; });
   for (int64_t c = 0; c < end; c += lanes) {
-    Vec x = exp((::load(scores + c) - largest) * scale);
+    Vec x = exp((load(scores + c) - largest) * scale);
     if (c == last) x = cut(x, count, 0.0f);
     sum += x;
-    ::store(x, scores + c);
+    store(x, scores + c);
   }
   const float inverse = 1.0f / total(sum);
-  for (int64_t c = 0; c < end; c += lanes) ::store(::load(scores + c) * inverse, scores + c);
+  for (int64_t c = 0; c < end; c += lanes) store(load(scores + c) * inverse, scores + c);
   std::fill(scores + end, scores + row, 0.0f);
 }
 

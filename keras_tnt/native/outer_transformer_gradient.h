@@ -81,10 +81,10 @@ inline void attend_gradient(const Sizes& s, const float* qkv, const float* dmixe
     for (int64_t i = 0; i < rows; ++i) {
       float *weight = weights + i * row, *dscore = dscores + i * row;
       Vec sum = {};
-      for (int64_t c = 0; c < row; c += lanes) sum += ::load(weight + c) * ::load(dscore + c);
+      for (int64_t c = 0; c < row; c += lanes) sum += load(weight + c) * load(dscore + c);
       const float mean = total(sum);
       for (int64_t c = 0; c < row; c += lanes)
-        ::store((::load(dscore + c) - mean) * ::load(weight + c) * by, dscore + c);
+        store((load(dscore + c) - mean) * load(weight + c) * by, dscore + c);
     }
     const Panels queries = {of_queries, rows, d}, gradients = {of_gradients, rows, d};
     queries.pack(query);
@@ -134,7 +134,7 @@ struct DenseGradient {
         if (down) continue;
         along(columns, [&](int64_t c, int64_t count) {
           Vec sum = load(bias + j + c, count);
-          for (int64_t r = 0; r < right.k; ++r) sum += ::load(right.number(r, c));
+          for (int64_t r = 0; r < right.k; ++r) sum += load(right.number(r, c));
           store(sum, bias + j + c, count);
         });
       }

@@ -16,19 +16,15 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return parts_of(n, to) * to;
 
 // Hands out memory until its end, when others may have it.
 class Space {
-  struct alignas(64) Line {
-    float numbers[16];
-  };
-  using Blocks = std::multimap<int64_t, std::unique_ptr<Line[]>>;  // by their lines
-
  public:
-  static constexpr int64_t aligned = 16;  // numbers: each that is handed out begins with a line
+  static constexpr int64_t aligned = 16;  // numbers, a line of memory, with which all begins
 
   Space() = default;
   Space(const Space&) = delete;
   Space& operator=(const Space&) = delete;
 
   ~Space() {
+    if (taken.empty()) return;
     std::lock_guard<std::mutex> lock(guard());
     for (auto& block : taken) idle().insert(std::move(block));
   }
@@ -53,6 +49,11 @@ class Space {
   }
 
  private:
+  struct alignas(64) Line {
+    float numbers[aligned];
+  };
+  using Blocks = std::multimap<int64_t, std::unique_ptr<Line[]>>;  // by their lines
+
   float* keep(Blocks::node_type block) {
     taken.push_back(std::move(block));
     return taken.back().mapped()[0].numbers;

@@ -58,7 +58,7 @@ def gradient(sizes, epsilon):
     It takes what the result is propagated back of, what the forward pass kept, and its operands.
     """
     _, target = xla_library.targets(sizes)
-    count, inputs_count = xla_library.kept_count(sizes), 1 + len(sizes.weights()._fields)
+    count, inputs_count = xla_library.kept_count(sizes), xla_library.inputs_count(sizes)
 
     def in_plain_operations(dx, *operands):
         inputs, keep = operands[:inputs_count], operands[inputs_count:]

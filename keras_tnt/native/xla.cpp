@@ -227,7 +227,7 @@ static ffi::Error run_patches_gradient(ffi::ThreadPool pool, float epsilon, Numb
 #define INNER() CALL().Attr<std::string_view>("kernel").Attr<float>("epsilon")
 #define OUTER() CALL().Attr<int64_t>("heads").Attr<float>("epsilon")
 #define PATCHES() CALL().Attr<float>("epsilon")
-// Operands and results: with what the forward pass keeps, and without.
+// Operands and results. Where the forward pass keeps something it is one more of either.
 #define FORWARD() Arg<Numbers>().RemainingArgs().Ret<Numbers>()
 #define GRADIENT() Arg<Numbers>().Arg<Numbers>().RemainingArgs().Ret<Numbers>().RemainingRets()
 

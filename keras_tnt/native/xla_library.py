@@ -16,6 +16,11 @@ def kept_count(sizes: native.Sizes) -> int:
     return len(sizes.kept((1, 1, 1)))
 
 
+def inputs_count(sizes: native.Sizes) -> int:
+    """How many operands of the forward pass have a gradient: x and the weights."""
+    return 1 + len(sizes.weights._fields)
+
+
 def load(sizes: native.Sizes, *settings: str) -> ctypes.CDLL | None:
     """The library of the custom calls, which from now on finds the kernel of an inner transformer.
 

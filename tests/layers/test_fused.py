@@ -232,7 +232,7 @@ def check_learned(learned, plain_part, monkeypatch):
         within.setattr(learned.layer, plain_part, None)
         found, again = learned.gradients(), learned.gradients()
     for actual, wanted in zip(found, expected, strict=True):
-        assert np.max(np.abs(actual - wanted)) <= 1e-5 * np.max(np.abs(wanted))
+        assert_close_relatively(actual, wanted)
     for first, second in zip(found, again, strict=True):
         np.testing.assert_array_equal(first, second)
 
