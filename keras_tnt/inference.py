@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_tnt.anatomy import anatomy, is_ours, sides_of
-from keras_tnt.layers.base import inference_on
+from keras_tnt.layers.base import default_device, inference_on
 from keras_tnt.layers.half import check_in_float32, in_bfloat16, kernels_to_change
 from keras_tnt.native import processor, runtimes
 
@@ -82,7 +82,7 @@ def compile_inference(
         )
     if precision == "bfloat16":
         check_in_float32(model)
-    device = "cpu" if "cpu" in str(ops.zeros(()).device).lower() else "accelerator"
+    device = default_device()
     if max_batch is None:
         max_batch = max(4, 1 << os.cpu_count().bit_length()) if device == "cpu" else 256
     if max_batch < 1 or max_batch & (max_batch - 1):
@@ -236,11 +236,10 @@ def torch_program(model, image_shape, half=False):
     """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
     import torch
 
-    network = in_bfloat16(model) if half else model
     precision = "bfloat16" if half else model.compute_dtype
     program, of_weights, lock = None, None, threading.Lock()
 
-    def export():
+    def export(network):
         # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
         two_images = ops.zeros((2, *image_shape), model.inputs[0].dtype)
         exported = torch.export.export(
@@ -257,8 +256,9 @@ def torch_program(model, image_shape, half=False):
             weights = [(id(v.value), v.value._version) for v in model.variables]
             if weights != of_weights:
                 with _compiling:
+                    network = in_bfloat16(model) if half else model
                     program = runtimes.inductor_program(
-                        model, network, image_shape, precision, export
+                        model, network, image_shape, precision, functools.partial(export, network)
                     )
                     of_weights = weights
             return program(images)

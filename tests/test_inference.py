@@ -201,7 +201,8 @@ def test_without_it_a_warning_and_float32(wide, monkeypatch):
     ],
     ids=["DeiT", "CaiT", "TNT", "PyramidTNT"],
 )
-def test_attention_and_mlp_over_patches_of_any_family_are_in_bfloat16(build):
+def test_attention_and_mlp_over_patches_of_any_family_are_in_bfloat16(build, monkeypatch):
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"bf16"}))
     model = build()
     copy = half.in_bfloat16(model)
     images = np.random.default_rng(0).uniform(0, 255, (2, *model.input_shape[1:]))

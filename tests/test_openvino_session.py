@@ -82,7 +82,7 @@ def test_without_instructions_for_bfloat16_there_is_a_warning_and_float32(tiny, 
 
 def test_with_them_openvino_is_asked_for_bfloat16(tiny, monkeypatch):
     path, images, expected = tiny
-    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"amx_bf16"}))
     asked, core = [], openvino.Core
 
     class Core(core):
@@ -95,6 +95,37 @@ def test_with_them_openvino_is_asked_for_bfloat16(tiny, monkeypatch):
     assert asked == [{"INFERENCE_PRECISION_HINT": "bf16"}]
     # A processor that lacks them after all gives float32's result.
     check(predict(images), expected, within=5e-2)
+
+
+@pytest.mark.skipif(not processor.has_pairs(), reason="the C++ is not for this processor")
+@pytest.mark.parametrize(
+    ("name", "opset", "parts"),
+    [
+        ("tnt", 18, {"inner", "outer_half"}),
+        ("bias", 23, {"inner", "outer_half"}),
+        pytest.param("deit", 18, {"outer_half"}, marks=pytest.mark.slow),
+    ],
+)
+def test_in_bfloat16_transformers_are_in_cpp(name, opset, parts, tmp_path, monkeypatch):
+    make, options, _ = MODELS[name]  # of the last block, one token alone is computed
+    path = tmp_path / "model.onnx"
+    path, images = exported(path, make, {**options, "depth": 2}, opset=opset)
+    (expected,) = run_onnx(path, images, "logits")
+    extended, extend = [], runtimes.extend_openvino
+    monkeypatch.setattr(
+        runtimes,
+        "extend_openvino",
+        lambda core, *more: extended.append(more) or extend(core, *more),
+    )
+    predict = keras_tnt.export.openvino_session(path, precision="bfloat16")
+    assert {sizes.part for sizes, _ in extended} == parts
+    assert all(sizes.half for sizes, _ in extended)
+    found = predict(images)["logits"]
+    assert 1e-5 < np.abs(found - expected).max() / np.ptp(expected) < 2e-2
+    with ThreadPoolExecutor(4) as pool:  # the first calls of a session pack its kernels
+        fresh = keras_tnt.export.openvino_session(path, precision="bfloat16")
+        for result in pool.map(lambda _: fresh(images)["logits"], range(8)):
+            np.testing.assert_array_equal(result, found)
 
 
 def test_the_operation_takes_bfloat16(tiny, tmp_path):

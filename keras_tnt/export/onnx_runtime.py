@@ -65,8 +65,13 @@ def onnx_session(path: str | os.PathLike, options=None):
     return Session(model, options, ["CPUExecutionProvider"])
 
 
-def use_native(proto, prefix):
+def use_native(proto, prefix, half=False):
     """Put our operator in the place of each inner transformer of a graph.
+
+    Args:
+        proto: an ONNX model, changed in place.
+        prefix: of the operators' domains.
+        half: whether to multiply in bfloat16, and in the place of outer transformers too.
 
     Returns:
         A dict from the operator's domain, which begins with the prefix, to its sizes.
@@ -74,18 +79,20 @@ def use_native(proto, prefix):
     graph, found, pairs = Graph(proto), {}, []
     for attended, tensors, scale, heads in attentions(graph):
         try:
-            last, words, weights, sizes, epsilon = inner_transformer(
-                graph, attended, tensors, heads
+            last, x, weights, sizes, epsilon = transformer(
+                graph, attended, tensors, scale, heads, half
             )
         except NoMatch:
-            continue
-        if not np.isclose(scale, (sizes.dim / heads) ** -0.5):
             continue
         domain, (name,) = sizes.name(prefix), last.output
         inputs = [
             graph.add_constant(f"{name}/{kind}", value) for kind, value in weights._asdict().items()
         ]
-        node = graph.node("InnerTransformer", [words, *inputs], [name], epsilon=epsilon)
+        attributes = {"epsilon": epsilon}
+        kind = "InnerTransformer"
+        if sizes.part != "inner":
+            kind, attributes["heads"] = "OuterTransformer", heads
+        node = graph.node(kind, [x, *inputs], [name], **attributes)
         node.domain = domain
         pairs.append((last, [node]))
         if domain not in found:
@@ -96,7 +103,7 @@ def use_native(proto, prefix):
 
 
 class NoMatch(Exception):
-    """What stands in a graph is no inner transformer."""
+    """What stands in a graph is no transformer that there is an operator for."""
 
 
 def attentions(graph):
@@ -114,20 +121,23 @@ def attentions(graph):
                 yield last.output[0], tensors, scale, heads
 
 
-def inner_transformer(graph, attended, tensors, heads):
+def transformer(graph, attended, tensors, scale, heads, half):
     """The transformer block around an attention.
 
     Args:
         graph: a `Graph`.
         attended: name of the attention's result.
         tensors: names of query, key and value.
+        scale: of the attention.
         heads: of the attention.
+        half: whether to multiply in bfloat16.
 
     Returns:
-        (last node, name of the words, `native.Weights`, sizes, epsilon).
+        (last node, name of the words or tokens, `native.Weights`, sizes, epsilon).
 
     Raises:
-        NoMatch: if it is anything but norm, attention, MLP and residuals of words in float32.
+        NoMatch: if it is anything but norm, attention, MLP and residuals in float32, of words or,
+            with `half`, of tokens.
     """
     walk = Walk(graph)
     split = walk.maker(tensors[0], "Split")
@@ -137,12 +147,16 @@ def inner_transformer(graph, attended, tensors, heads):
     if qkv.op_type == "Add":
         qkv = walk.maker(graph.variable(qkv), "MatMul")
     norm_attention = walk.maker(qkv.input[0], "LayerNormalization")
-    words = norm_attention.input[0]
-    shape = graph.shapes.get(words, ())
-    if len(shape) != 4 or None in shape[2:] or shape[2] % native.LANES:
+    x = norm_attention.input[0]
+    shape = graph.shapes.get(x, ())
+    among_words = len(shape) == 4 and None not in shape[2:] and shape[2] % native.LANES == 0
+    among_tokens = len(shape) == 3 and shape[2] is not None
+    if not (among_words or among_tokens):
+        raise NoMatch
+    if not np.isclose(scale, (shape[-1] / heads) ** -0.5):
         raise NoMatch
     projection = walk.taker(graph.origin(attended), "MatMul")
-    middle = walk.residual(walk.biased(projection), graph.origin(words))
+    middle = walk.residual(walk.biased(projection), graph.origin(x))
     norm_mlp = walk.taker(middle, "LayerNormalization")
     fc1 = walk.taker(norm_mlp.output[0], "MatMul")
     hidden = walk.biased(fc1)
@@ -162,8 +176,15 @@ def inner_transformer(graph, attended, tensors, heads):
         *walk.dense_weights(fc1),
         *walk.dense_weights(fc2),
     )
-    sizes = native.InnerSizes(*shape[2:], heads, len(weights.fc2_kernel), across_words=axis == -2)
-    return graph.maker[last], words, weights, sizes, epsilon
+    hidden = len(weights.fc2_kernel)
+    half = half and native.takes_half(shape[-1] // heads, hidden)
+    if among_words:
+        sizes = native.InnerSizes(*shape[2:], heads, hidden, axis == -2, half)
+    elif half and axis == -1:
+        sizes = native.OuterSizes(heads, hidden, half)
+    else:
+        raise NoMatch
+    return graph.maker[last], x, weights, sizes, epsilon
 
 
 class Walk:

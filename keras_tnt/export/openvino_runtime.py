@@ -62,7 +62,7 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
         precision = "float32"
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": HINTS[precision or "float32"]}
-    compiled = core.compile_model(read(core, path), "CPU", settings)
+    compiled = core.compile_model(read(core, path, precision == "bfloat16"), "CPU", settings)
     names = [output.get_any_name() for output in compiled.outputs]
     wanted = compiled.inputs[0].get_partial_shape()
     opened_in, lock, idle = os.getpid(), threading.Lock(), []
@@ -86,14 +86,14 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
     return predict
 
 
-def read(core, path):
+def read(core, path, half):
     """A file as a model of OpenVINO, with our operation where that is possible."""
     if path.endswith(".onnx"):
         require("onnx")
         import onnx
 
         proto = onnx.load(path)
-        operations = use_native(proto, "keras_tnt")
+        operations = use_native(proto, "keras_tnt", half)
         if operations and all(
             runtimes.extend_openvino(core, sizes, domain) for domain, sizes in operations.items()
         ):

@@ -39,6 +39,11 @@ def inference_device() -> str | None:
     return _inference_device.get()
 
 
+def default_device() -> str:
+    """Where the backend computes what it is not told where: "cpu" or "accelerator"."""
+    return "cpu" if "cpu" in str(ops.zeros(()).device).lower() else "accelerator"
+
+
 def observing_links(observer: Callable) -> contextlib.AbstractContextManager:
     """Within the context, a function sees by how much each word and patch is read.
 

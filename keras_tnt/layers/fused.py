@@ -26,9 +26,15 @@ def transformed(block, x, training=False):
     Returns:
         The same shape; None where there is no C++ for it, so that the block computes itself.
     """
-    if training and (block.dropout or block.attention_dropout) or not runs_here(x, training):
+    if not is_plain(block) or training and (block.dropout or block.attention_dropout):
         return None
-    operator = operator_for(block, x.shape)
+    half = multiplies_in(block, "bfloat16")
+    if not half and not multiplies_in(block, "float32") or half and training:
+        return None
+    if not runs_here(x, training, half):
+        return None
+    sizes = sizes_of(block, x.shape, half)
+    operator = sizes and runtimes.operator(keras.backend.backend(), sizes)
     if operator is None:
         return None
     weights = weights_of(block, x.shape)
@@ -49,9 +55,16 @@ def projected(layer, x, training=False):
     Returns:
         `(batch, patches, dim)`; None where there is no C++ for it.
     """
-    if not is_float32(layer.projection) or not runs_here(x, training):
+    if layer.compute_dtype != "float32":
         return None
-    operator = runtimes.operator(keras.backend.backend(), native.PatchSizes(layer.dim))
+    half = is_of(layer.projection, "bfloat16")
+    if not half and not is_of(layer.projection, "float32") or half and training:
+        return None
+    if half and not native.takes_half(x.shape[-1]):
+        return None
+    if not runs_here(x, training, half):
+        return None
+    operator = runtimes.operator(keras.backend.backend(), native.PatchSizes(layer.dim, half))
     if operator is None:
         return None
     weights = native.PatchWeights(
@@ -66,9 +79,15 @@ def in_float32(*tensors):
     return all(keras.backend.standardize_dtype(x.dtype) == "float32" for x in tensors)
 
 
-def runs_here(x, training):
-    """Whether something is to be computed on a CPU of this process, unobserved."""
-    if link_observer() is not None or len(x.shape) == 3 and not training:
+def runs_here(x, training, half):
+    """Whether something is to be computed on a CPU of this process, unobserved.
+
+    Args:
+        x: words or tokens.
+        training: whether it is for training.
+        half: whether it multiplies in bfloat16; if not, others predict as fast among tokens.
+    """
+    if link_observer() is not None or len(x.shape) == 3 and not (training or half):
         return False
     if inference_device() is not None:
         return inference_device() == "cpu" and not training
@@ -82,8 +101,17 @@ def keep_of(block, x):
     return ops.stack([drop(ones, training=True)[..., 0, 0] for drop in drops])
 
 
-def operator_for(block, shape):
-    """What `runtimes.operator` gives for a block; None where there is no C++ for it."""
+def sizes_of(block, shape, half):
+    """The `native.Sizes` of a block for words or tokens of a shape.
+
+    Args:
+        block: a built `TransformerBlock`.
+        shape: of the words or tokens.
+        half: whether it is to multiply in bfloat16, not float32.
+
+    Returns:
+        None where there is no C++ for it.
+    """
     rank = len(shape)
     if not is_plain(block) or block.stochastic_depth and block.sample_axes > rank - 2:
         return None
@@ -92,25 +120,30 @@ def operator_for(block, shape):
     if not across_words and axes != [rank - 1]:
         return None
     heads, hidden = block.num_heads, block.mlp.fc1.units
-    if rank == 3:
-        sizes = native.OuterSizes(heads, hidden)
-    elif rank == 4 and shape[2] % native.LANES == 0:
-        sizes = native.InnerSizes(*shape[2:], heads, hidden, across_words)
-    else:
+    if half and not native.takes_half(shape[-1] // heads, hidden):
         return None
-    return runtimes.operator(keras.backend.backend(), sizes)
+    if rank == 3:
+        return native.OuterSizes(heads, hidden, half)
+    if rank == 4 and shape[2] % native.LANES == 0:
+        return native.InnerSizes(*shape[2:], heads, hidden, across_words, half)
+    return None
 
 
 def is_plain(block):
     """Whether a block is nothing but norms, self-attention, MLP and residuals in float32."""
-    if block.squeeze_excite or type(block.attention) is not SelfAttention:
+    if block.compute_dtype != "float32" or block.squeeze_excite:
         return False
+    return type(block.attention) is SelfAttention
+
+
+def multiplies_in(block, dtype):
+    """Whether the products of a plain block with its weights are of a type."""
     dense = block.attention.qkv, block.attention.projection, block.mlp.fc1, block.mlp.fc2
-    return all(map(is_float32, dense))
+    return all(is_of(layer, dtype) for layer in dense)
 
 
-def is_float32(dense):
-    return dense.compute_dtype == "float32" and dense.quantization_mode is None
+def is_of(dense, dtype):
+    return dense.compute_dtype == dtype and dense.quantization_mode is None
 
 
 def weights_of(block, shape):

@@ -2,8 +2,11 @@
 
 import keras
 
+from keras_tnt import native
+from keras_tnt.layers import fused
 from keras_tnt.layers.attention import Attention
-from keras_tnt.layers.blocks import MLP, TNTBlock
+from keras_tnt.layers.base import default_device
+from keras_tnt.layers.blocks import MLP, TNTBlock, TransformerBlock
 from keras_tnt.layers.embedding import WordsToPatches
 
 POLICY = "mixed_bfloat16"
@@ -28,7 +31,8 @@ def check_in_float32(model: keras.Model) -> None:
 def in_bfloat16(model: keras.Model) -> keras.Model:
     """A copy, with weights of its own, whose attention and MLP over patches are in bfloat16.
 
-    Norms, softmax, residuals, words, stem and heads stay in float32.
+    Norms, softmax, residuals, stem and heads stay in float32, and words, but on a CPU with C++ for
+    them in bfloat16.
 
     Args:
         model: for which `check_in_float32` passes.
@@ -41,19 +45,27 @@ def in_bfloat16(model: keras.Model) -> keras.Model:
 
 
 def kernels_to_change(model: keras.Model) -> list[keras.Variable]:
-    """The matrices that `in_bfloat16` has multiplied in bfloat16."""
-    dense = [x for x in layers_to_change(model) if isinstance(x, keras.layers.Dense)]
-    return [layer.kernel for layer in dense]
+    """The matrices that `in_bfloat16` has multiplied in bfloat16, but those that C++ converts."""
+    parts = [layer for layer in model._flatten_layers() if is_native(layer)]
+    packed = {id(layer) for part in parts for layer in part._flatten_layers()}
+    return [
+        layer.kernel
+        for layer in layers_to_change(model)
+        if isinstance(layer, keras.layers.Dense) and id(layer) not in packed
+    ]
 
 
 def layers_to_change(model):
-    """The layers of attention and MLP over patches, and the projections of words to patches."""
+    """The layers of attention and MLP over patches, and the projections of words to patches.
+
+    Those over words too where C++ is to compute them; anything else takes longer to convert words
+    than it saves.
+    """
     layers = list(model._flatten_layers())
-    # Words are C++ in float32, or so small that converting takes longer than it saves.
     words = {
         id(layer)
         for block in layers
-        if isinstance(block, TNTBlock)
+        if isinstance(block, TNTBlock) and not is_native(block.inner)
         for layer in block.inner._flatten_layers()
     }
     found = []
@@ -63,3 +75,13 @@ def layers_to_change(model):
         elif type(layer) is WordsToPatches:  # whose projection a norm follows
             found.append(layer.projection)
     return found
+
+
+def is_native(layer):
+    """Whether there is C++ for a layer that is to multiply in bfloat16."""
+    if default_device() != "cpu":
+        return False
+    if isinstance(layer, TransformerBlock):
+        shape = layer.get_build_config()["input_shape"]
+        return fused.sizes_of(layer, shape, half=True) is not None
+    return type(layer) is WordsToPatches and native.takes_half(layer.projection.kernel.shape[0])

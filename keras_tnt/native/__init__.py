@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keras_tnt.files import replacing
+from keras_tnt.native import processor
 
 FOLDER = Path(__file__).parent
-HEADER = FOLDER / "inner_transformer.h"
+HEADER = FOLDER / "inner_forward.h"
 # Words lie along the lanes of vectors, of which AVX-512 has the most.
 LANES = 16
 
@@ -66,7 +67,7 @@ class PatchWeights(NamedTuple):
 
 
 class InnerSizes(NamedTuple):
-    """What inner_transformer.h wants defined: a program for each.
+    """What inner_forward.h wants defined: a program for each.
 
     Attributes:
         words: of a patch; a multiple of `LANES`.
@@ -74,6 +75,8 @@ class InnerSizes(NamedTuple):
         heads: of the attention.
         hidden: dimension of the MLP.
         across_words: whether norms run over all words of a patch.
+        half: whether to multiply in bfloat16, for which there is no gradient and no `keep`, and
+            which `takes_half` has to allow.
     """
 
     words: int
@@ -81,6 +84,7 @@ class InnerSizes(NamedTuple):
     heads: int
     hidden: int
     across_words: bool
+    half: bool = False
 
     part, weights = "inner", Weights
 
@@ -115,23 +119,32 @@ class OuterSizes(NamedTuple):
     Attributes:
         heads: of the attention.
         hidden: dimension of the MLP.
+        half: as of `InnerSizes`.
     """
 
     heads: int
     hidden: int
+    half: bool = False
 
-    part, weights = "outer", Weights
+    weights = Weights
+
+    @property
+    def part(self) -> str:
+        return "outer_half" if self.half else "outer"
 
     # As those of `InnerSizes`, for tokens of a shape.
+
+    def name(self, prefix: str = "keras_tnt") -> str:
+        return f"{prefix}_{self.part}"
 
     def result(self, shape: tuple) -> tuple:
         return shape
 
     def kept(self, shape: tuple) -> list[tuple]:
-        return [(*shape[:2], 5 * shape[2] + self.hidden)]
+        return [] if self.half else [(*shape[:2], 5 * shape[2] + self.hidden)]
 
     def numbers(self, shape: tuple) -> tuple:
-        return *shape, *self
+        return *shape, self.heads, self.hidden
 
     def attributes(self) -> dict[str, str | int]:
         return {"heads": self.heads}
@@ -142,11 +155,17 @@ class PatchSizes(NamedTuple):
 
     Attributes:
         dim: of a patch.
+        half: as of `OuterSizes`.
     """
 
     dim: int
+    half: bool = False
 
-    part, weights = "patches", PatchWeights
+    weights = PatchWeights
+
+    @property
+    def part(self) -> str:
+        return "patches_half" if self.half else "patches"
 
     # As those of `InnerSizes`, for `(batch, patches, inputs)`.
 
@@ -154,16 +173,21 @@ class PatchSizes(NamedTuple):
         return *shape[:2], self.dim
 
     def kept(self, shape: tuple) -> list[tuple]:
-        return [self.result(shape)]
+        return [] if self.half else [self.result(shape)]
 
     def numbers(self, shape: tuple) -> tuple:
-        return *shape, *self
+        return *shape, self.dim
 
     def attributes(self) -> dict[str, str | int]:
         return {}
 
 
 Sizes = InnerSizes | OuterSizes | PatchSizes
+
+
+def takes_half(*inputs: int) -> bool:
+    """Whether C++ multiplies so many inputs in bfloat16, and as this processor does best."""
+    return not any(count % 2 for count in inputs) and processor.has_pairs()
 
 
 @functools.cache

@@ -4,6 +4,7 @@
 //
 // Defined before this text: WORDS, DIM, HEADS, HIDDEN and ACROSS_WORDS, whether norms run over all
 // words of a patch.
+#pragma once
 #include "vectors.h"
 #include "weights.h"
 

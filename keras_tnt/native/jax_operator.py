@@ -21,7 +21,7 @@ def make(sizes: native.Sizes):
     library = xla_library.load(sizes, "-isystem", jax.ffi.include_dir())
     if library is None:
         return None
-    for name in xla_library.targets(sizes):
+    for name in filter(None, xla_library.targets(sizes)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[name]), platform="cpu")
 
     def call(x, weights, epsilon, keep=None):
@@ -113,9 +113,10 @@ def on_a_cpu(new, which, function):
     def lower(ctx, *operands, sizes, epsilon):
         module = ctx.module_context
         devices = getattr(module.axis_context, "num_devices", None) or 1
-        if module.lowering_parameters.for_export or devices > 1:
+        target = xla_library.targets(sizes)[which]
+        if module.lowering_parameters.for_export or devices > 1 or target is None:
             return plain_lowering(ctx, *operands, sizes=sizes, epsilon=epsilon)
-        call = jax.ffi.ffi_lowering(xla_library.targets(sizes)[which])
+        call = jax.ffi.ffi_lowering(target)
         attributes = {
             name: np.int64(value) if isinstance(value, int) else value
             for name, value in sizes.attributes().items()

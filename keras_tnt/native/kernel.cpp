@@ -1,11 +1,12 @@
 // The inner transformer for XLA's custom calls: what xla.cpp, compiled once for all sizes, finds here
 // by name.
+#include "inner_forward.h"
 #include "inner_transformer_gradient.h"
 #include "kernel.h"
 
 static void run(const float* in, float* out, const float* const* pointers, const float* keep,
                 float epsilon, int64_t patches, int64_t first, int64_t last) {
-  transform(in, out, as_weights(pointers), epsilon, first, last, keep, patches);
+  Forward{as_weights(pointers), epsilon}(in, out, first, last, keep, patches);
 }
 
 static void run_gradient(const float* in, const float* dout, float* din,

@@ -51,7 +51,7 @@ struct Task {
     const Task& task = *static_cast<Task*>(data);
     const int64_t first = part * patches_at_once;
     const int64_t last = std::min<int64_t>(first + patches_at_once, task.patches);
-    transform(task.in[0], task.out, as_weights(task.in + 1), task.epsilon, first, last);
+    Forward{as_weights(task.in + 1), task.epsilon}(task.in[0], task.out, first, last);
   }
 };
 

@@ -63,7 +63,8 @@ inline void along(int64_t n, What what) {
 }
 
 // x, and `other` behind its first numbers.
-inline Vec cut(Vec x, int64_t count, float other) {
+template <typename Count>
+inline Vec cut(Vec x, Count count, float other) {
   if (count == lanes) return x;
   for (int64_t i = count; i < lanes; ++i) x[i] = other;
   return x;

@@ -11,7 +11,7 @@ from keras_tnt.native import PatchWeights, Weights
 
 def compute(x, weights, keep, sizes, epsilon):
     """What `native.Sizes` of any kind say: `transformer`, or `patches`, which takes no `keep`."""
-    if sizes.part == "patches":
+    if sizes.weights is PatchWeights:
         return patches(x, weights, epsilon)
     return transformer(x, weights, keep, sizes, epsilon)
 

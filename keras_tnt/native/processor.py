@@ -42,3 +42,11 @@ def takes_bfloat16() -> bool:
         stacklevel=3,
     )
     return False
+
+
+def has_pairs() -> bool:
+    """Whether what is here in bfloat16 is the best for the processor.
+
+    AMX multiplies tiles, several times as fast; libraries know it, and the C++ here does not.
+    """
+    return "avx512_bf16" in features() and "amx_bf16" not in features()

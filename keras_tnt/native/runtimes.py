@@ -238,12 +238,12 @@ def register_in_onnxruntime(options, sizes: native.InnerSizes, domain: str) -> b
         return True
 
 
-def extend_openvino(core, sizes: native.InnerSizes, domain: str) -> bool:
-    """Add the C++ as the operation `InnerTransformer` of a domain.
+def extend_openvino(core, sizes: native.Sizes, domain: str) -> bool:
+    """Add the C++ as the operation `InnerTransformer` or `OuterTransformer` of a domain.
 
     Args:
         core: an `openvino.Core`.
-        sizes: of the inner transformer.
+        sizes: of the transformer; of an outer one, `half`.
         domain: of the operation.
 
     Returns:
@@ -260,7 +260,8 @@ def extend_openvino(core, sizes: native.InnerSizes, domain: str) -> bool:
             settings = ["-isystem", os.path.join(folder, "include"), f'-DDOMAIN="{domain}"']
             settings += [f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
             settings += [f"-l:{name}" for name in named]
-            library = native.library("openvino.cpp", sizes, *settings)
+            inner = sizes if sizes.part == "inner" else None
+            library = native.library(f"openvino_{sizes.part}.cpp", inner, *settings)
             if library is not None:
                 core.add_extension(library._name)
         except Exception as error:  # of whatever kind a changed interface raises

@@ -1,13 +1,14 @@
 // The functions that torch's operators of the inner transformer call, on as many threads as torch is
 // told to use.
+#include "inner_forward.h"
 #include "inner_transformer_gradient.h"
 
 extern "C" void forward(const float* in, const float* const* pointers, const float* keep, float* out,
                         float*, int64_t patches, float epsilon, int threads) {
-  const Weights<> weights = as_weights(pointers);
+  const Forward run{as_weights(pointers), epsilon};
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t patch = 0; patch < patches; ++patch)
-    transform(in, out, weights, epsilon, patch, patch + 1, keep, patches);
+    run(in, out, patch, patch + 1, keep, patches);
 }
 
 // gradients: pointers to where the gradients of the weights go. Each thread has its own patches and

@@ -16,7 +16,7 @@ def make(sizes: native.Sizes):
     heads, across_words = getattr(sizes, "heads", 1), getattr(sizes, "across_words", False)
 
     def call(x, weights, epsilon, keep=None):
-        return run(x, list(weights), keep, heads, epsilon, across_words)[0]
+        return run(x, list(weights), keep, heads, epsilon, across_words, sizes.half)[0]
 
     return call
 
@@ -30,18 +30,20 @@ def library_of(sizes):
         pointer, integers = ctypes.c_void_p, len(sizes.numbers((1, 1, 1)))
         numbers = [*[ctypes.c_int64] * integers, ctypes.c_float, ctypes.c_int]
         library.forward.argtypes = [*[pointer] * 5, *numbers]
-        library.gradient.argtypes = [*[pointer] * 7, *numbers]
-        library.forward.restype = library.gradient.restype = None
+        library.forward.restype = None
+        if not sizes.half:
+            library.gradient.argtypes = [*[pointer] * 7, *numbers]
+            library.gradient.restype = None
     return library
 
 
-def sizes_of(x, weights, heads, across_words):
+def sizes_of(x, weights, heads, across_words, half):
     if len(weights) == len(native.PatchWeights._fields):
-        return native.PatchSizes(native.PatchWeights(*weights).bias.numel())
+        return native.PatchSizes(native.PatchWeights(*weights).bias.numel(), half)
     hidden = native.Weights(*weights).fc1_bias.numel()
     if x.ndim == 3:
-        return native.OuterSizes(heads, hidden)
-    return native.InnerSizes(*x.shape[2:], heads, hidden, across_words)
+        return native.OuterSizes(heads, hidden, half)
+    return native.InnerSizes(*x.shape[2:], heads, hidden, across_words, half)
 
 
 def numbers_of(x, sizes, epsilon):
@@ -71,9 +73,10 @@ def run(
     heads: int,
     epsilon: float,
     across_words: bool,
+    half: bool,
 ) -> list[torch.Tensor]:
     """What x becomes, and what the gradient needs beside it."""
-    sizes = sizes_of(x, weights, heads, across_words)
+    sizes = sizes_of(x, weights, heads, across_words, half)
     x, weights, keep, to_weights = side_by_side(x, weights, keep)
     results = [x.new_empty(shape) for shape in (sizes.result(x.shape), *sizes.kept(x.shape))]
     library_of(sizes).forward(
@@ -94,8 +97,9 @@ def run_gradient(
     heads: int,
     epsilon: float,
     across_words: bool,
+    half: bool,
 ) -> list[torch.Tensor]:
-    sizes = sizes_of(x, weights, heads, across_words)
+    sizes = sizes_of(x, weights, heads, across_words, half)
     x, weights, keep, to_weights = side_by_side(x, weights, keep)
     gradient = gradient.contiguous()
     results = [torch.empty_like(tensor) for tensor in (x, *weights)]
@@ -108,20 +112,20 @@ def run_gradient(
 
 
 @run.register_fake
-def _(x, weights, keep, heads, epsilon, across_words):
-    sizes = sizes_of(x, weights, heads, across_words)
+def _(x, weights, keep, heads, epsilon, across_words, half):
+    sizes = sizes_of(x, weights, heads, across_words, half)
     return [x.new_empty(shape) for shape in (sizes.result(x.shape), *sizes.kept(x.shape))]
 
 
 @run_gradient.register_fake
-def _(x, weights, keep, kept, gradient, heads, epsilon, across_words):
+def _(x, weights, keep, kept, gradient, heads, epsilon, across_words, half):
     return [torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x, *weights)]
 
 
 @torch.enable_grad()
-def plain_gradient(x, weights, keep, kept, gradient, heads, epsilon, across_words):
+def plain_gradient(x, weights, keep, kept, gradient, heads, epsilon, across_words, half):
     """What `run_gradient` gives, in operations that can be differentiated again."""
-    sizes = sizes_of(x, weights, heads, across_words)
+    sizes = sizes_of(x, weights, heads, across_words, half)
     # Of x as it came the weights of a block that is applied twice would be found once more.
     inputs = [
         y.view_as(y) if y.requires_grad else y.detach().requires_grad_() for y in (x, *weights)
@@ -146,10 +150,10 @@ def is_batched(tensor):
 def backward(ctx, gradients):
     x, keep, *rest = ctx.saved_tensors
     count = ctx.count
-    in_plain = torch.is_grad_enabled() or is_batched(gradients[0])
+    in_plain = torch.is_grad_enabled() or is_batched(gradients[0]) or ctx.settings[-1]
     find = plain_gradient if in_plain else run_gradient
     of_x, *of_weights = find(x, rest[:count], keep, rest[count:], gradients[0], *ctx.settings)
-    return of_x, list(of_weights), None, None, None, None
+    return of_x, list(of_weights), *[None] * 5
 
 
 run.register_autograd(backward, setup_context=remember)

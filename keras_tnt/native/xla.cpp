@@ -16,6 +16,9 @@
 
 #include "kernel.h"
 #include "patches.h"
+#ifdef __AVX512BF16__
+#include "patches_half.h"
+#endif
 #include "xla/ffi/api/ffi.h"
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -186,6 +189,24 @@ static ffi::Error run_outer_gradient(ffi::ThreadPool pool, int64_t heads, float 
   return ffi::Error::Success();
 }
 
+static ffi::Error no_half() {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has no bfloat16.");
+}
+
+static ffi::Error run_outer_half(ffi::ThreadPool pool, int64_t heads, float epsilon, Numbers in,
+                                 ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
+#ifdef __AVX512BF16__
+  const OuterCall call(heads, epsilon, in, rest);
+  const outer::HalfKernels kernels(call.sizes.dim, call.sizes.hidden);
+  kernels.pack(call.weights, {share_with, &pool});
+  outer::transform(call.sizes, {share_with, &pool}, pool.num_threads(), in.typed_data(),
+                   call.weights, kernels, out->typed_data());
+  return ffi::Error::Success();
+#else
+  return no_half();
+#endif
+}
+
 // === From words to patches ===
 
 struct PatchesCall {
@@ -221,6 +242,18 @@ static ffi::Error run_patches_gradient(ffi::ThreadPool pool, float epsilon, Numb
   return ffi::Error::Success();
 }
 
+static ffi::Error run_patches_half(ffi::ThreadPool pool, float epsilon, Numbers in,
+                                   ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
+#ifdef __AVX512BF16__
+  const PatchesCall call(epsilon, in, rest);
+  patches::project(call.sizes, {share_with, &pool}, pool.num_threads(), in.typed_data(),
+                   call.weights, out->typed_data());
+  return ffi::Error::Success();
+#else
+  return no_half();
+#endif
+}
+
 // === What XLA finds ===
 
 #define CALL() ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
@@ -236,7 +269,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_inner_gradient, run_gradient, INNER().GR
 XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer, run_outer, OUTER().FORWARD().Ret<Numbers>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer_gradient, run_outer_gradient,
                               OUTER().Arg<Numbers>().GRADIENT());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer_half, run_outer_half, OUTER().FORWARD());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_patches, run_patches, PATCHES().FORWARD().Ret<Numbers>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_patches_half, run_patches_half, PATCHES().FORWARD());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_patches_gradient, run_patches_gradient,
                               PATCHES().Arg<Numbers>().GRADIENT());
 
@@ -246,6 +281,8 @@ REGISTER_ON_HOST(keras_tnt_inner);
 REGISTER_ON_HOST(keras_tnt_inner_gradient);
 REGISTER_ON_HOST(keras_tnt_outer);
 REGISTER_ON_HOST(keras_tnt_outer_gradient);
+REGISTER_ON_HOST(keras_tnt_outer_half);
 REGISTER_ON_HOST(keras_tnt_patches);
+REGISTER_ON_HOST(keras_tnt_patches_half);
 REGISTER_ON_HOST(keras_tnt_patches_gradient);
 #endif

@@ -5,10 +5,13 @@ import ctypes
 from keras_tnt import native
 
 
-def targets(sizes: native.Sizes) -> tuple[str, str]:
-    """What xla.cpp calls its functions, and a framework the custom calls: forward and gradient."""
+def targets(sizes: native.Sizes) -> tuple[str, str | None]:
+    """What xla.cpp calls its functions, and a framework the custom calls: forward and gradient.
+
+    Where there is none for the gradient, it is computed in plain operations.
+    """
     name = f"keras_tnt_{sizes.part}"
-    return name, f"{name}_gradient"
+    return name, None if sizes.half else f"{name}_gradient"
 
 
 def kept_count(sizes: native.Sizes) -> int:

@@ -1,0 +1,136 @@
+// Products of matrices in bfloat16, on one core, near what its multipliers can do. As in product.h,
+// tiles of the result stay in registers; there are twice the multiplications in an instruction.
+#pragma once
+#include "half.h"
+#include "product.h"
+
+namespace {
+
+inline Half* take_half(Space& space, int64_t size) {
+  return reinterpret_cast<Half*>(space.take(parts_of(size, 2)));
+}
+
+// The right factor of a product, (inputs, n): pairs of rows, the last of which may be half of zeros,
+// with columns in panels of `tile_columns`, zeros behind the last.
+struct HalfPanels {
+  Pair* at;
+  int64_t inputs, n;
+
+  HalfPanels() = default;
+  HalfPanels(Space& space, int64_t inputs, int64_t n) : inputs(inputs), n(n) {
+    at = reinterpret_cast<Pair*>(space.take(pairs() * round_up(n, tile_columns)));
+  }
+
+  int64_t pairs() const { return parts_of(inputs, 2); }
+  int64_t count() const { return parts_of(n, tile_columns); }
+  Pair* panel(int64_t i) const { return at + i * pairs() * tile_columns; }
+
+  // Fills the panel number `i` with columns of a matrix, whose rows are `row` apart.
+  template <typename Number>
+  void pack(const Number* from, int64_t row, int64_t i) const {
+    const int64_t column = i * tile_columns;
+    float* to = reinterpret_cast<float*>(panel(i));
+    from += column;
+    for (int64_t p = 0; p < inputs; p += 2, from += 2 * row, to += tile_columns) {
+      const Number* next = p + 1 < inputs ? from + row : nullptr;
+      if (n - column >= tile_columns) {
+        __builtin_prefetch(from + ahead * row);
+        __builtin_prefetch(from + ahead * row + tile_columns - 1);
+        __builtin_prefetch(from + (ahead + 1) * row);
+        __builtin_prefetch(from + (ahead + 1) * row + tile_columns - 1);
+        constexpr std::integral_constant<int64_t, lanes> whole;
+        store(pairs_of(from, next, whole), to);
+        store(pairs_of(from + lanes, next ? next + lanes : next, whole), to + lanes);
+        continue;
+      }
+      for (int64_t c = 0; c < tile_columns; c += lanes) {
+        const int64_t count = std::clamp<int64_t>(n - column - c, 0, lanes);
+        store(pairs_of(from + c, next ? next + c : next, count), to + c);
+      }
+    }
+  }
+
+  template <typename Number>
+  void pack(const Number* from, int64_t row) const {
+    for (int64_t i = 0; i < count(); ++i) pack(from, row, i);
+  }
+
+  // The transpose of (n, inputs), for an even number of inputs.
+  void pack_transposed(const Half* from, int64_t row) const {
+    for (int64_t i = 0; i < count(); ++i) {
+      const int64_t column = i * tile_columns, width = std::min(tile_columns, n - column);
+      if (width < tile_columns) std::fill_n(panel(i), pairs() * tile_columns, 0);
+      transpose(reinterpret_cast<const float*>(from + column * row), row / 2, width, pairs(),
+                reinterpret_cast<float*>(panel(i)), tile_columns);
+    }
+  }
+};
+
+// Packs kernels (inputs, n).
+template <size_t count, typename Parallel>
+inline void pack(const std::pair<HalfPanels, const float*> (&kernels)[count], Parallel parallel) {
+  int64_t panels = 0;
+  for (const auto& kernel : kernels) panels += kernel.first.count();
+  parallel(panels, [&](int64_t i) {
+    const auto* kernel = kernels;
+    while (i >= kernel->first.count()) i -= kernel++->first.count();
+    kernel->first.pack(kernel->second, kernel->first.n, i);
+  });
+}
+
+// Calls take(i, c, sums) with the vectors of a tile (rows, tile_columns) of a product.
+template <int rows, typename Take>
+__attribute__((noinline)) void multiply_half(const Pair* a, int64_t stride, const Pair* panel,
+                                             int64_t k, Take& take) {
+  Vec sum[rows][2] = {};
+  for (int64_t p = 0; p < k; ++p, ++a, panel += tile_columns) {
+    const Vec left = load(reinterpret_cast<const float*>(panel));
+    const Vec right = load(reinterpret_cast<const float*>(panel + lanes));
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      sum[i][0] = dot(sum[i][0], a[i * stride], left);
+      sum[i][1] = dot(sum[i][1], a[i * stride], right);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+    take(i, 0, sum[i][0]);
+    take(i, lanes, sum[i][1]);
+  }
+}
+
+// a b, for a (m, inputs) whose rows are a_row apart, an even number. Calls take(row, column, numbers,
+// count) for all of it, and before, for each row of a tile, soon(row, column), to ask memory for what
+// `take` wants.
+template <typename Soon, typename Take>
+inline void half_product(const Half* a, int64_t a_row, HalfPanels b, int64_t m, Soon soon,
+                         Take take) {
+  for (int64_t j = 0; j < b.n; j += tile_columns) {
+    const Pair* panel = b.panel(j / tile_columns);
+    const auto column = [&](auto take) {
+      const auto tile = [&](auto rows, int64_t i) {
+        for (int64_t r = 0; r < rows; ++r) soon(i + r, j);
+        const auto take_at = [&](int64_t r, int64_t c, Vec x) { take(i + r, j + c, x); };
+        multiply_half<decltype(rows)::value>(reinterpret_cast<const Pair*>(a + i * a_row),
+                                             a_row / 2, panel, b.pairs(), take_at);
+        return i + rows;
+      };
+      int64_t i = 0;
+      while (m - i >= tile_rows) i = tile(std::integral_constant<int, tile_rows>(), i);
+      while (m - i >= 4) i = tile(std::integral_constant<int, 4>(), i);
+      while (m > i) i = tile(std::integral_constant<int, 1>(), i);
+    };
+    if (b.n - j >= tile_columns)
+      column([&](int64_t i, int64_t c, Vec x) {
+        take(i, c, x, std::integral_constant<int64_t, lanes>());
+      });
+    else
+      column([&](int64_t i, int64_t c, Vec x) {
+        if (c < b.n) take(i, c, x, std::min<int64_t>(lanes, b.n - c));
+      });
+  }
+}
+
+inline void for_writing(const void* at) { __builtin_prefetch(at, 1); }
+
+}  // namespace

@@ -1,0 +1,86 @@
+// What OpenVINO's operations of transformers share. They take words or tokens and the weights, and
+// make words or tokens of the same shape.
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/frontend/onnx/extension/op.hpp>
+#include <openvino/op/op.hpp>
+#include <tbb/parallel_for.h>
+#include <vector>
+
+#include "weights.h"
+
+namespace {
+
+// A tensor's numbers in float32, which are the tensor itself or a copy that is held here.
+class Numbers {
+ public:
+  explicit Numbers(const ov::Tensor& tensor) {
+    if (tensor.get_element_type() == ov::element::f32) {
+      first = tensor.data<const float>();
+      return;
+    }
+    const ov::bfloat16* half = tensor.data<const ov::bfloat16>();
+    copy.assign(half, half + tensor.get_size());
+    first = copy.data();
+  }
+  const float* data() const { return first; }
+
+ private:
+  std::vector<float> copy;
+  const float* first;
+};
+
+// Calls compute(pointers to the words or tokens and to the weights, where the result goes) with
+// float32, whatever the tensors hold.
+template <typename Compute>
+bool in_float32(ov::TensorVector& outputs, const ov::TensorVector& inputs, Compute compute) {
+  const std::vector<Numbers> numbers(inputs.begin(), inputs.end());
+  const float* pointers[1 + weight_count];
+  for (size_t i = 0; i < numbers.size(); ++i) pointers[i] = numbers[i].data();
+  outputs[0].set_shape(inputs[0].get_shape());
+  if (outputs[0].get_element_type() == ov::element::f32) {
+    compute(pointers, outputs[0].data<float>());
+  } else {
+    std::vector<float> copy(inputs[0].get_size());
+    compute(pointers, copy.data());
+    std::copy(copy.begin(), copy.end(), outputs[0].data<ov::bfloat16>());
+  }
+  return true;
+}
+
+// Calls part(i) for each i, in the threads that OpenVINO computes in.
+template <typename Part>
+void share(int64_t parts, Part part) {
+  tbb::parallel_for(int64_t{0}, parts, part);
+}
+
+}  // namespace
+
+class Transformer : public ov::op::Op {
+ public:
+  Transformer() = default;
+  Transformer(const ov::OutputVector& inputs, float epsilon) : Op(inputs), epsilon(epsilon) {}
+
+  void validate_and_infer_types() override {
+    set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("epsilon", epsilon);
+    return true;
+  }
+
+  bool has_evaluate() const override { return true; }
+
+ protected:
+  float epsilon = 0;
+};
+
+// The library's operation: its opset, and its domain in an ONNX file, is DOMAIN.
+#define EXTENSION(Operation)                                   \
+  OPENVINO_CREATE_EXTENSIONS((std::vector<ov::Extension::Ptr>{ \
+      std::make_shared<ov::OpExtension<Operation>>(),          \
+      std::make_shared<ov::frontend::onnx::OpExtension<Operation>>(#Operation, DOMAIN)}))

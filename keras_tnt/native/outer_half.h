@@ -1,0 +1,194 @@
+// The transformer among the patches with what is multiplied in bfloat16, forward alone. Sums, norms,
+// softmax, GELU and the tokens themselves are float32's.
+#pragma once
+#include "half_product.h"
+#include "outer_transformer.h"
+
+namespace outer {
+namespace {
+
+// Kernels in bfloat16, packed to be multiplied with.
+struct HalfKernels {
+  Space space;
+  HalfPanels qkv, projection, fc1, fc2;
+
+  HalfKernels(int64_t d, int64_t hidden)
+      : qkv(space, d, 3 * d),
+        projection(space, d, d),
+        fc1(space, d, hidden),
+        fc2(space, hidden, d) {}
+
+  void pack(const Weights<>& w, Parallel parallel) const {
+    ::pack({{qkv, w.qkv_kernel},
+            {projection, w.projection_kernel},
+            {fc1, w.fc1_kernel},
+            {fc2, w.fc2_kernel}},
+           parallel);
+  }
+};
+
+inline void layer_norm(const float* x, int64_t rows, int64_t n, const float* gamma,
+                       const float* beta, float epsilon, Half* y) {
+  for (int64_t i = 0; i < rows; ++i, x += n, y += n) {
+    const Moments at(x, n, epsilon);
+    along(n, [&](int64_t c, auto count) {
+      const Vec hat = (load(x + c, count) - at.mean) * at.inverse;
+      store_half(hat * load(gamma + c, count) + load(beta + c, count), y + c, count);
+    });
+  }
+}
+
+// The steps of the forward pass on rows of a batch.
+struct HalfSteps {
+  const Sizes s;
+  const Weights<> w;
+  const HalfKernels& kernels;
+  Space space;
+  Half* const qkv;
+  Half* const mixed;
+
+  HalfSteps(const Sizes& s, const Weights<>& w, const HalfKernels& kernels)
+      : s(s),
+        w(w),
+        kernels(kernels),
+        qkv(take_half(space, s.rows() * 3 * s.dim)),
+        mixed(take_half(space, s.rows() * s.dim)) {}
+
+  // From tokens to query, key and value, of so many rows from the first on.
+  void project(const float* in, int64_t first, int64_t rows) {
+    const int64_t d = s.dim;
+    Space space;
+    Half* normed = take_half(space, rows * d);
+    layer_norm(in + first * d, rows, d, w.attention_gamma, w.attention_beta, s.epsilon, normed);
+    Half* const to = qkv + first * 3 * d;
+    half_product(
+        normed, d, kernels.qkv, rows, [=](int64_t i, int64_t j) { for_writing(to + i * 3 * d + j); },
+        [=](int64_t i, int64_t j, Vec x, auto n) {
+          store_half(x + load(w.qkv_bias + j, n), to + i * 3 * d + j, n);
+        });
+  }
+
+  // The attention of a head of an image.
+  void attend(int64_t number) {
+    const int64_t d = s.head_dim(), t = s.tokens, width = 3 * s.dim, row = score_row(s);
+    const int64_t image = number / s.heads, head = number % s.heads;
+    const Half* query = qkv + image * t * width + head * d;
+    Space space;
+    const HalfPanels keys(space, d, t), values(space, t, d);
+    keys.pack_transposed(query + s.dim, width);
+    values.pack(query + 2 * s.dim, width);
+    float* scores = space.take(tile_rows * row);
+    Half* weights = take_half(space, tile_rows * row);
+    const float scale = 1.44269504 / std::sqrt(double(d));  // of powers of two
+    for (int64_t first = 0; first < t; first += tile_rows) {
+      const int64_t rows = std::min(tile_rows, t - first);
+      Vec most[tile_rows];
+      float inverse[tile_rows];
+      std::fill_n(most, rows, all(-INFINITY));
+      half_product(
+          query + first * width, width, keys, rows, [](int64_t, int64_t) {},
+          [&](int64_t i, int64_t j, Vec x, auto n) {
+            x = cut(x, n, -INFINITY);
+            most[i] = larger(most[i], x);
+            store(x, scores + i * row + j);
+          });
+      for (int64_t i = 0; i < rows; ++i) {
+        const float largest = _mm512_reduce_max_ps((__m512)most[i]) * scale;
+        Vec sum = {};
+        for (int64_t c = i * row; c < i * row + t; c += lanes) {
+          const Vec x = exp2_half(load(scores + c) * scale - largest);
+          sum += x;
+          store_half(x, weights + c, std::integral_constant<int64_t, lanes>());
+        }
+        inverse[i] = 1.0f / total(sum);
+      }
+      Half* to = mixed + (image * t + first) * s.dim + head * d;
+      half_product(
+          weights, row, values, rows, [&](int64_t i, int64_t j) { for_writing(to + i * s.dim + j); },
+          [&](int64_t i, int64_t j, Vec x, auto n) {
+            store_half(x * inverse[i], to + i * s.dim + j, n);
+          });
+    }
+  }
+
+  // From the attention's result to the tokens that come out.
+  void finish(const float* in, int64_t first, int64_t rows, float* out) {
+    const int64_t d = s.dim, h = s.hidden;
+    Space space;
+    float* const middle = space.take(rows * d);
+    Half *const normed = take_half(space, rows * d), *const active = take_half(space, rows * h);
+    add_product(mixed + first * d, d, kernels.projection, rows, w.projection_bias, in + first * d,
+                middle);
+    layer_norm(middle, rows, d, w.mlp_gamma, w.mlp_beta, s.epsilon, normed);
+    half_product(
+        normed, d, kernels.fc1, rows, [=](int64_t i, int64_t j) { for_writing(active + i * h + j); },
+        [=](int64_t i, int64_t j, Vec x, auto n) {
+          store_half(gelu_half(x + load(w.fc1_bias + j, n)), active + i * h + j, n);
+        });
+    add_product(active, h, kernels.fc2, rows, w.fc2_bias, middle, out + first * d);
+  }
+
+ private:
+  // to = from + a b + bias
+  void add_product(const Half* a, int64_t a_row, HalfPanels b, int64_t rows, const float* bias,
+                   const float* from, float* to) {
+    half_product(
+        a, a_row, b, rows,
+        [=](int64_t i, int64_t j) {
+          for (int64_t c = i * b.n + j; c < i * b.n + j + tile_columns; c += lanes) {
+            prefetch(from + c);
+            for_writing(to + c);
+          }
+        },
+        [=](int64_t i, int64_t j, Vec x, auto n) {
+          const int64_t at = i * b.n + j;
+          store(load(from + at, n) + load(bias + j, n) + x, to + at, n);
+        });
+  }
+};
+
+// Calls what(first, count) for so many parts of n rows, which begin with a tile.
+template <typename What>
+inline void part_of(int64_t n, int64_t parts, int64_t number, What what) {
+  const auto start = [=](int64_t i) {
+    return i == parts ? n : (n * i / parts + tile_rows / 2) / tile_rows * tile_rows;
+  };
+  if (const int64_t count = start(number + 1) - start(number)) what(start(number), count);
+}
+
+constexpr int64_t half_rows = 8 * tile_rows;  // that are computed together
+
+// tokens (images, tokens, dim) to `out` of the same shape. Numbers do not depend on the threads.
+inline void transform(const Sizes& s, Parallel parallel, int64_t threads, const float* in,
+                      const Weights<>& w, const HalfKernels& kernels, float* out) {
+  if (s.images % threads == 0 || s.images >= 8 * threads)
+    return parallel(s.images, [&](int64_t image) {  // all steps of an image in the same caches
+      const int64_t numbers = s.tokens * s.dim, parts = parts_of(s.tokens, half_rows);
+      const float* from = in + image * numbers;
+      Sizes one = s;
+      one.images = 1;
+      HalfSteps steps(one, w, kernels);
+      for (int64_t i = 0; i < parts; ++i)
+        part_of(s.tokens, parts, i,
+                [&](int64_t first, int64_t rows) { steps.project(from, first, rows); });
+      for (int64_t head = 0; head < s.heads; ++head) steps.attend(head);
+      for (int64_t i = 0; i < parts; ++i)
+        part_of(s.tokens, parts, i, [&](int64_t first, int64_t rows) {
+          steps.finish(from, first, rows, out + image * numbers);
+        });
+    });
+  HalfSteps steps(s, w, kernels);
+  const int64_t parts = round_up(parts_of(s.rows(), half_rows), threads);
+  parallel(parts, [&](int64_t i) {
+    part_of(s.rows(), parts, i,
+            [&](int64_t first, int64_t rows) { steps.project(in, first, rows); });
+  });
+  parallel(s.images * s.heads, [&](int64_t number) { steps.attend(number); });
+  parallel(parts, [&](int64_t i) {
+    part_of(s.rows(), parts, i,
+            [&](int64_t first, int64_t rows) { steps.finish(in, first, rows, out); });
+  });
+}
+
+}  // namespace
+}  // namespace outer

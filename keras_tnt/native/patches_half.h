@@ -1,0 +1,37 @@
+// All words of a patch, normalised, projected in bfloat16 and normalised again, forward alone.
+#pragma once
+#include "outer_half.h"
+#include "patches.h"
+
+namespace patches {
+namespace {
+
+// As the other.
+inline void project(const Sizes& s, Parallel parallel, int64_t threads, const float* in,
+                    const PatchWeights<>& w, float* out) {
+  const int64_t n = s.images * s.tokens, d = s.dim;
+  const int64_t parts = round_up(parts_of(n, outer::half_rows), threads);
+  Space space;
+  const HalfPanels kernel(space, s.inputs, d);
+  pack({{kernel, w.kernel}}, parallel);
+  parallel(parts, [&](int64_t i) {
+    outer::part_of(n, parts, i, [&](int64_t first, int64_t rows) {
+      Space space;
+      Half* normed = take_half(space, rows * s.inputs);
+      float* projected = space.take(rows * d);
+      outer::layer_norm(in + first * s.inputs, rows, s.inputs, w.words_gamma, w.words_beta,
+                        s.epsilon, normed);
+      half_product(
+          normed, s.inputs, kernel, rows,
+          [=](int64_t i, int64_t j) { for_writing(projected + i * d + j); },
+          [=](int64_t i, int64_t j, Vec x, auto n) {
+            store(x + load(w.bias + j, n), projected + i * d + j, n);
+          });
+      outer::layer_norm(projected, rows, d, w.patches_gamma, w.patches_beta, s.epsilon,
+                        out + first * d);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace patches

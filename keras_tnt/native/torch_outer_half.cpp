@@ -1,0 +1,14 @@
+// The function that torch's operator of the outer transformer in bfloat16 calls.
+#include "openmp.h"
+#include "outer_half.h"
+
+extern "C" void forward(const float* in, const float* const* pointers, const float*, float* out,
+                        float*, int64_t images, int64_t tokens, int64_t dim, int64_t heads,
+                        int64_t hidden, float epsilon, int threads) {
+  const outer::Sizes s = {images, tokens, dim, heads, hidden, epsilon};
+  const outer::Parallel parallel = {share, &threads};
+  const Weights<> weights = as_weights(pointers);
+  const outer::HalfKernels kernels(dim, hidden);
+  kernels.pack(weights, parallel);
+  outer::transform(s, parallel, threads, in, weights, kernels, out);
+}
