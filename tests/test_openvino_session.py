@@ -101,8 +101,8 @@ def test_with_them_openvino_is_asked_for_bfloat16(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "opset", "parts"),
     [
-        ("tnt", 18, {"inner", "outer_half"}),
-        ("bias", 23, {"inner", "outer_half"}),
+        ("tnt", 18, {"inner", "outer_half", "patches_half"}),
+        ("bias", 23, {"inner", "outer_half", "patches_half"}),
         pytest.param("deit", 18, {"outer_half"}, marks=pytest.mark.slow),
     ],
 )

@@ -1,5 +1,6 @@
 """An exported file in ONNX Runtime, its inner transformers in C++."""
 
+import contextlib
 import itertools
 import os
 
@@ -77,22 +78,13 @@ def use_native(proto, prefix, half=False):
         A dict from the operator's domain, which begins with the prefix, to its sizes.
     """
     graph, found, pairs = Graph(proto), {}, []
-    for attended, tensors, scale, heads in attentions(graph):
-        try:
-            last, x, weights, sizes, epsilon = transformer(
-                graph, attended, tensors, scale, heads, half
-            )
-        except NoMatch:
-            continue
+    for operator in operators(graph, half):
+        last, x, weights, sizes, attributes = operator
         domain, (name,) = sizes.name(prefix), last.output
         inputs = [
             graph.add_constant(f"{name}/{kind}", value) for kind, value in weights._asdict().items()
         ]
-        attributes = {"epsilon": epsilon}
-        kind = "InnerTransformer"
-        if sizes.part != "inner":
-            kind, attributes["heads"] = "OuterTransformer", heads
-        node = graph.node(kind, [x, *inputs], [name], **attributes)
+        node = graph.node(KINDS[sizes.part], [x, *inputs], [name], **attributes)
         node.domain = domain
         pairs.append((last, [node]))
         if domain not in found:
@@ -102,8 +94,30 @@ def use_native(proto, prefix, half=False):
     return found
 
 
+# Our operators by what they compute.
+KINDS = {
+    "inner": "InnerTransformer",
+    "outer_half": "OuterTransformer",
+    "patches_half": "WordsToPatches",
+}
+
+
 class NoMatch(Exception):
-    """What stands in a graph is no transformer that there is an operator for."""
+    """What stands in a graph is nothing that there is an operator for."""
+
+
+def operators(graph, half):
+    """What of a graph our operators compute.
+
+    Yields:
+        (last node, name of the words or tokens, weights, sizes, attributes).
+    """
+    for attended, tensors, scale, heads in attentions(graph):
+        with contextlib.suppress(NoMatch):
+            yield transformer(graph, attended, tensors, scale, heads, half)
+    for norm in graph.of("LayerNormalization") if half else []:
+        with contextlib.suppress(NoMatch):
+            yield words_to_patches(graph, norm)
 
 
 def attentions(graph):
@@ -133,7 +147,7 @@ def transformer(graph, attended, tensors, scale, heads, half):
         half: whether to multiply in bfloat16.
 
     Returns:
-        (last node, name of the words or tokens, `native.Weights`, sizes, epsilon).
+        As `operators` yields it.
 
     Raises:
         NoMatch: if it is anything but norm, attention, MLP and residuals in float32, of words or,
@@ -143,9 +157,7 @@ def transformer(graph, attended, tensors, scale, heads, half):
     split = walk.maker(tensors[0], "Split")
     if list(split.output) != tensors:
         raise NoMatch
-    qkv = walk.maker(split.input[0], "Add", "MatMul")
-    if qkv.op_type == "Add":
-        qkv = walk.maker(graph.variable(qkv), "MatMul")
+    qkv = walk.product(split.input[0])
     norm_attention = walk.maker(qkv.input[0], "LayerNormalization")
     x = norm_attention.input[0]
     shape = graph.shapes.get(x, ())
@@ -178,13 +190,40 @@ def transformer(graph, attended, tensors, scale, heads, half):
     )
     hidden = len(weights.fc2_kernel)
     half = half and native.takes_half(shape[-1] // heads, hidden)
+    attributes = {"epsilon": epsilon}
     if among_words:
         sizes = native.InnerSizes(*shape[2:], heads, hidden, axis == -2, half)
     elif half and axis == -1:
         sizes = native.OuterSizes(heads, hidden, half)
+        attributes["heads"] = heads
     else:
         raise NoMatch
-    return graph.maker[last], x, weights, sizes, epsilon
+    return graph.maker[last], x, weights, sizes, attributes
+
+
+def words_to_patches(graph, norm):
+    """A norm, a dense layer and a norm, of which this is the last, as `operators` yields them."""
+    walk = Walk(graph)
+    product = walk.product(norm.input[0])
+    first = walk.maker(product.input[0], "LayerNormalization")
+    x = first.input[0]
+    shape, settings = graph.shapes.get(x, ()), walk.settings(norm)
+    axis, epsilon = settings
+    if (
+        len(shape) != 3
+        or shape[2] is None
+        or axis not in (-1, 2)
+        or settings != walk.settings(first)
+    ):
+        raise NoMatch
+    if not native.takes_half(shape[2]):
+        raise NoMatch
+    kernel, bias = walk.dense_weights(product)
+    dim = kernel.shape[1]
+    weights = native.PatchWeights(
+        *walk.norm_weights(first, shape[2:]), kernel, bias, *walk.norm_weights(norm, (dim,))
+    )
+    return norm, x, weights, native.PatchSizes(dim, half=True), {"epsilon": epsilon}
 
 
 class Walk:
@@ -211,6 +250,13 @@ class Walk:
         if len(found) != 1:
             raise NoMatch
         return found[0]
+
+    def product(self, name):
+        """The product of a dense layer that makes a tensor."""
+        node = self.maker(name, "Add", "MatMul")
+        if node.op_type == "Add":
+            node = self.maker(self.graph.variable(node), "MatMul")
+        return node
 
     def bias(self, product):
         """The sum of a dense layer's product with its bias; None if it has none."""

@@ -169,6 +169,9 @@ class PatchSizes(NamedTuple):
 
     # As those of `InnerSizes`, for `(batch, patches, inputs)`.
 
+    def name(self, prefix: str = "keras_tnt") -> str:
+        return f"{prefix}_{self.part}"
+
     def result(self, shape: tuple) -> tuple:
         return *shape[:2], self.dim
 

@@ -1,5 +1,4 @@
-// What OpenVINO's operations of transformers share. They take words or tokens and the weights, and
-// make words or tokens of the same shape.
+// What OpenVINO's operations share. They take words, tokens or patches, and weights that are constants.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -8,6 +7,7 @@
 #include <openvino/frontend/onnx/extension/op.hpp>
 #include <openvino/op/op.hpp>
 #include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
 #include <vector>
 
 #include "weights.h"
@@ -33,18 +33,16 @@ class Numbers {
   const float* first;
 };
 
-// Calls compute(pointers to the words or tokens and to the weights, where the result goes) with
-// float32, whatever the tensors hold.
+// Calls compute(pointers to all inputs, where the result goes) with float32, whatever the tensors hold.
 template <typename Compute>
 bool in_float32(ov::TensorVector& outputs, const ov::TensorVector& inputs, Compute compute) {
   const std::vector<Numbers> numbers(inputs.begin(), inputs.end());
   const float* pointers[1 + weight_count];
   for (size_t i = 0; i < numbers.size(); ++i) pointers[i] = numbers[i].data();
-  outputs[0].set_shape(inputs[0].get_shape());
   if (outputs[0].get_element_type() == ov::element::f32) {
     compute(pointers, outputs[0].data<float>());
   } else {
-    std::vector<float> copy(inputs[0].get_size());
+    std::vector<float> copy(outputs[0].get_size());
     compute(pointers, copy.data());
     std::copy(copy.begin(), copy.end(), outputs[0].data<ov::bfloat16>());
   }
@@ -57,15 +55,23 @@ void share(int64_t parts, Part part) {
   tbb::parallel_for(int64_t{0}, parts, part);
 }
 
+// The same, for what wants a pool.
+inline void share_with(void*, int64_t parts, void (*part)(void*, int64_t), void* data) {
+  share(parts, [=](int64_t i) { part(data, i); });
+}
+
 }  // namespace
 
-class Transformer : public ov::op::Op {
+// The result has the shape of the first input unless `result` says otherwise.
+class Operation : public ov::op::Op {
  public:
-  Transformer() = default;
-  Transformer(const ov::OutputVector& inputs, float epsilon) : Op(inputs), epsilon(epsilon) {}
+  Operation() = default;
+  Operation(const ov::OutputVector& inputs, float epsilon) : Op(inputs), epsilon(epsilon) {}
+
+  virtual ov::PartialShape result(ov::PartialShape first) const { return first; }
 
   void validate_and_infer_types() override {
-    set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
+    set_output_type(0, get_input_element_type(0), result(get_input_partial_shape(0)));
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
@@ -75,12 +81,22 @@ class Transformer : public ov::op::Op {
 
   bool has_evaluate() const override { return true; }
 
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    outputs[0].set_shape(result(inputs[0].get_shape()).to_shape());
+    return in_float32(outputs, inputs, [&](const float* const* pointers, float* out) {
+      compute(inputs[0].get_shape(), pointers, out);
+    });
+  }
+
+  // From the first input, of this shape, and the weights behind it to the result.
+  virtual void compute(const ov::Shape& shape, const float* const* pointers, float* out) const = 0;
+
  protected:
   float epsilon = 0;
 };
 
 // The library's operation: its opset, and its domain in an ONNX file, is DOMAIN.
-#define EXTENSION(Operation)                                   \
+#define EXTENSION(Name)                                        \
   OPENVINO_CREATE_EXTENSIONS((std::vector<ov::Extension::Ptr>{ \
-      std::make_shared<ov::OpExtension<Operation>>(),          \
-      std::make_shared<ov::frontend::onnx::OpExtension<Operation>>(#Operation, DOMAIN)}))
+      std::make_shared<ov::OpExtension<Name>>(),               \
+      std::make_shared<ov::frontend::onnx::OpExtension<Name>>(#Name, DOMAIN)}))

@@ -3,12 +3,12 @@
 #include "inner_forward.h"
 #include "openvino.h"
 
-class InnerTransformer : public Transformer {
+class InnerTransformer : public Operation {
  public:
   OPENVINO_OP("InnerTransformer", DOMAIN);
 
   InnerTransformer() = default;
-  InnerTransformer(const ov::OutputVector& inputs, float epsilon) : Transformer(inputs, epsilon) {
+  InnerTransformer(const ov::OutputVector& inputs, float epsilon) : Operation(inputs, epsilon) {
     constructor_validate_and_infer_types();
   }
 
@@ -16,14 +16,12 @@ class InnerTransformer : public Transformer {
     return std::make_shared<InnerTransformer>(inputs, epsilon);
   }
 
-  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    return in_float32(outputs, inputs, [&](const float* const* pointers, float* out) {
-      const Forward run{as_weights(pointers + 1), epsilon};
-      const ov::Shape& shape = inputs[0].get_shape();  // batch, patches, words, dim
-      const int64_t patches = shape[0] * shape[1], at_once = 16;
-      share((patches + at_once - 1) / at_once, [&](int64_t part) {
-        run(pointers[0], out, part * at_once, std::min((part + 1) * at_once, patches));
-      });
+  // shape: batch, patches, words, dim.
+  void compute(const ov::Shape& shape, const float* const* pointers, float* out) const override {
+    const Forward run{as_weights(pointers + 1), epsilon};
+    const int64_t patches = shape[0] * shape[1], at_once = 16;
+    share((patches + at_once - 1) / at_once, [&](int64_t part) {
+      run(pointers[0], out, part * at_once, std::min((part + 1) * at_once, patches));
     });
   }
 };

@@ -1,18 +1,17 @@
-// OpenVINO's extension with the operation `OuterTransformer`, in bfloat16: tokens and the weights,
-// which are constants, to tokens; epsilon and the number of heads are attributes.
+// OpenVINO's extension with the operation `OuterTransformer`, in bfloat16: tokens and the weights to
+// tokens; epsilon and the number of heads are attributes.
 #include <mutex>
-#include <tbb/task_arena.h>
 
 #include "openvino.h"
 #include "outer_half.h"
 
-class OuterTransformer : public Transformer {
+class OuterTransformer : public Operation {
  public:
   OPENVINO_OP("OuterTransformer", DOMAIN);
 
   OuterTransformer() = default;
   OuterTransformer(const ov::OutputVector& inputs, float epsilon, int64_t heads)
-      : Transformer(inputs, epsilon), heads(heads) {
+      : Operation(inputs, epsilon), heads(heads) {
     constructor_validate_and_infer_types();
   }
 
@@ -22,28 +21,21 @@ class OuterTransformer : public Transformer {
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
     visitor.on_attribute("heads", heads);
-    return Transformer::visit_attributes(visitor);
+    return Operation::visit_attributes(visitor);
   }
 
-  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    return in_float32(outputs, inputs, [&](const float* const* pointers, float* out) {
-      const outer::Parallel parallel = {
-          [](void*, int64_t parts, void (*part)(void*, int64_t), void* data) {
-            share(parts, [=](int64_t i) { part(data, i); });
-          },
-          nullptr};
-      const ov::Shape& shape = inputs[0].get_shape();  // batch, tokens, dim
-      const int64_t hidden = inputs[1 + fc1_bias].get_size();
-      const outer::Sizes s = {int64_t(shape[0]), int64_t(shape[1]), int64_t(shape[2]), heads,
-                              hidden, epsilon};
-      const Weights<> weights = as_weights(pointers + 1);
-      std::call_once(once, [&] {
-        kernels = std::make_unique<outer::HalfKernels>(s.dim, hidden);
-        kernels->pack(weights, parallel);
-      });
-      outer::transform(s, parallel, tbb::this_task_arena::max_concurrency(), pointers[0], weights,
-                       *kernels, out);
+  // shape: batch, tokens, dim.
+  void compute(const ov::Shape& shape, const float* const* pointers, float* out) const override {
+    const int64_t images = shape[0], tokens = shape[1], dim = shape[2];
+    const int64_t hidden = get_input_shape(1 + fc1_bias)[0];
+    const outer::Parallel parallel = {share_with, nullptr};
+    const Weights<> weights = as_weights(pointers + 1);
+    std::call_once(once, [&] {
+      kernels = std::make_unique<outer::HalfKernels>(dim, hidden);
+      kernels->pack(weights, parallel);
     });
+    outer::transform({images, tokens, dim, heads, hidden, epsilon}, parallel,
+                     tbb::this_task_arena::max_concurrency(), pointers[0], weights, *kernels, out);
   }
 
  private:

@@ -6,14 +6,23 @@
 namespace patches {
 namespace {
 
-// As the other.
+// The kernel in bfloat16, packed to be multiplied with.
+struct HalfKernel {
+  Space space;
+  HalfPanels panels;
+
+  HalfKernel(int64_t inputs, int64_t dim) : panels(space, inputs, dim) {}
+
+  void pack(const PatchWeights<>& w, Parallel parallel) const {
+    ::pack({{panels, w.kernel}}, parallel);
+  }
+};
+
+// words (images, tokens, inputs) to `out`, (images, tokens, dim).
 inline void project(const Sizes& s, Parallel parallel, int64_t threads, const float* in,
-                    const PatchWeights<>& w, float* out) {
+                    const PatchWeights<>& w, const HalfKernel& kernel, float* out) {
   const int64_t n = s.images * s.tokens, d = s.dim;
   const int64_t parts = round_up(parts_of(n, outer::half_rows), threads);
-  Space space;
-  const HalfPanels kernel(space, s.inputs, d);
-  pack({{kernel, w.kernel}}, parallel);
   parallel(parts, [&](int64_t i) {
     outer::part_of(n, parts, i, [&](int64_t first, int64_t rows) {
       Space space;
@@ -22,7 +31,7 @@ inline void project(const Sizes& s, Parallel parallel, int64_t threads, const fl
       outer::layer_norm(in + first * s.inputs, rows, s.inputs, w.words_gamma, w.words_beta,
                         s.epsilon, normed);
       half_product(
-          normed, s.inputs, kernel, rows,
+          normed, s.inputs, kernel.panels, rows,
           [=](int64_t i, int64_t j) { for_writing(projected + i * d + j); },
           [=](int64_t i, int64_t j, Vec x, auto n) {
             store(x + load(w.bias + j, n), projected + i * d + j, n);

@@ -2,9 +2,13 @@
 #include "openmp.h"
 #include "patches_half.h"
 
-extern "C" void forward(const float* in, const float* const* weights, const float*, float* out,
+extern "C" void forward(const float* in, const float* const* pointers, const float*, float* out,
                         float*, int64_t images, int64_t tokens, int64_t inputs, int64_t dim,
                         float epsilon, int threads) {
-  patches::project({images, tokens, inputs, dim, epsilon}, {share, &threads}, threads, in,
-                   as_weights<PatchWeights>(weights), out);
+  const outer::Parallel parallel = {share, &threads};
+  const PatchWeights<> weights = as_weights<PatchWeights>(pointers);
+  const patches::HalfKernel kernel(inputs, dim);
+  kernel.pack(weights, parallel);
+  patches::project({images, tokens, inputs, dim, epsilon}, parallel, threads, in, weights, kernel,
+                   out);
 }

@@ -246,8 +246,10 @@ static ffi::Error run_patches_half(ffi::ThreadPool pool, float epsilon, Numbers 
                                    ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
 #ifdef __AVX512BF16__
   const PatchesCall call(epsilon, in, rest);
+  const patches::HalfKernel kernel(call.sizes.inputs, call.sizes.dim);
+  kernel.pack(call.weights, {share_with, &pool});
   patches::project(call.sizes, {share_with, &pool}, pool.num_threads(), in.typed_data(),
-                   call.weights, out->typed_data());
+                   call.weights, kernel, out->typed_data());
   return ffi::Error::Success();
 #else
   return no_half();

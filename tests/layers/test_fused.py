@@ -435,17 +435,17 @@ def test_torch_may_compile_what_learns(shape):
     from keras_tnt.native import torch_operator
 
     block, words, _ = block_and_words(shape)
-    assert fused.operator_for(block, words.shape) is not None
+    assert runtimes.operator(BACKEND, fused.sizes_of(block, words.shape, half=False)) is not None
     weights = [
         ops.convert_to_tensor(x).detach().requires_grad_()
         for x in fused.weights_of(block, words.shape)
     ]
     keep = torch.ones(2, *shape[:-2])
-    arguments = words.requires_grad_(), weights, keep, block.num_heads, 1e-5, False
+    arguments = words.requires_grad_(), weights, keep, block.num_heads, 1e-5, False, False
     torch.library.opcheck(torch_operator.run, arguments)
     shapes = (8,), (8,), (8, 6), (6,), (6,), (6,)
     weights = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    arguments = torch.randn(2, 7, 8, requires_grad=True), weights, None, 1, 1e-5, False
+    arguments = torch.randn(2, 7, 8, requires_grad=True), weights, None, 1, 1e-5, False, False
     torch.library.opcheck(torch_operator.run, arguments)
 
 

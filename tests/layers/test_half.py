@@ -9,10 +9,11 @@ import pytest
 from keras import ops
 
 import keras_tnt
+from keras_tnt import native
 from keras_tnt.layers import TransformerBlock, WordsToPatches
 from keras_tnt.layers.base import inference_on
 from keras_tnt.layers.half import POLICY, in_bfloat16, kernels_to_change
-from keras_tnt.native import processor, runtimes
+from keras_tnt.native import plain, processor, runtimes
 from tests.checks import BACKEND, compute, normal
 from tests.layers.test_fused import tiny
 
@@ -162,13 +163,76 @@ def test_other_processors_leave_it_to_the_backend(features, monkeypatch):
 @pytest.mark.one_backend
 def test_words_are_rounded_where_there_is_cpp_for_it(features, monkeypatch):
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
-    native = features == {"avx512_bf16"}
+    in_cpp = features == {"avx512_bf16"}
     copy = in_bfloat16(tiny("tnt"))
     inner, outer = copy.get_layer("block_0").inner, copy.get_layer("block_0").outer
     assert outer.attention.qkv.dtype_policy.name == POLICY
-    assert (inner.attention.qkv.dtype_policy.name == POLICY) is native
+    assert (inner.attention.qkv.dtype_policy.name == POLICY) is in_cpp
     kernels = [kernel.path for kernel in kernels_to_change(copy)]
-    assert any("block_0/outer" in path for path in kernels) is not native
+    assert any("block_0/outer" in path for path in kernels) is not in_cpp
+
+
+@pytest.fixture(
+    params=[
+        ((2, 3, 16, 8), native.InnerSizes(16, 8, 2, 16, across_words=False, half=True)),
+        ((3, 7, 8), native.OuterSizes(2, 16, half=True)),
+        ((3, 7, 12), native.PatchSizes(8, half=True)),
+    ],
+    ids=["words", "tokens", "patches"],
+)
+def operation(request):
+    shape, sizes = request.param
+    dim, inputs = 8, shape[-1]
+    norm = (dim, 16) if len(shape) == 4 else (dim,)
+    if sizes.weights is native.Weights:
+        shapes = norm, norm, (dim, 24), (24,), (dim, dim), (dim,)
+        shapes += norm, norm, (dim, 16), (16,), (16, dim), (dim,)
+    else:
+        shapes = (inputs,), (inputs,), (inputs, dim), (dim,), norm, norm
+    weights = [normal(one, seed=i) for i, one in enumerate(shapes)]
+    return sizes, ops.convert_to_tensor(normal(shape, seed=99)), weights
+
+
+@has_pairs
+def test_the_gradient_is_that_of_float32(operation):
+    sizes, x, weights = operation
+    weights = [ops.convert_to_tensor(weight) for weight in weights]
+    operator = runtimes.operator(BACKEND, sizes)
+    found = gradient(lambda x: ops.sum(operator(x, weights, 1e-5)), x)
+    expected = gradient(lambda x: ops.sum(plain.compute(x, weights, None, sizes, 1e-5)), x)
+    difference = np.abs(ops.convert_to_numpy(found) - ops.convert_to_numpy(expected))
+    assert difference.max() <= 1e-5 * max(1.0, np.abs(ops.convert_to_numpy(expected)).max())
+
+
+def gradient(function, x):
+    if BACKEND == "jax":
+        import jax
+
+        return jax.grad(function)(x)
+    if BACKEND == "torch":
+        import torch
+
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(function(x), x)[0]
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = function(x)
+    return tape.gradient(value, x)
+
+
+@has_pairs
+@pytest.mark.skipif(BACKEND != "torch", reason="the check is torch's")
+def test_it_is_an_operation_as_torch_wants_it(operation):
+    import torch
+
+    from keras_tnt.native import torch_operator
+
+    sizes, x, weights = operation
+    weights = [ops.convert_to_tensor(weight) for weight in weights]
+    settings = None, getattr(sizes, "heads", 1), 1e-5, False, True
+    torch.library.opcheck(torch_operator.run, (x, weights, *settings))
 
 
 @has_pairs
