@@ -79,12 +79,12 @@ def use_native(proto, prefix, half=False):
     """
     graph, found, pairs = Graph(proto), {}, []
     for operator in operators(graph, half):
-        last, x, weights, sizes, attributes = operator
+        last, x, weights, sizes, attributes, *more = operator
         domain, (name,) = sizes.name(prefix), last.output
         inputs = [
             graph.add_constant(f"{name}/{kind}", value) for kind, value in weights._asdict().items()
         ]
-        node = graph.node(KINDS[sizes.part], [x, *inputs], [name], **attributes)
+        node = graph.node(KINDS[sizes.part], [x, *inputs, *more], [name], **attributes)
         node.domain = domain
         pairs.append((last, [node]))
         if domain not in found:
@@ -110,7 +110,8 @@ def operators(graph, half):
     """What of a graph our operators compute.
 
     Yields:
-        (last node, name of the words or tokens, weights, sizes, attributes).
+        (last node, name of the words or tokens, weights, sizes, attributes, names of what else they
+        take).
     """
     for attended, tensors, scale, heads in attentions(graph):
         with contextlib.suppress(NoMatch):
@@ -202,7 +203,10 @@ def transformer(graph, attended, tensors, scale, heads, half):
 
 
 def words_to_patches(graph, norm):
-    """A norm, a dense layer and a norm, of which this is the last, as `operators` yields them."""
+    """A norm, a dense layer and a norm, of which this is the last, as `operators` yields them.
+
+    Where tokens follow to which their result is added, that too.
+    """
     walk = Walk(graph)
     product = walk.product(norm.input[0])
     first = walk.maker(product.input[0], "LayerNormalization")
@@ -223,7 +227,16 @@ def words_to_patches(graph, norm):
     weights = native.PatchWeights(
         *walk.norm_weights(first, shape[2:]), kernel, bias, *walk.norm_weights(norm, (dim,))
     )
-    return norm, x, weights, native.PatchSizes(dim, half=True), {"epsilon": epsilon}
+    found, attributes = (x, weights, native.PatchSizes(dim, half=True)), {"epsilon": epsilon}
+    with contextlib.suppress(NoMatch):  # they are added to the tokens
+        pad = walk.taker(norm.output[0], "Pad")
+        pads = graph.constants[pad.input[1]].tolist()
+        total = walk.taker(pad.output[0], "Add")
+        (tokens,) = (name for name in total.input if name != pad.output[0])
+        alone = len(pad.input) == 2 and not pad.attribute and tokens in graph.shapes
+        if alone and pads == [0, pads[1], 0, 0, 0, 0]:
+            return total, *found, {**attributes, "prefix": pads[1]}, tokens
+    return norm, *found, {**attributes, "prefix": 0}
 
 
 class Walk:

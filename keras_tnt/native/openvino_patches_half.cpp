@@ -1,5 +1,6 @@
 // OpenVINO's extension with the operation `WordsToPatches`, in bfloat16: the words of each patch side
-// by side and the weights to patches; epsilon is an attribute.
+// by side and the weights to patches; or, where tokens follow, which is their sum with the patches, of
+// which `prefix` stand before. epsilon and prefix are attributes.
 #include <mutex>
 
 #include "openvino.h"
@@ -10,15 +11,22 @@ class WordsToPatches : public Operation {
   OPENVINO_OP("WordsToPatches", DOMAIN);
 
   WordsToPatches() = default;
-  WordsToPatches(const ov::OutputVector& inputs, float epsilon) : Operation(inputs, epsilon) {
+  WordsToPatches(const ov::OutputVector& inputs, float epsilon, int64_t prefix)
+      : Operation(inputs, epsilon), prefix(prefix) {
     constructor_validate_and_infer_types();
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<WordsToPatches>(inputs, epsilon);
+    return std::make_shared<WordsToPatches>(inputs, epsilon, prefix);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("prefix", prefix);
+    return Operation::visit_attributes(visitor);
   }
 
   ov::PartialShape result(ov::PartialShape first) const override {
+    first[1] += prefix;
     first[2] = get_input_shape(1 + patch_bias)[0];
     return first;
   }
@@ -33,11 +41,16 @@ class WordsToPatches : public Operation {
       kernel = std::make_unique<patches::HalfKernel>(inputs, dim);
       kernel->pack(weights, parallel);
     });
+    const float* added = get_input_size() > weights_end ? pointers[weights_end] : nullptr;
     patches::project({images, tokens, inputs, dim, epsilon}, parallel,
-                     tbb::this_task_arena::max_concurrency(), pointers[0], weights, *kernel, out);
+                     tbb::this_task_arena::max_concurrency(), pointers[0], weights, *kernel, out,
+                     added, prefix);
   }
 
  private:
+  static constexpr size_t weights_end = 1 + count_of<PatchWeights>;
+
+  int64_t prefix = 0;
   mutable std::once_flag once;
   mutable std::unique_ptr<patches::HalfKernel> kernel;
 };

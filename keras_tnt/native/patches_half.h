@@ -18,9 +18,11 @@ struct HalfKernel {
   }
 };
 
-// words (images, tokens, inputs) to `out`, (images, tokens, dim).
+// words (images, tokens, inputs) to `out`, (images, tokens, dim); or, with tokens of which `prefix`
+// stand before those of the patches, to their sum with the patches, (images, prefix + tokens, dim).
 inline void project(const Sizes& s, Parallel parallel, int64_t threads, const float* in,
-                    const PatchWeights<>& w, const HalfKernel& kernel, float* out) {
+                    const PatchWeights<>& w, const HalfKernel& kernel, float* out,
+                    const float* tokens = nullptr, int64_t prefix = 0) {
   const int64_t n = s.images * s.tokens, d = s.dim;
   const int64_t parts = round_up(parts_of(n, outer::half_rows), threads);
   parallel(parts, [&](int64_t i) {
@@ -36,8 +38,13 @@ inline void project(const Sizes& s, Parallel parallel, int64_t threads, const fl
           [=](int64_t i, int64_t j, Vec x, auto n) {
             store(x + load(w.bias + j, n), projected + i * d + j, n);
           });
-      outer::layer_norm(projected, rows, d, w.patches_gamma, w.patches_beta, s.epsilon,
-                        out + first * d);
+      float* patches = tokens ? projected : out + first * d;
+      outer::layer_norm(projected, rows, d, w.patches_gamma, w.patches_beta, s.epsilon, patches);
+      for (int64_t i = first; tokens && i < first + rows; ++i) {
+        const int64_t image = i / s.tokens, at = (i + (image + 1) * prefix) * d;
+        if (i % s.tokens == 0) std::copy_n(tokens + at - prefix * d, prefix * d, out + at - prefix * d);
+        outer::add(tokens + at, patches + (i - first) * d, 1.0f, d, out + at);
+      }
     });
   });
 }
