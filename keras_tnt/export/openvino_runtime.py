@@ -1,4 +1,4 @@
-"""An exported file in OpenVINO, its inner transformers in C++."""
+"""An exported file in OpenVINO, its transformers in C++."""
 
 import os
 import threading
@@ -16,16 +16,17 @@ HINTS = {"float32": "f32", "bfloat16": "bf16"}
 def openvino_session(path: str | os.PathLike, precision: str | None = None) -> Callable:
     """Open a file of `keras_tnt.export.onnx` or `.openvino` in OpenVINO on the CPU.
 
-    Of an ONNX file in float32 the transformers among words become an operation of ours, which the
-    machine's C++ compiler makes for its processor, some seconds of work for the first process that
-    needs it. Where it cannot be had, a warning says so, and the file runs as it is. So do other
-    files, and those of models without words.
+    Of an ONNX file in float32 the transformers among words become an operation of ours, in bfloat16
+    on a processor with AVX512-BF16 those among patches too, and from words to patches. The
+    machine's C++ compiler makes them for its processor, some seconds of work for the first process
+    that needs them. Where they cannot be had, a warning says so, and the file runs as it is. So do
+    other files.
 
     Args:
         path: of the file, ending in `.onnx` or `.xml`.
-        precision: `"float32"`; `"bfloat16"`: the arithmetic that OpenVINO takes to gain from it,
-            among words float32 where they are our operation; on a processor without, a warning, and
-            float32. None: float32.
+        precision: `"float32"`; `"bfloat16"`: the arithmetic that OpenVINO takes to gain from it; in
+            our operations products, while norms, softmax and residuals stay in float32; on a
+            processor without, a warning, and float32. None: float32.
 
     Returns:
         A function from a batch of images, `(batch, height, width, channels)` or as the model takes

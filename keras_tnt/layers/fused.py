@@ -1,9 +1,10 @@
 """What is computed in C++, when, and with which weights.
 
 A transformer block among the words of patches is wherever a CPU computes, to train or to predict;
-one among the patches, and what words become patches by, where a CPU trains. In either case the
-block has to be nothing but norms, self-attention, MLP and residuals in float32, without dropout;
-and words have to fill the processor's vectors.
+one among the patches, and what words become patches by, where a CPU trains, or predicts with
+products in bfloat16 that its own instructions compute. In either case the block has to be nothing
+but norms, self-attention, MLP and residuals, all but the products in float32, without dropout; and
+words have to fill the processor's vectors.
 """
 
 import keras
@@ -28,12 +29,11 @@ def transformed(block, x, training=False):
     """
     if not is_plain(block) or training and (block.dropout or block.attention_dropout):
         return None
-    half = multiplies_in(block, "bfloat16")
-    if not half and not multiplies_in(block, "float32") or half and training:
+    attention, mlp = block.attention, block.mlp
+    dtype = dtype_of(attention.qkv, attention.projection, mlp.fc1, mlp.fc2)
+    if not runs_here(x, training, dtype):
         return None
-    if not runs_here(x, training, half):
-        return None
-    sizes = sizes_of(block, x.shape, half)
+    sizes = sizes_of(block, x.shape, half=dtype == "bfloat16")
     operator = sizes and runtimes.operator(keras.backend.backend(), sizes)
     if operator is None:
         return None
@@ -57,12 +57,9 @@ def projected(layer, x, training=False):
     """
     if layer.compute_dtype != "float32":
         return None
-    half = is_of(layer.projection, "bfloat16")
-    if not half and not is_of(layer.projection, "float32") or half and training:
-        return None
-    if half and not native.takes_half(x.shape[-1]):
-        return None
-    if not runs_here(x, training, half):
+    dtype = dtype_of(layer.projection)
+    half = dtype == "bfloat16"
+    if not runs_here(x, training, dtype) or half and not native.takes_half(x.shape[-1]):
         return None
     operator = runtimes.operator(keras.backend.backend(), native.PatchSizes(layer.dim, half))
     if operator is None:
@@ -79,15 +76,18 @@ def in_float32(*tensors):
     return all(keras.backend.standardize_dtype(x.dtype) == "float32" for x in tensors)
 
 
-def runs_here(x, training, half):
-    """Whether something is to be computed on a CPU of this process, unobserved.
+def runs_here(x, training, dtype):
+    """Whether something is to be computed on a CPU of this process, unobserved, and best in C++.
 
     Args:
         x: words or tokens.
         training: whether it is for training.
-        half: whether it multiplies in bfloat16; if not, others predict as fast among tokens.
+        dtype: in which it multiplies.
     """
-    if link_observer() is not None or len(x.shape) == 3 and not (training or half):
+    among_words = len(x.shape) == 4
+    if link_observer() is not None or dtype not in ("float32", "bfloat16"):
+        return False
+    if dtype == "float32" and not (training or among_words) or dtype == "bfloat16" and training:
         return False
     if inference_device() is not None:
         return inference_device() == "cpu" and not training
@@ -136,14 +136,11 @@ def is_plain(block):
     return type(block.attention) is SelfAttention
 
 
-def multiplies_in(block, dtype):
-    """Whether the products of a plain block with its weights are of a type."""
-    dense = block.attention.qkv, block.attention.projection, block.mlp.fc1, block.mlp.fc2
-    return all(is_of(layer, dtype) for layer in dense)
-
-
-def is_of(dense, dtype):
-    return dense.compute_dtype == dtype and dense.quantization_mode is None
+def dtype_of(*dense):
+    """In which type dense layers multiply; None where they differ, or are quantized."""
+    dtypes = {layer.compute_dtype for layer in dense}
+    quantized = any(layer.quantization_mode is not None for layer in dense)
+    return dtypes.pop() if len(dtypes) == 1 and not quantized else None
 
 
 def weights_of(block, shape):

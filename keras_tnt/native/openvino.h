@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/frontend/onnx/extension/op.hpp>
@@ -59,6 +60,21 @@ void share(int64_t parts, Part part) {
 inline void share_with(void*, int64_t parts, void (*part)(void*, int64_t), void* data) {
   share(parts, [=](int64_t i) { part(data, i); });
 }
+
+// What is made of constants by whoever needs it first.
+template <typename Made>
+class Once {
+ public:
+  template <typename... Arguments>
+  const Made& operator()(const Arguments&... arguments) {
+    std::call_once(flag, [&] { made = std::make_unique<Made>(arguments...); });
+    return *made;
+  }
+
+ private:
+  std::once_flag flag;
+  std::unique_ptr<Made> made;
+};
 
 }  // namespace
 

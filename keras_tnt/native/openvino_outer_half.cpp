@@ -1,7 +1,5 @@
 // OpenVINO's extension with the operation `OuterTransformer`, in bfloat16: tokens and the weights to
 // tokens; epsilon and the number of heads are attributes.
-#include <mutex>
-
 #include "openvino.h"
 #include "outer_half.h"
 
@@ -30,18 +28,14 @@ class OuterTransformer : public Operation {
     const int64_t hidden = get_input_shape(1 + fc1_bias)[0];
     const outer::Parallel parallel = {share_with, nullptr};
     const Weights<> weights = as_weights(pointers + 1);
-    std::call_once(once, [&] {
-      kernels = std::make_unique<outer::HalfKernels>(dim, hidden);
-      kernels->pack(weights, parallel);
-    });
     outer::transform({images, tokens, dim, heads, hidden, epsilon}, parallel,
-                     tbb::this_task_arena::max_concurrency(), pointers[0], weights, *kernels, out);
+                     tbb::this_task_arena::max_concurrency(), pointers[0], weights,
+                     kernels(dim, hidden, weights, parallel), out);
   }
 
  private:
   int64_t heads = 1;
-  mutable std::once_flag once;
-  mutable std::unique_ptr<outer::HalfKernels> kernels;
+  mutable Once<outer::HalfKernels> kernels;
 };
 
 EXTENSION(OuterTransformer)

@@ -1,8 +1,6 @@
 // OpenVINO's extension with the operation `WordsToPatches`, in bfloat16: the words of each patch side
 // by side and the weights to patches; or, where tokens follow, which is their sum with the patches, of
 // which `prefix` stand before. epsilon and prefix are attributes.
-#include <mutex>
-
 #include "openvino.h"
 #include "patches_half.h"
 
@@ -37,22 +35,17 @@ class WordsToPatches : public Operation {
     const int64_t dim = get_input_shape(1 + patch_bias)[0];
     const outer::Parallel parallel = {share_with, nullptr};
     const PatchWeights<> weights = as_weights<PatchWeights>(pointers + 1);
-    std::call_once(once, [&] {
-      kernel = std::make_unique<patches::HalfKernel>(inputs, dim);
-      kernel->pack(weights, parallel);
-    });
     const float* added = get_input_size() > weights_end ? pointers[weights_end] : nullptr;
     patches::project({images, tokens, inputs, dim, epsilon}, parallel,
-                     tbb::this_task_arena::max_concurrency(), pointers[0], weights, *kernel, out,
-                     added, prefix);
+                     tbb::this_task_arena::max_concurrency(), pointers[0], weights,
+                     kernel(inputs, dim, weights, parallel), out, added, prefix);
   }
 
  private:
   static constexpr size_t weights_end = 1 + count_of<PatchWeights>;
 
   int64_t prefix = 0;
-  mutable std::once_flag once;
-  mutable std::unique_ptr<patches::HalfKernel> kernel;
+  mutable Once<patches::HalfKernel> kernel;
 };
 
 EXTENSION(WordsToPatches)

@@ -12,18 +12,16 @@ struct HalfKernels {
   Space space;
   HalfPanels qkv, projection, fc1, fc2;
 
-  HalfKernels(int64_t d, int64_t hidden)
+  HalfKernels(int64_t d, int64_t hidden, const Weights<>& w, Parallel parallel)
       : qkv(space, d, 3 * d),
         projection(space, d, d),
         fc1(space, d, hidden),
-        fc2(space, hidden, d) {}
-
-  void pack(const Weights<>& w, Parallel parallel) const {
-    ::pack({{qkv, w.qkv_kernel},
-            {projection, w.projection_kernel},
-            {fc1, w.fc1_kernel},
-            {fc2, w.fc2_kernel}},
-           parallel);
+        fc2(space, hidden, d) {
+    pack({{qkv, w.qkv_kernel},
+          {projection, w.projection_kernel},
+          {fc1, w.fc1_kernel},
+          {fc2, w.fc2_kernel}},
+         parallel);
   }
 };
 

@@ -11,10 +11,9 @@ struct HalfKernel {
   Space space;
   HalfPanels panels;
 
-  HalfKernel(int64_t inputs, int64_t dim) : panels(space, inputs, dim) {}
-
-  void pack(const PatchWeights<>& w, Parallel parallel) const {
-    ::pack({{panels, w.kernel}}, parallel);
+  HalfKernel(int64_t inputs, int64_t dim, const PatchWeights<>& w, Parallel parallel)
+      : panels(space, inputs, dim) {
+    pack({{panels, w.kernel}}, parallel);
   }
 };
 

@@ -8,7 +8,6 @@ extern "C" void forward(const float* in, const float* const* pointers, const flo
   const outer::Sizes s = {images, tokens, dim, heads, hidden, epsilon};
   const outer::Parallel parallel = {share, &threads};
   const Weights<> weights = as_weights(pointers);
-  const outer::HalfKernels kernels(dim, hidden);
-  kernels.pack(weights, parallel);
+  const outer::HalfKernels kernels(dim, hidden, weights, parallel);
   outer::transform(s, parallel, threads, in, weights, kernels, out);
 }

@@ -7,8 +7,7 @@ extern "C" void forward(const float* in, const float* const* pointers, const flo
                         float epsilon, int threads) {
   const outer::Parallel parallel = {share, &threads};
   const PatchWeights<> weights = as_weights<PatchWeights>(pointers);
-  const patches::HalfKernel kernel(inputs, dim);
-  kernel.pack(weights, parallel);
+  const patches::HalfKernel kernel(inputs, dim, weights, parallel);
   patches::project({images, tokens, inputs, dim, epsilon}, parallel, threads, in, weights, kernel,
                    out);
 }

@@ -197,10 +197,10 @@ static ffi::Error run_outer_half(ffi::ThreadPool pool, int64_t heads, float epsi
                                  ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
 #ifdef __AVX512BF16__
   const OuterCall call(heads, epsilon, in, rest);
-  const outer::HalfKernels kernels(call.sizes.dim, call.sizes.hidden);
-  kernels.pack(call.weights, {share_with, &pool});
-  outer::transform(call.sizes, {share_with, &pool}, pool.num_threads(), in.typed_data(),
-                   call.weights, kernels, out->typed_data());
+  const outer::Parallel parallel = {share_with, &pool};
+  const outer::HalfKernels kernels(call.sizes.dim, call.sizes.hidden, call.weights, parallel);
+  outer::transform(call.sizes, parallel, pool.num_threads(), in.typed_data(), call.weights, kernels,
+                   out->typed_data());
   return ffi::Error::Success();
 #else
   return no_half();
@@ -246,10 +246,10 @@ static ffi::Error run_patches_half(ffi::ThreadPool pool, float epsilon, Numbers 
                                    ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
 #ifdef __AVX512BF16__
   const PatchesCall call(epsilon, in, rest);
-  const patches::HalfKernel kernel(call.sizes.inputs, call.sizes.dim);
-  kernel.pack(call.weights, {share_with, &pool});
-  patches::project(call.sizes, {share_with, &pool}, pool.num_threads(), in.typed_data(),
-                   call.weights, kernel, out->typed_data());
+  const outer::Parallel parallel = {share_with, &pool};
+  const patches::HalfKernel kernel(call.sizes.inputs, call.sizes.dim, call.weights, parallel);
+  patches::project(call.sizes, parallel, pool.num_threads(), in.typed_data(), call.weights, kernel,
+                   out->typed_data());
   return ffi::Error::Success();
 #else
   return no_half();
