@@ -56,12 +56,17 @@ void share(int64_t parts, Part part) {
   tbb::parallel_for(int64_t{0}, parts, part);
 }
 
-// The same, for what wants a pool.
+// The same, for what wants a pool; and one after another.
 inline void share_with(void*, int64_t parts, void (*part)(void*, int64_t), void* data) {
   share(parts, [=](int64_t i) { part(data, i); });
 }
 
-// What is made of constants by whoever needs it first.
+inline void in_turn(void*, int64_t parts, void (*part)(void*, int64_t), void* data) {
+  for (int64_t i = 0; i < parts; ++i) part(data, i);
+}
+
+// What is made of constants by whoever needs it first; the others wait, so that it must not be made by
+// tasks, among which one that waits might be.
 template <typename Made>
 class Once {
  public:

@@ -30,7 +30,7 @@ class OuterTransformer : public Operation {
     const Weights<> weights = as_weights(pointers + 1);
     outer::transform({images, tokens, dim, heads, hidden, epsilon}, parallel,
                      tbb::this_task_arena::max_concurrency(), pointers[0], weights,
-                     kernels(dim, hidden, weights, parallel), out);
+                     kernels(dim, hidden, weights, outer::Parallel{in_turn, nullptr}), out);
   }
 
  private:

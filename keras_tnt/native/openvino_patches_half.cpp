@@ -38,7 +38,7 @@ class WordsToPatches : public Operation {
     const float* added = get_input_size() > weights_end ? pointers[weights_end] : nullptr;
     patches::project({images, tokens, inputs, dim, epsilon}, parallel,
                      tbb::this_task_arena::max_concurrency(), pointers[0], weights,
-                     kernel(inputs, dim, weights, parallel), out, added, prefix);
+                     kernel(inputs, dim, weights, outer::Parallel{in_turn, nullptr}), out, added, prefix);
   }
 
  private:

@@ -128,3 +128,6 @@ def test_the_header_has_the_coefficients_that_are_derived():
     header = (native.FOLDER / "vectors.h").read_text(encoding="utf-8")
     assert all(f"{abs(value):.9g}f" in header for value in derived)
     assert gelu_coefficients.largest_error(derived) < 5.1e-8
+    header = (native.FOLDER / "half.h").read_text(encoding="utf-8")
+    derived = [*gelu_coefficients.powers_of_two(), *gelu_coefficients.log_odds()]
+    assert all(f"{abs(value):.6g}f" in header for value in derived)
