@@ -16,7 +16,6 @@ struct HalfPanels {
   Pair* at;
   int64_t inputs, n;
 
-  HalfPanels() = default;
   HalfPanels(Space& space, int64_t inputs, int64_t n) : inputs(inputs), n(n) {
     at = reinterpret_cast<Pair*>(space.take(pairs() * round_up(n, tile_columns)));
   }
