@@ -189,23 +189,17 @@ static ffi::Error run_outer_gradient(ffi::ThreadPool pool, int64_t heads, float 
   return ffi::Error::Success();
 }
 
-static ffi::Error no_half() {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "This processor has no bfloat16.");
-}
-
+#ifdef __AVX512BF16__
 static ffi::Error run_outer_half(ffi::ThreadPool pool, int64_t heads, float epsilon, Numbers in,
                                  ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
-#ifdef __AVX512BF16__
   const OuterCall call(heads, epsilon, in, rest);
   const outer::Parallel parallel = {share_with, &pool};
   const outer::HalfKernels kernels(call.sizes.dim, call.sizes.hidden, call.weights, parallel);
   outer::transform(call.sizes, parallel, pool.num_threads(), in.typed_data(), call.weights, kernels,
                    out->typed_data());
   return ffi::Error::Success();
-#else
-  return no_half();
-#endif
 }
+#endif
 
 // === From words to patches ===
 
@@ -242,19 +236,17 @@ static ffi::Error run_patches_gradient(ffi::ThreadPool pool, float epsilon, Numb
   return ffi::Error::Success();
 }
 
+#ifdef __AVX512BF16__
 static ffi::Error run_patches_half(ffi::ThreadPool pool, float epsilon, Numbers in,
                                    ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
-#ifdef __AVX512BF16__
   const PatchesCall call(epsilon, in, rest);
   const outer::Parallel parallel = {share_with, &pool};
   const patches::HalfKernel kernel(call.sizes.inputs, call.sizes.dim, call.weights, parallel);
   patches::project(call.sizes, parallel, pool.num_threads(), in.typed_data(), call.weights, kernel,
                    out->typed_data());
   return ffi::Error::Success();
-#else
-  return no_half();
-#endif
 }
+#endif
 
 // === What XLA finds ===
 
@@ -271,11 +263,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_inner_gradient, run_gradient, INNER().GR
 XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer, run_outer, OUTER().FORWARD().Ret<Numbers>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer_gradient, run_outer_gradient,
                               OUTER().Arg<Numbers>().GRADIENT());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer_half, run_outer_half, OUTER().FORWARD());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_patches, run_patches, PATCHES().FORWARD().Ret<Numbers>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_patches_half, run_patches_half, PATCHES().FORWARD());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_patches_gradient, run_patches_gradient,
                               PATCHES().Arg<Numbers>().GRADIENT());
+#ifdef __AVX512BF16__
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_outer_half, run_outer_half, OUTER().FORWARD());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(keras_tnt_patches_half, run_patches_half, PATCHES().FORWARD());
+#endif
 
 #ifdef REGISTER
 #define REGISTER_ON_HOST(name) XLA_FFI_REGISTER_HANDLER(XLA_FFI_GetApi(), #name, "Host", name)
@@ -283,8 +277,10 @@ REGISTER_ON_HOST(keras_tnt_inner);
 REGISTER_ON_HOST(keras_tnt_inner_gradient);
 REGISTER_ON_HOST(keras_tnt_outer);
 REGISTER_ON_HOST(keras_tnt_outer_gradient);
-REGISTER_ON_HOST(keras_tnt_outer_half);
 REGISTER_ON_HOST(keras_tnt_patches);
-REGISTER_ON_HOST(keras_tnt_patches_half);
 REGISTER_ON_HOST(keras_tnt_patches_gradient);
+#ifdef __AVX512BF16__
+REGISTER_ON_HOST(keras_tnt_outer_half);
+REGISTER_ON_HOST(keras_tnt_patches_half);
+#endif
 #endif

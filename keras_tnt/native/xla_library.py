@@ -33,9 +33,16 @@ def load(sizes: native.Sizes, *settings: str) -> ctypes.CDLL | None:
 
     Returns:
         The library; None, with a warning, where it cannot be had.
+
+    Raises:
+        AttributeError: if the compiler knows no instructions for what is computed.
     """
     library = native.library("xla.cpp", None, *settings)
-    if library is None or sizes.part != "inner":
+    if library is None:
+        return None
+    for name in filter(None, targets(sizes)):
+        getattr(library, name)
+    if sizes.part != "inner":
         return library
     kernel = native.library("kernel.cpp", sizes)
     if kernel is None:

@@ -159,6 +159,18 @@ def test_other_processors_leave_it_to_the_backend(features, monkeypatch):
     block(x)
 
 
+@has_pairs
+@pytest.mark.slow
+def test_a_compiler_without_the_instructions_leaves_it_to_the_backend(operation, monkeypatch):
+    sizes, _, _ = operation
+    size = "hidden" if "hidden" in sizes._fields else "dim"
+    sizes = sizes._replace(**{size: 12})  # not seen before
+    monkeypatch.setenv("CXX", "c++ -mno-avx512bf16")
+    native.warn_slower.cache_clear()
+    with pytest.warns(UserWarning, match="is not C"):
+        assert runtimes._operator.__wrapped__(BACKEND, sizes) is None
+
+
 @pytest.mark.parametrize("features", [{"avx512_bf16"}, {"bf16"}])
 @pytest.mark.one_backend
 def test_words_are_rounded_where_there_is_cpp_for_it(features, monkeypatch):
