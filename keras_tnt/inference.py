@@ -53,8 +53,9 @@ def compile_inference(
             compiled by itself, and the one used longest ago makes room for another.
         precision: None or `"float32"`: as the model computes. `"bfloat16"`, of a model in float32:
             attention and MLP over patches multiply in bfloat16; norms, softmax, residuals and heads
-            stay in float32. So do words, but on a CPU with AVX512-BF16, where all of it is C++. On
-            a CPU without instructions for bfloat16, a warning, and as the model computes.
+            stay in float32. So do words, but on a CPU with AVX512-BF16 and without AMX, where C++
+            computes them and, of plain self-attention, patches. On a CPU without instructions for
+            bfloat16, a warning, and as the model computes.
 
     Returns:
         A function from a batch of images, `(batch, *model.input_shape[1:])`, array or tensor of the

@@ -128,6 +128,67 @@ def test_in_bfloat16_transformers_are_in_cpp(name, opset, parts, tmp_path, monke
             np.testing.assert_array_equal(result, found)
 
 
+def norm_dense_norm(
+    between=(), bias="constant", epsilon=1e-5, tokens=None, pads=(0, 1, 0, 0, 0, 0)
+):
+    """A graph of a norm, a dense layer and a norm, and a sum with tokens if these have a shape."""
+    make = onnx.helper.make_node
+    norm = {"axis": -1, "epsilon": 1e-5}
+    nodes = [make("LayerNormalization", ["x", "one"], ["first"], **norm)]
+    nodes += [make("Reshape", ["first", "shape"], ["flat"])] if between else []
+    nodes += [
+        make("MatMul", ["flat" if between else "first", "kernel"], ["product"]),
+        make("Add", ["product", "x" if bias == "variable" else "bias"], ["dense"]),
+        make("LayerNormalization", ["dense", "scale"], ["y"], **{**norm, "epsilon": epsilon}),
+    ]
+    inputs, outputs = {"x": (2, 6, 8)}, {"y": (2, *(between or (6, 8))[:1], 8)}
+    if tokens:
+        nodes += [make("Pad", ["y", "pads"], ["pad"]), make("Add", ["pad", "tokens"], ["sum"])]
+        inputs["tokens"], outputs = tokens, {"sum": (2, 7, 8)}
+    size = between[1] if between else 8
+    constants = {
+        "one": np.ones(8, "float32"),
+        "scale": np.ones(8, "float32"),
+        "kernel": np.ones((size, 8), "float32"),
+        "bias": np.ones(8, "float32"),
+        "shape": np.array([2, *between], "int64"),
+        "pads": np.array(pads, "int64"),
+    }
+    described = [
+        [onnx.helper.make_tensor_value_info(*one) for one in ends]
+        for ends in (
+            [(name, onnx.TensorProto.FLOAT, shape) for name, shape in some.items()]
+            for some in (inputs, outputs)
+        )
+    ]
+    initializers = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "graph", *described, initializers)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs"),
+    [
+        ({}, 7),
+        ({"tokens": (2, 7, 8)}, 8),
+        ({"tokens": (1, 7, 8)}, 7),
+        ({"tokens": (2, 7, 8), "pads": (0, 1, 0, 0, 0, 0)}, 8),
+        ({"tokens": (2, 7, 8), "pads": (0, 0, 0, 0, 1, 0)}, 7),
+        ({"between": (3, 16)}, None),
+        ({"bias": "variable"}, None),
+        ({"epsilon": 1e-3}, None),
+    ],
+)
+def test_words_become_patches_only_where_they_do(options, inputs, monkeypatch):
+    monkeypatch.setattr(native, "takes_half", lambda *_: True)
+    proto = norm_dense_norm(**options)
+    found = use_native(proto, "keras_tnt", half=True)
+    ours = [node for node in proto.graph.node if node.op_type == "WordsToPatches"]
+    assert len(found) == len(ours) == (inputs is not None)
+    assert [len(node.input) for node in ours] == [inputs] * len(ours)
+    assert not use_native(norm_dense_norm(**options), "keras_tnt")
+
+
 def test_the_operation_takes_bfloat16(tiny, tmp_path):
     """As OpenVINO hands it over where the whole program is in bfloat16."""
     proto = onnx.load(tiny[0])

@@ -72,7 +72,8 @@ def use_native(proto, prefix, half=False):
     Args:
         proto: an ONNX model, changed in place.
         prefix: of the operators' domains.
-        half: whether to multiply in bfloat16, and in the place of outer transformers too.
+        half: whether to multiply in bfloat16, and in the place of outer transformers and from words
+            to patches too.
 
     Returns:
         A dict from the operator's domain, which begins with the prefix, to its sizes.
@@ -164,7 +165,8 @@ def transformer(graph, attended, tensors, scale, heads, half):
     shape = graph.shapes.get(x, ())
     among_words = len(shape) == 4 and None not in shape[2:] and shape[2] % native.LANES == 0
     among_tokens = len(shape) == 3 and shape[2] is not None
-    if not (among_words or among_tokens):
+    axis, epsilon = walk.settings(norm_attention)
+    if not (among_words or among_tokens and half and axis == -1):
         raise NoMatch
     if not np.isclose(scale, (shape[-1] / heads) ** -0.5):
         raise NoMatch
@@ -178,7 +180,6 @@ def transformer(graph, attended, tensors, scale, heads, half):
     fc2 = walk.taker(hidden, "MatMul")
     last = walk.residual(walk.biased(fc2), middle)
 
-    axis, epsilon = walk.settings(norm_attention)
     if walk.settings(norm_mlp) != (axis, epsilon):
         raise NoMatch
     weights = native.Weights(
@@ -194,7 +195,7 @@ def transformer(graph, attended, tensors, scale, heads, half):
     attributes = {"epsilon": epsilon}
     if among_words:
         sizes = native.InnerSizes(*shape[2:], heads, hidden, axis == -2, half)
-    elif half and axis == -1:
+    elif half:
         sizes = native.OuterSizes(heads, hidden, half)
         attributes["heads"] = heads
     else:
@@ -213,30 +214,44 @@ def words_to_patches(graph, norm):
     x = first.input[0]
     shape, settings = graph.shapes.get(x, ()), walk.settings(norm)
     axis, epsilon = settings
-    if (
-        len(shape) != 3
-        or shape[2] is None
-        or axis not in (-1, 2)
-        or settings != walk.settings(first)
-    ):
-        raise NoMatch
-    if not native.takes_half(shape[2]):
+    if len(shape) != 3 or axis not in (-1, 2) or settings != walk.settings(first):
         raise NoMatch
     kernel, bias = walk.dense_weights(product)
-    dim = kernel.shape[1]
+    inputs, dim = kernel.shape
+    result = (*shape[:2], dim)
+    if shape[2] != inputs or graph.shapes.get(norm.output[0]) != result:
+        raise NoMatch  # something between them is reshaped
+    if not native.takes_half(inputs):
+        raise NoMatch
     weights = native.PatchWeights(
-        *walk.norm_weights(first, shape[2:]), kernel, bias, *walk.norm_weights(norm, (dim,))
+        *walk.norm_weights(first, (inputs,)), kernel, bias, *walk.norm_weights(norm, (dim,))
     )
-    found, attributes = (x, weights, native.PatchSizes(dim, half=True)), {"epsilon": epsilon}
-    with contextlib.suppress(NoMatch):  # they are added to the tokens
-        pad = walk.taker(norm.output[0], "Pad")
-        pads = graph.constants[pad.input[1]].tolist()
-        total = walk.taker(pad.output[0], "Add")
-        (tokens,) = (name for name in total.input if name != pad.output[0])
-        alone = len(pad.input) == 2 and not pad.attribute and tokens in graph.shapes
-        if alone and pads == [0, pads[1], 0, 0, 0, 0]:
-            return total, *found, {**attributes, "prefix": pads[1]}, tokens
-    return norm, *found, {**attributes, "prefix": 0}
+    found = x, weights, native.PatchSizes(dim, half=True)
+    with contextlib.suppress(NoMatch):
+        total, prefix, tokens = added(graph, walk, norm.output[0])
+        return graph.maker[total], *found, {"epsilon": epsilon, "prefix": prefix}, tokens
+    return norm, *found, {"epsilon": epsilon, "prefix": 0}
+
+
+def added(graph, walk, patches):
+    """The sum of patches and tokens, the last of which are the patches'.
+
+    Returns:
+        (name of the sum, how many tokens stand before, name of the tokens).
+
+    Raises:
+        NoMatch: if patches become anything else.
+    """
+    pad = walk.taker(patches, "Pad")
+    total = walk.taker(pad.output[0], "Add")
+    pads = graph.constants.get(pad.input[1], np.zeros(0)).tolist()
+    if len(pad.input) != 2 or pad.attribute or len(pads) != 6 or pads != [0, pads[1], 0, 0, 0, 0]:
+        raise NoMatch
+    others = [name for name in total.input if name != pad.output[0]]
+    shape = graph.shapes[total.output[0]]
+    if len(others) != 1 or graph.shapes.get(others[0]) != shape or len(shape) != 3:
+        raise NoMatch
+    return total.output[0], pads[1], others[0]
 
 
 class Walk:
@@ -268,6 +283,8 @@ class Walk:
         """The product of a dense layer that makes a tensor."""
         node = self.maker(name, "Add", "MatMul")
         if node.op_type == "Add":
+            if self.graph.constant(node) is None:
+                raise NoMatch
             node = self.maker(self.graph.variable(node), "MatMul")
         return node
 
@@ -300,7 +317,10 @@ class Walk:
         """Scale and bias of a norm, each `(dim, words)`."""
         values = [self.constant(name) for name in norm.input[1:]]
         values += [np.zeros(1, "float32")] * (2 - len(values))
-        return [np.broadcast_to(value, shape).T for value in values]
+        try:
+            return [np.broadcast_to(value, shape).T for value in values]
+        except ValueError:  # it runs over other axes
+            raise NoMatch from None
 
     def dense_weights(self, product):
         """Kernel and bias of a dense layer."""

@@ -17,7 +17,8 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
     """Open a file of `keras_tnt.export.onnx` or `.openvino` in OpenVINO on the CPU.
 
     Of an ONNX file in float32 the transformers among words become an operation of ours, in bfloat16
-    on a processor with AVX512-BF16 those among patches too, and from words to patches. The
+    on a processor with AVX512-BF16 and without AMX those among patches too, and from words to
+    patches; on another processor ours stays in float32. The
     machine's C++ compiler makes them for its processor, some seconds of work for the first process
     that needs them. Where they cannot be had, a warning says so, and the file runs as it is. So do
     other files.
@@ -25,8 +26,8 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
     Args:
         path: of the file, ending in `.onnx` or `.xml`.
         precision: `"float32"`; `"bfloat16"`: the arithmetic that OpenVINO takes to gain from it; in
-            our operations products, while norms, softmax and residuals stay in float32; on a
-            processor without, a warning, and float32. None: float32.
+            our operations norms, softmax and residuals stay in float32; on a processor without, a
+            warning, and float32. None: float32.
 
     Returns:
         A function from a batch of images, `(batch, height, width, channels)` or as the model takes

@@ -190,7 +190,12 @@ Sizes = InnerSizes | OuterSizes | PatchSizes
 
 def takes_half(*inputs: int) -> bool:
     """Whether C++ multiplies so many inputs in bfloat16, and as this processor does best."""
-    return not any(count % 2 for count in inputs) and processor.has_pairs()
+    if any(count % 2 for count in inputs) or not processor.has_pairs():
+        return False
+    try:
+        return "__AVX512BF16__" in defined(*compiler())
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 @functools.cache
@@ -216,16 +221,15 @@ def library(entry: str | Path, sizes: InnerSizes | None, *settings: str) -> ctyp
     Returns:
         The library, which stays loaded; None, with a warning, where it cannot be had.
     """
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     command = [
-        *(*compiler, "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"),
+        *(*compiler(), "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"),
         *("-fno-math-errno", "-shared", "-fPIC", "-w"),
         *(() if sizes is None else sizes.arguments()),
         *(str(FOLDER / entry), *settings),
     ]
     try:
         stem = Path(entry).stem if sizes is None else sizes.name(Path(entry).stem)
-        name = f"{stem}-{fingerprint(compiler, command)}.so"
+        name = f"{stem}-{fingerprint(command)}.so"
         try:
             path = os.path.join(cache_folder(), name)
             if not os.path.exists(path):
@@ -240,7 +244,7 @@ def library(entry: str | Path, sizes: InnerSizes | None, *settings: str) -> ctyp
     except (OSError, subprocess.CalledProcessError) as error:
         warn_slower(
             "It could not be compiled and loaded; the environment variable CXX names the compiler "
-            f"to use. `{compiler[0]}` said: {getattr(error, 'stderr', None) or error}"
+            f"to use. `{command[0]}` said: {getattr(error, 'stderr', None) or error}"
         )
         return None
 
@@ -250,12 +254,21 @@ def cache_folder() -> str:
     return os.path.join(caches, "keras_tnt")
 
 
-def fingerprint(compiler: list[str], command: list[str]) -> str:
+def compiler() -> list[str]:
+    """The command of the machine's C++ compiler."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+@functools.cache
+def defined(*compiler: str) -> str:
+    """What a compiler defines: it tells its version, and what the processor can do."""
+    return run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+
+
+def fingerprint(command: list[str]) -> str:
     """Of all that a library depends on: compiler, processor, sources and settings."""
-    # What the compiler defines tells its version, and what the processor can do.
-    defined = run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
     sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[hc]*"))]
-    parts = [defined, *sources, *command]
+    parts = [defined(*compiler()), *sources, *command]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -50,7 +50,7 @@ inline Vec pairs_of(const Half* first, const Half* second, Count count) {
 }
 
 // 2^x within 8e-5 of its value, and x Phi(x) within 6e-5, or 6e-5 of x, where bfloat16 has steps of
-// 4e-3 of a number. Their polynomials gelu_coefficients.py, beside this file, derives.
+// 4e-3 of a number. Their polynomials coefficients.py, beside this file, derives.
 inline Vec exp2_half(Vec x) {
   const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 0);
   Vec y = f * 0.0551717f + 0.242611f;

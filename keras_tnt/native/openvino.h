@@ -34,7 +34,8 @@ class Numbers {
   const float* first;
 };
 
-// Calls compute(pointers to all inputs, where the result goes) with float32, whatever the tensors hold.
+// Calls compute(pointers to all inputs, where the result goes) with float32, of tensors of float32 or
+// bfloat16.
 template <typename Compute>
 bool in_float32(ov::TensorVector& outputs, const ov::TensorVector& inputs, Compute compute) {
   const std::vector<Numbers> numbers(inputs.begin(), inputs.end());

@@ -145,11 +145,13 @@ struct HalfSteps {
   }
 };
 
-// Calls what(first, count) for so many parts of n rows, which begin with a tile.
+// Calls what(first, count) for the part of that number of so many parts of n rows, which begin with a
+// tile; not where none is left for it.
 template <typename What>
 inline void part_of(int64_t n, int64_t parts, int64_t number, What what) {
   const auto start = [=](int64_t i) {
-    return i == parts ? n : (n * i / parts + tile_rows / 2) / tile_rows * tile_rows;
+    const int64_t nearest = (n * i / parts + tile_rows / 2) / tile_rows * tile_rows;
+    return i == parts ? n : std::min(n, nearest);
   };
   if (const int64_t count = start(number + 1) - start(number)) what(start(number), count);
 }

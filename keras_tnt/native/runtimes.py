@@ -239,11 +239,11 @@ def register_in_onnxruntime(options, sizes: native.InnerSizes, domain: str) -> b
 
 
 def extend_openvino(core, sizes: native.Sizes, domain: str) -> bool:
-    """Add the C++ as the operation `InnerTransformer` or `OuterTransformer` of a domain.
+    """Add the C++ as an operation of a domain, which `export.onnx_runtime.KINDS` names.
 
     Args:
         core: an `openvino.Core`.
-        sizes: of the transformer; of an outer one, `half`.
+        sizes: of an inner transformer, or `half` of another part.
         domain: of the operation.
 
     Returns:

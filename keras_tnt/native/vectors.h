@@ -64,7 +64,7 @@ inline Vec exp(Vec x) {
 }
 
 // Phi(-s) for s >= 0, within 5e-8 of its value before rounding: e^(-s^2 / 2) t P(u) with a polynomial
-// P that gelu_coefficients.py, beside this file, derives.
+// P that coefficients.py, beside this file, derives.
 inline Vec normal_tail(Vec s) {
   constexpr float shift = 2.9f;
   const Vec t = 1.0f / (s + shift), u = 1.0f - 2.0f * shift * t;

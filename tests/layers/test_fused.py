@@ -266,7 +266,9 @@ def test_a_model_fits_alike_with_the_cpp_and_without(family, batch_size, monkeyp
     model = tiny(family, stochastic_depth=0.2)
     start, used = model.get_weights(), []
     sizes_of = fused.sizes_of
-    monkeypatch.setattr(fused, "sizes_of", lambda *a: used.append(sizes_of(*a)) or used[-1])
+    monkeypatch.setattr(
+        fused, "sizes_of", lambda *a, **k: used.append(sizes_of(*a, **k)) or used[-1]
+    )
 
     def fit():
         restart_seeds(model)

@@ -87,6 +87,8 @@ def check(found, expected):
         ((4, 50, 40), 2, {"qkv_bias": True, "layer_scale": 0.5}),
         ((1, 300, 16), 2, {"epsilon": 1e-3}),
         ((17, 15, 68), 2, {"mlp_ratio": 2.5}),
+        ((1, 37, 8), 2, {}),  # eight rows and more behind the last whole tile
+        ((3, 13, 8), 2, {}),
     ],
 )
 def test_tokens_are_rounded_where_they_are_multiplied(shape, heads, options, monkeypatch):
@@ -159,22 +161,21 @@ def test_other_processors_leave_it_to_the_backend(features, monkeypatch):
     block(x)
 
 
-@has_pairs
-@pytest.mark.slow
-def test_a_compiler_without_the_instructions_leaves_it_to_the_backend(operation, monkeypatch):
-    sizes, _, _ = operation
-    size = "hidden" if "hidden" in sizes._fields else "dim"
-    sizes = sizes._replace(**{size: 12})  # not seen before
-    monkeypatch.setenv("CXX", "c++ -mno-avx512bf16")
-    native.warn_slower.cache_clear()
-    with pytest.warns(UserWarning, match="is not C"):
-        assert runtimes._operator.__wrapped__(BACKEND, sizes) is None
+@pytest.mark.parametrize("compiler", ["c++ -mno-avx512bf16", "no-such-compiler"])
+@pytest.mark.one_backend
+def test_a_compiler_without_the_instructions_leaves_it_to_the_backend(compiler, monkeypatch):
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
+    monkeypatch.setenv("CXX", compiler)
+    block, x = block_and_input((1, 5, 8), 2)
+    block(x)
 
 
 @pytest.mark.parametrize("features", [{"avx512_bf16"}, {"bf16"}])
 @pytest.mark.one_backend
 def test_words_are_rounded_where_there_is_cpp_for_it(features, monkeypatch):
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
+    monkeypatch.setattr(native, "defined", lambda *_: "#define __AVX512BF16__ 1")
     in_cpp = features == {"avx512_bf16"}
     copy = in_bfloat16(tiny("tnt"))
     inner, outer = copy.get_layer("block_0").inner, copy.get_layer("block_0").outer
@@ -249,19 +250,25 @@ def test_it_is_an_operation_as_torch_wants_it(operation):
 
 @has_pairs
 @pytest.mark.skipif(BACKEND != "torch", reason="of the backends torch alone tells how many threads")
-def test_any_number_of_threads_gives_the_same_numbers():
+@pytest.mark.parametrize("shape", [(4, 70, 40), (1, 37, 40), (1, 13, 40)])
+def test_any_number_of_threads_gives_the_same_numbers(shape):
     import torch
 
-    block, tokens = block_and_input((4, 70, 40), 2)
+    block, tokens = block_and_input(shape, 2)
+    layer = WordsToPatches(6)
+    layer.build((*shape[:2], 10, 4))
+    layer.projection.dtype_policy = POLICY
+    words = ops.reshape(tokens, (*shape[:2], 10, 4))
     threads, found = torch.get_num_threads(), []
     try:
-        for count in (1, 3, 4):  # by rows of all images, and by images
+        for count in (1, 3, 4, 32):  # by rows of all images, and by images
             torch.set_num_threads(count)
-            found.append(ops.convert_to_numpy(block(tokens)))
+            found.append([ops.convert_to_numpy(y) for y in (block(tokens), layer(words))])
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
-        np.testing.assert_array_equal(other, found[0])
+        for actual, first in zip(other, found[0], strict=True):
+            np.testing.assert_array_equal(actual, first)
 
 
 @has_pairs

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_tnt import native
-from keras_tnt.native import gelu_coefficients
+from keras_tnt.native import coefficients
 
 pytestmark = pytest.mark.one_backend
 
@@ -124,10 +124,10 @@ def test_gelu_is_exact_to_the_ends_of_its_tails(tmp_path):
 
 
 def test_the_header_has_the_coefficients_that_are_derived():
-    derived = gelu_coefficients.coefficients()
+    derived = coefficients.coefficients()
     header = (native.FOLDER / "vectors.h").read_text(encoding="utf-8")
     assert all(f"{abs(value):.9g}f" in header for value in derived)
-    assert gelu_coefficients.largest_error(derived) < 5.1e-8
+    assert coefficients.largest_error(derived) < 5.1e-8
     header = (native.FOLDER / "half.h").read_text(encoding="utf-8")
-    derived = [*gelu_coefficients.powers_of_two(), *gelu_coefficients.log_odds()]
+    derived = [*coefficients.powers_of_two(), *coefficients.log_odds()]
     assert all(f"{abs(value):.6g}f" in header for value in derived)

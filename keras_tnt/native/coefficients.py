@@ -1,4 +1,4 @@
-"""The coefficients in vectors.h and half.h: `python gelu_coefficients.py` prints them.
+"""The coefficients in vectors.h and half.h: `python coefficients.py` prints them.
 
 In vectors.h, GELU:
 
