@@ -248,7 +248,7 @@ def added(graph, walk, patches):
     if len(pad.input) != 2 or pad.attribute or len(pads) != 6 or pads != [0, pads[1], 0, 0, 0, 0]:
         raise NoMatch
     others = [name for name in total.input if name != pad.output[0]]
-    shape = graph.shapes[total.output[0]]
+    shape = graph.shapes.get(total.output[0], ())
     if len(others) != 1 or graph.shapes.get(others[0]) != shape or len(shape) != 3:
         raise NoMatch
     return total.output[0], pads[1], others[0]
