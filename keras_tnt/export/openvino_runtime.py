@@ -18,10 +18,9 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
 
     Of an ONNX file in float32 the transformers among words become an operation of ours, in bfloat16
     on a processor with AVX512-BF16 and without AMX those among patches too, and from words to
-    patches; on another processor ours stays in float32. The
-    machine's C++ compiler makes them for its processor, some seconds of work for the first process
-    that needs them. Where they cannot be had, a warning says so, and the file runs as it is. So do
-    other files.
+    patches; on another processor ours stays in float32. The machine's C++ compiler makes them for
+    its processor, some seconds of work for the first process that needs them. Where they cannot be
+    had, a warning says so, and the file runs as it is. So do other files.
 
     Args:
         path: of the file, ending in `.onnx` or `.xml`.

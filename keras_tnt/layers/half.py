@@ -79,9 +79,11 @@ def layers_to_change(model):
 
 def is_native(layer):
     """Whether there is C++ for a layer that is to multiply in bfloat16."""
-    if default_device() != "cpu":
-        return False
     if isinstance(layer, TransformerBlock):
         shape = layer.get_build_config()["input_shape"]
-        return fused.sizes_of(layer, shape, half=True) is not None
-    return type(layer) is WordsToPatches and native.takes_half(layer.projection.kernel.shape[0])
+        found = fused.sizes_of(layer, shape, half=True) is not None
+    else:
+        found = type(layer) is WordsToPatches and native.takes_half(
+            layer.projection.kernel.shape[0]
+        )
+    return found and default_device() == "cpu"

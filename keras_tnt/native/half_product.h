@@ -32,20 +32,16 @@ struct HalfPanels {
     from += column;
     for (int64_t p = 0; p < inputs; p += 2, from += 2 * row, to += tile_columns) {
       const Number* next = p + 1 < inputs ? from + row : nullptr;
-      if (n - column >= tile_columns) {
-        __builtin_prefetch(from + ahead * row);
-        __builtin_prefetch(from + ahead * row + tile_columns - 1);
-        __builtin_prefetch(from + (ahead + 1) * row);
-        __builtin_prefetch(from + (ahead + 1) * row + tile_columns - 1);
-        constexpr std::integral_constant<int64_t, lanes> whole;
-        store(pairs_of(from, next, whole), to);
-        store(pairs_of(from + lanes, next ? next + lanes : next, whole), to + lanes);
-        continue;
-      }
-      for (int64_t c = 0; c < tile_columns; c += lanes) {
-        const int64_t count = std::clamp<int64_t>(n - column - c, 0, lanes);
+      for (int64_t soon = ahead; soon < ahead + 2; ++soon)
+        for (int64_t c : {int64_t{0}, tile_columns - 1}) __builtin_prefetch(from + soon * row + c);
+      const auto put = [&](int64_t c, auto count) {
         store(pairs_of(from + c, next ? next + c : next, count), to + c);
-      }
+      };
+      for (int64_t c = 0; c < tile_columns; c += lanes)
+        if (n - column >= tile_columns)
+          put(c, std::integral_constant<int64_t, lanes>());
+        else
+          put(c, std::clamp<int64_t>(n - column - c, 0, lanes));
     }
   }
 
@@ -67,14 +63,10 @@ struct HalfPanels {
 
 // Packs kernels (inputs, n).
 template <size_t count, typename Parallel>
-inline void pack(const std::pair<HalfPanels, const float*> (&kernels)[count], Parallel parallel) {
-  int64_t panels = 0;
-  for (const auto& kernel : kernels) panels += kernel.first.count();
-  parallel(panels, [&](int64_t i) {
-    const auto* kernel = kernels;
-    while (i >= kernel->first.count()) i -= kernel++->first.count();
-    kernel->first.pack(kernel->second, kernel->first.n, i);
-  });
+inline void pack(const HalfPanels (&to)[count], const float* const (&kernels)[count],
+                 Parallel parallel) {
+  for_panels(to, parallel,
+             [&](int64_t i, int64_t panel) { to[i].pack(kernels[i], to[i].n, panel); });
 }
 
 // Calls take(i, c, sums) with the vectors of a tile (rows, tile_columns) of a product.

@@ -29,8 +29,8 @@ struct Kernel {
     for (int i = 0; i < inputs / 2; ++i, from += 2 * outputs)
       for (int j = 0; j < outputs; j += lanes) {
         const int count = std::min(lanes, outputs - j);
-        store(pairs(load(from + j, count), load(from + outputs + j, count)),
-              reinterpret_cast<float*>(at[i] + j), count);
+        store(pairs_of(from + j, from + outputs + j, count), reinterpret_cast<float*>(at[i] + j),
+              count);
       }
   }
 };

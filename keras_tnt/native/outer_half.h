@@ -17,23 +17,15 @@ struct HalfKernels {
         projection(space, d, d),
         fc1(space, d, hidden),
         fc2(space, hidden, d) {
-    pack({{qkv, w.qkv_kernel},
-          {projection, w.projection_kernel},
-          {fc1, w.fc1_kernel},
-          {fc2, w.fc2_kernel}},
-         parallel);
+    pack({qkv, projection, fc1, fc2},
+         {w.qkv_kernel, w.projection_kernel, w.fc1_kernel, w.fc2_kernel}, parallel);
   }
 };
 
 inline void layer_norm(const float* x, int64_t rows, int64_t n, const float* gamma,
                        const float* beta, float epsilon, Half* y) {
-  for (int64_t i = 0; i < rows; ++i, x += n, y += n) {
-    const Moments at(x, n, epsilon);
-    along(n, [&](int64_t c, auto count) {
-      const Vec hat = (load(x + c, count) - at.mean) * at.inverse;
-      store_half(hat * load(gamma + c, count) + load(beta + c, count), y + c, count);
-    });
-  }
+  normalize(x, rows, n, gamma, beta, epsilon,
+            [=](Vec value, int64_t at, auto count) { store_half(value, y + at, count); });
 }
 
 // The steps of the forward pass on rows of a batch.

@@ -99,15 +99,23 @@ struct Moments {
   }
 };
 
-inline void layer_norm(const float* x, int64_t rows, int64_t n, const float* gamma,
-                       const float* beta, float epsilon, float* y) {
-  for (int64_t i = 0; i < rows; ++i, x += n, y += n) {
+// Calls take(numbers, where they are among those of x, how many) with normalised rows.
+template <typename Take>
+inline void normalize(const float* x, int64_t rows, int64_t n, const float* gamma,
+                      const float* beta, float epsilon, Take take) {
+  for (int64_t i = 0; i < rows; ++i, x += n) {
     const Moments at(x, n, epsilon);
-    along(n, [&](int64_t c, int64_t count) {
+    along(n, [&](int64_t c, auto count) {
       const Vec hat = (load(x + c, count) - at.mean) * at.inverse;
-      store(hat * load(gamma + c, count) + load(beta + c, count), y + c, count);
+      take(hat * load(gamma + c, count) + load(beta + c, count), i * n + c, count);
     });
   }
+}
+
+inline void layer_norm(const float* x, int64_t rows, int64_t n, const float* gamma,
+                       const float* beta, float epsilon, float* y) {
+  normalize(x, rows, n, gamma, beta, epsilon,
+            [=](Vec value, int64_t at, int64_t count) { store(value, y + at, count); });
 }
 
 // y = x + factor * branch
@@ -215,19 +223,15 @@ class Packed {
                            {w.fc1_kernel, h, 1},
                            {w.fc2_kernel, d, 1}};
     const int64_t shapes[][2] = {{d, 3 * d}, {d, d}, {d, h}, {h, d}};
-    Panels* to[] = {&qkv, &projection, &fc1, &fc2};
-    int64_t ends[4], end = 0;
+    Panels to[4];
     for (int i = 0; i < 4; ++i) {
       const int64_t k = shapes[i][transposed], n = shapes[i][!transposed];
-      *to[i] = {space.take(Panels::size(k, n)), k, n};
-      ends[i] = end += to[i]->count();
+      to[i] = {space.take(Panels::size(k, n)), k, n};
     }
-    parallel(end, [&](int64_t number) {
-      int i = 0;
-      while (number >= ends[i]) ++i;
-      const int64_t panel = number - (i ? ends[i - 1] : 0);
-      to[i]->pack(transposed ? from[i].transposed() : from[i], to[i]->n, panel);
+    for_panels(to, parallel, [&](int64_t i, int64_t panel) {
+      to[i].pack(transposed ? from[i].transposed() : from[i], to[i].n, panel);
     });
+    qkv = to[0], projection = to[1], fc1 = to[2], fc2 = to[3];
   }
 };
 

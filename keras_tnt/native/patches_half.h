@@ -13,7 +13,7 @@ struct HalfKernel {
 
   HalfKernel(int64_t inputs, int64_t dim, const PatchWeights<>& w, Parallel parallel)
       : panels(space, inputs, dim) {
-    pack({{panels, w.kernel}}, parallel);
+    pack({panels}, {w.kernel}, parallel);
   }
 };
 

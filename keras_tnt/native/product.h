@@ -84,6 +84,18 @@ struct Panels {
   void pack(Matrix from) const { pack(from, n); }
 };
 
+// Calls pack(i, panel) for each panel of the i-th of several right factors.
+template <typename Factor, size_t count, typename Parallel, typename Pack>
+inline void for_panels(const Factor (&factors)[count], Parallel parallel, Pack pack) {
+  int64_t panels = 0;
+  for (const Factor& factor : factors) panels += factor.count();
+  parallel(panels, [&](int64_t panel) {
+    int64_t i = 0;
+    while (panel >= factors[i].count()) panel -= factors[i++].count();
+    pack(i, panel);
+  });
+}
+
 // c (rows, tile_columns) = start + a panel. start_row is 0 where all rows start from the same numbers.
 // a's columns are next to each other, or, if `down`, its rows, and `stride` is between the others.
 template <int rows, bool down>
