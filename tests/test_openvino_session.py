@@ -7,9 +7,10 @@ import pytest
 
 import keras_tnt
 from keras_tnt import native
+from keras_tnt.export import openvino_runtime
 from keras_tnt.export.onnx_runtime import use_native
 from keras_tnt.native import processor, runtimes
-from tests.checks import in_fork
+from tests.checks import in_fork, run_python
 from tests.test_export import TINY, images_of, onnx, randomize, run_onnx
 from tests.test_onnx_session import MODELS, exported
 
@@ -83,14 +84,15 @@ def test_without_instructions_for_bfloat16_there_is_a_warning_and_float32(tiny, 
 def test_with_them_openvino_is_asked_for_bfloat16(tiny, monkeypatch):
     path, images, expected = tiny
     monkeypatch.setattr(processor, "features", lambda: frozenset({"amx_bf16"}))
-    asked, core = [], openvino.Core
+    asked = []
 
-    class Core(core):
+    class Core(openvino.Core):
         def compile_model(self, model, device, settings):
             asked.append(settings)
             return super().compile_model(model, device, settings)
 
-    monkeypatch.setattr(openvino, "Core", Core)
+    recording = Core()
+    monkeypatch.setattr(openvino_runtime, "core", lambda: recording)
     predict = keras_tnt.export.openvino_session(path, precision="bfloat16")
     assert asked == [{"INFERENCE_PRECISION_HINT": "bf16"}]
     # A processor that lacks them after all gives float32's result.
@@ -214,7 +216,7 @@ def test_the_operation_takes_bfloat16(tiny, tmp_path):
                 for name in node.input[1:]
             ],
         )
-        core = openvino.Core()
+        core = openvino_runtime.core()
         assert runtimes.extend_openvino(core, sizes, domain)
         opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(domain, 1)]
         model = core.read_model(
@@ -251,7 +253,8 @@ def test_without_the_cpp_a_file_runs_as_it_is(obstacle, tiny, monkeypatch):
             def add_extension(self, extension):
                 raise RuntimeError(f"{extension} refused")
 
-        monkeypatch.setattr(openvino, "Core", Core)
+        refusing = Core()
+        monkeypatch.setattr(openvino_runtime, "core", lambda: refusing)
     else:
         monkeypatch.setenv("CXX", obstacle)
     with pytest.warns(UserWarning, match=f"slower.*{obstacle}"):
@@ -271,6 +274,22 @@ def test_a_forked_process_is_refused_a_session_that_was_open(tiny):
 
     (message,) = in_fork(run_in_child)
     assert "forked" in message and "spawn" in message
+
+
+SIGNAL_AFTER_SESSIONS = """
+import os, signal, sys, keras_tnt
+handled = []
+signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
+first, second = (keras_tnt.export.openvino_session(sys.argv[1]) for _ in range(2))
+del first
+del second
+os.kill(os.getpid(), signal.SIGTERM)
+print(handled == [signal.SIGTERM])
+"""
+
+
+def test_a_process_handles_signals_after_its_sessions_are_gone(tiny):
+    assert run_python(SIGNAL_AFTER_SESSIONS, tiny[0], KERAS_BACKEND="jax").split()[-1] == "True"
 
 
 def test_what_cannot_be_opened_or_run_is_told_in_a_line(tiny, tmp_path):

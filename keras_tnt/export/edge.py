@@ -10,6 +10,7 @@ from keras_tnt.export import files
 from keras_tnt.export.card import describe
 from keras_tnt.export.handover import in_tensorflow
 from keras_tnt.export.network import serving_network, takes_any_size
+from keras_tnt.export.openvino_runtime import core
 from keras_tnt.export.requirements import require
 from keras_tnt.export.verification import examples, verify
 from keras_tnt.files import check_space
@@ -123,12 +124,10 @@ def write_litert(network, references, path, card):
 
 
 def write_openvino(network, references, path, card):
-    import openvino as runtime
-
     with files.new_file(path, ".bin") as temporary:
         with_named_input(network).export(temporary, format="openvino", verbose=False)
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
-        compiled = runtime.Core().compile_model(temporary, "CPU", exact)
+        compiled = core().compile_model(temporary, "CPU", exact)
         for example in references["images"]:
             results = compiled(example.images)
             outputs = {name: results[name] for name in network.output}

@@ -1,5 +1,6 @@
 """An exported file in OpenVINO, its transformers in C++."""
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -11,6 +12,24 @@ from keras_tnt.export.requirements import require
 from keras_tnt.native import processor, runtimes
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def core():
+    """This process's `openvino.Core`."""
+    return core_of(os.getpid())
+
+
+@functools.cache
+def core_of(process):
+    """The `openvino.Core` of a process, which is kept until it ends.
+
+    Each one that is made gives its thread a stack to handle signals on, and each that goes restores
+    the stack before it. If two go in the order in which they came, that one is gone too, and the
+    next signal, Ctrl-C or SIGTERM, is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def openvino_session(path: str | os.PathLike, precision: str | None = None) -> Callable:
@@ -61,9 +80,8 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
             )
     if precision == "bfloat16" and not processor.takes_bfloat16():
         precision = "float32"
-    core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": HINTS[precision or "float32"]}
-    compiled = core.compile_model(read(core, path, precision == "bfloat16"), "CPU", settings)
+    compiled = core().compile_model(read(path, precision == "bfloat16"), "CPU", settings)
     names = [output.get_any_name() for output in compiled.outputs]
     wanted = compiled.inputs[0].get_partial_shape()
     opened_in, lock, idle = os.getpid(), threading.Lock(), []
@@ -87,7 +105,7 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
     return predict
 
 
-def read(core, path, half):
+def read(path, half):
     """A file as a model of OpenVINO, with our operation where that is possible."""
     if path.endswith(".onnx"):
         require("onnx")
@@ -96,7 +114,7 @@ def read(core, path, half):
         proto = onnx.load(path)
         operations = use_native(proto, "keras_tnt", half)
         if operations and all(
-            runtimes.extend_openvino(core, sizes, domain) for domain, sizes in operations.items()
+            runtimes.extend_openvino(core(), sizes, domain) for domain, sizes in operations.items()
         ):
-            return core.read_model(proto.SerializeToString())
-    return core.read_model(path)
+            return core().read_model(proto.SerializeToString())
+    return core().read_model(path)
