@@ -225,7 +225,7 @@ def run_python(code, *arguments, **environment):
         text=True,
         timeout=300,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, f"ended with {result.returncode}: {result.stderr}"
     return result.stdout
 
 
