@@ -84,11 +84,12 @@ class Once {
 
 }  // namespace
 
-// The result has the shape of the first input unless `result` says otherwise.
+// An operation, which is a class Self of its own. Its attributes are epsilon and, if it has a name, a
+// whole number. The result has the shape of the first input unless `result` says otherwise.
+template <typename Self>
 class Operation : public ov::op::Op {
  public:
-  Operation() = default;
-  Operation(const ov::OutputVector& inputs, float epsilon) : Op(inputs), epsilon(epsilon) {}
+  static constexpr const char* attribute = nullptr;  // the number's name
 
   virtual ov::PartialShape result(ov::PartialShape first) const { return first; }
 
@@ -96,8 +97,18 @@ class Operation : public ov::op::Op {
     set_output_type(0, get_input_element_type(0), result(get_input_partial_shape(0)));
   }
 
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    const auto clone = std::make_shared<Self>();
+    clone->epsilon = epsilon;
+    clone->number = number;
+    clone->set_arguments(inputs);
+    clone->constructor_validate_and_infer_types();
+    return clone;
+  }
+
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
     visitor.on_attribute("epsilon", epsilon);
+    if (Self::attribute) visitor.on_attribute(Self::attribute, number);
     return true;
   }
 
@@ -115,6 +126,7 @@ class Operation : public ov::op::Op {
 
  protected:
   float epsilon = 0;
+  int64_t number = 0;
 };
 
 // The library's operation: its opset, and its domain in an ONNX file, is DOMAIN.

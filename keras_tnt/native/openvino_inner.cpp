@@ -3,18 +3,9 @@
 #include "inner_forward.h"
 #include "openvino.h"
 
-class InnerTransformer : public Operation {
+class InnerTransformer : public Operation<InnerTransformer> {
  public:
   OPENVINO_OP("InnerTransformer", DOMAIN);
-
-  InnerTransformer() = default;
-  InnerTransformer(const ov::OutputVector& inputs, float epsilon) : Operation(inputs, epsilon) {
-    constructor_validate_and_infer_types();
-  }
-
-  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<InnerTransformer>(inputs, epsilon);
-  }
 
   // shape: batch, patches, words, dim.
   void compute(const ov::Shape& shape, const float* const* pointers, float* out) const override {

@@ -3,28 +3,14 @@
 #include "openvino.h"
 #include "outer_half.h"
 
-class OuterTransformer : public Operation {
+class OuterTransformer : public Operation<OuterTransformer> {
  public:
   OPENVINO_OP("OuterTransformer", DOMAIN);
-
-  OuterTransformer() = default;
-  OuterTransformer(const ov::OutputVector& inputs, float epsilon, int64_t heads)
-      : Operation(inputs, epsilon), heads(heads) {
-    constructor_validate_and_infer_types();
-  }
-
-  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<OuterTransformer>(inputs, epsilon, heads);
-  }
-
-  bool visit_attributes(ov::AttributeVisitor& visitor) override {
-    visitor.on_attribute("heads", heads);
-    return Operation::visit_attributes(visitor);
-  }
+  static constexpr const char* attribute = "heads";
 
   // shape: batch, tokens, dim.
   void compute(const ov::Shape& shape, const float* const* pointers, float* out) const override {
-    const int64_t images = shape[0], tokens = shape[1], dim = shape[2];
+    const int64_t images = shape[0], tokens = shape[1], dim = shape[2], heads = number;
     const int64_t hidden = get_input_shape(1 + fc1_bias)[0];
     const outer::Parallel parallel = {share_with, nullptr};
     const Weights<> weights = as_weights(pointers + 1);
@@ -34,7 +20,6 @@ class OuterTransformer : public Operation {
   }
 
  private:
-  int64_t heads = 1;
   mutable Once<outer::HalfKernels> kernels;
 };
 

@@ -4,27 +4,13 @@
 #include "openvino.h"
 #include "patches_half.h"
 
-class WordsToPatches : public Operation {
+class WordsToPatches : public Operation<WordsToPatches> {
  public:
   OPENVINO_OP("WordsToPatches", DOMAIN);
-
-  WordsToPatches() = default;
-  WordsToPatches(const ov::OutputVector& inputs, float epsilon, int64_t prefix)
-      : Operation(inputs, epsilon), prefix(prefix) {
-    constructor_validate_and_infer_types();
-  }
-
-  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<WordsToPatches>(inputs, epsilon, prefix);
-  }
-
-  bool visit_attributes(ov::AttributeVisitor& visitor) override {
-    visitor.on_attribute("prefix", prefix);
-    return Operation::visit_attributes(visitor);
-  }
+  static constexpr const char* attribute = "prefix";
 
   ov::PartialShape result(ov::PartialShape first) const override {
-    first[1] += prefix;
+    first[1] += number;  // the prefix
     first[2] = get_input_shape(1 + patch_bias)[0];
     return first;
   }
@@ -38,13 +24,12 @@ class WordsToPatches : public Operation {
     const float* added = get_input_size() > weights_end ? pointers[weights_end] : nullptr;
     patches::project({images, tokens, inputs, dim, epsilon}, parallel,
                      tbb::this_task_arena::max_concurrency(), pointers[0], weights,
-                     kernel(inputs, dim, weights, outer::Parallel{in_turn, nullptr}), out, added, prefix);
+                     kernel(inputs, dim, weights, outer::Parallel{in_turn, nullptr}), out, added, number);
   }
 
  private:
   static constexpr size_t weights_end = 1 + count_of<PatchWeights>;
 
-  int64_t prefix = 0;
   mutable Once<patches::HalfKernel> kernel;
 };
 
