@@ -58,10 +58,10 @@ def projected(layer, x, training=False):
     if layer.compute_dtype != "float32":
         return None
     dtype = dtype_of(layer.projection)
-    half = dtype == "bfloat16"
-    if not runs_here(x, training, dtype) or half and not native.takes_half(x.shape[-1]):
+    if not runs_here(x, training, dtype):
         return None
-    operator = runtimes.operator(keras.backend.backend(), native.PatchSizes(layer.dim, half))
+    sizes = patch_sizes_of(layer, x.shape[-1], half=dtype == "bfloat16")
+    operator = sizes and runtimes.operator(keras.backend.backend(), sizes)
     if operator is None:
         return None
     weights = native.PatchWeights(
@@ -127,6 +127,11 @@ def sizes_of(block, shape, half):
     if rank == 4 and shape[2] % native.LANES == 0:
         return native.InnerSizes(*shape[2:], heads, hidden, across_words, half)
     return None
+
+
+def patch_sizes_of(layer, inputs, half):
+    """The `native.PatchSizes` of a `WordsToPatches` for so many numbers a patch, as `sizes_of`."""
+    return None if half and not native.takes_half(inputs) else native.PatchSizes(layer.dim, half)
 
 
 def is_plain(block):

@@ -2,7 +2,6 @@
 
 import keras
 
-from keras_tnt import native
 from keras_tnt.layers import fused
 from keras_tnt.layers.attention import Attention
 from keras_tnt.layers.base import default_device
@@ -80,10 +79,9 @@ def layers_to_change(model):
 def is_native(layer):
     """Whether there is C++ for a layer that is to multiply in bfloat16."""
     if isinstance(layer, TransformerBlock):
-        shape = layer.get_build_config()["input_shape"]
-        found = fused.sizes_of(layer, shape, half=True) is not None
+        sizes = fused.sizes_of(layer, layer.get_build_config()["input_shape"], half=True)
+    elif type(layer) is WordsToPatches:
+        sizes = fused.patch_sizes_of(layer, layer.projection.kernel.shape[0], half=True)
     else:
-        found = type(layer) is WordsToPatches and native.takes_half(
-            layer.projection.kernel.shape[0]
-        )
-    return found and default_device() == "cpu"
+        return False
+    return sizes is not None and default_device() == "cpu"
