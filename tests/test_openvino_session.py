@@ -174,7 +174,6 @@ def norm_dense_norm(
         ({}, 7),
         ({"tokens": (2, 7, 8)}, 8),
         ({"tokens": (1, 7, 8)}, 7),
-        ({"tokens": (2, 7, 8), "pads": (0, 1, 0, 0, 0, 0)}, 8),
         ({"tokens": (2, 7, 8), "pads": (0, 0, 0, 0, 1, 0)}, 7),
         ({"between": (3, 16)}, None),
         ({"bias": "variable"}, None),
