@@ -32,9 +32,10 @@ def load_checkpoint(model, source: str | os.PathLike, ema: bool = False):
 
     Args:
         model: a model built by this package, or one with such a model inside.
-        source: path of a `.safetensors` file, of a `.pth`, `.pt`, `.pth.tar` or `.bin` file where
-            torch is installed, of which only tensors are read, never code; or of a `.keras` or
-            `.weights.h5` file that Keras wrote of such a model.
+        source: path of a `.safetensors` file, of a `.pth`, `.pt`, `.pth.tar`, `.bin` or `.ckpt`
+            file where torch is installed, of which only tensors are read, never code; or of a
+            `.keras` or `.weights.h5` file that Keras wrote of such a model. Files of wrapped models
+            load as they are: DataParallel, torch.compile, AveragedModel, FSDP, Lightning.
         ema: whether to take the moving average (EMA) of the weights, which the files of some
             training runs hold beside the weights.
 

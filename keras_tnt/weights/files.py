@@ -1,6 +1,5 @@
 """Files of PyTorch-named tensors: their names and shapes first, the values one by one."""
 
-import argparse
 import os
 import pickle
 import re
@@ -10,16 +9,17 @@ import zipfile
 import numpy as np
 
 from keras_tnt.text import printable
+from keras_tnt.weights.companions import safe_globals
+from keras_tnt.weights.wrappers import LIGHTNING, choose, without_wrappers
 
 SAFETENSORS = (".safetensors",)
-TORCH = (".pth", ".pt", ".pth.tar", ".bin")
-# What training scripts nest a model's tensors under, and those of its moving average (EMA).
-PLAIN = ("model", "state_dict")
-EMA = ("model_ema", "state_dict_ema")
+TORCH = (".pth", ".pt", ".pth.tar", ".bin", ".ckpt")
 # The types of weights, as safetensors and as torch call them.
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 # What pickles of protocol 2, the only one of torch.save, begin with.
 PICKLE = b"\x80\x02"
+# How torch names a global that it refuses.
+GLOBAL = re.compile(r"\bGLOBAL (\S+)")
 ENCRYPTED = 1  # in the flags of a zip archive's entry
 
 
@@ -27,8 +27,8 @@ def open_tensors(path, ema=False):
     """Open a file of tensors without reading their values.
 
     Args:
-        path: path of a `.safetensors` file, or of a `.pth`, `.pt`, `.pth.tar` or `.bin` file where
-            torch is installed.
+        path: path of a `.safetensors` file, or of a `.pth`, `.pt`, `.pth.tar`, `.bin` or `.ckpt`
+            file where torch is installed.
         ema: whether to read the moving average of the weights, which some `.pth` files hold beside
             the weights.
 
@@ -113,7 +113,7 @@ class SafetensorsFile(TensorFile):
     def __init__(self, path):
         self.path = path
         with self.open() as file:
-            self.names = without_module_prefix({name: name for name in file.keys()})
+            self.names = without_wrappers(path, file.keys())
             slices = {name: file.get_slice(stored) for name, stored in self.names.items()}
             self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
@@ -145,7 +145,8 @@ class TorchFile(TensorFile):
 
     def __init__(self, path, ema):
         self.path = path
-        content = choose(path, load_torch(path), ema)
+        whole = load_torch(path)
+        content = choose(path, whole, ema)
         import torch
 
         tensors = {name: value for name, value in content.items() if torch.is_tensor(value)}
@@ -155,7 +156,8 @@ class TorchFile(TensorFile):
                     f"'{path}' cannot be loaded: the name of a tensor is {printable(name)}, which "
                     "is no text."
                 )
-        self.tensors = without_module_prefix(tensors)
+        names = without_wrappers(path, tensors, others_may_be=LIGHTNING in whole)
+        self.tensors = {name: tensors[stored] for name, stored in names.items()}
         self.shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
 
     def problem(self, name):
@@ -193,8 +195,8 @@ def load_torch(path):
     stored = check_torch_format(path)
     claims = Claims(os.path.getsize(path))
     try:
-        # The settings of a training run lie beside the weights in many files, and are no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Many files hold the settings of a training run next to the weights.
+        with torch.serialization.safe_globals(safe_globals()):
             content = torch.load(
                 path, map_location=claims.add, weights_only=True, mmap=stored is not None
             )
@@ -203,11 +205,20 @@ def load_torch(path):
         return content
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"'{path}' is refused: it is damaged, or holds more than tensors, and opening it "
-            "could run code of whoever made it. Convert it to .safetensors where you trust it."
+            f"'{path}' is refused: {refusal(error)}, and opening it could run code of whoever made "
+            "it. Where you trust the file, write the state dict alone as .safetensors."
         ) from error
     except Exception as error:  # A damaged pickle raises whatever its garbage leads to.
         raise damaged(path, f"{type(error).__name__}: {error}".rstrip(": ")) from error
+
+
+def refusal(error):
+    """Returns why torch refused a pickle: the global that it names, where there is one."""
+    found = GLOBAL.search(str(error))
+    if found is None:
+        return "it is damaged, or holds more than tensors"
+    name = printable(found[1])
+    return f"it holds the global '{name}', which is neither a tensor nor a plain setting"
 
 
 def damaged(path, reason):
@@ -280,30 +291,3 @@ def entry_problem(entries):
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
             return f"its entry '{entry.filename}' is compressed or encrypted, unlike when written"
     return None
-
-
-def choose(path, content, ema):
-    """The weights, or their moving average, in what a file holds."""
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' holds a {type(content).__name__}, not a dict of tensors.")
-    plain = [content[key] for key in PLAIN if isinstance(content.get(key), dict)]
-    averages = [content[key] for key in EMA if isinstance(content.get(key), dict)]
-    if not ema:
-        if not plain and averages:
-            raise ValueError(
-                f"'{path}' holds only the moving average of the weights: load it with ema=True."
-            )
-        return plain[0] if plain else content
-    if not averages:
-        raise ValueError(
-            f"'{path}' has no moving average of the weights (none of {', '.join(EMA)}): leave "
-            "`ema` out."
-        )
-    average = averages[0]
-    return next((average[key] for key in PLAIN if isinstance(average.get(key), dict)), average)
-
-
-def without_module_prefix(tensors):
-    """The same with the names that a model has before torch's DataParallel wraps it."""
-    start = min((re.match(r"(module\.)*", name).end() for name in tensors), default=0)
-    return {name[start:]: value for name, value in tensors.items()}

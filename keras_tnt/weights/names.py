@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 # Tensors that checkpoints hold and no forward pass reads.
-UNUSED = re.compile(r"(^|\.)(outer_tokens|num_batches_tracked)$")
+UNUSED = re.compile(r"(^|\.)(outer_tokens|num_batches_tracked|n_averaged)$")
 LEAVES = {
     "kernel": "weight",
     "gamma": "weight",
