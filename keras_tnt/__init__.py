@@ -4,6 +4,8 @@ The function of every builder and variant, `keras_tnt.TNT`, `keras_tnt.TNTSmall`
 attribute of this package by the registry: a variant is a row in its family's file.
 """
 
+__version__ = "0.1.0"
+
 # In the process of the command, answers and ends here what needs no Keras, such as --help.
 from keras_tnt.command import before_keras  # isort: skip
 
@@ -14,14 +16,13 @@ from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.backbone import backbone
 from keras_tnt.building import register_family
 from keras_tnt.bundle import load_pretrained, push_to_hub, save_pretrained
-from keras_tnt.classifier import reset_classifier
+from keras_tnt.classifier import reset_classifier, set_class_names
 from keras_tnt.distillation import Distiller
+from keras_tnt.folder import ImageFolder
 from keras_tnt.inference import compile_inference
 from keras_tnt.preprocessing import decode_predictions, load_image, load_images, pad_to_fit
 from keras_tnt.pretrained import list_weights, load_checkpoint, save_checkpoint
 from keras_tnt.registry import create_model, list_models
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name):

@@ -407,7 +407,10 @@ def class_names(model: keras.Model) -> list[str] | None:
             return list(layer.class_names)
     if not is_ours(model):
         return None
-    heads = anatomy(model).heads
+    parts = anatomy(model)
+    heads, names = parts.heads, parts.entrance.class_names
+    if heads and names is not None and heads[0].units == len(names):
+        return list(names)
     if heads and heads[0].units == len(imagenet_classes()):
         return [name for _, name in imagenet_classes()]
     return None

@@ -8,6 +8,7 @@ function that checks what all families are told, builds the `keras.Model` and fi
 import collections
 import contextlib
 import contextvars
+import difflib
 import functools
 import inspect
 import weakref
@@ -374,11 +375,80 @@ def tables_like(source, builder: Callable) -> contextlib.AbstractContextManager:
 
 
 def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.BoundArguments:
-    """The arguments of a call by name; Python's own error says what function they are for."""
+    """The arguments of a call by name; an error says what function they are for, and the nearest.
+
+    Raises:
+        TypeError: if the function does not take them, with what to type instead.
+    """
+    unknown = [key for key in kwargs if key not in signature.parameters]
+    if unknown:
+        raise TypeError(
+            f"{name}() got an unexpected keyword argument '{unknown[0]}'. "
+            f"{replacement(unknown[0], kwargs[unknown[0]], signature.parameters)}"
+        )
     try:
         return signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{name}() {error}") from None
+
+
+def replacement(argument: str, value, known) -> str:
+    """Returns a sentence that says which argument of ours an unknown one may stand for.
+
+    Args:
+        argument: name of the unknown argument, such as one of timm's.
+        value: what it was given.
+        known: names of the arguments there are.
+    """
+    if argument == "pretrained":
+        weights = "'imagenet'" if value else "None"
+        return f"Pass weights={weights}: 'imagenet' for public weights, None for random ones."
+    names = [name for name in TIMM_ARGUMENTS.get(argument, ()) if name in known]
+    if names:
+        return f"Pass `{names[0]}`{TIMM_NOTES.get(names[0], '')}."
+    found = difflib.get_close_matches(argument, list(known), n=3)
+    if found:
+        return f"Did you mean {' or '.join(f'`{name}`' for name in found)}?"
+    return f"There are: {', '.join(known)}."
+
+
+# What timm calls an argument, and ours by it, of which a builder takes the first that it has.
+TIMM_ARGUMENTS = {
+    "num_classes": ("classes",),
+    "n_classes": ("classes",),
+    "in_chans": ("input_shape",),
+    "in_channels": ("input_shape",),
+    "img_size": ("input_shape",),
+    "image_size": ("input_shape",),
+    "input_size": ("input_shape",),
+    "drop_path_rate": ("stochastic_depth",),
+    "drop_path": ("stochastic_depth",),
+    "drop_rate": ("dropout",),
+    "drop": ("dropout",),
+    "proj_drop_rate": ("dropout",),
+    "attn_drop_rate": ("attention_dropout",),
+    "global_pool": ("pooling",),
+    "checkpoint_path": ("weights",),
+    "pretrained_cfg": ("weights",),
+    "act_layer": ("activation",),
+    "init_values": ("layer_scale",),
+    "depth_token_only": ("class_attention_depth",),
+    "first_stride": ("inner_stride",),
+    "embed_dim": ("outer_dim",),
+    "outer_dim": ("embed_dim",),
+    "hidden_dim": ("embed_dim", "outer_dim"),
+    "num_layers": ("depth",),
+    "num_heads": ("outer_heads",),
+    "num_heads_outer": ("outer_heads",),
+    "num_heads_inner": ("inner_heads",),
+    "label_names": ("class_names",),
+}
+# What the names alone do not say.
+TIMM_NOTES = {
+    "input_shape": ", (height, width, channels)",
+    "classes": ", or `class_names`",
+    "pooling": ": None, 'avg', 'max' or 'token', with include_top=False",
+}
 
 
 def own_entrance(model: keras.Model) -> ImageNormalization:

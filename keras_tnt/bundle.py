@@ -69,13 +69,26 @@ def save_pretrained(model: keras.Model, directory: str | os.PathLike) -> str:
     return directory
 
 
-def load_pretrained(directory: str | os.PathLike) -> keras.Model:
+def load_pretrained(
+    directory: str | os.PathLike, input_shape: tuple[int | None, ...] | None = None
+) -> keras.Model:
     """The model that `save_pretrained` wrote, whatever its architecture.
 
+    Args:
+        directory: the folder.
+        input_shape: shape of the images that the model is to take, as the builders have it; tables
+            of positions are resampled. If `None`, that of the model that was written.
+
     Raises:
-        ValueError: if the folder holds no such model.
+        ValueError: if the folder holds no such model, or it cannot take images of this shape.
+
+    Example:
+
+    >>> model = keras_tnt.load_pretrained("tnt_small_flowers", input_shape=(384, 384, 3))
     """
     directory = os.fspath(directory)
+    if input_shape is not None:
+        input_shape = tuple(input_shape)
     try:
         with open(os.path.join(directory, CONFIG), "rb") as file:
             own = as_object(OWN, parse_json(file.read(LARGEST_FILE + 1))[OWN])
@@ -86,12 +99,29 @@ def load_pretrained(directory: str | os.PathLike) -> keras.Model:
             f"Folder '{directory}' holds no model of keras_tnt.save_pretrained ({error!r}). A "
             "model of timm's is loaded by its variant: keras_tnt.TNTSmall(weights='<folder>')."
         ) from error
+    if input_shape is not None:
+        check_channels(arguments["input_shape"], input_shape)
+        arguments["input_shape"] = input_shape
     try:
         return family.builder(weights=directory, **arguments)
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ValueError(
             f"The model in folder '{directory}' cannot be built and filled: {error}"
         ) from error
+
+
+def check_channels(saved, wanted):
+    """Refuses an image shape of another number of axes or channels than a saved model takes.
+
+    Raises:
+        ValueError: naming both.
+    """
+    axis = 0 if keras.config.image_data_format() == "channels_first" else -1
+    if len(wanted) != 3 or wanted[axis] != saved[axis]:
+        raise ValueError(
+            f"`input_shape` must be three sizes, with {saved[axis]} channels as the saved model "
+            f"has them in {tuple(saved)}. Received: {wanted}"
+        )
 
 
 def as_arguments(own, family, file):

@@ -1,4 +1,6 @@
-"""A model's classifier, made anew for other classes."""
+"""A model's classifier: the names of its classes, and a new one for other classes."""
+
+import warnings
 
 import keras
 
@@ -7,8 +9,59 @@ from keras_tnt.building import check_class_names, check_sizes, count_classes
 from keras_tnt.layers import Predictions
 
 
+def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
+    """Sets the names of the classes that a model predicts, and changes nothing else.
+
+    The names are saved with the model, and are those of `class_names`, `decode_predictions`,
+    `save_pretrained`, exports and the command. The head keeps its weights, as in
+    `reset_classifier` it does not.
+
+    Args:
+        model: a classifier of this package, or a functional or Sequential model around one.
+        names: list of names, one for each class, in the order of the model's outputs.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for a model without a classifier of this package, and for names that are not
+            one for each class.
+
+    Example:
+
+    >>> model = keras_tnt.TNTTiny(classes=2)
+    >>> keras_tnt.set_class_names(model, ["cat", "dog"])
+    >>> keras_tnt.class_names(model)
+    ['cat', 'dog']
+    """
+    if names is None:
+        raise ValueError("`names` must be a list of names. Received: None")
+    names = check_class_names(names)
+    parts = anatomy(model)
+    if not parts.heads:
+        raise ValueError(
+            f"Model '{model.name}' has no classifier whose classes could have names. Build one on "
+            "it: keras.Sequential([model, keras.layers.Dense(classes)])."
+        )
+    classes = parts.heads[0].units
+    if len(names) != classes:
+        raise ValueError(
+            f"`names` must name each class. Received: {len(names)} names for the {classes} classes "
+            f"of model '{model.name}'."
+        )
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, Predictions)]
+    for layer in layers:
+        layer.class_names = list(names)
+    if not layers:
+        parts.entrance.class_names = list(names)
+    return model
+
+
 def reset_classifier(
-    model: keras.Model, classes: int | None = None, class_names: list[str] | None = None
+    model: keras.Model,
+    classes: int | None = None,
+    class_names: list[str] | None = None,
+    warn: bool = True,
 ) -> keras.Model:
     """A model for other classes: its heads are fresh, and it shares every other layer.
 
@@ -19,6 +72,8 @@ def reset_classifier(
         model: a classifier of this package, or a functional or Sequential model around one.
         classes: number of classes; None: as many as names.
         class_names: names of the classes, which stay with the model; None: they have none.
+        warn: whether to warn if the number of classes stays the same: `set_class_names` gives a
+            trained head other names.
 
     Returns:
         A new `keras.Model`. What it learns, `model` learns with it, but for the heads.
@@ -40,11 +95,18 @@ def reset_classifier(
             f"Model '{model.name}' has no classifier to reset. Build one on it: keras.Sequential("
             "[model, keras.layers.Dense(classes)])."
         )
+    if warn and classes == parts.heads[0].units:
+        warnings.warn(
+            f"`reset_classifier` replaces the head of model '{model.name}', which has {classes} "
+            "classes already, by an untrained one. To name the classes and keep the head, call "
+            "keras_tnt.set_class_names(model, names). To silence this warning, pass warn=False.",
+            stacklevel=2,
+        )
     owner = parts.model if parts.heads[0] in parts.model.layers else model
     if class_names and not isinstance(parts.predictions, Predictions):
         raise ValueError(
             f"The classifier of model '{model.name}' is a layer of your own, which keeps no names. "
-            "Leave `class_names` out."
+            "Leave `class_names` out, and call keras_tnt.set_class_names on the result."
         )
 
     def renew(layer):

@@ -116,8 +116,12 @@ class Distiller(keras.Model):
         kl_reduction: `"mean"` divides the soft kind by batch x classes, as DeiT's released code;
             `"batchmean"` by batch alone, which weighs it as many times more as there are classes.
         teacher_preprocessing: function from the student's images, already of the teacher's size, to
-            what the teacher takes. None: worked out for models that contain a `Rescaling` or are
-            built by this package; any other is taken to want what the student takes.
+            what the teacher takes; or the name of what it takes: `"pixels"` (in [0, 255]),
+            `"caffe"`, `"tf"` or `"torch"` (the modes of `keras.applications`' `preprocess_input`),
+            or `"same"` (what the student takes). If `None`, it is worked out for models of this
+            package, models that begin with a `Rescaling`, a `Normalization` or a
+            `preprocess_input`, and those of `keras.applications`, whatever stands around them; any
+            other is given what the student takes, with a warning.
         teacher_from_logits: whether the teacher's output is logits, not probabilities. None: read
             off its last layer, or else off its outputs: rows that sum to one are probabilities.
         name: the model's name.
@@ -145,7 +149,7 @@ class Distiller(keras.Model):
         temperature: float = 1.0,
         *,
         kl_reduction: str = "mean",
-        teacher_preprocessing: Callable | None = None,
+        teacher_preprocessing: Callable | str | None = None,
         teacher_from_logits: bool | None = None,
         name: str = "distiller",
     ):

@@ -22,6 +22,9 @@ def layerwise(optimizer, model, decay=0.75):
     keras_tnt model have distance 0. Weight decay is scaled with the step, and falls on kernels
     alone: not on tables of positions, tokens, norms, biases or LayerScale.
 
+    Adapters that `enable_lora` adds afterwards have the rate of the layer that they adapt. Any
+    other variable that the model does not have yet is an error when training begins.
+
     Gradients stay as they are. Clipping, accumulation, moving averages, learning-rate schedules,
     loss scaling and saving are the given optimizer's.
 
@@ -51,7 +54,9 @@ def layerwise(optimizer, model, decay=0.75):
         )
     if optimizer.built:
         raise ValueError(f"'{optimizer.name}' is in use by a model. Make a new optimizer.")
-    return scaled(optimizer, {path: decay**far for path, far in distances(model).items()})
+    factors = {weight.path: 1.0 for weight in model.weights}
+    factors |= {path: decay**far for path, far in distances(model).items()}
+    return scaled(optimizer, factors)
 
 
 def distances(model):
@@ -132,22 +137,26 @@ class Layerwise:
     plain = None  # the optimizer's class
 
     @classmethod
-    def like(cls, optimizer, factors):
+    def like(cls, optimizer, factors, complete=True):
         """A new optimizer with the settings of `optimizer`.
 
         Args:
             optimizer: of the class that this one is made from.
             factors: dict from a variable's path to the factor of its learning rate.
+            complete: whether they are those of all variables to come. `False` for files of earlier
+                versions, which listed a part: variables not listed have factor 1.
         """
         result = super().from_config(optimizer.get_config())
         result.factors = factors
+        result.complete = complete
         result.kernel_decay, result.weight_decay = result.weight_decay, None
         return result
 
     def build(self, variables):
+        rates = [self.factor_of(v.path) for v in variables]
         self.exclude_from_weight_decay(variables)
         super().build(variables)
-        self.rates = [self.factors.get(v.path, 1.0) for v in variables]
+        self.rates = rates
         # Muon leaves some variables to AdamW, with a weight decay of their own.
         of_adamw = getattr(self, "adam_velocities", [None] * len(variables))
         decays = [self.kernel_decay if v is None else self.adam_weight_decay for v in of_adamw]
@@ -155,6 +164,26 @@ class Layerwise:
             decay if v.path.endswith("kernel") else None
             for v, decay in zip(variables, decays, strict=True)
         ]
+
+    def factor_of(self, path):
+        """Returns the factor of a variable's learning rate, by its path.
+
+        Raises:
+            ValueError: if neither the variable nor the layer that it adapts is known.
+        """
+        if path in self.factors:
+            return self.factors[path]
+        layer, _, name = path.rpartition("/")
+        if name.startswith("lora_"):
+            for known, factor in self.factors.items():
+                if known.rpartition("/")[0] == layer:
+                    return factor
+        if self.complete:
+            raise ValueError(
+                f"`layerwise` was given a model without the variable '{path}'. Make the optimizer "
+                "for the model that is trained, layers around it included, after it was built."
+            )
+        return 1.0
 
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
@@ -168,20 +197,21 @@ class Layerwise:
         return {
             "optimizer": keras.saving.serialize_keras_object(self.plain.from_config(config)),
             "factors": dict(self.factors),
+            "complete": self.complete,
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         plain = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects)
-        return scaled(plain, config["factors"])
+        return scaled(plain, config["factors"], config.get("complete", False))
 
 
-def scaled(optimizer, factors):
+def scaled(optimizer, factors, complete=True):
     """`Layerwise.like` of the class that fits the optimizer."""
     plain = type(optimizer)
     if plain.__module__.startswith("keras."):  # torch's own class lies behind the public one
         plain = getattr(keras.optimizers, plain.__name__)
-    return layerwise_class(plain).like(optimizer, factors)
+    return layerwise_class(plain).like(optimizer, factors, complete)
 
 
 @functools.cache

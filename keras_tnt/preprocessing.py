@@ -183,8 +183,8 @@ def decode_predictions(
         names = class_names(model)
         if names is None:
             raise ValueError(
-                f"Model '{model.name}' has no names of its classes. Build it with class_names=, or "
-                "give it some by keras_tnt.reset_classifier."
+                f"Model '{model.name}' has no names of its classes. Give it some: "
+                "keras_tnt.set_class_names(model, names) keeps its weights."
             )
         if names != [name for _, name in labels]:
             labels = [(name, name) for name in names]

@@ -43,16 +43,33 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a variant costs with 1,000 classes, at its default image size.
+
+    Attributes:
+        parameters: number of parameters.
+        multiply_accumulates: of one image, as `keras_tnt.inspection.multiply_accumulates` counts.
+        blocks: number of blocks, class-attention blocks included.
+    """
+
+    parameters: int
+    multiply_accumulates: int
+    blocks: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Variant:
     """A published size of a family's models.
 
     Attributes:
         architecture: keyword arguments of the family's builder.
         image_size: side of the images in pixels that it takes by default.
+        cost: what it costs. If `None`, it is not known before a model is built.
     """
 
     architecture: Mapping[str, Any]
     image_size: int = 224
+    cost: Cost | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +278,33 @@ def find_model(name: str) -> Callable:
         load_plugins(os.environ.get(PLUGINS, ""))
         names = _names()
     if name not in names:
-        raise ValueError(f"There is no model {name!r}. {nearest(name, list_models())}")
+        raise ValueError(
+            weights_advice(name) or f"There is no model {name!r}. {nearest(name, list_models())}"
+        )
     return _function(*names[name])
+
+
+def weights_advice(name: str) -> str | None:
+    """Returns what to type for the name of public weights, with or without its tag.
+
+    Args:
+        name: such as "tnt_s_patch16_224" or "deit_tiny_patch16_224.fb_in1k", also with timm's
+            "timm/" or "hf_hub:timm/" in front of it.
+
+    Returns:
+        A sentence, or `None` if there are no such weights.
+    """
+    wanted = name.removeprefix("hf_hub:").removeprefix("hf-hub:").removeprefix("timm/")
+    for each in families():
+        for row in each.checkpoints:
+            if wanted in (row.name, row.architecture):
+                variant = next(v for v in each.variants if each.function_name(v) == row.model)
+                told = "".join(f", {key}={value!r}" for key, value in row.arguments.items())
+                return (
+                    f"{name!r} is the weights name of {row.call}. Type "
+                    f"keras_tnt.create_model('{variant}', weights='{row.name}'{told})"
+                )
+    return None
 
 
 def _names() -> dict[str, tuple[Family, str | None]]:

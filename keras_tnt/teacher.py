@@ -1,6 +1,8 @@
 """A teacher of any make, as a function from a student's images to logits."""
 
 import contextlib
+import dataclasses
+import warnings
 
 import keras
 from keras import ops
@@ -9,9 +11,56 @@ from keras_tnt.anatomy import anatomy, is_ours
 from keras_tnt.layers.base import at_least_float32
 from keras_tnt.layers.ends import along_channels, scale_and_offset
 from keras_tnt.layers.grid import resampling_matrix, shape_of
+from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD
 
-# What models take: images with this mean and deviation taken off, of pixels in [0, 1].
-PIXELS = ((0.0,) * 3, (1 / 255,) * 3)
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The images that a model takes.
+
+    Attributes:
+        mean, std: by which pixels in [0, 1] are normalized, a value per channel, as RGB.
+        bgr: whether the channels are in the order blue, green, red.
+    """
+
+    mean: tuple
+    std: tuple
+    bgr: bool = False
+
+
+PIXELS = Range((0.0,) * 3, (1 / 255,) * 3)
+# What `teacher_preprocessing` takes by name: the modes of keras.applications, pixels in [0, 255],
+# and the student's images as they are.
+PREPROCESSING = {
+    "pixels": PIXELS,
+    "caffe": Range((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3, bgr=True),
+    "tf": Range((0.5,) * 3, (0.5,) * 3),
+    "torch": Range(IMAGENET_MEAN, IMAGENET_STD),
+    "same": None,
+}
+# Names of layers by which the models of keras.applications that do not preprocess are recognized,
+# whatever stands around them.
+APPLICATIONS = {
+    "torch": (
+        {"conv2_block1_concat", "conv2_block1_0_bn"},  # DenseNet
+    ),
+    "caffe": (
+        {"block1_conv1", "block1_conv2", "block1_pool"},  # VGG
+        {"conv1_bn", "conv2_block1_1_conv", "conv2_block1_add"},  # ResNet
+    ),
+    "tf": (
+        {"conv1_conv", "conv2_block1_preact_bn"},  # ResNetV2
+        {"conv_dw_1", "conv_pw_1"},  # MobileNet
+        {"Conv1", "expanded_conv_depthwise_BN"},  # MobileNetV2
+        {"conv", "expanded_conv_depthwise_bn"},  # MobileNetV3, include_preprocessing=False
+        {"block1_conv1", "block2_sepconv1"},  # Xception
+        {"mixed0"},  # InceptionV3
+        {"mixed_5b"},  # InceptionResNetV2
+        {"stem_conv1", "stem_bn1"},  # NASNet
+    ),
+}
+# Operations of functional models that preprocess: what `preprocess_input(inputs)` leaves there.
+ARITHMETIC = ("Add", "Subtract", "Multiply", "Divide", "TrueDivide")
 # The matrix products that resample rows and columns, by axis.
 RESAMPLE = {
     "channels_last": {1: "ij,bjwc->biwc", 2: "ij,bhjc->bhic"},
@@ -45,7 +94,7 @@ class Teacher:
                 f"{student.output_shape}, a teacher with outputs {model.output_shape}"
             )
         self.model = model
-        self.preprocessing = preprocessing or conversion(student, model)
+        self.preprocessing = preprocessing_of(preprocessing, student, model)
         self.resize = resizing(student, model)
         self.from_logits = from_logits
         self.network = model
@@ -78,35 +127,119 @@ def gradient_off():
 # === What a model takes ===
 
 
-def conversion(student, teacher):
-    """The function from the images that the student takes to those that the teacher takes."""
-    given, wanted = normalisation(student), normalisation(teacher)
-    if given is None or wanted is None or given == wanted:
-        return lambda images: images
+def preprocessing_of(given, student, teacher):
+    """Returns the function from the student's images to those that the teacher takes.
+
+    Args:
+        given: `keras_tnt.Distiller`'s `teacher_preprocessing`.
+        student: the model whose images are given.
+        teacher: the model whose images are wanted.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if callable(given):
+        return given
+    if given is not None and given not in PREPROCESSING:
+        raise ValueError(
+            f"`teacher_preprocessing` must be a function or one of "
+            f"{', '.join(map(repr, PREPROCESSING))}. Received: {given!r}"
+        )
+    if given == "same" or (given is None and len(student.input_shape) != 4):
+        return unchanged
+    taken = image_range(student)
+    if given is not None:
+        return conversion(taken or PIXELS, PREPROCESSING[given], student)
+    wanted = image_range(teacher)
+    if taken is None or wanted is None:
+        which = ("teacher", teacher) if wanted is None else ("student", student)
+        warnings.warn(
+            f"Cannot tell how the images of {which[0]} '{which[1].name}' are preprocessed: the "
+            "teacher is given the student's images as they are. Pass `teacher_preprocessing=`: a "
+            "function from the student's images to the teacher's, or one of "
+            f"{', '.join(map(repr, PREPROCESSING))}; 'same' silences this warning.",
+            stacklevel=4,
+        )
+        return unchanged
+    return conversion(taken, wanted, student)
+
+
+def unchanged(images):
+    return images
+
+
+def conversion(taken, wanted, student):
+    """Returns the function from images of one `Range` to images of another."""
+    if taken == wanted:
+        return unchanged
     layout = keras.config.image_data_format()
-    channels = student.input_shape[channels_axis()]
+    axis = channels_axis()
+    channels = student.input_shape[axis]
     (scale, offset), (new_scale, new_offset) = (
-        [along_channels(x, layout) for x in scale_and_offset(*taken, channels)]
-        for taken in (given, wanted)
+        [along_channels(x, layout) for x in scale_and_offset(each.mean, each.std, channels)]
+        for each in (taken, wanted)
     )
-    # Back to pixels in [0, 255], and from there to what the teacher takes.
+    # Back to RGB pixels in [0, 255], and from there to what the teacher takes.
     factor = new_scale / scale
     shift = new_offset - offset * factor
 
     def convert(images):
-        return images * ops.cast(factor, images.dtype) + ops.cast(shift, images.dtype)
+        if taken.bgr:
+            images = ops.flip(images, axis)
+        images = images * ops.cast(factor, images.dtype) + ops.cast(shift, images.dtype)
+        return ops.flip(images, axis) if wanted.bgr else images
 
     return convert
 
 
-def normalisation(model):
-    """(mean, std) by which a model's input is pixels in [0, 1] normalised; None: unknown."""
+def image_range(model):
+    """Returns the `Range` of a model's images; None if it is not known."""
     if is_ours(model):
         image = anatomy(model).image
-        return PIXELS if image.normalises else (image.mean, image.std)
-    if any(isinstance(layer, keras.layers.Rescaling) for layer in model._flatten_layers()):
+        return PIXELS if image.normalises else Range(image.mean, image.std)
+    first = first_operations(model)[0]
+    if any(is_preprocessing(operation) for operation in first):
         return PIXELS
+    names = {layer.name for layer in model._flatten_layers()}
+    for kind, fingerprints in APPLICATIONS.items():
+        if any(fingerprint <= names for fingerprint in fingerprints):
+            return PREPROCESSING[kind]
+    if any(name.endswith("_stage_0_block_0_layer_scale") for name in names):
+        return PREPROCESSING["torch"]  # ConvNeXt with include_preprocessing=False
     return None
+
+
+def first_operations(model):
+    """Returns the operations between a model's input and its first weights, in nested models too.
+
+    Returns:
+        `(operations, reached)`: `reached` is whether there are weights behind them.
+    """
+    found = []
+    for operation in getattr(model, "operations", None) or model.layers:
+        if isinstance(operation, keras.Model):
+            inner, reached = first_operations(operation)
+            found += inner
+            if reached:
+                return found, True
+        elif getattr(operation, "weights", ()) and not isinstance(
+            operation, keras.layers.Normalization
+        ):
+            return found, True
+        else:
+            found.append(operation)
+    return found, False
+
+
+def is_preprocessing(operation):
+    """Returns whether an operation before the first weights makes other values of pixels."""
+    if isinstance(operation, keras.layers.Normalization):
+        # Of images in [0, 1] the mean is at most 1; who scaled them is not known.
+        mean = getattr(operation, "mean", None)
+        return mean is not None and float(ops.max(ops.abs(mean))) > 1
+    if isinstance(operation, keras.layers.Layer):
+        return isinstance(operation, (keras.layers.Rescaling, keras.layers.Lambda))
+    return type(operation).__name__ in ARITHMETIC
 
 
 def resizing(student, teacher):

@@ -1,5 +1,6 @@
 """Text of unknown origin, made fit for a message."""
 
+import re
 import reprlib
 
 LONGEST = 100
@@ -35,3 +36,24 @@ def is_line(text):
 def is_encodable(text):
     """Whether UTF-8 can hold a text: a name of a file that is no UTF-8 it cannot."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+# How messages of the library name arguments, and what one types in a shell instead.
+FLAGS = (
+    (re.compile(r"\bweights=None\b"), "--weights=none"),
+    (re.compile(r"(?<![-\w])weights='([^']*)'"), r"--weights=\1"),
+    (re.compile(r"`(weights|model|classes|top|out)`"), r"--\1"),
+    (re.compile(r"(?<![-\w])classes=(\d+)"), r"--classes=\1"),
+    (re.compile(r"a name of keras_tnt\.list_weights\(\)"), "a name that `keras-tnt list` gives"),
+    (
+        re.compile(r"keras_tnt\.create_model\('(\w+)'(?:, --weights=([^)]*))?[^)]*\)"),
+        lambda found: f"--model={found[1]}" + (f" --weights={found[2]}" if found[2] else ""),
+    ),
+)
+
+
+def as_flags(text):
+    """Returns a message of the library with its advice as flags of a command."""
+    for argument, flag in FLAGS:
+        text = argument.sub(flag, text)
+    return text

@@ -17,7 +17,7 @@ FLOORS = (
     ("building",),
     ("tnt", "pyramid_tnt", "deit", "cait"),
     ("images", "preprocessing", "inference", "teacher", "distillation", "inspection", "export"),
-    ("finetuning", "backbone", "bundle", "classifier"),
+    ("finetuning", "backbone", "bundle", "classifier", "folder"),
     ("command", "__main__"),
     SCRIPTS,
 )

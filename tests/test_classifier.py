@@ -122,6 +122,94 @@ def test_wrong_classes_are_refused(arguments, message):
 
 
 @pytest.mark.one_backend
+def test_resetting_to_as_many_classes_warns_and_names_what_keeps_the_head():
+    with pytest.warns(UserWarning, match=r"set_class_names\(model, names\).*warn=False") as found:
+        keras_tnt.reset_classifier(tiny(classes=3), class_names=NAMES)
+    assert len(found) == 1 and found[0].filename == __file__
+    keras_tnt.reset_classifier(tiny(classes=3), class_names=NAMES, warn=False)
+    keras_tnt.reset_classifier(tiny(classes=4), class_names=NAMES)
+
+
+# === Names for a trained head ===
+
+
+def named(wrap=lambda model: model, **arguments):
+    return wrap(tiny(classes=3, **arguments))
+
+
+KINDS = {
+    "plain": lambda: named(),
+    "distilled": lambda: named(distilled=True),
+    "logits": lambda: named(classifier_activation=None),
+    "sequential": lambda: named(sequential),
+    "functional": lambda: named(functional),
+    "nested_twice": lambda: functional(sequential(named())),
+    "headed": lambda: named(
+        lambda model: keras.Sequential([model, keras.layers.Dense(3, activation="softmax")]),
+        include_top=False,
+        pooling="token",
+    ),
+    "headed_with_activation": lambda: named(
+        lambda model: keras.Sequential([model, keras.layers.Dense(3), keras.layers.Softmax()]),
+        include_top=False,
+        pooling="avg",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_set_class_names_keeps_every_weight_and_is_saved(kind, tmp_path):
+    model = KINDS[kind]()
+    before = values(model.weights)
+    with pytest.raises(ValueError, match="set_class_names"):
+        keras_tnt.decode_predictions(np.eye(3), model=model)
+    for names in (["x", "y", "z"], NAMES):
+        assert keras_tnt.set_class_names(model, tuple(names)) is model
+        assert keras_tnt.class_names(model) == names
+    for path, value in values(model.weights).items():
+        np.testing.assert_array_equal(value, before[path])
+    assert keras_tnt.decode_predictions(np.eye(3), top=1, model=model)[1][0][1] == "dog"
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert keras_tnt.class_names(loaded) == NAMES
+
+
+@pytest.mark.one_backend
+def test_set_class_names_reaches_a_bundle(tmp_path):
+    model = keras_tnt.set_class_names(named(), NAMES)
+    keras_tnt.save_pretrained(model, tmp_path / "bundle")
+    assert keras_tnt.class_names(keras_tnt.load_pretrained(tmp_path / "bundle")) == NAMES
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (NAMES[:2], "Received: 2 names for the 3 classes of model"),
+        ([*NAMES, "fish"], "4 names for the 3 classes"),
+        (None, "Received: None"),
+        ("cat", "list"),
+        (["cat", "cat", "dog"], "twice"),
+        ([1, 2, 3], "string"),
+    ],
+)
+def test_set_class_names_refuses_wrong_names(names, message):
+    model = keras_tnt.set_class_names(named(), NAMES)
+    with pytest.raises(ValueError, match=message):
+        keras_tnt.set_class_names(model, names)
+    assert keras_tnt.class_names(model) == NAMES
+
+
+@pytest.mark.one_backend
+def test_set_class_names_refuses_models_without_a_classifier():
+    with pytest.raises(ValueError, match="has no classifier"):
+        keras_tnt.set_class_names(tiny(include_top=False, pooling="token"), NAMES)
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match="keras_tnt"):
+        keras_tnt.set_class_names(other, NAMES)
+
+
+@pytest.mark.one_backend
 def test_a_model_without_a_classifier_has_none_to_reset():
     with pytest.raises(ValueError, match="has no classifier"):
         keras_tnt.reset_classifier(tiny(include_top=False, pooling="token"), 3)

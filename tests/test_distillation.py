@@ -9,6 +9,8 @@ import keras_tnt
 from keras_tnt.distillation import DistillationLoss
 from tests import golden
 
+pytestmark = pytest.mark.filterwarnings("ignore:Cannot tell how the images of")
+
 TINY = {
     "patch_size": 8,
     "inner_stride": 2,

@@ -1,5 +1,6 @@
 """How the trainer's commands begin and end: flags, --help, and errors in one line."""
 
+import difflib
 import sys
 
 from absl import app, flags
@@ -36,8 +37,76 @@ def parse(arguments):
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
         return flags.FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        sys.exit(fail(f"there is no flag --{name}. {nearest(name, list(flags.FLAGS))}", 2))
     except flags.Error as error:
         sys.exit(fail(error, 2))
+
+
+# What other trainers call our flags.
+HABITS = {
+    "arch": "model",
+    "model_name": "model",
+    "pretrained": "weights",
+    "initial_checkpoint": "weights",
+    "checkpoint": "weights",
+    "resume": "workdir",
+    "output": "workdir",
+    "output_dir": "workdir",
+    "data": "data_dir",
+    "data_path": "data_dir",
+    "data_set": "dataset",
+    "num_classes": "classes",
+    "nb_classes": "classes",
+    "img_size": "image_size",
+    "input_size": "image_size",
+    "b": "batch_size",
+    "bs": "batch_size",
+    "lr": "learning_rate",
+    "base_lr": "learning_rate",
+    "blr": "learning_rate",
+    "min_lr": "min_learning_rate",
+    "warmup_lr": "warmup_learning_rate",
+    "sched": "schedule",
+    "lr_scheduler": "schedule",
+    "wd": "weight_decay",
+    "opt": "optimizer",
+    "opt_betas": "beta_1",
+    "clip_grad": "clip_norm",
+    "drop_path": "stochastic_depth",
+    "drop_path_rate": "stochastic_depth",
+    "drop": "dropout",
+    "drop_rate": "dropout",
+    "smoothing": "label_smoothing",
+    "reprob": "erasing",
+    "aa": "randaugment",
+    "aug_repeats": "repeats",
+    "repeated_aug": "repeats",
+    "model_ema": "ema",
+    "model_ema_decay": "ema",
+    "grad_accum_steps": "accumulation",
+    "accum_iter": "accumulation",
+    "grad_checkpointing": "remat",
+    "amp": "precision",
+    "amp_dtype": "precision",
+    "num_epochs": "epochs",
+    "teacher_model": "teacher",
+    "distillation_type": "distill",
+    "distillation_alpha": "distill_alpha",
+    "distillation_tau": "temperature",
+    "lr_find": "find_learning_rate",
+}
+
+
+def nearest(name, names):
+    """Returns a sentence that offers the flags most like one that does not exist."""
+    wanted = name.lower().replace("-", "_").removeprefix("no_")
+    wanted = HABITS.get(wanted, wanted)
+    found = [wanted] if wanted in names else difflib.get_close_matches(wanted, names, n=3)
+    if found:
+        return f"Did you mean {' or '.join('--' + each for each in found)}?"
+    return "--help lists the flags."
 
 
 def fail(error, status):

@@ -239,7 +239,7 @@ def define_flags(names=tuple(FIELDS)):
         field = FIELDS[name]
         help, choices, default = field.metadata["help"], field.metadata["choices"], field.default
         if default not in ("", 0) or isinstance(default, bool):
-            help = f"{help} (without a recipe's word: {default})"
+            help = f"{help} (default: {default}, or the recipe's)"
         if choices:
             flags.DEFINE_enum(name, None, choices, help)
         else:

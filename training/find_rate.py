@@ -40,6 +40,12 @@ def find_learning_rate(run, training_batches):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
         losses.append(loss)
         smooth.append(average / (1 - SMOOTHING ** (step + 1)))
+        if run.chief and (step == 0 or (step + 1) % 10 == 0):
+            print(
+                f"update {step + 1} of at most {UPDATES}, learning rate {rates[step]:.2g}, "
+                f"loss {smooth[-1]:.4g}",
+                flush=True,
+            )
         if smooth[-1] > 2 * min(smooth) + 1:
             break
     best = FIRST + int(np.argmin(smooth[FIRST:])) if len(smooth) > FIRST else FIRST

@@ -15,6 +15,7 @@ from keras_tnt.files import replacing, write_atomically
 from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.layers.ends import scale_and_offset
 from keras_tnt.teacher import Teacher
+from keras_tnt.text import as_flags
 from keras_tnt.weights import load_keras_file, load_keras_model
 from training.checkpoint import load_best
 
@@ -49,7 +50,7 @@ def find_builder(name, flag="--model"):
     try:
         return registry.find_model(name)
     except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from error
+        raise ValueError(f"{flag}: {as_flags(str(error))}") from error
 
 
 def build(config, classes, label_names=None, fresh_heads=True):

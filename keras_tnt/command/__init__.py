@@ -6,13 +6,37 @@ are answered at once.
 """
 
 import argparse
+import difflib
 import importlib
+import re
 import sys
 
-from keras_tnt.text import first_line
+from keras_tnt.command import environment
+from keras_tnt.text import as_flags, first_line
 
-COMMANDS = ("predict", "merge", "list", "info", "explain")
+COMMANDS = ("predict", "merge", "list", "info", "explain", "rename")
 NAME = "keras-tnt"
+# What other programs call our options.
+HABITS = {
+    "arch": "model",
+    "model_name": "model",
+    "pretrained": "weights",
+    "checkpoint": "weights",
+    "ckpt": "weights",
+    "initial_checkpoint": "weights",
+    "b": "batch_size",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "topk": "top",
+    "k": "top",
+    "o": "out",
+    "output": "out",
+    "results_file": "out",
+    "names": "classes",
+    "class_names": "classes",
+    "label_names": "classes",
+    "format": "json",
+}
 
 
 def main(arguments=None):
@@ -32,33 +56,107 @@ def main(arguments=None):
             registry.load_plugins(options.plugins)
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:
-        return fail(error)
+        return fail(as_flags(str(error)))
     except KeyboardInterrupt:
         return fail("stopped", 130)
 
 
 def parse(arguments):
     """The options; a first argument that is no command is an image of `predict`."""
-    if arguments and arguments[0] not in (*COMMANDS, "-h", "--help"):
+    found = parsers()
+    arguments = [*arguments]
+    if arguments and arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        if arguments[0].startswith("-"):
+            check_order(found, arguments)
         arguments = ["predict", *arguments]
-    return parsers()[NAME].parse_args(arguments)
+    options = found[NAME].parse_args(arguments)
+    if options.version:
+        options.run = environment.show_version
+    if options.run is None:
+        found[NAME].error(f"Name a command: {', '.join(COMMANDS)}. `{NAME} --help` says more.")
+    return options
+
+
+def check_order(parsers, arguments):
+    """Ends the process if options stand before a command, with what to type instead."""
+    number = next((i for i, word in enumerate(arguments) if word in COMMANDS), None)
+    if number is None:
+        if not any(not word.startswith("-") for word in arguments):
+            parsers[NAME].refuse(arguments[0])
+        return
+    command, option = arguments[number], arguments[0].partition("=")[0]
+    if option in parsers[command].options():
+        words = [command, *arguments[:number], *arguments[number + 1 :]]
+        parsers[NAME].error(
+            f"Options stand after the command. Type: {NAME} {' '.join(map(first_line, words))}"
+        )
+    parsers[command].refuse(arguments[0])
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers an unknown option with the nearest one, in one line."""
+
+    def options(self):
+        """Returns the options of this command, such as "--top"."""
+        return [name for action in self._actions for name in action.option_strings]
+
+    def parse_args(self, args=None, namespace=None):
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            getattr(options, "parser", self).refuse(unknown[0])
+        return options
+
+    def refuse(self, word):
+        """Ends the process because of an argument that is not known."""
+        if not word.startswith("-"):
+            self.error(f"What is {first_line(word)!r}? `{self.prog} --help` lists the arguments.")
+        option = word.partition("=")[0]
+        self.error(f"There is no option {first_line(option)}. {self.nearest(option)}")
+
+    def nearest(self, option):
+        """Returns a sentence that offers the options most like one that does not exist."""
+        names = [name.removeprefix("--") for name in self.options() if name.startswith("--")]
+        wanted = re.sub("-", "_", option.strip("-").lower())
+        if HABITS.get(wanted, wanted) in names:
+            return f"Did you mean --{HABITS.get(wanted, wanted)}?"
+        if found := difflib.get_close_matches(wanted, names, n=3, cutoff=0.5):
+            return f"Did you mean {' or '.join('--' + name for name in found)}?"
+        return f"`{self.prog} --help` lists the options."
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows each option with its default, once: behind the help, if there is one."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        shown = action.default not in (None, "", False, argparse.SUPPRESS)
+        if shown and action.option_strings:
+            return f"{text} (default: %(default)s)"
+        return text
 
 
 def parsers():
     """The parser of `keras-tnt`, and that of each command, by name."""
-    parser = argparse.ArgumentParser(
-        prog=NAME, description="Transformer-in-Transformer image models."
+    parser = Parser(prog=NAME, description="Transformer-in-Transformer image models.")
+    parser.add_argument(
+        "--version", action="store_true", help="version, backend and devices, and nothing else"
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     found = {NAME: parser}
+    parser.set_defaults(run=None, plugins="", parser=parser)
     for name in COMMANDS:
         module = importlib.import_module(f"{__name__}.{name}")
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command = commands.add_parser(
+            name, help=module.HELP, description=module.HELP, formatter_class=HelpFormatter
+        )
         module.add_arguments(command)
         command.add_argument(
             "--plugins", default="", help="modules to import, by commas, that register families"
         )
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
         found[name] = command
     return found
 

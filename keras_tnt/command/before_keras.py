@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-from keras_tnt.command import NAME, fail, parse
+from keras_tnt.command import NAME, environment, fail, parse
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -17,10 +17,12 @@ def start():
     """End this process here if it is the command, and needs no Keras to answer."""
     if not is_command():
         return
-    parse(sys.argv[1:])
+    options = parse(sys.argv[1:])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     backend = configured_backend()
     if importlib.util.find_spec(backend) is None:
+        if options.run is environment.show_version:
+            sys.exit(environment.show_version(options, devices=False))
         installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
         ways = [f"pip install 'keras-tnt[{backend}]'"] if backend in BACKENDS else []
         ways += [f"set KERAS_BACKEND={name}" for name in installed]

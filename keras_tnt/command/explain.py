@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 
 import numpy as np
 
@@ -38,9 +39,16 @@ def run(options):
     from keras_tnt.command.runtime import load_model, open_keras
     from keras_tnt.inspection import explore
 
+    say(f"loading {options.model}")
     model = load_model(options.model, options.weights)
     transform = open_keras(model, features=False, count=1).transform
     images = np.stack([evaluation_array(path, transform) for path in paths])
+    say(f"explaining {len(paths)} image{'s' if len(paths) > 1 else ''}")
     explore(model, images, options.out, titles=[os.path.basename(path) for path in paths])
     print(options.out)
     return 0
+
+
+def say(text):
+    """Prints progress, which is no part of the command's answer."""
+    print(f"{text} ...", file=sys.stderr, flush=True)

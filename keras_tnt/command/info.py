@@ -1,15 +1,21 @@
 """`keras-tnt info`: what a model is."""
 
 import json
+import os
 
+from keras_tnt.command import environment
 from keras_tnt.text import first_line, printable
 
-HELP = "what a model is: family, classes, parameters, multiply-accumulates, weights"
+HELP = (
+    "what a model is: family, classes, parameters, multiply-accumulates, weights; without a model, "
+    "what this installation is"
+)
 
 
 def add_arguments(parser):
     parser.add_argument(
         "model",
+        nargs="?",
         help="a name that `keras-tnt list` gives, a .keras or .onnx file, the directory of a run, "
         "of save_pretrained or of a SavedModel",
     )
@@ -17,7 +23,7 @@ def add_arguments(parser):
 
 
 def run(options):
-    found = about(options.model)
+    found = about(options.model) if options.model else environment.describe()
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -26,6 +32,8 @@ def run(options):
         shown = f"{value:,}" if isinstance(value, int) else value
         if isinstance(value, list):
             shown = ", ".join(map(str, value))
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {each}" for key, each in value.items())
         print(f"{name.replace('_', ' '):22}  {first_line(shown)}")
     if names:
         listed = printable(", ".join(names[:10]), longest=1000)
@@ -48,7 +56,7 @@ def about(name):
         return about_card(*cards.onnx_card(name))
     if folder := cards.saved_model_folder(name):
         return about_card(cards.saved_model_card(folder), None)
-    return about_keras(name)
+    return about_variant(name) or about_keras(name)
 
 
 def about_card(card, parameters):
@@ -64,13 +72,50 @@ def about_card(card, parameters):
     }
 
 
+def about_variant(name):
+    """Returns what is known of a published size, for which no model is built; else `None`."""
+    import keras
+
+    from keras_tnt import registry
+    from keras_tnt.command.list import about
+    from keras_tnt.imagenet import imagenet_classes
+
+    if os.path.exists(name) or name.endswith(".keras"):
+        return None
+    registry.find_model(name)
+    for family in registry.families():
+        for variant, row in family.variants.items():
+            if name not in (variant, family.function_name(variant)) or row.cost is None:
+                continue
+            known = about(variant)
+            classes = [label for _, label in imagenet_classes()]
+            found = {
+                "name": variant,
+                "family": family.name,
+                "image_size": f"{row.image_size}x{row.image_size}",
+                "input": "pixels in [0, 255]",
+                "blocks": row.cost.blocks,
+                "distilled": "yes" if row.architecture.get("distilled") else "no",
+                "classes": len(classes),
+                "class_names": classes,
+                "precision": keras.config.dtype_policy().name,
+                "parameters": row.cost.parameters,
+                "multiply_accumulates": row.cost.multiply_accumulates,
+            }
+            if known["weights"]:
+                found["top1"] = known["top1"]
+                found["public_weights"] = known["weights"]
+            return found
+    return None
+
+
 def about_keras(name):
     import keras_tnt
     from keras_tnt import registry
     from keras_tnt.command.runtime import load_model
     from keras_tnt.inspection.cost import multiply_accumulates
 
-    model = load_model(name)
+    model = load_model(name, None)
     parts = keras_tnt.anatomy(model)
     heads = parts.heads
     native_size = "x".join(map(str, parts.image.native_size))

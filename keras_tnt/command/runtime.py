@@ -114,6 +114,8 @@ def load_model(name, weights=None):
         raise ValueError(
             f"'{name}' is no model: a .keras or .onnx file, a run's directory and a SavedModel are."
         )
+    if weights in ("none", "None", ""):
+        weights = None
     return keras_tnt.create_model(name, weights=weights)
 
 

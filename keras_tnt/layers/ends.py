@@ -48,6 +48,8 @@ class ImageNormalization(keras.layers.Layer):
         data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
         architecture: what the family's builder was told beside its defaults, of what decides on
             the model's weights.
+        class_names: names of the classes of a classifier around the model, which has no layer of
+            its own to hold them. If `None`, they are not known.
 
     Call arguments:
         images: `(batch, height, width, channels)`, or channels first.
@@ -66,6 +68,7 @@ class ImageNormalization(keras.layers.Layer):
         interpolation: str = "bicubic",
         data_format: str | None = None,
         architecture: dict | None = None,
+        class_names: list[str] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -77,6 +80,7 @@ class ImageNormalization(keras.layers.Layer):
         self.interpolation = interpolation
         self.data_format = data_format or keras.config.image_data_format()
         self.architecture = dict(architecture or {})
+        self.class_names = None if class_names is None else list(class_names)
 
     def call(self, images):
         if not self.normalises:
@@ -102,6 +106,7 @@ class ImageNormalization(keras.layers.Layer):
             "interpolation": self.interpolation,
             "data_format": self.data_format,
             "architecture": dict(self.architecture),
+            **({"class_names": self.class_names} if self.class_names else {}),
         }
 
 

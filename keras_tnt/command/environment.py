@@ -1,0 +1,69 @@
+"""What this installation is: versions, backend, devices."""
+
+import importlib.metadata
+import platform
+import sys
+
+# Installed packages whose versions decide on what can be done.
+PACKAGES = ("keras", "numpy", "tensorflow", "jax", "torch", "pillow", "onnxruntime", "openvino")
+
+
+def describe(devices=True):
+    """Returns what `keras-tnt info` says of the environment, as a dict that JSON can hold.
+
+    Args:
+        devices: whether to list the backend's devices, for which it is imported.
+    """
+    from keras_tnt.command.before_keras import configured_backend
+
+    backend = configured_backend()
+    found = {
+        "version": sys.modules["keras_tnt"].__version__,
+        "python": platform.python_version(),
+        "backend": " ".join(filter(None, (backend, version_of(backend) or "(not installed)"))),
+        "devices": list_devices() if devices else [],
+    }
+    packages = {name: version_of(name) for name in PACKAGES}
+    found["packages"] = {name: version for name, version in packages.items() if version}
+    return found
+
+
+def version_of(package):
+    try:
+        return importlib.metadata.version(package)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+
+
+def list_devices():
+    """Returns the names of the devices that Keras's backend finds."""
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return [
+            device.name.removeprefix("/physical_device:")
+            for device in tf.config.list_physical_devices()
+        ]
+    if backend == "jax":
+        import jax
+
+        return [f"{device.platform.upper()}:{device.id}" for device in jax.devices()]
+    import torch
+
+    names = [f"CUDA:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("MPS")
+    return [*names, "CPU"]
+
+
+def show_version(options, devices=True):
+    """Prints version, backend and devices in one line each."""
+    found = describe(devices)
+    print(f"keras-tnt {found['version']}")
+    print(f"backend: {found['backend']}, keras {found['packages'].get('keras', 'not installed')}")
+    if devices:
+        print(f"devices: {', '.join(found['devices'])}")
+    return 0

@@ -1,0 +1,151 @@
+"""Images in a folder for each class, for `fit` on every backend."""
+
+import os
+
+import keras
+import numpy as np
+
+from keras_tnt.preprocessing import load_image
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
+
+
+class ImageFolder(keras.utils.PyDataset):
+    """Batches of the images in a folder for each class, read as `load_image` reads them.
+
+    It needs Pillow alone, and is what `fit`, `evaluate` and `predict` take on every backend. Each
+    epoch has an order that follows from `seed` and the number of the epoch.
+
+    Args:
+        directory: has a folder for each class, whose name is the class's. Hidden files and folders,
+            and those that begin with `__`, are left out.
+        model: the model that is to see the images; gives their size and channels.
+        batch_size: images per batch; the last batch may have fewer.
+        shuffle: whether epochs are shuffled; if not, images are in the order of their names.
+        seed: of the order.
+        validation_share: share of each class, drawn by `seed`, that `subset="validation"` has, and
+            `"training"` has not.
+        subset: `"training"` or `"validation"`. If `None`, all images.
+        kwargs: `workers`, `use_multiprocessing` and `max_queue_size` of `keras.utils.PyDataset`.
+
+    Attributes:
+        class_names: the names of the folders, sorted.
+        paths, labels: of the images, in the order of their names.
+
+    Raises:
+        ValueError: if there are no folders with images, and for values out of range.
+
+    Example:
+
+    >>> model = keras_tnt.DeiTTiny()
+    >>> images = keras_tnt.ImageFolder("photos", model, batch_size=16)
+    >>> model = keras_tnt.reset_classifier(model, class_names=images.class_names)
+    >>> model.compile("adamw", "sparse_categorical_crossentropy")
+    >>> model.fit(images, epochs=3)
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        model: keras.Model,
+        batch_size: int = 32,
+        shuffle: bool = True,
+        seed: int = 0,
+        validation_share: float = 0.0,
+        subset: str | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a positive integer. Received: {batch_size!r}")
+        if subset not in (None, "training", "validation"):
+            raise ValueError(
+                f"`subset` must be 'training', 'validation' or None. Received: {subset!r}"
+            )
+        if not 0 <= validation_share < 1 or (subset is None) != (validation_share == 0):
+            raise ValueError(
+                "`validation_share` must be from 0 up to 1, and goes with `subset`. Received: "
+                f"validation_share={validation_share}, subset={subset!r}"
+            )
+        self.directory = os.path.expanduser(os.fspath(directory))
+        self.model = model
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self.class_names, files = find_classes(self.directory)
+        if subset:
+            files = [
+                part(paths, validation_share, (seed, label), subset)
+                for label, paths in enumerate(files)
+            ]
+        self.paths = [path for paths in files for path in paths]
+        self.labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
+        if not self.paths:
+            raise ValueError(f"No images of '{self.directory}' are in the subset '{subset}'.")
+        self.order = self.draw_order()
+
+    def draw_order(self):
+        """Returns the order of the images in the present epoch."""
+        count = len(self.paths)
+        if not self.shuffle:
+            return np.arange(count)
+        return np.random.default_rng((self.seed, self.epoch)).permutation(count)
+
+    def on_epoch_end(self):
+        self.epoch += 1
+        self.order = self.draw_order()
+
+    def __len__(self):
+        return -(-len(self.paths) // self.batch_size)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"There are {len(self)} batches. Received: {index}")
+        chosen = self.order[index * self.batch_size :][: self.batch_size]
+        images = [load_image(self.paths[number], self.model) for number in chosen]
+        return np.stack(images), self.labels[chosen].astype("int32")
+
+
+def find_classes(directory):
+    """Returns the names of the classes in a folder, and the paths of each one's images.
+
+    Raises:
+        ValueError: if there is no folder, or none with images in it.
+    """
+    if not os.path.isdir(directory):
+        raise ValueError(f"`directory` must be a folder. Received: '{directory}'")
+    names = [name for name in sorted(os.listdir(directory)) if is_wanted(name)]
+    names = [name for name in names if os.path.isdir(os.path.join(directory, name))]
+    files = {name: list(find_images(os.path.join(directory, name))) for name in names}
+    files = {name: paths for name, paths in files.items() if paths}
+    if not files:
+        raise ValueError(
+            f"'{directory}' must have a folder of images for each class: {', '.join(SUFFIXES)} are "
+            "looked for."
+        )
+    return list(files), list(files.values())
+
+
+def is_wanted(name):
+    return not name.startswith((".", "__"))
+
+
+def find_images(folder, above=()):
+    """Yields the images in a folder and the folders in it, in the order of their names."""
+    place = os.path.realpath(folder)
+    if place in above:  # a link to a folder above
+        return
+    for name in filter(is_wanted, sorted(os.listdir(folder))):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            yield from find_images(path, (*above, place))
+        elif name.lower().endswith(SUFFIXES) and os.path.isfile(path):
+            yield path
+
+
+def part(paths, share, seed, subset):
+    """Returns the paths of a class that are in a subset."""
+    count = round(len(paths) * share)
+    held_out = set(np.random.default_rng(seed).permutation(len(paths))[:count].tolist())
+    return [p for i, p in enumerate(paths) if (i in held_out) == (subset == "validation")]
