@@ -87,17 +87,21 @@ class Teacher:
     def __init__(self, model, student, preprocessing=None, from_logits=None):
         if not isinstance(model, keras.Model):
             raise ValueError(f"`teacher` must be a Keras model. Received: {model!r}")
-        classes = student.output_shape[-1]
-        if getattr(model, "outputs", None) and model.output_shape[-1] != classes:
+        outputs = getattr(model, "outputs", None)
+        given, known = (tuple(x[0].shape) if x else None for x in (student.outputs, outputs))
+        if known and known[-1] != given[-1]:
             raise ValueError(
                 f"Student and teacher must know the same classes. Received: a student with outputs "
-                f"{student.output_shape}, a teacher with outputs {model.output_shape}"
+                f"{given}, a teacher with outputs {known}"
             )
         self.model = model
         self.preprocessing = preprocessing_of(preprocessing, student, model)
         self.resize = resizing(student, model)
         self.from_logits = from_logits
         self.network = model
+        if outputs and isinstance(model.input, list) | isinstance(model.output, list):
+            # As built by keras.Model(base.inputs, ...): it would warn of a tensor for a list.
+            self.network = keras.Model(model.inputs[0], outputs[0])
         last = last_layer(model)
         if from_logits is None and is_standalone_activation(last) and last in model.layers:
             self.network = keras.Model(model.inputs[0], last.input)
@@ -145,7 +149,7 @@ def preprocessing_of(given, student, teacher):
             f"`teacher_preprocessing` must be a function or one of "
             f"{', '.join(map(repr, PREPROCESSING))}. Received: {given!r}"
         )
-    if given == "same" or (given is None and len(student.input_shape) != 4):
+    if given == "same" or (given is None and len(image_shape(student)) != 4):
         return unchanged
     taken = image_range(student)
     if given is not None:
@@ -174,7 +178,7 @@ def conversion(taken, wanted, student):
         return unchanged
     layout = keras.config.image_data_format()
     axis = channels_axis()
-    channels = student.input_shape[axis]
+    channels = image_shape(student)[axis]
     (scale, offset), (new_scale, new_offset) = (
         [along_channels(x, layout) for x in scale_and_offset(each.mean, each.std, channels)]
         for each in (taken, wanted)
@@ -246,7 +250,7 @@ def resizing(student, teacher):
     """The function that resamples the student's images to the teacher's input size."""
     if not getattr(teacher, "inputs", None):
         return lambda images: images
-    given, wanted = student.input_shape, teacher.input_shape
+    given, wanted = image_shape(student), image_shape(teacher)
     if given == wanted:
         return lambda images: images
     channels = channels_axis()
@@ -267,6 +271,11 @@ def resizing(student, teacher):
         return images
 
     return resize
+
+
+def image_shape(model):
+    """Returns the shape of a batch of a model's images, also where it takes a list of one."""
+    return tuple(model.inputs[0].shape)
 
 
 def channels_axis():

@@ -42,8 +42,7 @@ def is_encodable(text):
 FLAGS = (
     (re.compile(r"\bweights=None\b"), "--weights=none"),
     (re.compile(r"(?<![-\w])weights='([^']*)'"), r"--weights=\1"),
-    (re.compile(r"`(weights|model|classes|top|out)`"), r"--\1"),
-    (re.compile(r"(?<![-\w])classes=(\d+)"), r"--classes=\1"),
+    (re.compile(r"`(weights|model|top|out)`"), r"--\1"),
     (re.compile(r"a name of keras_tnt\.list_weights\(\)"), "a name that `keras-tnt list` gives"),
     (
         re.compile(r"keras_tnt\.create_model\('(\w+)'(?:, --weights=([^)]*))?[^)]*\)"),

@@ -373,3 +373,59 @@ def test_the_batch_norm_of_a_frozen_stem_normalises_as_at_inference():
 def stem_of(model, images, training=False):
     patches, words = model.get_layer("stem")(images, training=training)
     return ops.convert_to_numpy(patches)
+
+
+# === Variables that come later ===
+
+
+def adapted(model):
+    """The model with adapters on every dense layer, heads included."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Dense):
+            layer.enable_lora(2)
+    return model
+
+
+def test_adapters_that_are_added_later_have_the_rate_of_their_layer():
+    core = keras_tnt.DeiT(
+        input_shape=(16, 16, 3), patch_size=8, embed_dim=8, depth=2, num_heads=1, classes=4
+    )
+    outer = keras.Sequential([core, keras.layers.Dense(3, name="behind")])
+    optimizer = finetuning.layerwise(keras.optimizers.AdamW(RATE), outer, DECAY)
+    adapted(outer)
+    expected = finetuning.distances(outer)  # which knows the adapters by now
+    optimizer.build(outer.trainable_variables)
+    found = dict(zip([v.path for v in outer.trainable_variables], optimizer.rates, strict=True))
+    adapters = [path for path in found if "lora" in path]
+    assert len({found[path] for path in adapters}) == 3  # two blocks, and what is behind them
+    for path, rate in found.items():
+        assert rate == pytest.approx(DECAY ** expected.get(path, 0)), path
+
+
+@pytest.mark.one_backend
+def test_a_variable_that_the_model_does_not_have_is_an_error():
+    model = keras_tnt.DeiT(
+        input_shape=(16, 16, 3), patch_size=8, embed_dim=8, depth=1, num_heads=1, classes=4
+    )
+    optimizer = finetuning.layerwise("adamw", model)
+    outer = keras.Sequential([model, keras.layers.Dense(3, name="elsewhere")])
+    with pytest.raises(ValueError, match="without the variable 'elsewhere/kernel'"):
+        optimizer.build(outer.trainable_variables)
+    again = keras.optimizers.deserialize(
+        keras.optimizers.serialize(finetuning.layerwise("adamw", model))
+    )
+    with pytest.raises(ValueError, match="without the variable"):
+        again.build(outer.trainable_variables)
+
+
+@pytest.mark.one_backend
+def test_optimizers_of_earlier_files_know_a_part_of_the_variables():
+    model = keras_tnt.DeiT(
+        input_shape=(16, 16, 3), patch_size=8, embed_dim=8, depth=1, num_heads=1, classes=4
+    )
+    config = keras.optimizers.serialize(finetuning.layerwise("adamw", model))
+    del config["config"]["complete"]
+    config["config"]["factors"] = {"head/kernel": 1.0}
+    optimizer = keras.optimizers.deserialize(config)
+    optimizer.build(model.trainable_variables)
+    assert set(optimizer.rates) == {1.0}

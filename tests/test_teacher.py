@@ -42,6 +42,7 @@ def pixels(shape=(2, 16, 16, 3)):
 
 
 def answer(model, images):
+    model = keras.Model(model.inputs[0], model.outputs[0])
     return ops.convert_to_numpy(model(images, training=False))
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser):
         "--weights",
         default="imagenet",
         help="of a model that is named: imagenet, another name of keras_tnt.list_weights(), "
-        "hf://owner/repository, or a file",
+        "hf://owner/repository, a file, or none for random ones",
     )
     parser.add_argument("--out", default="explore.html", help="page to write")
 

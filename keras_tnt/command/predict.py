@@ -32,7 +32,7 @@ def add_arguments(parser):
         "--weights",
         default="imagenet",
         help="of a model that is named: imagenet, another name of keras_tnt.list_weights(), "
-        "hf://owner/repository, or a file",
+        "hf://owner/repository, a file, or none for random ones",
     )
     parser.add_argument("--top", type=int, default=5, help="how many classes to name")
     parser.add_argument("--features", action="store_true", help="what the classifier reads instead")

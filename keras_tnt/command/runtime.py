@@ -10,7 +10,7 @@ import numpy as np
 from keras_tnt.command.cards import onnx_card, saved_model_card, saved_model_folder
 from keras_tnt.imagenet import imagenet_classes
 
-# Fewer images than these are predicted sooner without a compiler.
+# Fewer images than these are predicted sooner without compiling the model for speed.
 WORTH_COMPILING = 64
 
 
@@ -114,7 +114,7 @@ def load_model(name, weights=None):
         raise ValueError(
             f"'{name}' is no model: a .keras or .onnx file, a run's directory and a SavedModel are."
         )
-    if weights in ("none", "None", ""):
+    if weights in ("none", "None", ""):  # as --weights=none has it
         weights = None
     return keras_tnt.create_model(name, weights=weights)
 
@@ -138,11 +138,25 @@ def open_keras(model, features, count):
     if len(model.output_shape) != 2:
         raise ValueError(f"'{model.name}' gives no {'vector' if features else 'scores'}.")
     if count < WORTH_COMPILING:
-        predict = model.predict_on_batch
+        predict = without_compiler(model)
     else:
         predict = keras_tnt.compile_inference(model)
     labels = None if features else keras_tnt.class_names(model)
     return Runtime(transform, predict, model.output_shape[-1], labels)
+
+
+def without_compiler(model):
+    """Returns a function from a batch to a model's outputs that answers soonest for few images.
+
+    TensorFlow runs operation by operation: `predict_on_batch` would compile the model with XLA
+    first, which takes longer than the prediction. JAX compiles one program rather than one for each
+    operation.
+    """
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        return lambda images: model(images, training=False)
+    return model.predict_on_batch
 
 
 def open_onnx(path, features):

@@ -67,7 +67,7 @@ def test_list_names_every_model_and_its_weights(capsys):
     found = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in found] == keras_tnt.list_models()
     assert main(["list", "deit_s*"]) == 0
-    [line] = capsys.readouterr().out.splitlines()
+    _, line = capsys.readouterr().out.splitlines()
     assert line.split()[:2] == ["deit_small", "224x224"]
     assert "deit_small_distilled_patch16_224.fb_in1k" in line
     assert main(["list", "deit_smal"]) == 2

@@ -1,0 +1,152 @@
+"""Options that do not exist, stand elsewhere, or ask for a version."""
+
+import json
+
+import pytest
+
+import keras_tnt
+import keras_tnt.command.runtime
+from keras_tnt.command import COMMANDS, main, parse, parsers
+from keras_tnt.text import as_flags
+
+pytestmark = pytest.mark.one_backend
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "x.png", "--batch-size=3"], "There is no option --batch-size. Did you mean"),
+        (["predict", "x.png", "--bs=3"], "--bs. Did you mean --batch_size?"),
+        (["x.png", "--topk", "3"], "--topk. Did you mean --top?"),
+        (["predict", "x.png", "-o", "y.csv"], "-o. Did you mean --out?"),
+        (["explain", "x.png", "--wieghts=none"], "--wieghts. Did you mean --weights?"),
+        (["list", "--zzzzz"], "`keras-tnt list --help` lists the options"),
+        (["--json", "list"], "Options stand after the command. Type: keras-tnt list --json"),
+        (["--top=3", "predict", "x.png"], "Type: keras-tnt predict --top=3 x.png"),
+        (["--jsn", "list"], "There is no option --jsn. Did you mean --json?"),
+        (["--vresion"], "--vresion. Did you mean --version?"),
+        (["list", "a", "b"], "What is 'b'?"),
+        ([], "Name a command: predict"),
+        (["rename", "x.keras"], "--classes"),
+    ],
+)
+def test_unknown_option_is_one_line_with_the_nearest(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_images_may_stand_behind_options():
+    options = parse(["--top=3", "cat.jpg"])
+    assert (options.images, options.top) == (["cat.jpg"], 3)
+
+
+def test_version_names_backend_and_devices(capsys):
+    assert main(["--version"]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == f"keras-tnt {keras_tnt.__version__}"
+    assert second.startswith("backend: tensorflow 2.") and "keras 3." in second
+    assert third.startswith("devices: ") and "CPU" in third
+
+
+def test_info_without_a_model_describes_the_environment(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["version"] == keras_tnt.__version__
+    assert found["backend"].startswith("tensorflow")
+    assert found["packages"]["keras"].startswith("3.") and found["devices"]
+    assert main(["info"]) == 0
+    assert "devices" in capsys.readouterr().out
+
+
+def test_help_shows_each_default_once():
+    for name in COMMANDS:
+        text = parsers()[name].format_help()
+        assert "None" not in text and "default: False" not in text
+    text = " ".join(parsers()["predict"].format_help().split())
+    assert text.count("(default: 5)") == 1 and text.count("(default: TNTSmall)") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "flags"),
+    [
+        (
+            "tnt_s_patch16_224",
+            "keras_tnt.create_model('tnt_small', weights='tnt_s_patch16_224.in1k')",
+            "--model=tnt_small --weights=tnt_s_patch16_224.in1k",
+        ),
+        (
+            "timm/deit_base_patch16_384.fb_in1k",
+            "keras_tnt.create_model('deit_base', weights='deit_base_patch16_384.fb_in1k')",
+            "--model=deit_base --weights=deit_base_patch16_384.fb_in1k",
+        ),
+        (
+            "deit_tiny_distilled_patch16_224",
+            "weights='deit_tiny_distilled_patch16_224.fb_in1k', distilled=True)",
+            "--model=deit_tiny --weights=deit_tiny_distilled_patch16_224.fb_in1k",
+        ),
+    ],
+)
+def test_weights_name_in_place_of_a_model_says_what_to_type(name, typed, flags, capsys):
+    with pytest.raises(ValueError, match="is the weights name of") as error:
+        keras_tnt.create_model(name)
+    assert typed in str(error.value)
+    assert main(["info", name]) == 2
+    printed = capsys.readouterr().err
+    assert "is the weights name of" in printed and flags in printed
+    assert "create_model" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pretrained": True}, "Pass weights='imagenet'"),
+        ({"pretrained": False}, "Pass weights=None"),
+        ({"num_classes": 10}, "Pass `classes`"),
+        ({"in_chans": 1}, r"Pass `input_shape`, \(height, width, channels\)"),
+        ({"img_size": 384}, "Pass `input_shape`"),
+        ({"drop_path_rate": 0.1}, "Pass `stochastic_depth`"),
+        ({"global_pool": "avg"}, "Pass `pooling`"),
+        ({"clases": 10}, "Did you mean `classes`"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tnt_small", "DeiTTiny", "cait", "PyramidTNT"])
+def test_arguments_of_timm_name_ours(name, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        keras_tnt.create_model(name, **arguments)
+
+
+def test_advice_is_phrased_as_flags():
+    assert as_flags("Say weights=None for random weights") == (
+        "Say --weights=none for random weights"
+    )
+    assert as_flags("or weights='x.pth', `weights` must") == "or --weights=x.pth, --weights must"
+    assert as_flags("--weights=none") == "--weights=none"
+
+
+def test_list_is_a_table_that_sorts_and_filters(capsys):
+    assert main(["list", "--sort=-parameters", "--json"]) == 0
+    found = [row["parameters"] for row in json.loads(capsys.readouterr().out)]
+    known = [value for value in found if value is not None]
+    assert known == sorted(known, reverse=True) and found[: len(known)] == known
+    assert main(["list", "--max_parameters=10", "--with_weights", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows and all(row["parameters"] < 10e6 and row["weights"] for row in rows)
+    assert main(["list", "tnt*"]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["name", "image", "parameters", "GMACs", "top-1", "weights"]
+    assert [line.split()[0] for line in lines] == ["tnt_tiny", "tnt_small", "tnt_base"]
+    assert lines[1].split()[1:5] == ["224x224", "23.8M", "4.97", "81.5"]
+
+
+def test_info_of_a_variant_builds_no_model(monkeypatch, capsys):
+    def built(*arguments, **more):
+        raise AssertionError("a model is built")
+
+    monkeypatch.setattr(keras_tnt.command.runtime, "load_model", built)
+    assert main(["info", "TNTSmall", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parameters"], found["blocks"], found["classes"]) == (23768584, 12, 1000)
+    assert found["multiply_accumulates"] == 4973847552 and found["top1"] == 81.5
