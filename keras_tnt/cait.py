@@ -14,7 +14,7 @@ from keras_tnt.layers import (
     TalkingHeadBlock,
 )
 from keras_tnt.layers.base import LayerNormalization
-from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, Variant
+from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD, Cost, ImageTransform, Variant
 from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
 IMAGE = ImageTransform(IMAGENET_MEAN, IMAGENET_STD, crop=1.0)
@@ -24,9 +24,13 @@ XXS = {"embed_dim": 192, "num_heads": 4, "layer_scale": 1e-5}
 S = {"embed_dim": 384, "num_heads": 8}
 M = {"embed_dim": 768, "num_heads": 16, "layer_scale": 1e-6}
 VARIANTS = {
-    "cait_xxs24": Variant({**XXS, "depth": 24}),
-    "cait_xxs36": Variant({**XXS, "depth": 36}),
-    "cait_xs24": Variant({"embed_dim": 288, "num_heads": 6, "layer_scale": 1e-5, "depth": 24}, 384),
+    "cait_xxs24": Variant({**XXS, "depth": 24}, cost=Cost(11_956_264, 2_523_475_200, 26)),
+    "cait_xxs36": Variant({**XXS, "depth": 36}, cost=Cost(17_299_720, 3_755_697_408, 38)),
+    "cait_xs24": Variant(
+        {"embed_dim": 288, "num_heads": 6, "layer_scale": 1e-5, "depth": 24},
+        384,
+        cost=Cost(26_670_088, 19_240_642_944, 26),
+    ),
     "cait_s24": Variant({**S, "layer_scale": 1e-5, "depth": 24}),
     "cait_s36": Variant({**S, "layer_scale": 1e-6, "depth": 36}, 384),
     "cait_m36": Variant({**M, "depth": 36}, 384),

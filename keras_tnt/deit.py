@@ -13,16 +13,22 @@ from keras_tnt.layers import (
     TransformerBlock,
 )
 from keras_tnt.layers.base import LayerNormalization
-from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, Variant
+from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD, Cost, ImageTransform, Variant
 
 # Larger images were evaluated without cropping.
 IMAGE = ImageTransform(IMAGENET_MEAN, IMAGENET_STD, crop=0.9, crops={384: 1.0})
 EPSILON = 1e-6
 
 VARIANTS = {
-    "deit_tiny": Variant({"embed_dim": 192, "num_heads": 3}),
-    "deit_small": Variant({"embed_dim": 384, "num_heads": 6}),
-    "deit_base": Variant({"embed_dim": 768, "num_heads": 12}),
+    "deit_tiny": Variant(
+        {"embed_dim": 192, "num_heads": 3}, cost=Cost(5_717_416, 1_173_828_096, 12)
+    ),
+    "deit_small": Variant(
+        {"embed_dim": 384, "num_heads": 6}, cost=Cost(22_050_664, 4_309_115_904, 12)
+    ),
+    "deit_base": Variant(
+        {"embed_dim": 768, "num_heads": 12}, cost=Cost(86_567_656, 16_464_070_656, 12)
+    ),
 }
 
 

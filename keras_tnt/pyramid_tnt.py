@@ -17,7 +17,7 @@ from keras_tnt.layers import (
 )
 from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.layers.pyramid import halve
-from keras_tnt.registry import ImageTransform, Variant
+from keras_tnt.registry import Cost, ImageTransform, Variant
 
 IMAGE = ImageTransform(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=0.9)
 EPSILON = 1e-5
@@ -31,16 +31,24 @@ def stages(depths, **first):
 
 VARIANTS = {
     "pyramid_tnt_tiny": Variant(
-        stages((2, 6, 3, 2), outer_dims=80, inner_dims=5, outer_heads=2, inner_heads=1), 192
+        stages((2, 6, 3, 2), outer_dims=80, inner_dims=5, outer_heads=2, inner_heads=1),
+        192,
+        cost=Cost(10_578_839, 586_434_560, 13),
     ),
     "pyramid_tnt_small": Variant(
-        stages((2, 8, 4, 2), outer_dims=128, inner_dims=8, outer_heads=4, inner_heads=2), 256
+        stages((2, 8, 4, 2), outer_dims=128, inner_dims=8, outer_heads=4, inner_heads=2),
+        256,
+        cost=Cost(31_953_696, 3_283_341_312, 16),
     ),
     "pyramid_tnt_medium": Variant(
-        stages((2, 8, 6, 2), outer_dims=192, inner_dims=12, outer_heads=4, inner_heads=2), 256
+        stages((2, 8, 6, 2), outer_dims=192, inner_dims=12, outer_heads=4, inner_heads=2),
+        256,
+        cost=Cost(84_944_316, 8_204_630_016, 18),
     ),
     "pyramid_tnt_base": Variant(
-        stages((2, 10, 6, 2), outer_dims=256, inner_dims=16, outer_heads=4, inner_heads=2), 256
+        stages((2, 10, 6, 2), outer_dims=256, inner_dims=16, outer_heads=4, inner_heads=2),
+        256,
+        cost=Cost(156_991_064, 15_966_642_176, 20),
     ),
 }
 

@@ -18,16 +18,25 @@ from keras_tnt.layers import (
     WordsToPatches,
 )
 from keras_tnt.layers.base import LayerNormalization
-from keras_tnt.registry import ImageTransform, Variant
+from keras_tnt.registry import Cost, ImageTransform, Variant
 from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
 IMAGE = ImageTransform(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=0.9)
 EPSILON = 1e-5
 
 VARIANTS = {
-    "tnt_tiny": Variant({"outer_dim": 192, "inner_dim": 12, "outer_heads": 3, "inner_heads": 2}),
-    "tnt_small": Variant({"outer_dim": 384, "inner_dim": 24, "outer_heads": 6, "inner_heads": 4}),
-    "tnt_base": Variant({"outer_dim": 640, "inner_dim": 40, "outer_heads": 10, "inner_heads": 4}),
+    "tnt_tiny": Variant(
+        {"outer_dim": 192, "inner_dim": 12, "outer_heads": 3, "inner_heads": 2},
+        cost=Cost(6_076_408, 1_347_236_352, 12),
+    ),
+    "tnt_small": Variant(
+        {"outer_dim": 384, "inner_dim": 24, "outer_heads": 6, "inner_heads": 4},
+        cost=Cost(23_768_584, 4_973_847_552, 12),
+    ),
+    "tnt_base": Variant(
+        {"outer_dim": 640, "inner_dim": 40, "outer_heads": 10, "inner_heads": 4},
+        cost=Cost(65_428_680, 13_355_023_360, 12),
+    ),
 }
 
 

@@ -1,9 +1,12 @@
 """Multiply-accumulates, counted."""
 
 import keras
+import pytest
 
 import keras_tnt
+from keras_tnt import registry
 from keras_tnt.inspection import multiply_accumulates
+from keras_tnt.layers.base import without_initial_values
 
 
 def test_matrix_products_and_convolutions_are_counted_alike_on_every_backend():
@@ -23,3 +26,30 @@ def test_matrix_products_and_convolutions_are_counted_alike_on_every_backend():
 
     convolution = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(5, 3)])
     assert multiply_accumulates(convolution) == 6 * 6 * 5 * 3 * 3 * 3
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", keras_tnt.list_models())
+def test_cost_of_a_variant_is_known_and_that_of_its_weights(name):
+    family = next(family for family in registry.families() if name in family.variants)
+    row = family.variants[name]
+    assert row.cost is not None
+    for checkpoint in family.checkpoints:
+        same = checkpoint.model == family.function_name(name) and not checkpoint.arguments
+        if same and checkpoint.size == row.image_size:
+            assert row.cost.parameters == checkpoint.parameters
+
+
+@pytest.mark.slow
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", keras_tnt.list_models())
+def test_stored_cost_is_what_is_counted(name):
+    row = next(f.variants[name] for f in registry.families() if name in f.variants)
+    with without_initial_values():
+        model = keras_tnt.create_model(name, weights=None)
+    parts = keras_tnt.anatomy(model)
+    assert row.cost == registry.Cost(
+        model.count_params(),
+        multiply_accumulates(model),
+        len(parts.blocks) + len(parts.class_blocks),
+    )

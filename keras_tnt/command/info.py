@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 from keras_tnt.command import environment
 from keras_tnt.text import first_line, printable
@@ -115,6 +116,7 @@ def about_keras(name):
     from keras_tnt.command.runtime import load_model
     from keras_tnt.inspection.cost import multiply_accumulates
 
+    print(f"loading {printable(name)} ...", file=sys.stderr, flush=True)
     model = load_model(name, None)
     parts = keras_tnt.anatomy(model)
     heads = parts.heads
