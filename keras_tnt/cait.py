@@ -31,10 +31,14 @@ VARIANTS = {
         384,
         cost=Cost(26_670_088, 19_240_642_944, 26),
     ),
-    "cait_s24": Variant({**S, "layer_scale": 1e-5, "depth": 24}),
-    "cait_s36": Variant({**S, "layer_scale": 1e-6, "depth": 36}, 384),
-    "cait_m36": Variant({**M, "depth": 36}, 384),
-    "cait_m48": Variant({**M, "depth": 48}, 448),
+    "cait_s24": Variant(
+        {**S, "layer_scale": 1e-5, "depth": 24}, cost=Cost(46_916_200, 9_327_327_744, 26)
+    ),
+    "cait_s36": Variant(
+        {**S, "layer_scale": 1e-6, "depth": 36}, 384, cost=Cost(68_366_632, 47_907_955_200, 38)
+    ),
+    "cait_m36": Variant({**M, "depth": 36}, 384, cost=Cost(271_221_352, 172_943_655_936, 38)),
+    "cait_m48": Variant({**M, "depth": 48}, 448, cost=Cost(356_460_520, 329_107_670_016, 50)),
 }
 
 
