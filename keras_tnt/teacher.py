@@ -99,7 +99,7 @@ class Teacher:
         self.resize = resizing(student, model)
         self.from_logits = from_logits
         self.network = model
-        if outputs and (isinstance(model.input, list) or isinstance(model.output, list)):
+        if outputs and list in map(type, (model.input_shape, model.output_shape)):
             # As built by keras.Model(base.inputs, ...): it would warn of a tensor for a list.
             self.network = keras.Model(model.inputs[0], outputs[0])
         last = last_layer(model)
