@@ -4,7 +4,6 @@
 """
 
 import importlib.util
-import json
 import os
 import sys
 
@@ -19,7 +18,7 @@ def start():
         return
     options = parse(sys.argv[1:])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    backend = configured_backend()
+    backend = environment.configured_backend()
     if importlib.util.find_spec(backend) is None:
         if options.run is environment.show_version:
             sys.exit(environment.show_version(options, devices=False))
@@ -36,18 +35,6 @@ def is_command():
     if sys.argv[:1] == ["-m"]:  # for as long as the package is being imported
         return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["keras_tnt"]
     return os.path.splitext(os.path.basename("".join(sys.argv[:1])))[0] == NAME
-
-
-def configured_backend():
-    """The backend that Keras is going to take."""
-    if os.environ.get("KERAS_BACKEND"):
-        return os.environ["KERAS_BACKEND"]
-    home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
-    try:
-        with open(os.path.join(home, "keras.json"), encoding="utf-8") as file:
-            return json.load(file).get("backend", "tensorflow")
-    except (OSError, ValueError, AttributeError):
-        return "tensorflow"
 
 
 start()

@@ -1,6 +1,8 @@
 """What this installation is: versions, backend, devices."""
 
 import importlib.metadata
+import json
+import os
 import platform
 import sys
 
@@ -14,8 +16,6 @@ def describe(devices=True):
     Args:
         devices: whether to list the backend's devices, for which it is imported.
     """
-    from keras_tnt.command.before_keras import configured_backend
-
     backend = configured_backend()
     found = {
         "version": sys.modules["keras_tnt"].__version__,
@@ -26,6 +26,18 @@ def describe(devices=True):
     packages = {name: version_of(name) for name in PACKAGES}
     found["packages"] = {name: version for name, version in packages.items() if version}
     return found
+
+
+def configured_backend():
+    """The backend that Keras is going to take."""
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"]
+    home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+    try:
+        with open(os.path.join(home, "keras.json"), encoding="utf-8") as file:
+            return json.load(file).get("backend", "tensorflow")
+    except (OSError, ValueError, AttributeError):
+        return "tensorflow"
 
 
 def version_of(package):
