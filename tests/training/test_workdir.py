@@ -42,10 +42,10 @@ def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path):
 
 
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
-    def refuse(*arguments):
+    def refuse(*arguments, **settings):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(workdir.fcntl, "lockf", refuse)
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with workdir.held(tmp_path):
         assert "cannot be locked (No locks available)" in capsys.readouterr().out
 
