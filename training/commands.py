@@ -1,5 +1,6 @@
 """How the trainer's commands begin and end: flags, --help, and errors in one line."""
 
+import os
 import sys
 
 from absl import app, flags
@@ -18,7 +19,7 @@ def run(main):
 
     def guarded(arguments):
         try:
-            return main(arguments[1:])
+            return main([os.path.expanduser(argument) for argument in arguments[1:]])
         except KeyboardInterrupt:
             print("stopped", flush=True)
             return 130
@@ -27,6 +28,10 @@ def run(main):
         except (ImportError, OSError, RuntimeError) as error:
             return fail(error, 1)
 
+    # As keras_tnt.text.escape_unencodable_output, before Keras is imported.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     app.run(guarded, flags_parser=parse)
 
 
@@ -35,7 +40,12 @@ def parse(arguments):
     if HELP & set(arguments[1:]):
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
-        return flags.FLAGS(arguments)
+        positional = flags.FLAGS(arguments)
+        for name in flags.FLAGS:  # A shell expands no `--workdir=~/runs`.
+            flag = flags.FLAGS[name]
+            if isinstance(flag.value, str) and flag.value.startswith("~"):
+                flag.value = os.path.expanduser(flag.value)
+        return positional
     except flags.Error as error:
         sys.exit(fail(error, 2))
 

@@ -6,10 +6,12 @@ are answered at once.
 """
 
 import argparse
+import builtins
 import importlib
+import os
 import sys
 
-from keras_tnt.text import first_line
+from keras_tnt.text import escape_unencodable_output, first_line
 
 COMMANDS = ("predict", "merge", "list", "info", "explain")
 NAME = "keras-tnt"
@@ -24,6 +26,7 @@ def main(arguments=None):
     Returns:
         The exit status: 0; 1 if something was left out, which was said; 2 if nothing could be done.
     """
+    escape_unencodable_output()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         if options.plugins:
@@ -33,6 +36,8 @@ def main(arguments=None):
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:
         return fail(error)
+    except MemoryError as error:
+        return fail(f"There is not enough memory. {error}".rstrip())
     except KeyboardInterrupt:
         return fail("stopped", 130)
 
@@ -41,7 +46,13 @@ def parse(arguments):
     """The options; a first argument that is no command is an image of `predict`."""
     if arguments and arguments[0] not in (*COMMANDS, "-h", "--help"):
         arguments = ["predict", *arguments]
-    return parsers()[NAME].parse_args(arguments)
+    options = parsers()[NAME].parse_args(arguments)
+    for name, value in vars(options).items():  # A shell expands no `--out=~/table.csv`.
+        if isinstance(value, str):
+            setattr(options, name, os.path.expanduser(value))
+        elif isinstance(value, builtins.list):  # `list` is one of the commands
+            setattr(options, name, [os.path.expanduser(each) for each in value])
+    return options
 
 
 def parsers():

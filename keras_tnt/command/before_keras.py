@@ -8,7 +8,9 @@ import json
 import os
 import sys
 
+from keras_tnt import files
 from keras_tnt.command import NAME, fail, parse
+from keras_tnt.text import escape_unencodable_output
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -17,6 +19,7 @@ def start():
     """End this process here if it is the command, and needs no Keras to answer."""
     if not is_command():
         return
+    escape_unencodable_output()
     parse(sys.argv[1:])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     backend = configured_backend()
@@ -42,9 +45,9 @@ def configured_backend():
         return os.environ["KERAS_BACKEND"]
     home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
     try:
-        with open(os.path.join(home, "keras.json"), encoding="utf-8") as file:
-            return json.load(file).get("backend", "tensorflow")
-    except (OSError, ValueError, AttributeError):
+        data = files.read_regular(os.path.join(home, "keras.json"), 1 << 20)
+        return json.loads(data.decode("utf-8")).get("backend", "tensorflow")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return "tensorflow"
 
 
