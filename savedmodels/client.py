@@ -112,8 +112,9 @@ class HttpClient:
         except ConnectionError as error:
             if not is_connected:
                 raise
+            other = no_such_server(self.address, self.KIND)
             raise ServerError(
-                f"The server at {self.address} closed the connection before its reply was whole."
+                f"{other} It closed the connection before its reply was whole."
             ) from error
         finally:
             connection.close()
