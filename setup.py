@@ -114,6 +114,7 @@ setup(
         "numpy>=1.26,<3",
         "safetensors>=0.5,<1",
         "h5py>=3.11",
+        "filelock>=4,<5",
         "huggingface_hub>=1,<3",
     ],
     extras_require={

@@ -83,6 +83,9 @@ def parse(description, settings: dict[str, Settings], arguments):
             kind = field.type if field.type in (int, float) else str
             add(f"--{field.name}", type=kind, default=None)
     options = parser.parse_args(arguments)
+    for key in ("dataset", "data_dir", "workdir", "weights", "model"):
+        if (value := getattr(options, key, None)) is not None:
+            setattr(options, key, type(value)(os.path.expanduser(value)))
     name = options.settings or ("scenes" if options.dataset == "scenes" else "paper")
     for key, value in vars(settings[name]).items():
         if getattr(options, key) is None:

@@ -11,7 +11,7 @@ import keras_tnt
 from keras_tnt import registry
 from keras_tnt.anatomy import Anatomy, anatomy, class_names
 from keras_tnt.building import architecture_told
-from keras_tnt.files import write_atomically
+from keras_tnt.files import expand, read_regular, write_atomically
 from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.pretrained import save_checkpoint
 from keras_tnt.registry import Checkpoint
@@ -61,7 +61,7 @@ def save_pretrained(model: keras.Model, directory: str | os.PathLike) -> str:
     >>> keras_tnt.save_pretrained(model, "tnt_small_flowers")
     >>> model = keras_tnt.TNTSmall(weights="tnt_small_flowers")
     """
-    directory = os.path.abspath(os.fspath(directory))
+    directory = os.path.abspath(expand(directory))
     os.makedirs(directory, exist_ok=True)
     config = describe(model)
     save_checkpoint(model, os.path.join(directory, WEIGHTS))
@@ -86,12 +86,12 @@ def load_pretrained(
 
     >>> model = keras_tnt.load_pretrained("tnt_small_flowers", input_shape=(384, 384, 3))
     """
-    directory = os.fspath(directory)
+    directory = expand(directory)
     if input_shape is not None:
         input_shape = tuple(input_shape)
     try:
-        with open(os.path.join(directory, CONFIG), "rb") as file:
-            own = as_object(OWN, parse_json(file.read(LARGEST_FILE + 1))[OWN])
+        config = parse_json(read_regular(os.path.join(directory, CONFIG), LARGEST_FILE))
+        own = as_object(OWN, config[OWN])
         family = registry.family(as_text("family", own["family"]))
         arguments = as_arguments(own, family, open_tensors(os.path.join(directory, WEIGHTS)))
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -1,4 +1,7 @@
-"""Files and folders that appear whole or not at all: written aside, flushed to disk, renamed."""
+"""Files that are written atomically, files that are read without trust, and locks.
+
+Files and folders appear whole or not at all: they are written aside, flushed to disk and renamed.
+"""
 
 import contextlib
 import errno
@@ -6,9 +9,12 @@ import os
 import re
 import shutil
 import socket
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import BinaryIO
 
 try:
     import fcntl
@@ -18,7 +24,125 @@ except ImportError:  # on Windows
 ASIDE = ".writing-"
 # A folder that is not locked so long after it was written to is nobody's.
 SECONDS_TO_LOCK = 3600
-FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+FULL = tuple(
+    os.strerror(number) for number in (errno.ENOSPC, getattr(errno, "EDQUOT", 0)) if number
+)
+# What systems and file systems answer that cannot flush a directory, or any file.
+CANNOT_FLUSH = {
+    getattr(errno, name, None)
+    for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF", "ENOTTY", "EROFS")
+}
+CANNOT_OPEN_DIRECTORY = {errno.EACCES, errno.EPERM, errno.EISDIR, *CANNOT_FLUSH}
+# What they answer that have no locks.
+CANNOT_LOCK = {
+    getattr(errno, name, None) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")
+}
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a symbolic link",
+}
+
+
+# === Paths, and files of others ===
+
+
+def expand(path: str | os.PathLike) -> str:
+    """Returns a path as text, with a leading `~` or `~user` replaced by the home directory."""
+    return os.path.expanduser(os.fsdecode(path))
+
+
+def kind_of(path: str | os.PathLike) -> str | None:
+    """Returns what stands at a path, itself if it is a link: "file", or one of `KINDS`.
+
+    Returns `None` if there is nothing.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return KINDS.get(stat.S_IFMT(mode), "file")
+
+
+def open_regular(
+    path: str | os.PathLike,
+    max_bytes: int | None = None,
+    *,
+    follow: bool = True,
+    flags: int = os.O_RDONLY,
+    mode: int = 0o666,
+) -> BinaryIO:
+    """Opens a file that somebody else may have made, if it is a regular file.
+
+    Directories, FIFOs, sockets and devices are refused without being waited for.
+
+    Args:
+        path: Path of the file; `~` is expanded.
+        max_bytes: The largest size that is accepted. If `None`, any.
+        follow: Whether a symbolic link is followed. If not, it is refused.
+        flags: Of `os.open`.
+        mode: Of a file that is created.
+
+    Returns:
+        A binary file.
+
+    Raises:
+        ValueError: If it is something else, or larger.
+        OSError: If there is no such file, or it may not be opened.
+    """
+    path = expand(path)
+    status = None
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(path, follow_symlinks=follow)
+        # Before it is opened: to open a device or a FIFO has effects.
+        check_regular(path, status, max_bytes)
+    for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    if not follow:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise not_regular(path, "a symbolic link") from error
+        raise
+    try:
+        check_regular(path, os.fstat(descriptor), max_bytes)
+        return os.fdopen(descriptor, "r+b" if flags & (os.O_RDWR | os.O_WRONLY) else "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | os.PathLike, max_bytes: int, *, follow: bool = True) -> bytes:
+    """Returns the content of a regular file of at most `max_bytes`; see `open_regular`."""
+    with open_regular(path, max_bytes, follow=follow) as file:
+        data = file.read(max_bytes + 1)  # A file may grow, and those of /proc have no size.
+    if len(data) > max_bytes:
+        raise too_large(path, len(data), max_bytes)
+    return data
+
+
+def check_regular(path, status, max_bytes=None):
+    """Raises a `ValueError` if a file's status is not that of a regular file of that size."""
+    if not stat.S_ISREG(status.st_mode):
+        raise not_regular(path, KINDS.get(stat.S_IFMT(status.st_mode), "not a file"))
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise too_large(path, status.st_size, max_bytes)
+
+
+def not_regular(path, kind):
+    return ValueError(f"'{os.fsdecode(path)}' is {kind}; a regular file is needed.")
+
+
+def too_large(path, size, max_bytes):
+    return ValueError(f"'{os.fsdecode(path)}' has {size:,} bytes; at most {max_bytes:,} are read.")
+
+
+# === Files and folders that are written ===
 
 
 @contextlib.contextmanager
@@ -55,7 +179,7 @@ def replacing(path: str | os.PathLike, *companions: str) -> Iterator[str]:
     Yields:
         A path of the same file name in a temporary folder.
     """
-    folder, name = os.path.split(os.path.abspath(path))
+    folder, name = os.path.split(os.path.abspath(expand(path)))
     stem = os.path.splitext(name)[0]
     with scratch(folder) as aside:
         yield os.path.join(aside, name)
@@ -72,10 +196,25 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
 
 
 def flush_to_disk(path: str) -> None:
-    """Wait until a file, or the names in a folder, lie on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the names in a folder, lie on the disk, where the system can do that.
+
+    Windows opens no directories, and some network file systems flush none (gcsfuse, CIFS): what
+    was written is in its place then, and survives a power loss when the system has written it.
+    """
+    is_directory = os.path.isdir(path)
+    # Windows flushes only what may be written to.
+    flags = os.O_RDWR | os.O_BINARY if os.name == "nt" else os.O_RDONLY
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if is_directory and error.errno in CANNOT_OPEN_DIRECTORY:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (CANNOT_OPEN_DIRECTORY if is_directory else CANNOT_FLUSH):
+            raise
     finally:
         os.close(descriptor)
 
@@ -136,6 +275,8 @@ def locked(folder: str, required: bool = False) -> Iterator[None]:
 
 def runs(process: int) -> bool:
     """Whether a process of this host runs."""
+    if os.name == "nt":  # where `os.kill(process, 0)` sends Ctrl+C
+        return runs_on_windows(process)
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -143,6 +284,107 @@ def runs(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def runs_on_windows(process):
+    import ctypes
+
+    kernel, synchronize, timed_out = ctypes.windll.kernel32, 0x00100000, 0x102
+    handle = kernel.OpenProcess(synchronize, False, process)
+    if not handle:
+        return kernel.GetLastError() == 5  # Access denied: it runs, as somebody else's.
+    try:
+        return kernel.WaitForSingleObject(handle, 0) == timed_out
+    finally:
+        kernel.CloseHandle(handle)
+
+
+# === Locks between processes ===
+
+
+class Held(ValueError):
+    """Another process holds a lock; the message is what it wrote about itself."""
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike, *, remove: bool = False) -> Iterator[str | None]:
+    """Holds a lock that no other process gets until the block ends or this process dies.
+
+    The lock is the operating system's (flock, LockFileEx), so that what a killed process leaves
+    holds nobody up.
+
+    Args:
+        path: Path of the file that is locked, which is made if it does not exist, and describes
+            who holds the lock. Its directory must exist.
+        remove: Whether the file is removed at the end.
+
+    Yields:
+        `None`, or why the file system cannot lock.
+
+    Raises:
+        Held: If another process, or another block of this one, holds the lock.
+        ValueError: If something else than a regular file stands at the path.
+        OSError: If the file cannot be made.
+    """
+    import filelock
+
+    path = expand(path)
+    if (kind := kind_of(path)) not in (None, "file"):
+        raise ValueError(f"'{path}' is {kind}, where a lock file has to be: remove it.")
+    if has_posix_lock(path):
+        raise Held(holder(path))
+    lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise Held(holder(path)) from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in CANNOT_LOCK:
+            raise
+        yield getattr(error, "strerror", None) or str(error)
+        return
+    try:
+        with contextlib.suppress(OSError, ValueError):  # On Windows nobody else may read it.
+            with open_regular(path, follow=False, flags=os.O_RDWR) as file:
+                file.truncate(0)
+                file.write(
+                    f"process {os.getpid()} of {socket.gethostname()}, since "
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {' '.join(sys.argv)}".encode(
+                        "utf-8", "backslashreplace"
+                    )
+                )
+        yield None
+    finally:
+        if remove:  # before the release, so that it is nobody else's
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        lock.release()
+
+
+def has_posix_lock(path):
+    """Returns whether a process of an earlier version of this package locks a file: by lockf."""
+    if fcntl is None:
+        return False
+    try:
+        with open_regular(path, follow=False, flags=os.O_RDWR) as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+    except (BlockingIOError, PermissionError) as error:
+        return error.filename is None  # of lockf, not of open
+    except OSError:
+        return False
+    return False
+
+
+def holder(path):
+    """What the holder of a lock wrote about itself."""
+    try:
+        text = read_regular(path, 1 << 16, follow=False).decode("utf-8", "replace")
+    except (OSError, ValueError):
+        text = ""
+    return text or "just begun"
+
+
+# === Disks ===
 
 
 def check_space(folder: str | os.PathLike, needed: int, what: str) -> None:

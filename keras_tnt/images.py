@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from keras_tnt import files
+
 # The limits of an image: bytes of the file, pixels a side and in all. What is as large as they
 # allow takes up to 1.3 GB while it is read; in a graph, as many images at once as there are cores.
 MAX_BYTES = 2**28
@@ -144,11 +146,11 @@ def open_picture(image, name=None):
     if isinstance(image, Image.Image):
         return upright(image)
     if isinstance(image, str | os.PathLike):
-        path = os.fspath(image)
-        if not os.path.isfile(path):
+        path = files.expand(image)
+        if not os.path.exists(path) or os.path.isdir(path):
             raise FileNotFoundError(f"There is no image file {path!r}.")
-        with open(path, "rb") as file:
-            # A byte more than is allowed tells that there are too many.
+        with files.open_regular(path) as file:
+            # A byte more than is allowed shows that there are too many.
             return decode(file.read(MAX_BYTES + 1), repr(path))
     if isinstance(image, bytes | bytearray | memoryview):
         return decode(bytes(image), name or f"The {len(image)} bytes given")

@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from keras_tnt import registry
+from keras_tnt import files, registry
 from keras_tnt.anatomy import anatomy
 from keras_tnt.registry import typed
 from keras_tnt.text import printable
@@ -53,8 +53,9 @@ def load_checkpoint(model, source: str | os.PathLike, ema: bool = False):
     >>> model = keras_tnt.TNTSmall(weights=None)
     >>> keras_tnt.load_checkpoint(model, "tnt_s_patch16_224.safetensors")
     """
-    if os.fspath(source).endswith(KERAS) and not ema:
-        load_keras_file(model, os.fspath(source))
+    source = files.expand(source)
+    if source.endswith(KERAS) and not ema:
+        load_keras_file(model, source)
     else:
         checkpoint.fill(model, open_tensors(source, ema), tensor_names(model))
     return model
@@ -145,7 +146,7 @@ def find(weights):
     """
     if weights is None or isinstance(weights, Source):
         return weights
-    given = os.fspath(weights)
+    given = files.expand(weights)
     rows = {row.name: row for row in registry.checkpoints()}
     if given in rows:
         return from_row(rows[given], given)
@@ -251,8 +252,7 @@ def from_hub(given):
         path = hub.fetch(repository, "config.json", revision, renew=True, largest=LARGEST_FILE)
     except hub.MissingFile:
         return source
-    with open(path, "rb") as file:
-        config = parse_config(file.read(), given)
+    config = parse_config(files.read_regular(path, LARGEST_FILE), given)
     return dataclasses.replace(source, **described(config, given))
 
 
@@ -265,8 +265,7 @@ def from_folder(folder):
             f"Folder {folder!r} holds no model: a config.json and {' or '.join(HUB_FILES)} are "
             "looked for."
         )
-    with open(paths["config.json"], "rb") as file:
-        config = parse_config(file.read(LARGEST_FILE + 1), folder)
+    config = parse_config(files.read_regular(paths["config.json"], LARGEST_FILE), folder)
     return Source(folder, path=paths[there[1]], **described(config, folder))
 
 

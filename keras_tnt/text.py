@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+import sys
 
 LONGEST = 100
 
@@ -26,6 +27,18 @@ def printable(text, longest=LONGEST):
 def first_line(text):
     """The first line of a message, whole, in the form of `printable`."""
     return printable((str(text).splitlines() or [""])[0], longest=10_000)
+
+
+def escape_unencodable_output():
+    """Lets stdout and stderr print what their encoding lacks as `\\u732b` and the like.
+
+    A terminal or a pipe that is not UTF-8 ends a command otherwise, at the first such name.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            reconfigure = getattr(stream, "reconfigure", None)
+            if reconfigure:
+                reconfigure(errors="backslashreplace")
 
 
 def is_line(text):

@@ -10,17 +10,29 @@ import base64
 import concurrent.futures
 import contextlib
 import http.client
+import io
 import json
 import math
 import os
 import re
+import stat
 import sys
 import threading
 import time
 import urllib.parse
 
 PORTS = {"rest": 8501, "grpc": 8500, "kserve": 8000}
+# The limits of a reply, each checked before what it limits is used.
 MAX_REPLY = 2**26  # bytes
+MAX_GRPC_REPLY = 2**24  # bytes; a message can be a hundred times larger in memory
+MAX_HEADERS = 2**20  # bytes, added to those of the body
+MAX_VALUES = 2**21  # numbers, strings, lists and objects of JSON; json limits their nesting
+MAX_VALUE = 2**16  # bytes of a number or a string
+MAX_CLASSES = 2**18  # of an image
+MAX_NAME = 2**12  # characters
+MAX_VERSIONS = 2**16
+MAX_DIMENSIONS = 32
+MAX_IMAGE = 2**28  # bytes
 
 
 class ServerError(Exception):
@@ -44,61 +56,161 @@ class HttpClient:
         if version is not None:
             self.path += f"/versions/{version}"
 
-    def understood(self):
-        return understood(self.address, self.KIND)
+    def ask(self, path, body, read):
+        """Returns what `read` makes of the JSON of a reply, within the time that a call may take.
 
-    def ask(self, path, body=None):
-        """The JSON that the server answers with, within the time that a call may take."""
+        Args:
+            path: Path of the request.
+            body: JSON of the request. If `None`, there is none.
+            read: Function of the reply's JSON.
+        """
         answer = concurrent.futures.Future()
+        deadline = time.monotonic() + self.timeout
 
-        def exchange():
+        def work():
             try:
-                answer.set_result(self.exchange(path, body))
+                answer.set_result(self.understand(*self.exchange(path, body, deadline), read))
             except BaseException as error:
                 answer.set_exception(error)
 
-        # A thread that is left to itself when time is up: whatever a server drips, and however long
-        # its name is looked for. The timeout of a socket begins anew with each byte.
-        threading.Thread(target=exchange, daemon=True).start()
+        # A thread, because looking up a host's name has no time limit. What follows ends by itself.
+        threading.Thread(target=work, daemon=True).start()
         try:
-            status, reason, text = answer.result(self.timeout)
+            return answer.result(self.timeout)
         except TimeoutError as error:
             raise ServerError(no_answer(self.address, self.timeout)) from error
         except http.client.HTTPException as error:  # some are OSErrors, too
             raise ServerError(no_such_server(self.address, self.KIND)) from error
         except (OSError, UnicodeError) as error:
             raise ServerError(unreachable(self.address)) from error
-        if len(text) > MAX_REPLY:
-            other = no_such_server(self.address, self.KIND)
-            raise ServerError(f"{other} Its reply has more than 67 MB.")
-        if status == 200:
-            return json.loads(text)
+
+    def exchange(self, path, body, deadline):
+        """Returns (status, reason, body) of a reply; redirections are not followed."""
+        body = None if body is None else json.dumps(body).encode()
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
+        is_connected = False
         try:
-            refusal = str(json.loads(text)["error"])
+            connection.connect()
+            is_connected = True
+            connection.sock = BoundedSocket(connection.sock, deadline)
+            headers = {"Content-Type": "application/json"}
+            connection.request("GET" if body is None else "POST", path, body, headers)
+            with connection.getresponse() as response:
+                text = response.read(MAX_REPLY + 1)
+                if len(text) > MAX_REPLY:
+                    raise TooLong
+                return response.status, response.reason, text
+        except TooLong as error:
+            other = no_such_server(self.address, self.KIND)
+            raise ServerError(f"{other} Its reply has more than 67 MB.") from error
+        except ValueError as error:  # of http.client: a status or a length that is no number
+            raise ServerError(no_such_server(self.address, self.KIND)) from error
+        except MemoryError as error:
+            raise ServerError(no_memory(self.address)) from error
+        except http.client.HTTPException:
+            raise
+        except ConnectionError as error:
+            if not is_connected:
+                raise
+            other = no_such_server(self.address, self.KIND)
+            raise ServerError(
+                f"{other} It closed the connection before its reply was whole."
+            ) from error
+        finally:
+            connection.close()
+
+    def understand(self, status, reason, text, read):
+        """Returns what `read` makes of a reply, or raises what the server says."""
+        with understood(self.address, self.KIND):
+            if status == 200:
+                return read(parse_json(text))
+        try:
+            refusal = parse_json(text)["error"]
+            refusal = refusal if isinstance(refusal, str) else json.dumps(refusal)
             elsewhere = refusal.startswith(self.UNKNOWN_PATH) or (
                 status in (404, 405) and refusal == reason
             )
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError, MemoryError):
             refusal = f"HTTP {status} {reason}: {text[:200].decode(errors='replace')}"
             elsewhere = status in (404, 405)
         if elsewhere:  # there is no such path, and not merely no such model
             raise ServerError(f"{no_such_server(self.address, self.KIND)} It says: {refusal[:200]}")
         raise ServerError(f"The server refuses: {refusal[:2000]}")
 
-    def exchange(self, path, body):
-        """(status, reason, the first bytes) of a reply; redirections are not followed."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
-        try:
-            connection.request(
-                "GET" if body is None else "POST",
-                path,
-                None if body is None else json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
-            with connection.getresponse() as response:
-                return response.status, response.reason, response.read(MAX_REPLY + 1)
-        finally:
-            connection.close()
+
+class TooLong(Exception):
+    """A server sends more than a reply may have."""
+
+
+class BoundedSocket:
+    """A connected socket from which all that is read ends in time and in size.
+
+    `http.client` reads headers, `100 Continue` and chunks without a limit to their number, and a
+    chunk of a negative size to its end.
+    """
+
+    def __init__(self, connected, deadline):
+        self.socket, self.deadline = connected, deadline
+
+    def wait(self):
+        """Limits the next operation to the time that is left."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.socket.settimeout(left)
+
+    def sendall(self, data):
+        self.wait()
+        self.socket.sendall(data)
+
+    def makefile(self, mode):
+        # The socket stays open for as long as a file of it is, even when it is closed.
+        return io.BufferedReader(BoundedReader(self, self.socket.makefile("rb", 0)), 1 << 16)
+
+    def close(self):
+        self.socket.close()
+
+
+class BoundedReader(io.RawIOBase):
+    """What a `BoundedSocket` is read through."""
+
+    def __init__(self, bounded, file):
+        self.bounded, self.file, self.left = bounded, file, MAX_REPLY + MAX_HEADERS
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.bounded.wait()
+        count = self.file.readinto(buffer)
+        self.left -= count
+        if self.left < 0:
+            raise TooLong
+        return count
+
+
+def parse_json(text):
+    """Returns the value of a reply's JSON.
+
+    Raises:
+        ValueError: If it is none, or has too many values, which is found before they take memory.
+        RecursionError: If it is nested too deeply.
+    """
+    # Each value but the first follows one of these. Those within strings count as well.
+    # An escaped character takes as much as a value while its string is put together.
+    if sum(map(text.count, (b",", b"[", b"{", b"\\"))) > MAX_VALUES:
+        raise ValueError("more values than a reply has")
+    place = 0
+    while len(text) - place > MAX_VALUE:
+        ends = (text.rfind(mark, place, place + MAX_VALUE) for mark in (b'"', b","))
+        if (end := max(ends)) < 0:
+            raise ValueError("a larger value than a reply has")
+        place = end + 1
+    return json.loads(text.decode("utf-8"))
 
 
 class RestClient(HttpClient):
@@ -113,10 +225,12 @@ class RestClient(HttpClient):
             "signature_name": "serving_bytes",
             "instances": [{"image_bytes": encoded(image)} for image in images],
         }
-        with self.understood():
-            predictions = self.call(":predict", body)["predictions"]
-            rows = [list(zip(p["classes"], p["scores"], strict=True)) for p in predictions]
-            return checked(rows, images)
+
+        def read(reply):
+            predictions = as_list(reply["predictions"], len(images))
+            return checked([paired(p["classes"], p["scores"]) for p in predictions], images)
+
+        return self.call(":predict", body, read)
 
     def classify(self, images):
         """The same from TF Serving's Classify call."""
@@ -124,17 +238,17 @@ class RestClient(HttpClient):
             "signature_name": "classify",
             "examples": [{"image/encoded": encoded(image)} for image in images],
         }
-        with self.understood():
-            return checked(self.call(":classify", body)["results"], images)
+        return self.call(":classify", body, lambda reply: checked(reply["results"], images))
 
     def metadata(self):
         """Inputs and outputs, with dtype and shape, of each signature."""
-        with self.understood():
-            signatures = self.call("/metadata")["metadata"]["signature_def"]["signature_def"]
+
+        def read(reply):
+            signatures = reply["metadata"]["signature_def"]["signature_def"]
             return {
-                name: {
+                as_name(name): {
                     end: {
-                        key: f"{tensor['dtype']} "
+                        as_name(key): f"{as_name(tensor['dtype'])} "
                         + dimensions(tensor["tensor_shape"].get("dim", []))
                         for key, tensor in signature[end].items()
                     }
@@ -144,17 +258,23 @@ class RestClient(HttpClient):
                 if not name.startswith("__")
             }
 
+        return self.call("/metadata", None, read)
+
     def status(self):
         """The state of each version that the server has."""
-        with self.understood():
+
+        def read(reply):
             return {
-                int(entry["version"]): entry["state"]
-                + (f": {message}" if (message := entry["status"]["error_message"]) else "")
-                for entry in self.call("")["model_version_status"]
+                as_version(entry["version"]): state_of(
+                    entry["state"], entry["status"]["error_message"]
+                )
+                for entry in as_list(reply["model_version_status"], most=MAX_VERSIONS)
             }
 
-    def call(self, call, body=None):
-        return self.ask(f"/v1{self.path}{call}", body)
+        return self.call("", None, read)
+
+    def call(self, call, body, read):
+        return self.ask(f"/v1{self.path}{call}", body, read)
 
 
 class KServeClient(HttpClient):
@@ -177,11 +297,14 @@ class KServeClient(HttpClient):
             ],
             "outputs": [{"name": "classes"}, {"name": "scores"}],
         }
-        with self.understood():
-            outputs = self.ask(f"/v2{self.path}/infer", body)["outputs"]
-            tensors = {output["name"]: rows_of(output) for output in outputs}
-            pairs = zip(tensors["classes"], tensors["scores"], strict=True)
-            return checked([list(zip(*pair, strict=True)) for pair in pairs], images)
+
+        def read(reply):
+            outputs = as_list(reply["outputs"], most=MAX_DIMENSIONS)
+            tensors = {as_name(output["name"]): output for output in outputs}
+            rows = [rows_of(tensors[name], len(images)) for name in ("classes", "scores")]
+            return checked([paired(*pair) for pair in zip(*rows, strict=True)], images)
+
+        return self.ask(f"/v2{self.path}/infer", body, read)
 
     def classify(self, images):
         raise ServerError(
@@ -190,41 +313,42 @@ class KServeClient(HttpClient):
 
     def metadata(self):
         """Inputs and outputs, with dtype and shape."""
-        with self.understood():
-            found = self.ask(f"/v2{self.path}")
+
+        def read(reply):
             return {
                 end: {
-                    tensor["name"]: f"{tensor['datatype']} "
-                    + dimensions([{"size": size} for size in tensor["shape"]])
-                    for tensor in found[end]
+                    as_name(tensor["name"]): f"{as_name(tensor['datatype'])} "
+                    + dimensions([{"size": size} for size in as_list(tensor["shape"])])
+                    for tensor in as_list(reply[end])
                 }
                 for end in ("inputs", "outputs")
             }
 
+        return self.ask(f"/v2{self.path}", None, read)
+
     def status(self):
         """The state of each version that the server has."""
-        with self.understood():
-            found = self.ask("/v2/repository/index", {})
-            if not isinstance(found, list):
-                raise ValueError("no list of versions")
-            states = {
-                entry.get("version") or "": entry["state"]
-                + (f": {reason}" if (reason := entry.get("reason")) else "")
-                for entry in found
+
+        def read(reply):
+            return {
+                as_name(entry.get("version") or ""): state_of(entry["state"], entry.get("reason"))
+                for entry in as_list(reply, most=MAX_VERSIONS)
                 if entry["name"] == self.model
-                and self.version in (None, int(entry.get("version") or -1))
+                and self.version in (None, as_version(entry.get("version") or -1))
             }
+
+        states = self.ask("/v2/repository/index", {}, read)
         if not states:
             raise ServerError(f"The server at {self.address} has no such model or version.")
         return states
 
 
-def rows_of(output):
-    """The rows of a tensor of two axes in KServe's protocol."""
-    rows, columns = output["shape"]
-    data = output["data"]
-    if not isinstance(data, list) or len(data) != rows * columns:
-        raise ValueError("not the shape that it tells")
+def rows_of(output, count):
+    """Returns the `count` rows of a tensor of two axes in KServe's protocol."""
+    rows, columns = (as_count(size) for size in as_list(output["shape"], 2))
+    if rows != count or columns > MAX_CLASSES:
+        raise ValueError("not a row for each image")
+    data = as_list(output["data"], rows * columns)
     return [data[row * columns : (row + 1) * columns] for row in range(rows)]
 
 
@@ -244,7 +368,10 @@ class GrpcClient:
         # Messages hold whole batches of images.
         lengths = [
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_receive_message_length", MAX_REPLY),
+            ("grpc.max_receive_message_length", MAX_GRPC_REPLY),
+            ("grpc.max_metadata_size", MAX_HEADERS // 64),
+            # No compressed replies: what they unfold to is limited by nothing but memory.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
         ]
         channel = grpc.insecure_channel(self.address, lengths)
         self.predictions = prediction_service_pb2_grpc.PredictionServiceStub(channel)
@@ -260,12 +387,12 @@ class GrpcClient:
             request.output_filter.append(name)
         outputs = self.ask(self.predictions.Predict, request).outputs
         with understood(self.address):
-            names, scores = (tf.make_ndarray(outputs[name]) for name in ("classes", "scores"))
-            rows = [
-                [(name.decode(), float(score)) for name, score in zip(*row, strict=True)]
-                for row in zip(names, scores, strict=True)
-            ]
-            return checked(rows, images)
+            if set(outputs) < {"classes", "scores"}:
+                raise ValueError("outputs are missing")
+            names = tensor_rows(outputs["classes"], len(images), tf.string.as_datatype_enum)
+            scores = tensor_rows(outputs["scores"], len(images), tf.float32.as_datatype_enum)
+            rows = [paired(*pair) for pair in zip(names, scores, strict=True)]
+            return checked([[(name.decode(), s) for name, s in row] for row in rows], images)
 
     def classify(self, images):
         from tensorflow_serving.apis import classification_pb2
@@ -276,6 +403,8 @@ class GrpcClient:
             example.features.feature["image/encoded"].bytes_list.value.append(image)
         result = self.ask(self.predictions.Classify, request).result
         with understood(self.address):
+            if len(result.classifications) != len(images):
+                raise ValueError("not a row for each image")
             rows = [[(c.label, c.score) for c in row.classes] for row in result.classifications]
             return checked(rows, images)
 
@@ -288,19 +417,20 @@ class GrpcClient:
         answer = self.ask(self.predictions.GetModelMetadata, request)
         signatures = get_model_metadata_pb2.SignatureDefMap()
         with understood(self.address):
-            answer.metadata["signature_def"].Unpack(signatures)
-        return {
-            name: {
-                end: {
-                    key: f"{types_pb2.DataType.Name(tensor.dtype)} "
-                    + dimensions([{"size": d.size} for d in tensor.tensor_shape.dim])
-                    for key, tensor in getattr(signature, end).items()
+            if not answer.metadata["signature_def"].Unpack(signatures):
+                raise ValueError("no signatures")
+            return {
+                as_name(name): {
+                    end: {
+                        as_name(key): f"{types_pb2.DataType.Name(tensor.dtype)} "
+                        + dimensions([{"size": d.size} for d in tensor.tensor_shape.dim])
+                        for key, tensor in getattr(signature, end).items()
+                    }
+                    for end in ("inputs", "outputs")
                 }
-                for end in ("inputs", "outputs")
+                for name, signature in signatures.signature_def.items()
+                if not name.startswith("__")
             }
-            for name, signature in signatures.signature_def.items()
-            if not name.startswith("__")
-        }
 
     def status(self):
         from tensorflow_serving.apis import get_model_status_pb2
@@ -308,11 +438,13 @@ class GrpcClient:
         request = self.address_model(get_model_status_pb2.GetModelStatusRequest())
         answer = self.ask(self.models.GetModelStatus, request)
         state = get_model_status_pb2.ModelVersionStatus.State
-        return {
-            entry.version: state.Name(entry.state)
-            + (f": {entry.status.error_message}" if entry.status.error_message else "")
-            for entry in answer.model_version_status
-        }
+        with understood(self.address):
+            if len(answer.model_version_status) > MAX_VERSIONS:
+                raise ValueError("more versions than a server has")
+            return {
+                entry.version: state_of(state.Name(entry.state), entry.status.error_message)
+                for entry in answer.model_version_status
+            }
 
     def address_model(self, request, signature=None):
         request.model_spec.name = self.model
@@ -332,11 +464,16 @@ class GrpcClient:
             other = "Failed parsing HTTP/2" in said or "http1" in said
             if other or error.code() == grpc.StatusCode.UNIMPLEMENTED:
                 raise ServerError(no_such_server(self.address)) from error
+            if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in said:
+                other = no_such_server(self.address)
+                raise ServerError(f"{other} Its reply has more than 17 MB.") from error
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 raise ServerError(unreachable(self.address)) from error
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ServerError(no_answer(self.address, self.timeout)) from error
-            raise ServerError(f"The server refuses: {error.details()}") from error
+            raise ServerError(f"The server refuses: {said[:2000]}") from error
+        except MemoryError as error:
+            raise ServerError(no_memory(self.address)) from error
 
 
 CLIENTS = {"rest": RestClient, "grpc": GrpcClient, "kserve": KServeClient}
@@ -346,8 +483,73 @@ def encoded(image):
     return {"b64": base64.b64encode(image).decode()}
 
 
+def tensor_rows(tensor, count, dtype):
+    """Returns the `count` rows of a `TensorProto` of two axes.
+
+    Not by `tf.make_ndarray`, which repeats the last value until a shape is full.
+
+    Args:
+        tensor: A `TensorProto`.
+        count: Number of rows.
+        dtype: Number of the dtype that it has to be of: strings, or float32.
+    """
+    if tensor.dtype != dtype or len(tensor.tensor_shape.dim) != 2:
+        raise ValueError("not a matrix of the right dtype")
+    rows, columns = (as_count(d.size) for d in tensor.tensor_shape.dim)
+    if rows != count or columns > MAX_CLASSES:
+        raise ValueError("not a row for each image")
+    values = tensor.string_val or tensor.float_val
+    if tensor.tensor_content:
+        values = memoryview(tensor.tensor_content).cast("f")
+    if len(values) != rows * columns:
+        raise ValueError("not the values of its shape")
+    return [list(values[row * columns : (row + 1) * columns]) for row in range(rows)]
+
+
 def dimensions(sizes):
-    return "(" + ", ".join("batch" if int(d["size"]) == -1 else str(d["size"]) for d in sizes) + ")"
+    sizes = [int(d["size"]) for d in as_list(sizes, most=MAX_DIMENSIONS)]
+    if not all(-1 <= size < 2**63 for size in sizes):
+        raise ValueError("not the sizes of a shape")
+    return "(" + ", ".join("batch" if size == -1 else str(size) for size in sizes) + ")"
+
+
+# === The values of a reply ===
+
+
+def as_list(value, count=None, most=None):
+    """Returns a list if it is one, with `count` values or at most `most`."""
+    if not isinstance(value, list) or count not in (None, len(value)):
+        raise ValueError("not a list of that length")
+    if most is not None and len(value) > most:
+        raise ValueError("more values than there can be")
+    return value
+
+
+def as_count(value):
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_VALUES:
+        raise ValueError("not a size")
+    return value
+
+
+def as_name(value):
+    if not isinstance(value, str) or len(value) > MAX_NAME:
+        raise ValueError("not a name")
+    return value
+
+
+def as_version(value):
+    if isinstance(value, bool) or not isinstance(value, int | str) or len(str(value)) > 20:
+        raise ValueError("not a version")
+    return int(value)
+
+
+def state_of(state, message):
+    """The state of a version in words."""
+    return as_name(state) + (f": {as_name(message)[:2000]}" if message else "")
+
+
+def paired(names, scores):
+    return list(zip(as_list(names, most=MAX_CLASSES), as_list(scores), strict=True))
 
 
 @contextlib.contextmanager
@@ -364,16 +566,36 @@ def understood(address, kind="TF Serving"):
         RecursionError,
     ) as error:
         raise ServerError(no_such_server(address, kind)) from error
+    except MemoryError as error:
+        raise ServerError(no_memory(address)) from error
+    except Exception as error:
+        if type(error).__name__ != "DecodeError":  # protobuf's, which is imported with gRPC alone
+            raise
+        raise ServerError(no_such_server(address, kind)) from error
 
 
 def checked(rows, images):
     """A row of (class, score) for each image."""
-    rows = [[(name, float(score)) for name, score in row] for row in rows]
-    if len(rows) != len(images) or not all(
-        isinstance(name, str) for row in rows for name, _ in row
-    ):
-        raise ValueError("not a class and a score for each image")
+    rows = [
+        [(as_name(name), as_score(score)) for name, score in as_list(row, most=MAX_CLASSES)]
+        for row in as_list(rows, len(images))
+    ]
     return rows
+
+
+def as_score(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("not a score")
+    return float(value)
+
+
+def finite(value):
+    """Returns a value with `None` for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(text):
@@ -390,6 +612,10 @@ def no_such_server(address, kind="TF Serving"):
         f"What answers at {address} is no {kind}, or answers as none does. --protocol=rest or grpc "
         "asks TF Serving, kserve Triton or MLServer."
     )
+
+
+def no_memory(address):
+    return f"There is no memory for the reply of {address}."
 
 
 def no_answer(address, timeout):
@@ -433,7 +659,7 @@ def main(arguments=None):
             raise ServerError(f"{error} The batch, from 0: {', '.join(paths)}") from error
         results.update(zip(paths, answer, strict=True))
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps(finite(results), indent=2, allow_nan=False))
         return
     for path, classes in results.items():
         print(printable(path))
@@ -454,7 +680,9 @@ def parse(arguments):
     parser.add_argument("--port", type=int, help=f"default: {PORTS}")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds a call; default: 10")
     parser.add_argument("--batch", type=int, default=8, help="images a call; default: 8")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON; scores of NaN and infinity are null"
+    )
     parser.add_argument(
         "--benchmark", type=int, metavar="CALLS", help="time so many calls of full batches"
     )
@@ -487,14 +715,23 @@ def parse(arguments):
 
 
 def read_images(paths):
-    missing = [path for path in paths if not os.path.isfile(path)]
+    missing = [path for path in paths if not os.path.exists(os.path.expanduser(path))]
     if missing:
         raise ServerError(f"There is no file {', '.join(missing)}.")
-    images = []
-    for path in paths:
-        with open(path, "rb") as file:
-            images.append(file.read())
-    return images
+    return [read_image(path) for path in paths]
+
+
+def read_image(path):
+    """Returns the content of a regular file; FIFOs and devices are refused, not waited for."""
+    found = os.path.expanduser(path)
+    if not stat.S_ISREG(os.stat(found).st_mode):
+        raise ServerError(f"{path} is no file: images have to be regular files.")
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(found, flags), "rb") as file:
+        data = file.read(MAX_IMAGE + 1)
+    if len(data) > MAX_IMAGE:
+        raise ServerError(f"{path} has more than {MAX_IMAGE // 10**6} MB.")
+    return data
 
 
 def benchmark(call, batch, calls, concurrency):
@@ -551,10 +788,13 @@ def plot(measured, path):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Batches of {measured[0]['batch']}")
-    figure.savefig(path, dpi=120)
+    figure.savefig(os.path.expanduser(path), dpi=120)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # a name that the terminal's encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ServerError, OSError) as error:

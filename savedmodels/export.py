@@ -12,10 +12,14 @@ import sys
 
 DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(DIRECTORY))
+MAX_TEXT_BYTES = 16 * 2**20
 
 
 def main(arguments=None):
     options = parse(arguments)
+    for name, value in vars(options).items():  # A shell expands no `--onnx=~/model.onnx`.
+        if isinstance(value, str):
+            setattr(options, name, os.path.expanduser(value))
     check(options)
     import keras_tnt
 
@@ -110,7 +114,7 @@ def check(options):
     """Refuse what cannot work before Keras is even imported."""
     if options.run and (options.weights or options.image_size or options.classes):
         stop("--run has its own weights, size and classes; leave out --weights and the like")
-    if options.run and not os.path.isfile(final(options.run)):
+    if options.run and not os.path.exists(final(options.run)):
         stop(f"{options.run} holds no final.keras: it is no training run, or has not ended")
     if options.checkpoint and not options.run:
         stop("--checkpoint goes with --run")
@@ -165,12 +169,17 @@ def better(run):
     Returns:
         "final" or "final_ema".
     """
+    from keras_tnt.files import read_regular
+
     try:
-        with open(os.path.join(run, "results.json"), encoding="utf-8") as file:
-            return json.load(file).get("better", "final")
+        data = read_regular(os.path.join(run, "results.json"), MAX_TEXT_BYTES)
+        found = json.loads(data.decode("utf-8")).get("better", "final")
+        if found not in ("final", "final_ema"):
+            raise ValueError("it names no weights as the better ones")
+        return found
     except FileNotFoundError:
         return "final"
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{run}/results.json is damaged ({error}): say --checkpoint") from error
 
 
@@ -191,8 +200,12 @@ def load_checkpoint_of(run, checkpoint):
 
 
 def read_labels(path):
-    with open(path, encoding="utf-8") as file:
-        return file.read().splitlines()
+    from keras_tnt.files import read_regular
+
+    try:
+        return read_regular(path, MAX_TEXT_BYTES).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--labels: {path} is no UTF-8 text ({error.reason})") from error
 
 
 def agreement(path):
@@ -213,6 +226,9 @@ def stop(message):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # a name that the terminal's encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -1,13 +1,17 @@
 """Folders for what is being written: whose they are, and when nobody's."""
 
+import errno
 import os
+import re
 import socket
+import stat
 import subprocess
 import sys
 
 import pytest
 
 from keras_tnt import files
+from tests.checks import ROOT
 
 pytestmark = pytest.mark.one_backend
 HOST = socket.gethostname()
@@ -97,3 +101,147 @@ def test_a_link_in_the_place_of_such_a_folder_is_not_followed(tmp_path):
     with files.scratch(tmp_path):
         pass
     assert (tmp_path / "mine" / "file").read_text() == "kept"
+
+
+# === Systems that cannot flush directories, and those without locks ===
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF])
+def test_a_file_is_written_where_folders_cannot_be_flushed(tmp_path, monkeypatch, number):
+    flush = os.fsync
+
+    def flush_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_files_only)
+    files.write_atomically(tmp_path / "new" / "a", "content")
+    assert (tmp_path / "new" / "a").read_text() == "content"
+    assert os.listdir(tmp_path / "new") == ["a"]
+
+
+def test_a_file_is_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):
+    """As on Windows."""
+    open_any = os.open
+
+    def open_files_only(path, *arguments, **settings):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open_any(path, *arguments, **settings)
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(os, "open", open_files_only)
+    files.write_atomically(tmp_path / "a", "content")
+    monkeypatch.undo()
+    assert (tmp_path / "a").read_text() == "content"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_fails_is_no_disk_that_cannot_flush(tmp_path, monkeypatch, number):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        files.write_atomically(tmp_path / "a", "content")
+
+
+def test_no_other_module_needs_what_windows_lacks():
+    unguarded = [
+        path.name
+        for folder in ("keras_tnt", "training", "savedmodels")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "files.py"
+        and re.search(r"import fcntl|os\.O_(NOFOLLOW|NONBLOCK)", path.read_text(encoding="utf-8"))
+    ]
+    assert not unguarded
+
+
+# === Locks ===
+
+LOCKER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+with files.exclusive(sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_a_lock_is_held_until_its_process_is_killed(tmp_path, remove):
+    path = tmp_path / "lock"
+    command = [sys.executable, "-c", LOCKER, files.__file__, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(files.Held, match=f"^process {process.pid} of {HOST}"):
+            with files.exclusive(path):
+                pass
+        process.kill()
+        process.wait()
+    with files.exclusive(path, remove=remove) as reason:
+        assert reason is None
+        assert path.read_text().startswith(f"process {os.getpid()} ")
+        with pytest.raises(files.Held):
+            with files.exclusive(path):
+                pass
+    assert path.exists() != remove
+
+
+@pytest.mark.parametrize("kind", ["symbolic link", "directory", "FIFO"])
+def test_a_lock_is_not_taken_on_what_is_no_file(tmp_path, kind):
+    (tmp_path / "mine").write_text("mine")
+    place_at(tmp_path / "lock", kind)
+    with pytest.raises(ValueError, match=f"lock' is a {kind}, where a lock file has to be"):
+        with files.exclusive(tmp_path / "lock"):
+            pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+# === Files of others ===
+
+
+def place_at(path, kind):
+    """Puts a link to the file "mine" next to it, a directory, a FIFO or a socket at a path."""
+    if kind == "symbolic link":
+        path.symlink_to(path.parent / "mine")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(path))
+
+
+@pytest.mark.parametrize("kind", ["directory", "FIFO", "socket"])
+def test_only_regular_files_are_opened(tmp_path, kind):
+    place_at(tmp_path / "x", kind)
+    (tmp_path / "y").symlink_to(tmp_path / "x")
+    for name in ("x", "y"):
+        with pytest.raises(ValueError, match=f"{name}' is a {kind}; a regular file is needed"):
+            files.read_regular(tmp_path / name, 100)
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        files.read_regular(tmp_path / "y", 100, follow=False)
+    with pytest.raises(ValueError, match="is a device"):
+        files.read_regular("/dev/zero", 100)
+
+
+def test_a_file_that_is_too_large_is_refused_whatever_size_it_claims(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(101))
+    assert files.read_regular(tmp_path / "x", 101) == bytes(101)
+    with pytest.raises(ValueError, match=r"x' has 101 bytes; at most 100"):
+        files.read_regular(tmp_path / "x", 100)
+    with pytest.raises(ValueError, match="at most 5 are read"):
+        files.read_regular("/proc/cpuinfo", 5)
+    with pytest.raises(OSError, match="too long"):
+        files.read_regular(tmp_path / ("x" * 5000), 100)
+
+
+def test_a_home_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files.write_atomically("~/deep/x", "content")
+    assert files.read_regular("~/deep/x", 100) == b"content"

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import socket
 import sys
 import zipfile
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 import keras_tnt
 from keras_tnt import inspection
-from keras_tnt.command import cards, main
+from keras_tnt.command import cards, main, runtime
 from keras_tnt.weights import load_keras_model
 
 pytestmark = pytest.mark.one_backend
@@ -271,3 +272,235 @@ def test_plugins_that_are_no_names_of_modules(name, capsys):
     assert main(["list", f"--plugins={name},"]) == (0 if not name else 2)
     if name:
         assert "module" in capsys.readouterr().err
+
+
+# === What stands where a file should ===
+
+
+def place_at(path, kind):
+    """Puts what is no regular file at a path, or one that is too large."""
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "self-link":
+        path.symlink_to(path.name)
+    else:
+        with open(path, "wb") as file:
+            file.truncate(1 << 30)
+
+
+KINDS = ("FIFO", "directory", "socket", "device", "self-link", "gigabyte")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_config_of_a_bundle_that_is_no_file_is_one_error(kind, model, tmp_path, capsys):
+    folder = tmp_path / "bundle"
+    keras_tnt.save_pretrained(model, folder)
+    (folder / "config.json").unlink()
+    place_at(folder / "config.json", kind)
+    with pytest.raises(ValueError, match="bundle"):
+        keras_tnt.load_pretrained(folder)
+    with pytest.raises((ValueError, OSError), match="bundle"):
+        keras_tnt.DeiT(**ARCHITECTURE, classes=5, weights=str(folder))
+    assert main(["info", str(folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_that_is_no_file_is_one_error(kind, tmp_path, capsys):
+    (tmp_path / "1" / "assets.extra").mkdir(parents=True)
+    place_at(tmp_path / "1" / "assets.extra" / "model.json", kind)
+    assert main(["info", str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "model.json" in line or "holds no model" in line
+
+
+@pytest.mark.parametrize("ending", [".keras", ".onnx", ""])
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "self-link"])
+def test_a_model_that_is_no_file_is_one_error(kind, ending, odd_file, tmp_path, capsys):
+    path = tmp_path / f"model{ending}"
+    place_at(path, kind)
+    assert main([odd_file, f"--model={path}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"model{ending}" in line
+
+
+def test_images_that_are_no_files_are_rows_and_the_others_are_predicted(
+    model_file, odd_file, tmp_path, capsys
+):
+    names = [f"{kind}.png" for kind in ("FIFO", "socket", "device", "self-link", "gigabyte")]
+    for name in names:
+        place_at(tmp_path / name, name.removesuffix(".png"))
+    names += ["x" * 300 + ".png", "y/" * 3000 + "z.png"]
+    out = tmp_path / "table.csv"
+    images = [str(tmp_path / name) for name in names]
+    assert main([*images, odd_file, f"--model={model_file}", f"--out={out}"]) == 0
+    with open(out, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(names) + 1
+    assert all(row["error"] and not row["name_1"] for row in rows[:-1])
+    assert rows[-1]["name_1"] and not rows[-1]["error"]
+    assert main([*images, odd_file, f"--model={model_file}"]) == 1
+    assert capsys.readouterr().err.count("error: ") == len(names)
+
+
+def test_a_folder_with_a_fifo_is_identified_and_one_of_many_files_is_not(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("x")
+    before = runtime.identity(str(tmp_path))
+    os.mkfifo(tmp_path / "a" / "pipe")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert runtime.identity(str(tmp_path)) == before
+    deep = tmp_path
+    for _ in range(1500):
+        deep = deep / "d"
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):  # deeper than Python recurses, and longer than a path may be
+        os.mkdir("d", dir_fd=folder)
+        inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    assert runtime.identity(str(tmp_path)) == before
+    monkeypatch.setattr(runtime, "MOST_FILES", 10)
+    with pytest.raises(ValueError, match="more than 10 files"):
+        runtime.identity(str(tmp_path))
+
+
+# === Graphs and cards that contradict each other ===
+
+
+def onnx_file(path, images, result, card=CARD, names=("images", "probabilities")):
+    """An ONNX file of the mean of an image's pixels, with the shapes that it claims."""
+    onnx = pytest.importorskip("onnx")
+    helper, real = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        helper.make_node("ReduceMean", [names[0]], ["mean"], axes=[1, 2], keepdims=0),
+        helper.make_node("Slice", ["mean", "start", "end", "axis"], [names[1]]),
+    ]
+    values = [
+        onnx.numpy_helper.from_array(np.array([number], "int64"), name)
+        for name, number in (("start", 0), ("end", 2), ("axis", 1))
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(names[0], real, images)],
+        [helper.make_tensor_value_info(names[1], real, result)],
+        values,
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in card.items()}
+    helper.set_model_props(made, {**texts, "name": "tnt"})
+    onnx.save(made, path)
+    return str(path)
+
+
+def test_an_onnx_file_that_agrees_with_its_card_is_used(odd_file, tmp_path, capsys):
+    path = onnx_file(tmp_path / "m.onnx", ["batch", 32, 32, 3], ["batch", 2])
+    assert main([odd_file, f"--model={path}", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert [found["name"] for found in row["predictions"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "images, result, change, message",
+    [
+        (None, ["batch", 2], {}, "4 axes are needed"),
+        (["batch", 32, 32, 3], ["batch", 2, 1], {}, "m.onnx"),
+        (["batch", 3], ["batch", 2], {}, "m.onnx"),
+        (["batch", 16, 32, 3], ["batch", 2], {}, "its card describes images of [32, 32, 3]"),
+        (["batch", 32, 32, 3], ["batch", 2], {"channels": 1}, "contradicts itself"),
+        (["batch", 32, 32, 3], ["batch", 2], {"labels": ["a", "b", "c"]}, "names 3 classes"),
+        (["batch", 32, 32, 3], ["batch", 2], {"std": [0.5]}, "`mean` has 3 numbers, `std` 1"),
+        (["batch", 32, 32, 3], ["batch", 2], {"image_size": [10**9, 32]}, "image_size"),
+        (["batch", None, None, 3], ["batch", 2], {"image_size": [60000, 60000],
+            "resized_to_cover": [60000, 60000]}, "at most 4096 x 4096"),
+        (["batch", 32, 32, 3], ["batch", 2], {"resized_to_cover": [8, 32]}, "must not be smaller"),
+        (["batch", 32, 32, 3], ["batch", 2], {"mean": [float("nan")] * 3}, "mean"),
+        (["batch", 32, 32, 3], ["batch", 2], {"data_format": "sideways"}, "data_format"),
+    ],
+)  # fmt: skip
+def test_a_graph_and_a_card_that_contradict_each_other_are_one_error(
+    images, result, change, message, odd_file, tmp_path, capsys
+):
+    path = onnx_file(tmp_path / "m.onnx", images, result, CARD | change)
+    assert main([odd_file, f"--model={path}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "images, result, message",
+    [
+        ((), ("batch", 2), "4 axes are needed"),
+        (None, ("batch", 2), "4 axes are needed"),
+        (("batch", 32, 32, 3), (), "a number of values"),
+        (("batch", 32, 32, 3), ("batch", "classes"), "a number of values"),
+        (("batch", 32, 32, 3), ("batch", None), "a number of values"),
+        (("batch", 32, 32, 3), ("batch", 0), "a number of values"),
+        (("batch", "side", "side", 1), ("batch", 2), "contradicts itself"),
+    ],
+)
+def test_shapes_that_say_too_little_or_something_else_are_refused(images, result, message):
+    with pytest.raises(ValueError, match=message):
+        runtime.check_graph("m.onnx", CARD, images, result, "probabilities")
+    runtime.check_graph("m.onnx", CARD, ("batch", None, "side", 3), ("batch", 2), "probabilities")
+
+
+def test_a_graph_of_other_names_and_one_that_fails_are_one_error(odd_file, tmp_path, capsys):
+    path = onnx_file(tmp_path / "m.onnx", ["batch", 32, 32, 3], ["batch", 2], names=("x", "y"))
+    assert main([odd_file, f"--model={path}"]) == 2
+    assert "gives y, not probabilities" in capsys.readouterr().err
+    names = ("pictures", "probabilities")
+    path = onnx_file(tmp_path / "m.onnx", ["batch", 32, 32, 3], ["batch", 2], names=names)
+    assert main([odd_file, f"--model={path}"]) == 2
+    assert "takes pictures, not images" in capsys.readouterr().err
+
+
+# === Home directories, and terminals that are not UTF-8 ===
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(
+    model, odd_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model.save(tmp_path / "m.keras")
+    os.rename(odd_file, tmp_path / "image.png")
+    keras_tnt.save_checkpoint(model, "~/w.safetensors")
+    keras_tnt.load_checkpoint(model, "~/w.safetensors")
+    keras_tnt.save_pretrained(model, "~/bundle")
+    keras_tnt.load_pretrained("~/bundle")
+    keras_tnt.load_image("~/image.png", model)
+    keras_tnt.DeiT(**ARCHITECTURE, classes=5, weights="~/w.safetensors")
+    keras_tnt.load_checkpoint(model, "~/m.keras")
+    load_keras_model("~/m.keras")
+    inspection.explore(model, np.zeros((1, 32, 32, 3)), "~/page.html")
+    inspection.plot_attention(model, np.zeros((32, 32, 3)), "~/picture.png")
+    assert main(["~/image.png", "--model=~/m.keras", "--out=~/table.csv"]) == 0
+    assert main(["info", "~/bundle"]) == 0
+    assert main(["explain", "~/image.png", "--model=~/m.keras", "--out=~/explained.html"]) == 0
+    made = {"w.safetensors", "bundle", "page.html", "picture.png", "table.csv", "explained.html"}
+    assert made <= set(os.listdir(tmp_path)) and "~" not in os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_what_a_terminal_cannot_show_is_escaped(encoding, odd_file, tmp_path, monkeypatch):
+    model = keras_tnt.DeiT(**ARCHITECTURE, class_names=["猫", "é", "\U0001f431", "d", "e"])
+    model.save(tmp_path / "m.keras")
+    os.rename(odd_file, tmp_path / "鳥.png")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding, write_through=True))
+    arguments = [str(tmp_path / "鳥.png"), f"--model={tmp_path / 'm.keras'}"]
+    assert main(arguments) == 0
+    assert main(["info", str(tmp_path / "m.keras")]) == 0
+    text = shown.getvalue().decode(encoding)
+    assert ("猫" if encoding == "utf-8" else "\\u732b") in text
+    assert ("\\xe9" if encoding == "ascii" else "é") in text

@@ -15,8 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from keras_tnt.files import check_space, write_atomically
+from keras_tnt.files import check_space, read_regular, write_atomically
 
+MAX_METRICS_BYTES = 2**30
 NAME = "step_{:09d}.safetensors"
 PATTERN = re.compile(r"step_(\d+)\.safetensors")
 
@@ -202,11 +203,12 @@ def read_metrics(path):
         ValueError: if the file is damaged.
     """
     reports = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    data = read_regular(path, MAX_METRICS_BYTES)
+    for number, line in enumerate(data.splitlines(), start=1):
         try:
             report = json.loads(line)
             whole = isinstance(report, dict) and isinstance(report.get("step"), int)
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = False
         if not whole:
             raise ValueError(f"{path} is damaged: line {number} is no report. Mend or remove it")

@@ -1,6 +1,7 @@
 """How the trainer's commands begin and end: flags, --help, and errors in one line."""
 
 import difflib
+import os
 import sys
 
 from absl import app, flags
@@ -19,7 +20,7 @@ def run(main):
 
     def guarded(arguments):
         try:
-            return main(arguments[1:])
+            return main([os.path.expanduser(argument) for argument in arguments[1:]])
         except KeyboardInterrupt:
             print("stopped", flush=True)
             return 130
@@ -28,6 +29,10 @@ def run(main):
         except (ImportError, OSError, RuntimeError) as error:
             return fail(error, 1)
 
+    # As keras_tnt.text.escape_unencodable_output, before Keras is imported.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     app.run(guarded, flags_parser=parse)
 
 
@@ -36,7 +41,12 @@ def parse(arguments):
     if HELP & set(arguments[1:]):
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
-        return flags.FLAGS(arguments)
+        positional = flags.FLAGS(arguments)
+        for name in flags.FLAGS:  # A shell expands no `--workdir=~/runs`.
+            flag = flags.FLAGS[name]
+            if isinstance(flag.value, str) and flag.value.startswith("~"):
+                flag.value = os.path.expanduser(flag.value)
+        return positional
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         sys.exit(fail(f"there is no flag --{name}. {nearest(name, list(flags.FLAGS))}", 2))

@@ -4,6 +4,7 @@ A value is a flag's if one was given, else the recipe's, else the default here.
 """
 
 import dataclasses
+import os
 
 from absl import flags
 
@@ -26,6 +27,10 @@ def option(default, help, choices=None, may_change=False, change=""):
     """
     metadata = {"help": help, "choices": choices, "may_change": may_change, "change": change}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+# Fields that may be paths, in which `~` is the home directory.
+PATHS = ("workdir", "data_dir", "weights", "teacher", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +184,8 @@ class Config:
     )
 
     def __post_init__(self):
+        for name in PATHS:
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value not in choices:

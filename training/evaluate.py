@@ -68,6 +68,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, 
     Returns:
         A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, `corrupt`.
     """
+    run, weights, report = (path and os.path.expanduser(path) for path in (run, weights, report))
     config = make_config(given, run)
     if not weights and not run:
         raise ValueError("give --run, or --model and --weights")

@@ -37,7 +37,7 @@ def plot(runs, output):
 
     reports = {}
     for run in runs:
-        path = Path(run) / "metrics.jsonl"
+        path = Path(run).expanduser() / "metrics.jsonl"
         if not path.is_file():
             raise ValueError(f"{run} is no directory of a run: it holds no metrics.jsonl")
         reports[str(run)] = read_metrics(path)
@@ -60,7 +60,7 @@ def plot(runs, output):
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")
-    output = Path(output)
+    output = Path(output).expanduser()
     figures.save(figure, output, dpi=120)
     pyplot.close(figure)
     return output

@@ -2,10 +2,8 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_tnt
+from keras_tnt import files
 from keras_tnt.files import write_atomically
 from training import configuration
 
@@ -23,58 +22,40 @@ CONFIG = "config.json"
 # What decides how a model is built.
 ARCHITECTURE = ("model", "image_size", "distilled", "classes")
 LOCK = ".lock"
+MAX_CONFIG_BYTES = 16 * 2**20
 
 
 @contextlib.contextmanager
 def held(workdir):
-    """A directory that no other trainer can take until the block ends or this process dies.
+    """Holds a directory that no other trainer can take until the block ends or this process dies.
 
-    The lock is POSIX's, which network file systems keep for all of their hosts; the file that is
-    locked tells who holds it.
+    The lock is the operating system's, which network file systems keep for all of their hosts; the
+    file that is locked describes who holds it.
 
     Args:
-        workdir: made if it does not exist.
+        workdir: Made if it does not exist.
 
     Raises:
-        ValueError: if another process holds it, or if it cannot be a directory.
+        ValueError: If another process holds it, or if it cannot be a directory.
     """
+    workdir = files.expand(workdir)
     make_directory(workdir)
-    with open_lock(Path(workdir) / LOCK) as file:
+    path = Path(workdir) / LOCK
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link to another file: remove it")
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            raise ValueError(
-                f"--workdir={workdir} is held by another trainer: {file.read() or 'just begun'}"
-            ) from error
-        except OSError as error:
-            print(f"{workdir} cannot be locked ({error.strerror}): start no second trainer on it")
-        file.truncate(0)
-        file.write(
-            f"process {os.getpid()} of {socket.gethostname()}, since "
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {' '.join(sys.argv)}"
-        )
-        file.flush()
+            reason = stack.enter_context(files.exclusive(path))
+        except files.Held as error:
+            raise ValueError(f"--workdir={workdir} is held by another trainer: {error}") from error
+        if reason:
+            print(f"{workdir} cannot be locked ({reason}): start no second trainer on it")
         yield
-
-
-def open_lock(path):
-    """The file that is locked, which is written to: a link to another file is not followed.
-
-    Raises:
-        ValueError: if a link stands in its place.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise ValueError(f"{path} is a link to another file: remove it") from error
-    return open(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
 def make_directory(workdir):
     """Make the directory, or raise a ValueError that says why it cannot be one."""
+    workdir = files.expand(workdir)
     for path in (Path(workdir), Path(workdir) / "checkpoints"):
         standing = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not standing.is_dir():
@@ -93,15 +74,19 @@ def read_config(workdir):
     Raises:
         ValueError: if the file is damaged.
     """
-    path = Path(workdir) / CONFIG
-    if not path.exists():
-        return None
+    path = Path(files.expand(workdir)) / CONFIG
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        data = files.read_regular(path, MAX_CONFIG_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_symlink():
+            return None
+        raise ValueError(f"{path} is a link to a file that does not exist: remove it") from None
+    try:
+        record = json.loads(data.decode("utf-8"))
         if isinstance(record, dict) and isinstance(record.get("config"), dict):
             return record
         reason = "it holds no configuration"
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         reason = error
     raise ValueError(f"{path} is damaged ({reason}): mend it, or give another --workdir")
 

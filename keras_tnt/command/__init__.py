@@ -6,13 +6,15 @@ are answered at once.
 """
 
 import argparse
+import builtins
 import difflib
 import importlib
+import os
 import re
 import sys
 
 from keras_tnt.command import environment
-from keras_tnt.text import as_flags, first_line
+from keras_tnt.text import as_flags, escape_unencodable_output, first_line
 
 COMMANDS = ("predict", "merge", "list", "info", "explain", "rename")
 NAME = "keras-tnt"
@@ -48,6 +50,7 @@ def main(arguments=None):
     Returns:
         The exit status: 0; 1 if something was left out, which was said; 2 if nothing could be done.
     """
+    escape_unencodable_output()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         if options.plugins:
@@ -57,6 +60,8 @@ def main(arguments=None):
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:
         return fail(as_flags(str(error)))
+    except MemoryError as error:
+        return fail(f"There is not enough memory. {error}".rstrip())
     except KeyboardInterrupt:
         return fail("stopped", 130)
 
@@ -69,11 +74,22 @@ def parse(arguments):
         if arguments[0].startswith("-"):
             check_order(found, arguments)
         arguments = ["predict", *arguments]
-    options = found[NAME].parse_args(arguments)
+    options = expand_home(found[NAME].parse_args(arguments))
     if options.version:
         options.run = environment.show_version
     if options.run is None:
         found[NAME].error(f"Name a command: {', '.join(COMMANDS)}. `{NAME} --help` says more.")
+    return options
+
+
+def expand_home(options):
+    """Replaces `~` in all options: a shell expands no `--out=~/table.csv`."""
+    for name, value in vars(options).items():
+        if isinstance(value, str):
+            setattr(options, name, os.path.expanduser(value))
+        elif isinstance(value, builtins.list):  # `list` is one of the commands
+            paths = [os.path.expanduser(x) if isinstance(x, str) else x for x in value]
+            setattr(options, name, paths)
     return options
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 
 from keras_tnt.command import NAME, environment, fail, parse
+from keras_tnt.text import escape_unencodable_output
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -16,6 +17,7 @@ def start():
     """End this process here if it is the command, and needs no Keras to answer."""
     if not is_command():
         return
+    escape_unencodable_output()
     options = parse(sys.argv[1:])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     backend = environment.configured_backend()

@@ -2,8 +2,10 @@
 
 import json
 import math
+import operator
 import os
 
+from keras_tnt import files
 from keras_tnt.images import MAX_SIDE
 from keras_tnt.weights import hub_config
 from keras_tnt.weights.hub_config import as_names, as_number, as_text, as_whole, wrong
@@ -11,6 +13,7 @@ from keras_tnt.weights.hub_config import as_names, as_number, as_text, as_whole,
 CARD = os.path.join("assets.extra", "model.json")
 TEXTS = ("name", "input", "data_format", "made_with")
 MOST_CHANNELS = 4096
+LARGEST_GRAPH = 2**31  # bytes, of a message of protobuf
 
 
 def onnx_card(path):
@@ -24,10 +27,14 @@ def onnx_card(path):
     require("onnx", "onnxruntime")
     import onnx
 
-    if not os.path.isfile(path):
+    path = files.expand(path)
+    if not os.path.exists(path):
         raise FileNotFoundError(f"There is no file '{path}'.")
     try:
-        proto = onnx.load(path, load_external_data=False)
+        with files.open_regular(path, LARGEST_GRAPH) as file:
+            proto = onnx.load_model_from_string(file.read(LARGEST_GRAPH))
+    except (OSError, ValueError):
+        raise
     except Exception as error:  # of protobuf's, which has several
         raise ValueError(f"'{path}' is no ONNX file.") from error
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
@@ -47,13 +54,14 @@ def as_json(text):
 
 def saved_model_folder(path):
     """The folder of a SavedModel of ours, the newest version of several; None if there is none."""
+    path = files.expand(path)
     versions = []
     if os.path.isdir(path):
-        versions = sorted(
-            (int(name) for name in os.listdir(path) if name.isdecimal()), reverse=True
-        )
+        # Not more digits than a version has: int refuses those of thousands.
+        names = (name for name in os.listdir(path) if name.isdecimal() and len(name) < 20)
+        versions = sorted(map(int, names), reverse=True)
     for folder in (path, *(os.path.join(path, str(version)) for version in versions)):
-        if os.path.isfile(os.path.join(folder, CARD)):
+        if os.path.lexists(os.path.join(folder, CARD)):
             return folder
     return None
 
@@ -65,10 +73,8 @@ def saved_model_card(folder):
         OSError, ValueError: if it has none.
     """
     path = os.path.join(folder, CARD)
-    with open(path, "rb") as file:
-        data = file.read(hub_config.LARGEST_FILE + 1)
     try:
-        card = hub_config.parse_json(data)
+        card = hub_config.parse_json(files.read_regular(path, hub_config.LARGEST_FILE))
     except ValueError as error:
         raise ValueError(f"'{path}' is no card of an exported model: {error}") from error
     return checked(card, path)
@@ -87,6 +93,17 @@ def checked(card, path):
         sizes = {name: check_size(name, card[name]) for name in ("image_size", "resized_to_cover")}
         check_numbers("mean", card["mean"], channels, -hub_config.LARGEST_STATISTIC)
         check_numbers("std", card["std"], channels, hub_config.SMALLEST_STD)
+        if len(card["mean"]) != len(card["std"]):
+            raise ValueError(f"`mean` has {len(card['mean'])} numbers, `std` {len(card['std'])}.")
+        if any(map(operator.lt, sizes["resized_to_cover"], sizes["image_size"])):
+            raise ValueError(
+                f"`resized_to_cover` must not be smaller than `image_size`, {sizes['image_size']}. "
+                f"It is {sizes['resized_to_cover']}."
+            )
+        if math.prod(sizes["image_size"]) > hub_config.LARGEST_SIDE**2:
+            raise wrong("image_size", "at most 4096 x 4096 pixels", card["image_size"])
+        if card["data_format"] not in ("channels_first", "channels_last"):
+            raise wrong("data_format", "channels_first or channels_last", card["data_format"])
         labels = card["labels"] and list(as_names("labels", card["labels"]))
         return {**card, **sizes, "labels": labels, "weights": card["weights"]}
     except KeyError as error:

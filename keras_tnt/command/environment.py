@@ -6,6 +6,8 @@ import os
 import platform
 import sys
 
+from keras_tnt import files
+
 # Installed packages whose versions decide on what can be done.
 PACKAGES = ("keras", "numpy", "tensorflow", "jax", "torch", "pillow", "onnxruntime", "openvino")
 
@@ -34,9 +36,9 @@ def configured_backend():
         return os.environ["KERAS_BACKEND"]
     home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
     try:
-        with open(os.path.join(home, "keras.json"), encoding="utf-8") as file:
-            return json.load(file).get("backend", "tensorflow")
-    except (OSError, ValueError, AttributeError):
+        data = files.read_regular(os.path.join(home, "keras.json"), 1 << 20)
+        return json.loads(data.decode("utf-8")).get("backend", "tensorflow")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return "tensorflow"
 
 

@@ -1,12 +1,20 @@
 """`keras-tnt merge`: one table of the parts that shards wrote."""
 
+import contextlib
 import itertools
-import os
 import shutil
 
 from keras_tnt.command.predict import say
-from keras_tnt.command.table import check_path, read_command, shard_path, shard_paths, write_command
-from keras_tnt.files import replacing
+from keras_tnt.command.table import (
+    check_path,
+    command_path,
+    held,
+    read_command,
+    shard_path,
+    shard_paths,
+    write_command,
+)
+from keras_tnt.files import kind_of, open_regular, replacing
 
 HELP = "join the tables of `predict --shard`, or say what is missing"
 
@@ -19,13 +27,34 @@ def run(options):
     check_path(options.table)
     parts, count = shard_paths(options.table)
     paths = [parts.get(i, shard_path(options.table, i, count)) for i in range(1, count + 1)]
-    missing = [i for i, path in enumerate(paths, 1) if not os.path.exists(path)]
+    with contextlib.ExitStack() as stack:
+        for path in (options.table, *parts.values()):
+            stack.enter_context(held(path))  # until the joined table is there
+        merge(options.table, paths)
+    say(f"'{options.table}' has the rows of {count} shards.")
+    return 0
+
+
+def merge(table, paths):
+    """Joins parts that this process holds."""
+    missing = [i for i, path in enumerate(paths, 1) if kind_of(path) != "file"]
     if missing:
+        count = len(paths)
         raise ValueError(
             f"{len(missing)} of {count} shards are missing: {spans(missing)}. Run `keras-tnt "
             f"predict --shard={missing[0]}/{count}` and so on, as the others were."
         )
-    commands = [{**(read_command(path) or {}), "shard": None} for path in paths]
+    if kind_of(table) and read_command(table) is None:
+        raise ValueError(
+            f"'{table}' exists and was not made by keras-tnt: move it away, or merge under "
+            "another name."
+        )
+    commands = []
+    for path in paths:
+        command = read_command(path)
+        if command is None:
+            raise ValueError(f"'{path}' is no shard: it has no '{command_path(path)}'.")
+        commands.append({**command, "shard": None})
     for path, command in zip(paths, commands, strict=True):
         for key, value in commands[0].items():
             if command.get(key) != value:
@@ -33,11 +62,9 @@ def run(options):
                     f"'{path}' and '{paths[0]}' belong to different commands: {key} is "
                     f"{command.get(key)!r} and {value!r}."
                 )
-    with replacing(options.table) as aside:
+    with replacing(table) as aside:
         join(paths, aside)
-    write_command(options.table, commands[0] | {"shard": [1, 1]})
-    say(f"'{options.table}' has the rows of {count} shards.")
-    return 0
+    write_command(table, commands[0] | {"shard": [1, 1]})
 
 
 def join(paths, target):
@@ -45,7 +72,7 @@ def join(paths, target):
         return join_parquet(paths, target)
     with open(target, "wb") as joined:
         for number, path in enumerate(paths):
-            with open(path, "rb") as part:
+            with open_regular(path) as part:
                 if number and path.endswith(".csv"):
                     part.readline()  # the names of the columns
                 shutil.copyfileobj(part, joined)

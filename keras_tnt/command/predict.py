@@ -5,6 +5,7 @@ import concurrent.futures
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ import time
 import numpy as np
 
 from keras_tnt.command.images import evaluation_array, find_images
-from keras_tnt.command.table import Table, shard_path
+from keras_tnt.command.table import Table, check_path, held, shard_path
 from keras_tnt.text import first_line, printable
 
 LONGEST = 4096  # characters of a name that are shown
@@ -54,13 +55,31 @@ def run(options):
     shard, shards = parse_shard(options.shard)
     if options.shard and not options.out:
         raise ValueError("--shard needs --out: the table that `keras-tnt merge` joins.")
+    if not options.out:
+        return show(options, prepare(options)[0])
+    path = shard_path(options.out, shard, shards) if options.shard else options.out
+    check_path(path)
+    with held(path) as reason:
+        if reason:
+            say(f"'{path}' cannot be locked ({reason}): start no second command on it.")
+        make(path, options, shard, shards)
+    return 0
+
+
+def prepare(options):
+    """Returns the number of images and the hash of their list; sets the batch size."""
     count, digest = survey(options.images)
     from keras_tnt.command import runtime
 
     options.batch_size = options.batch_size or runtime.default_batch_size(options.model)
-    if not options.out:
-        return show(options, count)
-    path = shard_path(options.out, shard, shards) if options.shard else options.out
+    return count, digest
+
+
+def make(path, options, shard, shards):
+    """Makes a table that this process holds."""
+    from keras_tnt.command import runtime
+
+    count, digest = prepare(options)
     table = Table(
         path,
         {
@@ -80,7 +99,6 @@ def run(options):
         say(f"'{path}' is done.")
     else:
         fill(table, options, *share(count, options.batch_size, shard, shards))
-    return 0
 
 
 def share(count, batch_size, shard, shards):
@@ -96,12 +114,23 @@ def share(count, batch_size, shard, shards):
 def fill(table, options, start, stop):
     """Predict the images `start` to `stop` that the table does not have yet."""
     runtime = open_model(options, stop - start)
-    with table.rows(width_of(runtime, options), options.batch_size) as (there, add):
-        images = itertools.islice(find_images(options.images), start + there, stop)
-        progress = Progress(there, stop - start)
+    batch = options.batch_size
+    with table.rows(width_of(runtime, options), stop - start, batch) as journal:
+        missing = journal.missing()
+        if journal.damaged:
+            say(f"Damaged rows of '{journal.path}' are made again: {journal.damaged:,} records.")
+        left = (b for b, is_missing in enumerate(missing) if is_missing)
+        remaining = sum(
+            min(batch, stop - start - b * batch)
+            for b, is_missing in enumerate(missing)
+            if is_missing
+        )
+        images = itertools.islice(find_images(options.images), start, stop)
+        images = (path for i, path in enumerate(images) if missing[i // batch])
+        progress = Progress(stop - start - remaining, stop - start)
         unreadable = 0
         for rows in predictions(images, runtime, options):
-            add(rows)
+            journal.add(next(left) * batch, rows)
             progress.add(len(rows))
             unreadable += sum("error" in row for row in rows)
         progress.end(unreadable)
@@ -131,10 +160,10 @@ def show(options, count):
 def as_text(row):
     lines = [printable(row["file"], LONGEST)]
     if "features" in row:
-        lines.append("  " + " ".join(f"{value:.4g}" for value in row["features"]))
+        lines.append("  " + " ".join(f"{as_float(value):.4g}" for value in row["features"]))
     for found in row.get("predictions", ()):
         name = found.get("name", f"class {found['class']}")
-        lines.append(f"  {found['score']:6.1%}  {printable(name, LONGEST)}")
+        lines.append(f"  {as_float(found['score']):6.1%}  {printable(name, LONGEST)}")
     return "\n".join(lines)
 
 
@@ -165,6 +194,11 @@ def predictions(paths, runtime, options):
         blank = np.zeros_like(readable[0])
         pixels = np.stack([blank if isinstance(x, str) else x for _, x in batch])
         results = np.asarray(runtime.predict(pixels), "float32")
+        if results.shape != (len(batch), runtime.width):
+            raise ValueError(
+                f"The model gives results of shape {results.shape} for {len(batch)} images, where "
+                f"({len(batch)}, {runtime.width}) is its own description."
+            )
         yield [
             {"file": text_of(path), "error": found}
             if isinstance(found, str)
@@ -213,7 +247,12 @@ def best_of(scores, runtime, top):
 
 
 def rounded(value):
-    return float(f"{value:.6g}")
+    """Returns a number as tables hold it; `None` for NaN and infinity, which JSON has not."""
+    return float(f"{value:.6g}") if np.isfinite(value) else None
+
+
+def as_float(value):
+    return math.nan if value is None else value
 
 
 # === Which images ===

@@ -7,11 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from keras_tnt import files
 from keras_tnt.command.cards import onnx_card, saved_model_card, saved_model_folder
 from keras_tnt.imagenet import imagenet_classes
+from keras_tnt.text import printable
 
 # Fewer images than these are predicted sooner without compiling the model for speed.
 WORTH_COMPILING = 64
+# More files than these in a folder are no model.
+MOST_FILES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +79,7 @@ def open_runtime(name, weights, features, count):
     Raises:
         ValueError, OSError: if there is no such model, or it cannot do that.
     """
+    name = files.expand(name)
     if name.endswith(".onnx"):
         return open_onnx(name, features)
     if folder := saved_model_folder(name):
@@ -96,6 +101,7 @@ def load_model(name, weights=None):
     import keras_tnt
     from keras_tnt.weights import load_keras_model
 
+    name = files.expand(name)
     if os.path.isdir(name):
         final = os.path.join(name, "final.keras")
         if os.path.isfile(os.path.join(name, "model.safetensors")):
@@ -107,7 +113,7 @@ def load_model(name, weights=None):
             )
         name = final
     if name.endswith(".keras"):
-        if not os.path.isfile(name):
+        if not os.path.exists(name):
             raise FileNotFoundError(f"There is no file '{name}'.")
         return load_keras_model(name)
     if os.path.exists(name):
@@ -167,16 +173,55 @@ def open_onnx(path, features):
         session = onnx_session(path)
     except Exception as error:  # of ONNX Runtime's, which has many
         raise ValueError(f"'{path}' cannot be opened in ONNX Runtime: {error}") from error
-    widths = {output.name: output.shape[-1] for output in session.get_outputs()}
+    outputs = {output.name: output.shape for output in session.get_outputs()}
+    inputs = {given.name: given.shape for given in session.get_inputs()}
     wanted = "features" if features else "probabilities"
-    if wanted not in widths:
-        raise ValueError(f"'{path}' gives {' and '.join(sorted(widths))}, not {wanted}.")
+    if wanted not in outputs:
+        raise ValueError(f"'{path}' gives {' and '.join(sorted(outputs))}, not {wanted}.")
+    if set(inputs) != {"images"}:
+        raise ValueError(f"'{path}' takes {' and '.join(sorted(inputs)) or 'nothing'}, not images.")
+    check_graph(path, card, inputs["images"], outputs[wanted], wanted)
 
     def predict(images):
-        return session.run([wanted], {"images": images})[0]
+        try:
+            return session.run([wanted], {"images": images})[0]
+        except Exception as error:  # of ONNX Runtime's, which has many
+            raise ValueError(f"'{path}' cannot compute: {error}") from error
 
-    width = widths[wanted]
+    width = outputs[wanted][-1]
     return Runtime(transform_of(card), predict, width, None if features else labels_of(card, width))
+
+
+def check_graph(path, card, images, result, wanted):
+    """Raises a `ValueError` if a graph takes other images than its card describes.
+
+    Args:
+        path: Path of the file, for messages.
+        card: The card.
+        images: Shape of the input; what is not an integer in it is free.
+        result: Shape of the output, likewise.
+        wanted: Name of the output.
+    """
+    channels = (card["channels"],)
+    first = card["data_format"] == "channels_first"
+    sides = tuple(card["image_size"])
+    expected = channels + sides if first else sides + channels
+    if not images or len(images) != 4:
+        raise ValueError(
+            f"'{path}' cannot be used: its input 'images' has the shape "
+            f"{printable(list(images or ()))}, where 4 axes are needed. Export the model again."
+        )
+    if any(isinstance(n, int) and n != m for n, m in zip(images[1:], expected, strict=True)):
+        raise ValueError(
+            f"'{path}' contradicts itself: its input 'images' has the shape "
+            f"{printable(list(images))}, and its card describes images of {list(expected)}."
+        )
+    if len(result or ()) != 2 or not isinstance(result[-1], int) or result[-1] < 1:
+        raise ValueError(
+            f"'{path}' cannot be used: its output '{wanted}' has the shape "
+            f"{printable(list(result or ()))}, where (batch, a number of values) is needed. Export "
+            "the model again."
+        )
 
 
 def open_saved_model(folder, features):
@@ -188,7 +233,10 @@ def open_saved_model(folder, features):
         ) from error
 
     card = saved_model_card(folder)
-    loaded = tf.saved_model.load(folder)  # which the function needs to be kept alive
+    try:
+        loaded = tf.saved_model.load(folder)  # which the function needs to be kept alive
+    except Exception as error:  # of TensorFlow's and protobuf's, which have many
+        raise ValueError(f"'{folder}' cannot be opened in TensorFlow: {error}") from error
     signature, wanted = "serving_default", "probabilities"
     if features:
         signature = wanted = "features"
@@ -199,11 +247,25 @@ def open_saved_model(folder, features):
             f"'{folder}' gives {' and '.join(sorted(outputs)) or 'nothing'}, not {wanted}."
         )
 
-    def predict(images):
-        return loaded.signatures[signature](images=tf.constant(images))[wanted].numpy()
+    inputs = function.structured_input_signature[1]
+    if set(inputs) != {"images"}:
+        raise ValueError(f"'{folder}' takes {' and '.join(sorted(inputs))}, not images.")
+    shapes = [as_shape(tensor) for tensor in (inputs["images"], outputs[wanted])]
+    check_graph(folder, card, *shapes, wanted)
 
-    width = outputs[wanted].shape[-1]
+    def predict(images):
+        try:
+            return loaded.signatures[signature](images=tf.constant(images))[wanted].numpy()
+        except tf.errors.OpError as error:
+            raise ValueError(f"'{folder}' cannot compute: {error.message}") from error
+
+    width = shapes[1][-1]
     return Runtime(transform_of(card), predict, width, None if features else labels_of(card, width))
+
+
+def as_shape(tensor):
+    """The sizes of a TensorFlow tensor or its specification; none where they are unknown."""
+    return () if tensor.shape.rank is None else tuple(tensor.shape.as_list())
 
 
 def transform_of(card):
@@ -240,18 +302,41 @@ def labels_of(card, width):
 
 
 def identity(path):
-    """What tells one model from another of the same path: a hash of its files' ends; or None."""
+    """What tells one model from another of the same path: a hash of its files' ends; or None.
+
+    Raises:
+        ValueError: If it is neither a regular file nor a directory, or has too many files.
+    """
+    path = files.expand(path)
     if not os.path.exists(path):
         return None
-    files = [path]
-    if os.path.isdir(path):
-        files = sorted(os.path.join(top, f) for top, _, names in os.walk(path) for f in names)
     total = hashlib.sha256()
-    for name in files:
-        with open(name, "rb") as file:
+    for name in sorted(regular_files(path)) if os.path.isdir(path) else [path]:
+        with files.open_regular(name) as file:
             size = os.fstat(file.fileno()).st_size
-            total.update(f"{os.path.relpath(name, path)} {size}".encode())
+            total.update(f"{os.path.relpath(name, path)} {size}".encode("utf-8", "surrogateescape"))
             total.update(file.read(1 << 20))
             file.seek(max(0, size - (1 << 20)))
             total.update(file.read(1 << 20))
     return total.hexdigest()
+
+
+def regular_files(folder):
+    """Yields the regular files below a folder; linked folders, FIFOs and devices are left out.
+
+    Raises:
+        ValueError: If there are more than a model has.
+    """
+    folders, count = [folder], 0
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                count += 1
+                if count > MOST_FILES:
+                    raise ValueError(
+                        f"'{folder}' is no model: it holds more than {MOST_FILES:,} files."
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_file():
+                    yield entry.path

@@ -1,8 +1,8 @@
 """Tables of results that grow row by row and survive the process that writes them.
 
-Rows go to a file beside the table, one line of JSON each, in the order of the images. When all are
-there the table is made of them and takes its place whole. A third file says which command they
-belong to.
+Rows go to a journal next to the table (`keras_tnt.command.rows`). When all are there the table is
+made of them and takes its place whole. A third file describes the command that they belong to, and
+a fourth is locked from before these are read until after the table is made.
 """
 
 import contextlib
@@ -11,32 +11,63 @@ import json
 import os
 import re
 
+from keras_tnt import files
+from keras_tnt.command import rows
 from keras_tnt.files import replacing, write_atomically
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 GROUP = 1024  # rows that are written to a parquet file at once
+STATE = 2  # version of the state of a table that is being made
+
+
+@contextlib.contextmanager
+def held(path):
+    """Holds a table, so that no other process makes it, until the block ends.
+
+    Args:
+        path: Path of the table; its directory is made if it does not exist.
+
+    Yields:
+        `None`, or why the file system cannot lock.
+
+    Raises:
+        ValueError: If another process holds it, or no table can be written there.
+    """
+    check_place(path)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            reason = stack.enter_context(files.exclusive(f"{path}.lock", remove=True))
+        except files.Held as error:
+            raise ValueError(
+                f"Another process is writing '{path}': {error}. Wait for it, or say another --out."
+            ) from error
+        yield reason
 
 
 class Table:
-    """A table and the rows of it that are there.
+    """A table and the rows of it that are there, for a process that holds it.
 
     Args:
-        path: of the table; its ending tells the format.
-        command: a dict of what the rows depend on.
+        path: Path of the table; its ending decides the format.
+        command: A dict of what the rows depend on.
 
     Raises:
-        ValueError: if a table of another command is there, or none can be written.
+        ValueError: If a table of another command is there, or none can be written.
     """
 
     def __init__(self, path, command):
         check_path(path)
+        check_place(path)
         self.path, self.rows_path, self.command_path = path, f"{path}.rows", command_path(path)
         self.command = read_command(path)
         if self.command is None:
-            if os.path.exists(path):
-                raise ValueError(f"'{path}' exists and is not of this command. Say another --out.")
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.rows_path)
+            for standing in (path, self.rows_path):
+                if files.kind_of(standing):
+                    raise ValueError(
+                        f"'{standing}' exists and is not of this command. Say another --out, or "
+                        "move it away."
+                    )
             self.record(command)
         for key, value in command.items():
             if self.command.get(key) != value:
@@ -52,57 +83,27 @@ class Table:
 
     @property
     def finished(self):
-        return os.path.exists(self.path)
+        return files.kind_of(self.path) == "file"
 
     @contextlib.contextmanager
-    def rows(self, width, multiple):
-        """Add the rows that are missing; at the end of the block the table is made of them all.
+    def rows(self, width, count, batch):
+        """Adds the rows that are missing; at the end of the block the table is made of them all.
 
         Args:
-            width: how many predictions or features a row has.
-            multiple: rows come so many at a time; those cut off in the middle are dropped.
+            width: Number of predictions or features of a row.
+            count: Number of rows.
+            batch: Rows are made this many at a time.
 
         Yields:
-            (how many rows are there, function that adds a list of rows).
+            A `keras_tnt.command.rows.Rows`.
         """
-        self.record(self.command | {"width": width})
-        with open(self.rows_path, "a+b") as file:
-            lock(file, self.path)
-            file.seek(0)
-            ends = [0]
-            for line in file:
-                if line.endswith(b"\n"):
-                    ends.append(ends[-1] + len(line))
-            there = (len(ends) - 1) // multiple * multiple
-            file.truncate(ends[there])
-
-            def add(rows):
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-                file.flush()  # so that they are there whatever becomes of this process
-
-            yield there, add
-        with replacing(self.path) as aside, open_writer(aside, self.command) as write:
-            for row in read_rows(self.rows_path):
-                write(row)
-        os.remove(self.rows_path)
-
-
-def lock(file, path):
-    """Keep other processes from adding rows for as long as the file is open, where the system can.
-
-    Raises:
-        ValueError: if another process is doing so.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"Another process is writing '{path}'.") from error
-    except OSError:  # of a file system that has no locks
-        return
+        with rows.Rows(self.rows_path, count, batch) as journal:
+            self.record(self.command | {"width": width})
+            yield journal
+            with replacing(self.path) as aside, open_writer(aside, self.command) as write:
+                for row in journal:
+                    write(row)
+            journal.remove()
 
 
 def command_path(path):
@@ -110,16 +111,30 @@ def command_path(path):
 
 
 def write_command(path, command):
-    write_atomically(command_path(path), json.dumps(command, indent=1))
+    text = json.dumps({**command, "state": STATE}, indent=1)
+    write_atomically(command_path(path), text)
 
 
 def read_command(path):
-    """What a table, begun or finished, was made by; None if there is none."""
-    try:
-        with open(command_path(path), encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return None
+    """Returns what a table, begun or finished, was made by; `None` if there is none.
+
+    Raises:
+        ValueError: If the file is of another kind or version.
+    """
+    command = rows.read_command(command_path(path))
+    if command is not None and command.pop("state", 1) not in (1, STATE):
+        raise ValueError(
+            f"'{command_path(path)}' was written by another version of keras-tnt: complete the "
+            "table with that version, or say another --out."
+        )
+    return command
+
+
+def check_place(path):
+    """Raises a `ValueError` if something else than a file stands where a table is written."""
+    kind = files.kind_of(path)
+    if kind not in (None, "file"):
+        raise ValueError(f"'{path}' is {kind}, where a table has to be. Say another --out.")
 
 
 def check_path(path):
@@ -132,12 +147,6 @@ def check_path(path):
             raise ImportError(
                 "A parquet file needs pyarrow: pip install 'keras-tnt[parquet]'."
             ) from error
-
-
-def read_rows(path):
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
 
 
 # === Formats ===

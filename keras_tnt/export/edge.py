@@ -81,7 +81,7 @@ def openvino(model: keras.Model, path: str | os.PathLike) -> str:
 
 
 def export(write, model, path, extension, labels=None, weights=None):
-    path = os.path.abspath(os.fspath(path))
+    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if not path.endswith(extension):
         raise ValueError(f"`path` must end in {extension}. Received: '{path}'")
     files.check_directory(os.path.dirname(path))

@@ -80,7 +80,7 @@ def onnx(
     >>> onnxruntime.InferenceSession(path).run(["probabilities"], {"images": images})
     """
     require("tensorflow", "tf2onnx", "onnx", "onnxruntime")
-    path = os.path.abspath(os.fspath(path))
+    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if not path.endswith(".onnx"):
         raise ValueError(f"`path` must end in .onnx. Received: '{path}'")
     if precision not in TOLERANCES:

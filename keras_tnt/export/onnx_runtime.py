@@ -43,7 +43,7 @@ def onnx_session(path: str | os.PathLike, options=None):
     import onnx
     import onnxruntime
 
-    path = os.path.abspath(os.fspath(path))
+    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no file '{path}'; `keras_tnt.export.onnx` writes one.")
     options = options or onnxruntime.SessionOptions()

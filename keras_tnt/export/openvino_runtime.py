@@ -69,7 +69,7 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
         raise ValueError(
             f"`precision` must be None or one of {', '.join(HINTS)}. Received: {precision!r}"
         )
-    path = os.path.abspath(os.fspath(path))
+    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     kind = os.path.splitext(path)[1]
     if kind not in (".onnx", ".xml"):
         raise ValueError(f"`path` must end in .onnx or .xml. Received: '{path}'")

@@ -83,7 +83,7 @@ def saved_model(
     >>> tf.saved_model.load(path).signatures["serving_default"](images=images)["probabilities"]
     """
     require("tensorflow", "tensorflow_serving", "PIL")
-    directory = os.path.abspath(os.fspath(directory))
+    directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))
     files.check_directory(directory, version)
     network = serving_network(model)
     card = describe(model, network, labels, weights)

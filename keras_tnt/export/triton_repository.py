@@ -93,7 +93,7 @@ def triton(
     >>> keras_tnt.export.triton(model, "repository")
     """
     require("tensorflow", "tf2onnx", "onnx", "onnxruntime", "PIL")
-    repository = os.path.abspath(os.fspath(repository))
+    repository = os.path.abspath(os.path.expanduser(os.fspath(repository)))
     files.check_directory(repository)
     network = serving_network(model)
     card = describe(model, network, labels, weights)

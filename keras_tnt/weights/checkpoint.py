@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 
-from keras_tnt.files import check_space, replacing, telling_of_a_full_disk
+from keras_tnt.files import check_space, expand, replacing, telling_of_a_full_disk
 from keras_tnt.text import printable
 from keras_tnt.weights.files import SAFETENSORS
 from keras_tnt.weights.names import UNUSED, conventions, entries
@@ -64,7 +64,7 @@ def write(model, path, names):
         ValueError: for another ending, a quantized model, and layers that no checkpoint has.
         OSError: if the disk has no room for it, or runs full; nothing is kept.
     """
-    path = os.fspath(path)
+    path = expand(path)
     if not path.endswith(SAFETENSORS):
         raise ValueError(f"`path` must end in .safetensors. Received: '{path}'")
     tensors = {}

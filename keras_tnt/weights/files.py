@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 
+from keras_tnt.files import expand, open_regular
 from keras_tnt.text import printable
 from keras_tnt.weights.companions import safe_globals
 from keras_tnt.weights.wrappers import LIGHTNING, choose, without_wrappers
@@ -40,7 +41,7 @@ def open_tensors(path, ema=False):
         ImportError: if it takes torch to read it, which is not installed.
         ValueError: for another kind of file, a damaged one, and one that would run code.
     """
-    path = os.fspath(path)
+    path = expand(path)
     if not path.endswith(SAFETENSORS + TORCH):
         raise ValueError(
             f"A checkpoint is a file that ends in {', '.join(SAFETENSORS + TORCH)}. "
@@ -58,8 +59,7 @@ def check_readable(path):
     """Raise an OSError that says why, or a ValueError, if a path is no file that can be read."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # Opening a pipe would wait for its writer.
         raise ValueError(f"'{path}' is a folder or a device, not a file.")
-    with open(path, "rb"):
-        pass
+    open_regular(path).close()
 
 
 def advice_on_keras_files(path):
@@ -261,7 +261,7 @@ def check_torch_format(path):
         if not any(entry.filename.endswith("/data.pkl") for entry in entries):
             raise damaged(path, "it is a zip archive, but not of torch.save")
         return [e.file_size for e in entries if "/data/" in e.filename and e.file_size]
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(40)
     if not start.startswith(PICKLE):
         raise damaged(path, f"it is no file of torch.save, and begins with {start!r}")

@@ -68,6 +68,7 @@ def fetch(repository, file, revision="main", sha256=None, renew=False, largest=N
     from huggingface_hub import constants, try_to_load_from_cache
 
     check_names(repository, file, revision)
+    check_ref(Cache(repository).path("refs", *revision.split("/")))
     # A path, None, or a mark that the repository is known to have no such file.
     known = try_to_load_from_cache(repository, file, revision=revision)
     cached = known if isinstance(known, str) else None
@@ -234,9 +235,14 @@ class Cache:
         return found
 
 
+def check_ref(path):
+    """Raises a `ValueError` if a FIFO or a device stands where a branch's commit is cached."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        files.open_regular(path, 1 << 16).close()
+
+
 def read_text(path):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
+    return files.read_regular(path, 1 << 16).decode("utf-8", "replace")
 
 
 def link(blob, path):

@@ -9,6 +9,7 @@ import zipfile
 import keras
 import numpy as np
 
+from keras_tnt.files import expand
 from keras_tnt.text import printable
 from keras_tnt.weights.files import check_archive, check_readable, damaged
 
@@ -33,6 +34,7 @@ def load_keras_file(model, path):
         ValueError: if the file is damaged, or its weights do not fit the model or are no finite
             numbers. The model is unchanged then.
     """
+    path = expand(path)
     shapes = without_unused_heads(model, read_shapes(path))
     # In this scope variables stay as they are, and what they are assigned is kept beside them.
     with keras.StatelessScope() as scope, warnings.catch_warnings():
@@ -59,6 +61,7 @@ def load_keras_model(path):
         OSError: if there is no such file, or it may not be read.
         ValueError: if the file is damaged, or holds no model that can be built.
     """
+    path = expand(path)
     read_shapes(path)
     try:
         return keras.saving.load_model(path, compile=False)

@@ -1,6 +1,7 @@
 """`keras-tnt predict` and `merge`: tables of folders."""
 
 import csv
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -16,7 +18,8 @@ from PIL import Image
 
 import keras_tnt
 from keras_tnt.command import main, predict
-from keras_tnt.command.table import read_command
+from keras_tnt.command.runtime import Runtime, Transform
+from keras_tnt.command.table import held, read_command, shard_path
 from tests.checks import ROOT
 
 pytestmark = pytest.mark.one_backend
@@ -276,7 +279,9 @@ def test_a_table_of_another_command_is_left_alone(folder, model_file, model, tmp
         assert "belongs to another command" in line and f"its {what} was" in line
 
 
-def test_two_processes_do_not_write_one_table(folder, model_file, tmp_path, capsys):
+def test_an_earlier_version_and_this_one_do_not_write_one_table(
+    folder, model_file, tmp_path, capsys
+):
     path = tmp_path / "all.csv"
     begin(folder, model_file, path, 1)
     with open(tmp_path / "all.csv.rows", "rb") as file:
@@ -285,6 +290,283 @@ def test_two_processes_do_not_write_one_table(folder, model_file, tmp_path, caps
         assert run(folder, model_file, path) == 2
         assert "Another process is writing" in capsys.readouterr().err
     assert run(folder, model_file, path) == 0
+
+
+# === State that cannot be trusted ===
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "directory", "FIFO", "device"])
+@pytest.mark.parametrize("ending", ["", ".rows", ".command.json", ".lock"])
+def test_what_is_no_file_in_a_place_of_the_state_is_named_and_left_alone(
+    folder, model_file, opened, tmp_path, capsys, kind, ending
+):
+    (tmp_path / "mine").write_text("mine")
+    path = tmp_path / "all.csv"
+    place = tmp_path / f"all.csv{ending}"
+    if kind == "directory":
+        place.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(place)
+    else:
+        target = {"link": "mine", "dangling link": "nothing", "device": "/dev/zero"}[kind]
+        place.symlink_to(target)
+    assert run(folder, model_file, path) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"all.csv{ending}' " in line and line.startswith("error: ")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "nothing").exists()
+    assert opened == []
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """A model that is a function, so that commands are fast; the counts of images of its calls."""
+    calls = []
+
+    def predict_batch(images):
+        calls.append(len(images))
+        means = images.mean(axis=(1, 2))
+        return np.concatenate([means, means[:, :1] ** 2], axis=1)
+
+    transform = Transform((4, 4), (4, 4), 3, False, None, None)
+    found = Runtime(transform, predict_batch, 4, NAMES)
+    monkeypatch.setattr(predict, "open_model", lambda options, count: found)
+    return calls
+
+
+@pytest.fixture
+def whole(folder, model_file, opened, tmp_path):
+    """The bytes of a table of the fast model."""
+    path = tmp_path / "whole" / "all.csv"
+    assert run(folder, model_file, path) == 0
+    opened.clear()
+    return path.read_bytes()
+
+
+def corrupted(data, how, rng):
+    """A journal after a power loss or a disk's fault."""
+    start = int(rng.integers(0, len(data) - 200))
+    if how == "zeros":
+        return data[:start] + bytes(200) + data[start + 200 :]
+    if how == "zeros at the end":
+        return data[:-300] + bytes(300)
+    if how == "a bit":
+        return data[:start] + bytes([data[start] ^ 4]) + data[start + 1 :]
+    if how == "a part":
+        return data[:start] + data[start + 150 :]
+    if how == "lines twice":
+        lines = data.splitlines(keepends=True)
+        return b"".join(lines[::-1] + lines[:3])
+    if how == "other rows":
+        return data.replace(b'"score"', b'"Score"')
+    return data[: start + 100]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "how", ["zeros", "zeros at the end", "a bit", "a part", "lines twice", "a tail", "other rows"]
+)
+def test_damaged_rows_are_made_again_and_no_others(
+    folder, model_file, opened, whole, tmp_path, capsys, how, seed
+):
+    path = tmp_path / "all.csv"
+    begin(folder, model_file, path, 6)
+    rows = tmp_path / "all.csv.rows"
+    data = corrupted(rows.read_bytes(), how, np.random.default_rng([seed, len(how)]))
+    rows.write_bytes(data)
+    opened.clear()
+    capsys.readouterr()
+    assert run(folder, model_file, path) == 0
+    assert path.read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == ["all.csv", "all.csv.command.json", "whole"]
+    if how in ("zeros", "a bit", "a part"):
+        assert "are made again" in capsys.readouterr().err
+        assert 1 < len(opened) <= 5  # of 8 batches, of which 2 were missing
+    elif how == "lines twice":
+        assert len(opened) == 2
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_state_of_the_version_before_is_gone_on_with(
+    folder, model_file, opened, whole, tmp_path, zeros
+):
+    """Its rows are lines of JSON in order, without checksums."""
+    path = tmp_path / "all.csv"
+    begin(folder, model_file, path, 5)
+    rows = tmp_path / "all.csv.rows"
+    data = b"".join(line.split(b" ", 2)[2] for line in rows.read_bytes().splitlines(True))
+    if zeros:
+        place = len(data) // 2
+        data = data[:place] + bytes(300) + data[place + 300 :]
+    rows.write_bytes(data + b'{"file": "cut o')
+    command = tmp_path / "all.csv.command.json"
+    state = json.loads(command.read_text())
+    del state["state"]
+    command.write_text(json.dumps(state))
+    opened.clear()
+    assert run(folder, model_file, path) == 0
+    assert path.read_bytes() == whole
+    assert len(opened) in ((4, 5, 6, 7) if zeros else (3,))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"3", b"{", b"{}", b"\xff\xfe", b"[" * 200_000, b'{"number of images": "many"}',
+     b'{"model": null}', bytes(4096)],
+)  # fmt: skip
+def test_a_command_file_of_another_kind_is_one_line(
+    folder, model_file, opened, tmp_path, capsys, content
+):
+    path = tmp_path / "all.csv"
+    (tmp_path / "all.csv.command.json").write_bytes(content)
+    assert run(folder, model_file, path) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "all.csv.command.json' is no file of `keras-tnt predict`" in line
+    assert (tmp_path / "all.csv.command.json").read_bytes() == content
+
+
+def test_state_of_a_later_version_and_of_nobody_is_left_alone(
+    folder, model_file, opened, tmp_path, capsys
+):
+    path = tmp_path / "all.csv"
+    rows = tmp_path / "all.csv.rows"
+    rows.write_text("my rows\n")
+    assert run(folder, model_file, path) == 2
+    assert "all.csv.rows' exists and is not of this command" in capsys.readouterr().err
+    rows.unlink()
+    begin(folder, model_file, path, 1)
+    rows.write_text("my rows\n")
+    assert run(folder, model_file, path) == 2
+    assert "is no state of `keras-tnt predict`" in capsys.readouterr().err
+    assert rows.read_text() == "my rows\n"
+    command = tmp_path / "all.csv.command.json"
+    command.write_text(json.dumps(json.loads(command.read_text()) | {"state": 99}))
+    assert run(folder, model_file, path) == 2
+    assert "was written by another version" in capsys.readouterr().err
+
+
+# === Processes that race ===
+
+
+def in_child(work):
+    """Starts a fork of this process that ends with the status that `work()` returns."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            status = work()
+        finally:
+            os._exit(status)
+    return child
+
+
+def status_of(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("trial", range(8))
+def test_of_two_commands_with_slow_batches_one_says_that_the_other_writes(
+    folder, model_file, opened, whole, tmp_path, monkeypatch, trial
+):
+    path = tmp_path / "all.csv"
+    wanted = predict.predictions
+
+    def slow(*arguments):
+        for rows in wanted(*arguments):
+            time.sleep(0.03)
+            yield rows
+
+    monkeypatch.setattr(predict, "predictions", slow)
+
+    def work(wait):
+        time.sleep(wait)
+        return run(folder, model_file, path)
+
+    children = [in_child(lambda wait=wait: work(wait)) for wait in (0.0, 0.03 * trial)]
+    statuses = sorted(map(status_of, children))
+    assert statuses in ([0, 2], [0, 0])  # 0 twice: the second came when the table was done
+    assert path.read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == ["all.csv", "all.csv.command.json", "whole"]
+
+
+def test_commands_that_are_killed_again_and_again_lose_no_row(
+    folder, model_file, opened, whole, tmp_path, monkeypatch
+):
+    path = tmp_path / "all.csv"
+    wanted = predict.predictions
+
+    def killed_after_two(*arguments):
+        yield from itertools.islice(wanted(*arguments), 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(predict, "predictions", killed_after_two)
+    for _ in range(3):
+        child = in_child(lambda: run(folder, model_file, path))
+        assert status_of(child) == -signal.SIGKILL
+    assert not path.exists()
+    monkeypatch.setattr(predict, "predictions", wanted)
+    assert run(folder, model_file, path) == 0
+    assert path.read_bytes() == whole
+    assert opened == [4, 3]  # the last two of eight batches
+
+
+def test_two_merges_and_a_shard_that_is_written_meanwhile(
+    folder, model_file, opened, tmp_path, capsys
+):
+    path = tmp_path / "all.csv"
+    for shard in (1, 2):
+        assert run(folder, model_file, path, f"--shard={shard}/2") == 0
+    for busy in (path, shard_path(str(path), 2, 2)):
+        with held(str(busy)):
+            assert main(["merge", str(path)]) == 2
+        assert f"Another process is writing '{busy}'" in capsys.readouterr().err
+    path.write_text("mine")
+    assert main(["merge", str(path)]) == 2
+    assert "was not made by keras-tnt" in capsys.readouterr().err
+    path.unlink()
+    assert main(["merge", str(path)]) == 0
+    part = tmp_path / "all-00002-of-00002.csv"
+    part.unlink()
+    os.mkfifo(part)
+    assert main(["merge", str(path)]) == 2
+    assert "00002.csv' is a FIFO" in capsys.readouterr().err
+
+
+# === What a model answers ===
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_scores_that_are_no_numbers_are_left_empty(
+    folder, model_file, opened, tmp_path, monkeypatch, capsys, kind
+):
+    runtime = predict.open_model(None, 1)
+
+    def answer(images):
+        return np.full((len(images), 4), [np.nan, 0.5, np.inf, -np.inf], "float32")
+
+    runtime = dataclasses.replace(runtime, predict=answer)
+    monkeypatch.setattr(predict, "open_model", lambda options, count: runtime)
+    path = tmp_path / f"all.{kind}"
+    image = files(folder)[0]
+    assert main([image, f"--model={model_file}", f"--out={path}"]) == 0
+    if kind == "jsonl":
+        json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert main([image, f"--model={model_file}", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {p["name"]: p["score"] for p in row["predictions"]}["dog"] == 0.5
+    assert main([image, f"--model={model_file}"]) == 0
+    assert "nan%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (4, 3), (4, 4, 1), ()])
+def test_results_of_another_shape_are_one_error(
+    folder, model_file, opened, monkeypatch, capsys, shape
+):
+    runtime = predict.open_model(None, 1)
+    runtime = dataclasses.replace(runtime, predict=lambda images: np.zeros(shape, "float32"))
+    monkeypatch.setattr(predict, "open_model", lambda options, count: runtime)
+    assert main([folder, f"--model={model_file}", "--batch_size=4"]) == 2
+    assert f"results of shape {shape} for 4 images" in capsys.readouterr().err
 
 
 # === Shards ===

@@ -1,15 +1,18 @@
 """The client and a test double of TF Serving understand each other by TF Serving's protocol."""
 
 import contextlib
+import gzip
 import importlib.util
 import json
 import os
 import socket
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -185,8 +188,13 @@ def server_that_says(parts):
         def handle(self):
             self.request.recv(1 << 16)
             with contextlib.suppress(OSError):
-                for part in parts() if callable(parts) else [parts]:
-                    self.request.sendall(part)
+                try:
+                    for part in parts() if callable(parts) else [parts]:
+                        self.request.sendall(part)
+                except ConnectionResetError:  # with what was not read, which resets it
+                    linger = struct.pack("ii", 1, 0)
+                    self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    self.request.close()
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
@@ -281,6 +289,270 @@ def test_kserve_replies_of_another_shape_to_each_call(call, body):
     with server_that_says(http_reply(body)) as port:
         with pytest.raises(client.ServerError, match="no server of KServe's protocol"):
             ask_kserve(port, f"--call={call}")
+
+
+# === Under a memory limit ===
+
+
+def chunks(*sizes_and_data):
+    head = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+    return head + b"".join(b"%s\r\n%s\r\n" % pair for pair in sizes_and_data)
+
+
+def reset():
+    yield OK + b"Content-Length: 100\r\n\r\n{"
+    raise ConnectionResetError
+
+
+def kserve(**changes):
+    return http_reply({"outputs": [output | changes for output in tensors()["outputs"]]})
+
+
+# Functions, so that no more than one is in memory.
+LARGE = {
+    "a shape of many rows without columns": lambda: kserve(shape=[10**12, 0], data=[]),
+    "a shape of many columns without rows": lambda: kserve(shape=[0, 10**12], data=[]),
+    "a product that overflows": lambda: kserve(shape=[2**62, 4], data=[]),
+    "a shape of negative sizes": lambda: kserve(shape=[-1, -1], data=["ant"]),
+    "a shape of fractions": lambda: kserve(shape=[1.0, 1.0], data=["ant"]),
+    "a shape of truth": lambda: kserve(shape=[True, True], data=["ant"]),
+    "a shape of many axes": lambda: kserve(shape=[1] * 10**6, data=["ant"]),
+    "sizes of the binary extension": lambda: kserve(
+        parameters={"binary_data_size": 10**12}, data=None
+    ),
+    "many small values": lambda: http_reply(b"[" + b"0," * (30 << 20) + b"0]"),
+    "many lists": lambda: http_reply(b"[" + b"[]," * (20 << 20) + b"[]]"),
+    "many keys": lambda: http_reply(b"{" + b",".join(b'"%d":0' % i for i in range(1 << 22)) + b"}"),
+    "a wide character in a long text": lambda: http_reply(
+        b'["' + b"a" * (60 << 20) + '\U0001f431"]'.encode()
+    ),
+    "a name without end": lambda: kserve(data=["a" * (40 << 20)]),
+    "numbers of many digits": lambda: http_reply(b"[" + b"9" * (30 << 20) + b"]"),
+    "quotes that are escaped": lambda: http_reply(b'["' + b'\\"' * (20 << 20) + b"\\"),
+    "gzip": lambda: http_reply(
+        gzip.compress(bytes(50 << 20)), headers="Content-Encoding: gzip\r\n"
+    ),
+    "deflate": lambda: http_reply(
+        zlib.compress(bytes(50 << 20)), headers="Content-Encoding: deflate\r\n"
+    ),
+    "a length that is a lie": lambda: OK + b"Content-Length: 99999999999999999999\r\n\r\n{}",
+    "a length that is negative": lambda: OK + b"Content-Length: -1\r\n\r\n[0",
+    "a length that is no number": lambda: OK + b"Content-Length: many\r\n\r\n[0",
+    "a chunk that is too large": lambda: chunks((b"FFFFFFFFFFFFFFF", b"{}")),
+    "a chunk of negative size": lambda: forever(chunks((b"-1", b"{")), bytes(1 << 20)),
+    "a chunk of no size": lambda: chunks((b"zz", b"{}")),
+    "a chunk size without end": lambda: forever(
+        OK + b"Transfer-Encoding: chunked\r\n\r\n", b"0" * 9999
+    ),
+    "chunks without end": lambda: forever(chunks(), b"1\r\n0\r\n"),
+    "trailers without end": lambda: forever(chunks((b"0", b"")), b"a: b\r\n"),
+    "headers of large size": lambda: OK + b"a: " + b"b" * (1 << 20) + b"\r\n\r\n",
+    "a status that is no number": lambda: b"HTTP/1.1 abc OK\r\n\r\n",
+    "another type": lambda: http_reply(b"<html>", headers="Content-Type: text/html\r\n"),
+    "a redirection to a file": lambda: http_reply(
+        b"", "302 Found", "Location: file:///etc/passwd\r\n"
+    ),
+    "a redirection to itself": lambda: http_reply(b"", "301 Moved", "Location: /\r\n"),
+    "a reset": lambda: reset,
+    "an error without end": lambda: forever(b"HTTP/1.1 500 No\r\n\r\n", b"x" * (1 << 20)),
+    "an error of large size": lambda: http_reply({"error": "x" * (30 << 20)}, "500 No"),
+}
+LIMITED = """
+import importlib.util, json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+spec = importlib.util.spec_from_file_location("client", sys.argv[1])
+client = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(client)
+for port in sys.argv[3:]:
+    for protocol in ("kserve", "rest"):
+        try:
+            client.main([sys.argv[2], "--model=x", "--host=127.0.0.1", f"--port={port}",
+                         f"--protocol={protocol}", "--timeout=2"])
+            said = "an answer"
+        except client.ServerError as error:
+            said = str(error)
+        print(json.dumps(said))
+heavy = {"tensorflow", "numpy", "keras", "keras_tnt"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_lies_of_any_size_are_one_error_in_time_within_a_gibibyte(part, images):
+    names = list(LARGE)[part::4]
+    with contextlib.ExitStack() as servers:
+        ports = [servers.enter_context(server_that_says(LARGE[name]())) for name in names]
+        command = [sys.executable, "-c", LIMITED, client.__file__, images[0], *map(str, ports)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 2 * len(names)
+    for name, said in zip([n for n in names for _ in range(2)], answers, strict=True):
+        assert said != "an answer" and "\n" not in said and len(said) < 3000, name
+
+
+@pytest.mark.parametrize("ending", ["length", "close", "chunked"])
+def test_replies_in_parts_are_read_however_they_end(ending, images, capsys):
+    body = json.dumps({"predictions": [{"classes": ["ant"], "scores": [0.5]}]}).encode()
+
+    def parts():
+        yield OK
+        if ending == "length":
+            yield f"Content-Length: {len(body)}\r\n".encode()
+        yield b"Transfer-Encoding: chunked\r\n\r\n" if ending == "chunked" else b"\r\n"
+        for part in (body[:20], body[20:]):
+            time.sleep(0.1)
+            yield b"%x\r\n%s\r\n" % (len(part), part) if ending == "chunked" else part
+        if ending == "chunked":
+            yield b"0\r\n\r\n"
+
+    with server_that_says(parts) as port:
+        named = ["--model=x", "--host=127.0.0.1", f"--port={port}", "--json"]
+        found = json.loads(run(capsys, images[0], *named))
+    assert found == {str(images[0]): [["ant", 0.5]]}
+
+
+@pytest.mark.parametrize("scores", [[float("nan"), 0.5], [float("inf"), float("-inf")]])
+@pytest.mark.parametrize("protocol", ["rest", "kserve"])
+def test_json_is_valid_whatever_the_scores(scores, protocol, images, capsys):
+    classes = ["ant", "bee"]
+    reply = row(classes, scores)
+    if protocol == "kserve":
+        reply = http_reply(tensors(classes, scores, [1, 2]))
+    with server_that_says(reply) as port:
+        named = ["--model=x", "--host=127.0.0.1", f"--port={port}", f"--protocol={protocol}"]
+        text = run(capsys, images[0], *named, "--json")
+        run(capsys, images[0], *named)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    expected = [score if np.isfinite(score) else None for score in scores]
+    found = json.loads(text, parse_constant=refuse)[str(images[0])]
+    assert found == [list(pair) for pair in zip(classes, expected, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "directory", "device"])
+def test_images_that_are_no_files_are_named_and_not_waited_for(kind, tmp_path):
+    path = tmp_path / "image.jpg"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(client.ServerError, match="image.jpg is no file"):
+        client.main([str(path), "--model=x"])
+
+
+# === gRPC ===
+
+
+def grpc_lies():
+    from tensorflow.core.framework import tensor_pb2, types_pb2
+
+    def of(dtype, shape, **values):
+        made = tensor_pb2.TensorProto(dtype=dtype, **values)
+        for size in shape:
+            made.tensor_shape.dim.add(size=size)
+        return made
+
+    string, real = types_pb2.DT_STRING, types_pb2.DT_FLOAT
+    names = of(string, [1, 2], string_val=[b"ant", b"bee"])
+    scores = of(real, [1, 2], float_val=[0.5, 0.25])
+    return {
+        "a huge shape of one value": (of(string, [1, 10**9], string_val=[b"a"]), scores),
+        "huge shapes of one value": (
+            of(string, [1, 10**9], string_val=[b"a"]),
+            of(real, [1, 10**9], float_val=[0.5]),
+        ),
+        "no columns and many rows": (of(string, [10**12, 0]), of(real, [10**12, 0])),
+        "negative sizes": (of(string, [-1, -2], string_val=[b"ant", b"bee"]), scores),
+        "one axis": (of(string, [2], string_val=[b"ant", b"bee"]), scores),
+        "another dtype": (names, of(types_pb2.DT_INT64, [1, 2], int64_val=[1, 2])),
+        "an unknown dtype": (names, of(types_pb2.DT_INVALID, [1, 2])),
+        "content of another size": (names, of(real, [1, 2], tensor_content=bytes(4))),
+        "content of half a number": (names, of(real, [1, 2], tensor_content=bytes(7))),
+        "names that are no text": (of(string, [1, 2], string_val=[b"\xff", b"b"]), scores),
+        "no scores": (names, None),
+        "a message that is too large": (of(string, [1, 1], string_val=[bytes(20 << 20)]), scores),
+        "no message": b"\xff\xff\xff",
+    }
+
+
+@contextlib.contextmanager
+def grpc_server_that_says(reply, compression=None):
+    """The port of a server that answers every call with the same bytes."""
+    import concurrent.futures
+
+    import grpc
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, call):
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: reply)
+
+    server = grpc.server(
+        concurrent.futures.ThreadPoolExecutor(2),
+        handlers=[Handler()],
+        options=[("grpc.max_send_message_length", -1)],
+        compression=compression,
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield port
+    finally:
+        server.stop(None).wait()
+
+
+def as_grpc_reply(lie):
+    from tensorflow_serving.apis import predict_pb2
+
+    if isinstance(lie, bytes):
+        return lie
+    response = predict_pb2.PredictResponse()
+    for name, made in zip(("classes", "scores"), lie, strict=True):
+        if made is not None:
+            response.outputs[name].CopyFrom(made)
+    return response.SerializeToString()
+
+
+def ask_grpc(port, *arguments):
+    named = ["--model=x", "--host=127.0.0.1", f"--port={port}", "--protocol=grpc"]
+    client.main([*named, "--timeout=20", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("lie", list(grpc_lies()))
+def test_whatever_a_grpc_server_answers_is_one_error(lie, images):
+    with grpc_server_that_says(as_grpc_reply(grpc_lies()[lie])) as port:
+        with pytest.raises(client.ServerError) as caught:
+            ask_grpc(port, images[0])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize("call", ["classify", "metadata", "status"])
+@pytest.mark.parametrize("reply", [b"\xff\xff", b"", b"\x0a\x02\x08\x01"])
+def test_grpc_replies_of_another_shape_to_each_call(call, reply, images, capsys):
+    with grpc_server_that_says(reply) as port:
+        try:
+            ask_grpc(port, f"--call={call}", *([images[0]] if call == "classify" else []))
+        except client.ServerError as error:
+            assert "\n" not in str(error)
+        else:
+            assert call == "status" and json.loads(capsys.readouterr().out) is not None
+
+
+def test_a_grpc_reply_that_is_compressed_is_limited(images):
+    import grpc
+    from tensorflow.core.framework import tensor_pb2, types_pb2
+
+    made = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[bytes(100 << 20)])
+    bomb = as_grpc_reply((made, made))
+    with grpc_server_that_says(bomb, grpc.Compression.Gzip) as port:
+        with pytest.raises(client.ServerError) as caught:
+            ask_grpc(port, images[0])
+    assert "\n" not in str(caught.value)
 
 
 def test_kserve_has_no_call_of_tf_serving(images):

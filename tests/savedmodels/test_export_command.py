@@ -149,3 +149,36 @@ def test_an_error_of_the_export_is_one_line(tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("export.py: ")
     assert "is a file" in done.stderr
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "content", ["FIFO", b"\xff\xfe", b"[" * 200_000, b'{"better": "../x"}', b"3"]
+)
+def test_results_that_are_none_are_one_error(content, tmp_path):
+    put(tmp_path / "results.json", content)
+    with pytest.raises(ValueError, match=r"results\.json"):
+        command.better(str(tmp_path))
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("content", ["FIFO", b"\xff\xfe"])
+def test_labels_that_are_no_text_are_one_error(content, tmp_path):
+    put(tmp_path / "labels.txt", content)
+    with pytest.raises(ValueError, match=r"labels\.txt"):
+        command.read_labels(str(tmp_path / "labels.txt"))
+
+
+def put(path, content):
+    if content == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.one_backend
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for argument in ("--model=~/none.keras", "--run=~/none"):
+        with pytest.raises(SystemExit, match=f"{tmp_path}/none"):
+            command.main([argument])

@@ -1,6 +1,7 @@
 """The directory of a run: who holds it, what it records, and what is said when it is damaged."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 import tensorflow as tf
 
+from tests.checks import ROOT
 from training import checkpoint, configuration, workdir
 
 HOLDER = """
@@ -42,10 +44,10 @@ def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path):
 
 
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
-    def refuse(*arguments):
+    def refuse(*arguments, **settings):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(workdir.fcntl, "lockf", refuse)
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with workdir.held(tmp_path):
         assert "cannot be locked (No locks available)" in capsys.readouterr().out
 
@@ -185,3 +187,58 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_nothing(checkpoints, 
         checkpoints.save(4, {"healthy": 3})
     assert sorted(checkpoints.directory.iterdir()) == before
     assert checkpoints.restore()["step"] == 3
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "directory", "dangling link", "deep"])
+def test_a_config_json_that_is_no_file_is_an_error_and_no_absence(tmp_path, kind):
+    path = tmp_path / "config.json"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "deep":
+        path.write_text("[" * 200_000)
+    else:
+        path.symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        workdir.read_config(tmp_path)
+
+
+def test_a_metrics_jsonl_that_is_a_fifo_is_named(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl' is a FIFO"):
+        checkpoint.read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_tilde_is_the_home_directory_in_values_and_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = configuration.make("digits", workdir="~/runs/x", data_dir="~/data", weights="~/w.h5")
+    assert config.workdir == str(tmp_path / "runs" / "x")
+    assert (config.data_dir, config.weights) == (str(tmp_path / "data"), str(tmp_path / "w.h5"))
+    workdir.make_directory("~/runs/y")
+    with workdir.held("~/runs/y"):
+        assert (tmp_path / "runs" / "y" / workdir.LOCK).exists()
+    assert workdir.read_config("~/runs/y") is None
+
+
+TWO = """
+import sys
+from training import commands
+from absl import flags
+flags.DEFINE_string("workdir", None, "")
+
+def main(arguments):
+    print(flags.FLAGS.workdir, *arguments, "\\u732b")
+
+commands.run(main)
+"""
+
+
+def test_the_trainers_commands_expand_a_tilde_and_print_to_any_terminal(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", TWO, "--workdir=~/runs", "~/other"],
+        env={**os.environ, "HOME": "/somewhere", "PYTHONIOENCODING": "ascii"},
+        cwd=ROOT,
+        capture_output=True,
+    )
+    assert done.stdout == b"/somewhere/runs /somewhere/other \\u732b\n", done.stderr
