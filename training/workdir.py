@@ -21,7 +21,7 @@ from training import configuration
 
 CONFIG = "config.json"
 # What decides how a model is built.
-ARCHITECTURE = ("model", "image_size", "distilled", "classes")
+ARCHITECTURE = ("model", "model_args", "image_size", "distilled", "classes")
 LOCK = ".lock"
 
 
