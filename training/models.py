@@ -89,6 +89,7 @@ def build(config, classes, label_names=None, fresh_heads=True):
             "to begin at random, --weights=FILE for yours, or another --model of `keras-tnt list`"
         )
     theirs = classes_of(weights)
+    builder = naming_model_args(builder, config)
     if not fresh_heads or theirs in (None, classes):
         model = builder(classes=classes, weights=weights, **arguments)
     else:
@@ -131,6 +132,22 @@ def custom_arguments(config, builder):
         name: tuple(value) if isinstance(value, list) else value
         for name, value in arguments.items()
     }
+
+
+def naming_model_args(builder, config):
+    """Returns the builder; what values of `--model_args` are wrong for names the flag."""
+    if not config.model_args:
+        return builder
+
+    def build_model(**arguments):
+        try:
+            return builder(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"--model={config.model} --model_args={config.model_args}: {error}"
+            ) from error
+
+    return build_model
 
 
 def has_public_weights(builder):
