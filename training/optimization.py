@@ -8,7 +8,6 @@ one would.
 import contextlib
 import functools
 import math
-import re
 
 import tensorflow as tf
 
@@ -63,21 +62,6 @@ def constant(config, peak, epoch):
 SCHEDULES = {"cosine": cosine, "linear": linear, "step": step, "constant": constant}
 
 
-# What decays beside kernels. The published code spares vectors, biases and what a model's
-# `no_weight_decay` lists: cls_token and the position tables (TNT outer_pos and inner_pos, DeiT and
-# CaiT pos_embed, PyramidTNT outer_pos and inner_pos), and neither `dist_token` nor `relative_pos`.
-ALSO_DECAYED = re.compile(r"(distillation_token/token|relative_position/table)$")
-
-
-def decays(variable):
-    """Returns whether weight decay applies to a variable, as in the published code.
-
-    It does to kernels, the distillation token and relative positions; not to the class token,
-    positions, biases, norms and LayerScale.
-    """
-    return variable.path.endswith("kernel") or bool(ALSO_DECAYED.search(variable.path))
-
-
 def ema_decay(config, step):
     """Returns the decay of the moving average in update `step`.
 
@@ -110,7 +94,7 @@ class Optimizer:
         self.variables = [v.value for v in model.trainable_variables]
         self.names = [v.path for v in model.trainable_variables]
         self.rule = optimizers.find_optimizer(config.optimizer)(model.trainable_variables, config)
-        self.decay = [config.weight_decay * decays(v) for v in model.trainable_variables]
+        self.decay = [config.weight_decay * finetuning.decays(v) for v in model.trainable_variables]
         distances = finetuning.distances(model) if is_ours(model) else {}
         self.rates = [config.layer_decay ** distances.get(name, 0) for name in self.names]
         averaged = model.trainable_variables if config.ema else []

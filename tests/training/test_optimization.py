@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_tnt
+from keras_tnt import finetuning
 from training import configuration, models, optimization, recipes
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "cosine_schedule.json"
@@ -151,7 +152,7 @@ def test_weight_decay_applies_to_what_the_published_code_decays(family):
     model = keras_tnt.create_model(
         family, weights=None, input_shape=(32, 32, 3), classes=5, **arguments
     )
-    found = {v.path for v in model.trainable_variables if optimization.decays(v)}
+    found = {v.path for v in model.trainable_variables if finetuning.decays(v)}
     assert {path for path in found if not path.endswith("kernel")} == decayed
     rest = {v.path for v in model.trainable_variables} - found
     assert {path for path in rest if path.endswith(("token", "table"))} == spared
@@ -168,7 +169,7 @@ def test_a_variable_decays_whatever_model_holds_it():
     )
     inputs = keras.Input((32, 32, 3))
     outer = keras.Model(inputs, inner(inputs))
-    decayed = [v.path for v in outer.trainable_variables if optimization.decays(v)]
+    decayed = [v.path for v in outer.trainable_variables if finetuning.decays(v)]
     assert any(path.endswith("distillation_token/token") for path in decayed)
 
 
