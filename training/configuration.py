@@ -416,6 +416,6 @@ def differences(config, recorded):
 
 def change_flag(name, old, new):
     """The flag under which a run may be gone on with after a change of a value; "": none."""
-    if name == "epochs" and new < old:
+    if name in ("epochs", "cooldown_epochs") and new < old:
         return ""
     return FIELDS[name].metadata["change"]
