@@ -380,3 +380,53 @@ def test_a_warm_up_that_outlasts_the_run_is_warned_of(warmup, epochs, warned):
     assert bool(found) == warned
     if warned:
         assert f"--epochs={epochs}" in found[0] and f"={warmup:g} " in found[0]
+
+
+COUNTS = ("epochs", "batch_size", "accumulation", "repeats", "evaluate_epochs", "keep")
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_at_least_one(name):
+    with pytest.raises(ValueError, match=f"--{name} must be at least 1: 0"):
+        configuration.make("digits", **{name: 0})
+    assert getattr(configuration.make("digits", **{name: 1}), name) == 1
+
+
+SHARES = ("stochastic_depth", "dropout", "label_smoothing", "ema", "erasing", "max_corrupt")
+SHARES += ("distill_alpha", "min_crop", "crop", "validation_share")
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_are_at_most_one(name):
+    with pytest.raises(ValueError, match=f"--{name} is a share, at most 1: 1.01"):
+        configuration.make("digits", **{name: 1.01})
+
+
+def test_a_run_needs_a_directory_and_cpu_devices_a_strategy_that_uses_them():
+    with pytest.raises(ValueError, match="--workdir must name a directory"):
+        configuration.make("digits", workdir="")
+    assert configuration.make("digits", cpu_devices=2, strategy="mirrored").cpu_devices == 2
+    with pytest.raises(ValueError, match="--cpu_devices goes with"):
+        configuration.make("digits", cpu_devices=2, strategy="multi_worker")
+
+
+def test_records_of_earlier_versions_have_the_defaults_of_what_they_lack():
+    config = configuration.make("digits")
+    recorded = {"recipe": "digits", **recipes.get("digits").values}
+    assert configuration.differences(config, recorded) == {}
+    recorded["keep"], recorded["workdir"] = 17, "elsewhere"
+    assert configuration.differences(config, recorded) == {}
+    recorded["seed"] = 5
+    assert configuration.differences(config, recorded) == {"seed": (5, 0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "flag"),
+    [
+        *(("epochs", 5, 6, "extend"), ("epochs", 6, 5, ""), ("cooldown_epochs", 0, 1, "extend")),
+        *(("cooldown_epochs", 1, 0, ""), ("weight_decay", 0.1, 0.2, "change")),
+        *(("precision", "float32", "bfloat16", "change"), ("seed", 1, 2, ""), ("loss", "", "", "")),
+    ],
+)
+def test_the_flag_that_allows_a_change(name, old, new, flag):
+    assert configuration.change_flag(name, old, new) == flag
