@@ -106,7 +106,7 @@ setup(
         "keras_tnt": [
             "py.typed",
             "export/servers/*.py",  # run by servers, with what they bring
-            *(f"**/*.{kind}" for kind in ("txt", "html", "h", "cpp")),
+            *(f"**/*.{kind}" for kind in ("txt", "csv", "html", "h", "cpp")),
         ]
     },
     install_requires=[

@@ -70,6 +70,21 @@ def recipes():
     return table(("`--recipe=`", "result", "source"), rows)
 
 
+def accuracies():
+    """Every published accuracy with who measured it and at which crop."""
+    from keras_tnt.published import accuracies
+
+    rows = [
+        (each.dataset, f"`{each.model}`", each.image_size, each.top1)
+        + tuple("" if value is None else value for value in (each.top5, each.crop))
+        + (each.evaluated_by, each.source)
+        for each in accuracies()
+    ]
+    return table(
+        ("data set", "model", "image", "top-1", "top-5", "crop", "evaluated by", "source"), rows
+    )
+
+
 def flags():
     """Every flag of the trainer under the headings of its table."""
     from training import configuration
@@ -160,7 +175,10 @@ def layers():
 
 MADE = {
     function.__name__: function
-    for function in (models, weights, recipes, flags, commands, builders, variants, layers)
+    for function in (
+        *(models, weights, recipes, accuracies, flags),
+        *(commands, builders, variants, layers),
+    )
 } | {"floors": floors_picture.draw}
 MARK = re.compile(r"^<!-- made of the code: (\w+) -->$", re.MULTILINE)
 

@@ -14,6 +14,7 @@ from keras_tnt.layers import (
     TalkingHeadBlock,
 )
 from keras_tnt.layers.base import LayerNormalization
+from keras_tnt.published import of_checkpoint
 from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD, Cost, ImageTransform, Variant
 from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
@@ -165,21 +166,51 @@ preprocess_input = building.preprocessor(IMAGE)
 
 # === What public checkpoints hold ===
 
-TIMM = building.TIMM_RESULTS
-
-# Name on the hub, variant, what the variant is told, parameters, top-1, top-5, source.
-CHECKPOINTS = building.weights_of((
-    ("cait_xxs24_224.fb_dist_in1k", "CaiTXXS24", {}, 11_956_264, 78.4, 94.3, TIMM),
-    ("cait_xxs24_384.fb_dist_in1k", "CaiTXXS24", {}, 12_029_224, 81.0, 95.6, TIMM),
-    ("cait_xxs36_224.fb_dist_in1k", "CaiTXXS36", {}, 17_299_720, 79.7, 94.9, TIMM),
-    ("cait_xxs36_384.fb_dist_in1k", "CaiTXXS36", {}, 17_372_680, 82.2, 96.1, TIMM),
-    ("cait_xs24_384.fb_dist_in1k", "CaiTXS24", {}, 26_670_088, 84.1, 96.9, TIMM),
-    ("cait_s24_224.fb_dist_in1k", "CaiTS24", {}, 46_916_200, 83.4, 96.6, TIMM),
-    ("cait_s24_384.fb_dist_in1k", "CaiTS24", {}, 47_062_120, 85.0, 97.3, TIMM),
-    ("cait_s36_384.fb_dist_in1k", "CaiTS36", {}, 68_366_632, 85.5, 97.5, TIMM),
-    ("cait_m36_384.fb_dist_in1k", "CaiTM36", {}, 271_221_352, 86.1, 97.7, TIMM),
-    ("cait_m48_448.fb_dist_in1k", "CaiTM48", {}, 356_460_520, 86.5, 97.8, TIMM),
-))  # fmt: skip
+# Name on the hub, variant, its arguments, parameters, accuracy.
+CHECKPOINTS = building.weights_of(
+    (
+        (
+            "cait_xxs24_224.fb_dist_in1k",
+            "CaiTXXS24",
+            {},
+            11_956_264,
+            *of_checkpoint("cait_xxs24", 224),
+        ),
+        (
+            "cait_xxs24_384.fb_dist_in1k",
+            "CaiTXXS24",
+            {},
+            12_029_224,
+            *of_checkpoint("cait_xxs24", 384),
+        ),
+        (
+            "cait_xxs36_224.fb_dist_in1k",
+            "CaiTXXS36",
+            {},
+            17_299_720,
+            *of_checkpoint("cait_xxs36", 224),
+        ),
+        (
+            "cait_xxs36_384.fb_dist_in1k",
+            "CaiTXXS36",
+            {},
+            17_372_680,
+            *of_checkpoint("cait_xxs36", 384),
+        ),
+        (
+            "cait_xs24_384.fb_dist_in1k",
+            "CaiTXS24",
+            {},
+            26_670_088,
+            *of_checkpoint("cait_xs24", 384),
+        ),
+        ("cait_s24_224.fb_dist_in1k", "CaiTS24", {}, 46_916_200, *of_checkpoint("cait_s24", 224)),
+        ("cait_s24_384.fb_dist_in1k", "CaiTS24", {}, 47_062_120, *of_checkpoint("cait_s24", 384)),
+        ("cait_s36_384.fb_dist_in1k", "CaiTS36", {}, 68_366_632, *of_checkpoint("cait_s36", 384)),
+        ("cait_m36_384.fb_dist_in1k", "CaiTM36", {}, 271_221_352, *of_checkpoint("cait_m36", 384)),
+        ("cait_m48_448.fb_dist_in1k", "CaiTM48", {}, 356_460_520, *of_checkpoint("cait_m48", 448)),
+    )
+)
 
 # Our variable's or layer's path, timm's name, which is the original release's too.
 TENSOR_NAMES = (

@@ -13,6 +13,7 @@ from keras_tnt.layers import (
     TransformerBlock,
 )
 from keras_tnt.layers.base import LayerNormalization
+from keras_tnt.published import of_checkpoint
 from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD, Cost, ImageTransform, Variant
 
 # Larger images were evaluated without cropping.
@@ -151,19 +152,69 @@ preprocess_input = building.preprocessor(IMAGE)
 
 # === What public checkpoints hold ===
 
-DIST, TIMM = {"distilled": True}, building.TIMM_RESULTS
+DIST = {"distilled": True}
 
-# Name on the hub, variant, what the variant is told, parameters, top-1, top-5, source.
-CHECKPOINTS = building.weights_of((
-    ("deit_tiny_patch16_224.fb_in1k", "DeiTTiny", {}, 5_717_416, 72.2, 91.1, TIMM),
-    ("deit_tiny_distilled_patch16_224.fb_in1k", "DeiTTiny", DIST, 5_910_800, 74.5, 91.9, TIMM),
-    ("deit_small_patch16_224.fb_in1k", "DeiTSmall", {}, 22_050_664, 79.8, 95.0, TIMM),
-    ("deit_small_distilled_patch16_224.fb_in1k", "DeiTSmall", DIST, 22_436_432, 81.2, 95.4, TIMM),
-    ("deit_base_patch16_224.fb_in1k", "DeiTBase", {}, 86_567_656, 82.0, 95.7, TIMM),
-    ("deit_base_distilled_patch16_224.fb_in1k", "DeiTBase", DIST, 87_338_192, 83.4, 96.5, TIMM),
-    ("deit_base_patch16_384.fb_in1k", "DeiTBase", {}, 86_859_496, 83.1, 96.4, TIMM),
-    ("deit_base_distilled_patch16_384.fb_in1k", "DeiTBase", DIST, 87_630_032, 85.4, 97.3, TIMM),
-))  # fmt: skip
+# Name on the hub, variant, its arguments, parameters, accuracy.
+CHECKPOINTS = building.weights_of(
+    (
+        (
+            "deit_tiny_patch16_224.fb_in1k",
+            "DeiTTiny",
+            {},
+            5_717_416,
+            *of_checkpoint("deit_tiny", 224),
+        ),
+        (
+            "deit_tiny_distilled_patch16_224.fb_in1k",
+            "DeiTTiny",
+            DIST,
+            5_910_800,
+            *of_checkpoint("deit_tiny_distilled", 224),
+        ),
+        (
+            "deit_small_patch16_224.fb_in1k",
+            "DeiTSmall",
+            {},
+            22_050_664,
+            *of_checkpoint("deit_small", 224),
+        ),
+        (
+            "deit_small_distilled_patch16_224.fb_in1k",
+            "DeiTSmall",
+            DIST,
+            22_436_432,
+            *of_checkpoint("deit_small_distilled", 224),
+        ),
+        (
+            "deit_base_patch16_224.fb_in1k",
+            "DeiTBase",
+            {},
+            86_567_656,
+            *of_checkpoint("deit_base", 224),
+        ),
+        (
+            "deit_base_distilled_patch16_224.fb_in1k",
+            "DeiTBase",
+            DIST,
+            87_338_192,
+            *of_checkpoint("deit_base_distilled", 224),
+        ),
+        (
+            "deit_base_patch16_384.fb_in1k",
+            "DeiTBase",
+            {},
+            86_859_496,
+            *of_checkpoint("deit_base", 384),
+        ),
+        (
+            "deit_base_distilled_patch16_384.fb_in1k",
+            "DeiTBase",
+            DIST,
+            87_630_032,
+            *of_checkpoint("deit_base_distilled", 384),
+        ),
+    )
+)
 
 # Our variable's or layer's path, timm's name, which is the original release's too.
 TENSOR_NAMES = (

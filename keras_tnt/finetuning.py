@@ -1,6 +1,7 @@
 """Fine-tuning with `fit`: smaller steps further from the head, and layers that stand still."""
 
 import functools
+import re
 
 import keras
 
@@ -19,8 +20,9 @@ def layerwise(optimizer, model, decay=0.75):
     appendix): heads, final norm and the levels of a backbone have distance 0, the last block 1, the
     one before 2, and stem, tokens and the tables of positions before the blocks one more than there
     are blocks. A merge between stages counts with the block before it; layers outside of the
-    keras_tnt model have distance 0. Weight decay is scaled with the step, and falls on kernels
-    alone: not on tables of positions, tokens, norms, biases or LayerScale.
+    keras_tnt model have distance 0. Weight decay is scaled with the step, and applies to what the
+    published code decays: kernels, the distillation token and relative positions, but not the class
+    token, positions, norms, biases and LayerScale.
 
     Adapters that `enable_lora` adds afterwards have the rate of the layer that they adapt. Any
     other variable that the model does not have yet is an error when training begins.
@@ -129,6 +131,23 @@ def unfreeze(model):
 
 # === Optimizers ===
 
+# What decays beside kernels. The published code spares vectors, biases and what a model's
+# `no_weight_decay` lists: cls_token and the position tables (TNT outer_pos and inner_pos, DeiT and
+# CaiT pos_embed, PyramidTNT outer_pos and inner_pos), and neither `dist_token` nor `relative_pos`.
+ALSO_DECAYED = re.compile(r"(distillation_token/token|relative_position/table)$")
+
+
+def decays(variable):
+    """Returns whether weight decay applies to a variable, as in the published code.
+
+    It does to kernels, the distillation token and relative positions; not to the class token,
+    positions, biases, norms and LayerScale.
+
+    Args:
+        variable: a `keras.Variable` of a built model.
+    """
+    return variable.path.endswith("kernel") or bool(ALSO_DECAYED.search(variable.path))
+
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class Layerwise:
@@ -159,10 +178,9 @@ class Layerwise:
         self.rates = rates
         # Muon leaves some variables to AdamW, with a weight decay of their own.
         of_adamw = getattr(self, "adam_velocities", [None] * len(variables))
-        decays = [self.kernel_decay if v is None else self.adam_weight_decay for v in of_adamw]
+        rates = [self.kernel_decay if v is None else self.adam_weight_decay for v in of_adamw]
         self.decays = [
-            decay if v.path.endswith("kernel") else None
-            for v, decay in zip(variables, decays, strict=True)
+            decay if decays(v) else None for v, decay in zip(variables, rates, strict=True)
         ]
 
     def factor_of(self, path):

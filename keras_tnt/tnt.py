@@ -18,6 +18,7 @@ from keras_tnt.layers import (
     WordsToPatches,
 )
 from keras_tnt.layers.base import LayerNormalization
+from keras_tnt.published import of_checkpoint
 from keras_tnt.registry import Cost, ImageTransform, Variant
 from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
@@ -226,15 +227,32 @@ preprocess_input = building.preprocessor(IMAGE)
 
 # === What public checkpoints hold ===
 
-PAPER = "arXiv 2103.00112"
-
-# Name on the hub, variant, what the variant is told, parameters, top-1, top-5, source.
-CHECKPOINTS = building.weights_of((
-    ("tnt_s_patch16_224.in1k", "TNTSmall", {}, 23_768_584, 81.5, 95.7, PAPER),
-    ("tnt_s_legacy_patch16_224.in1k", "TNTSmall", {"legacy": True}, 23_755_336, 81.5, 95.7,
-     building.TIMM_RESULTS),
-    ("tnt_b_patch16_224.in1k", "TNTBase", {}, 65_428_680, 82.9, 96.3, PAPER),
-))  # fmt: skip
+# Name on the hub, variant, its arguments, parameters, accuracy.
+CHECKPOINTS = building.weights_of(
+    (
+        (
+            "tnt_s_patch16_224.in1k",
+            "TNTSmall",
+            {},
+            23_768_584,
+            *of_checkpoint("tnt_small", 224, "authors"),
+        ),
+        (
+            "tnt_s_legacy_patch16_224.in1k",
+            "TNTSmall",
+            {"legacy": True},
+            23_755_336,
+            *of_checkpoint("tnt_small_legacy", 224),
+        ),
+        (
+            "tnt_b_patch16_224.in1k",
+            "TNTBase",
+            {},
+            65_428_680,
+            *of_checkpoint("tnt_base", 224, "authors"),
+        ),
+    )
+)
 
 # Our variable's or layer's path, timm's name, the original release's name.
 TENSOR_NAMES = (

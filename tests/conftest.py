@@ -45,17 +45,19 @@ def draw_weights_by_one_program():
     import jax
     import numpy as np
 
-    draw = jax.random.truncated_normal
+    def by_length(draw):
+        def drawn(key, shape=(), dtype=float, *bounds, **settings):
+            if isinstance(key, jax.core.Tracer):
+                return draw(key, shape, dtype, *bounds, **settings)
+            count = math.prod(shape)
+            length = max(1 << 12, 1 << (count - 1).bit_length())
+            values = np.asarray(draw(key, (length,), dtype, *bounds, **settings))
+            return values[:count].reshape(shape)
 
-    def truncated_normal(key, lower, upper, shape=(), dtype=float, **settings):
-        if isinstance(key, jax.core.Tracer):
-            return draw(key, lower, upper, shape, dtype, **settings)
-        count = math.prod(shape)
-        length = max(1 << 12, 1 << (count - 1).bit_length())
-        drawn = np.asarray(draw(key, lower, upper, (length,), dtype, **settings))
-        return drawn[:count].reshape(shape)
+        return drawn
 
-    jax.random.truncated_normal = truncated_normal
+    jax.random.normal = by_length(jax.random.normal)
+    jax.random.uniform = by_length(jax.random.uniform)
 
 
 def pytest_report_header():

@@ -194,6 +194,24 @@ def test_sample_weights_weigh_both_losses():
     np.testing.assert_allclose(losses(slice(None), weights), losses(first), rtol=1e-5)
 
 
+def test_sample_weights_weigh_the_agreement_and_the_accuracies():
+    student, teacher = tnt(distilled=True), dense()
+    images = pixels(8, 16, 16, 3)
+    distiller, _ = distil(student, teacher)
+    outputs = distiller(images)
+    classes = {key: np.argmax(ops.convert_to_numpy(x), -1) for key, x in outputs.items()}
+    taught = np.argmax(ops.convert_to_numpy(teacher(images)), -1)
+    weights = np.where(classes["head_distillation"] == taught, 3.0, 0.5) * np.linspace(1, 2, 8)
+    labels = np.where(np.arange(8) < 4, classes["head"], (classes["head"] + 1) % 5)
+    logs = distiller.evaluate(images, labels, sample_weight=weights, verbose=0, return_dict=True)
+    for name, right in (
+        ("teacher_agreement", classes["head_distillation"] == taught),
+        ("head_accuracy", classes["head"] == labels),
+        ("head_distillation_accuracy", classes["head_distillation"] == labels),
+    ):
+        assert logs[name] == pytest.approx(np.average(right, weights=weights), rel=1e-5), name
+
+
 # === Training ===
 
 

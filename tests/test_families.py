@@ -306,19 +306,3 @@ def test_a_model_builds_on_the_output_of_other_layers(family):
 def test_arguments_that_do_not_fit_are_named(family, arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny(family, **arguments)
-
-
-@pytest.mark.parametrize("family", [*sorted(TINY), "tnt", "tnt of the legacy stem"])
-def test_a_new_model_starts_from_small_normal_numbers_and_constants(family):
-    """The papers': truncated normal numbers of 0.02, norms of one, biases of zero.
-
-    PyramidTNT's convolutions begin as Keras has them.
-    """
-    model = tiny(family) if family in TINY else tiny_tnt(legacy=family != "tnt")
-    for weight in model.weights:
-        values = ops.convert_to_numpy(weight)
-        if values.dtype.kind != "f" or np.ptp(values) == 0 or "/convolution" in weight.path:
-            continue
-        assert np.abs(values).max() <= 0.04 + 1e-6, weight.path  # cut off at two deviations
-        if values.size > 200:
-            assert 0.014 < values.std() < 0.022, weight.path

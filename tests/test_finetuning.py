@@ -59,7 +59,7 @@ class Trial:
 
     @property
     def decays(self):
-        return self.path.endswith("kernel")
+        return self.path.endswith(("kernel", "distillation_token/token"))
 
     def variable(self):
         *scopes, name = self.path.split("/")

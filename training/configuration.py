@@ -4,6 +4,8 @@ A value is a flag's if one was given, else the recipe's, else the default here.
 """
 
 import dataclasses
+import json
+import math
 import os
 
 from absl import flags
@@ -13,6 +15,27 @@ from training import recipes, sources
 STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
 SCHEDULES = ("cosine", "constant", "step", "linear")
 PRECISIONS = ("float32", "bfloat16", "float16")
+LOSSES = ("cross_entropy", "bce")
+# What a teacher is fed: Keras's names, as `keras.applications.imagenet_utils.preprocess_input`
+# has them, and "unit" for pixels in [0, 1].
+TEACHER_PREPROCESSING = ("auto", "none", "tf", "torch", "caffe", "unit")
+# Arguments of a builder that have a flag of their own, or that the trainer sets.
+SET_BY_FLAGS = {
+    "classes": "--classes",
+    "class_names": "",
+    "weights": "--weights",
+    "input_shape": "--image_size",
+    "input_tensor": "",
+    "include_top": "",
+    "include_preprocessing": "",
+    "pooling": "",
+    "classifier_activation": "",
+    "dtype": "--precision",
+    "name": "",
+    "stochastic_depth": "--stochastic_depth",
+    "dropout": "--dropout",
+    "distilled": "--distilled",
+}
 
 
 def option(default, help, choices=None, may_change=False, change=""):
@@ -61,8 +84,19 @@ class Config:
     )
 
     # === Model ===
-    model: str = option("tnt_digits", "tnt_digits, or a model of keras_tnt, such as tnt_small")
-    weights: str = option("", "what to start from: imagenet, a file of weights, hf://owner/repo")
+    model: str = option(
+        "tnt_digits",
+        "tnt_digits, or a model of keras_tnt: a published size such as tnt_small, or a family "
+        "(tnt, pyramid_tnt, deit, cait), of any architecture by --model_args",
+    )
+    model_args: str = option(
+        "", "arguments of the model's function as a JSON object, such as '{\"depth\": 4}'"
+    )
+    weights: str = option(
+        "",
+        "what to start from: imagenet, a weight file, hf://owner/repo; none or empty: random "
+        "initial values",
+    )
     freeze: str = option(
         "", "what does not learn: stem, so many blocks and the stem, or head, for all but the heads"
     )
@@ -106,6 +140,11 @@ class Config:
 
     # === Length and optimisation ===
     epochs: int = option(60, "passes over the training images", change="extend")
+    cooldown_epochs: int = option(
+        0,
+        "epochs after --epochs at the schedule's last rate; timm's scheduler adds 10",
+        change="extend",
+    )
     batch_size: int = option(128, "images per update, over all devices")
     seed: int = option(0, "of initial weights, order, augmentation and dropout")
     optimizer: str = option("adamw", "adamw, sgd, lion, lamb, muon, or one of --plugins")
@@ -117,12 +156,22 @@ class Config:
     schedule: str = option("cosine", "of the learning rate, after warm-up", SCHEDULES)
     step_epochs: float = option(30.0, "epochs between the steps of --schedule=step")
     step_factor: float = option(0.1, "factor of a step of --schedule=step")
+    schedule_per_epoch: bool = option(
+        False, "one learning rate for a whole epoch, as timm 0.3.2 has it, not one an update"
+    )
+    schedule_delay: int = option(
+        0, "epochs by which --schedule_per_epoch lags its curve: 1 in DeiT's code, 0 in TNT's"
+    )
     warmup_epochs: float = option(5.0, "epochs of linear warm-up", change="change")
     warmup_learning_rate: float = option(1e-6, "where warm-up starts", change="change")
     min_learning_rate: float = option(
         1e-5, "where --schedule=cosine and linear end", change="change"
     )
-    weight_decay: float = option(0.05, "decoupled, on kernels alone", change="change")
+    weight_decay: float = option(
+        0.05,
+        "decoupled; on kernels, the distillation token and relative positions, as published",
+        change="change",
+    )
     beta_1: float = option(0.9, "decay of the gradients' mean: adamw, lamb, muon; lion's blend")
     beta_2: float = option(0.999, "decay of the gradients' square: adamw, lamb, muon; lion's mean")
     momentum: float = option(0.9, "Nesterov momentum: sgd, muon")
@@ -131,6 +180,16 @@ class Config:
         1.0, "factor on the learning rate from each block to the one before", change="change"
     )
     ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
+    ema_warmup: bool = option(
+        False,
+        "let the decay of --ema grow from 0 as timm's ModelEmaV3 does: 1 - (1 + updates)^(-2/3)",
+    )
+    loss: str = option(
+        "cross_entropy",
+        "of the class head; bce: binary cross-entropy, every class in a mixed image counts as "
+        "present (DeiT III)",
+        LOSSES,
+    )
     label_smoothing: float = option(0.0, "share of the label spread over all classes")
 
     # === Augmentation ===
@@ -152,6 +211,13 @@ class Config:
     # === Distillation ===
     distill: str = option("none", "learn from a teacher", ("none", "hard", "soft"))
     teacher: str = option("", "a model of keras_tnt (its public weights), or a .keras file")
+    teacher_preprocessing: str = option(
+        "auto",
+        "what the teacher takes. auto: worked out for models of keras_tnt and models with a "
+        "Rescaling layer; none: what the student takes; tf, torch, caffe: as "
+        "keras.applications preprocesses; unit: pixels in [0, 1]",
+        TEACHER_PREPROCESSING,
+    )
     distill_alpha: float = option(0.5, "share of the distillation loss")
     temperature: float = option(1.0, "softens student and teacher, for --distill=soft")
 
@@ -192,6 +258,8 @@ class Config:
                 raise ValueError(f"--{field.name} must be one of {', '.join(choices)}: {value!r}")
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"--{field.name} must not be negative: {value}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{field.name} must be a finite number: {value}")
         for name in ("epochs", "batch_size", "accumulation", "repeats", "evaluate_epochs", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1: {getattr(self, name)}")
@@ -205,12 +273,70 @@ class Config:
             raise ValueError(
                 "--distill=hard|soft and --teacher go together; one of them is missing"
             )
+        if self.teacher_preprocessing != "auto" and not self.teacher:
+            raise ValueError("--teacher_preprocessing goes with --teacher, which is missing")
+        if self.loss == "bce" and self.label_smoothing:
+            raise ValueError(
+                "--loss=bce counts every class with a share in the label as present, and "
+                f"--label_smoothing={self.label_smoothing} gives one to all classes. Give "
+                "--label_smoothing=0"
+            )
+        if self.ema_warmup and not self.ema:
+            raise ValueError(
+                "--ema_warmup goes with --ema, the decay that it grows to, such as --ema=0.9999"
+            )
+        if self.schedule == "step" and not self.step_epochs:
+            raise ValueError("--step_epochs must be more than 0 for --schedule=step: 0.0")
+        model_arguments(self)
         sources.check(self)
         if not self.workdir:
             raise ValueError("--workdir must name a directory")
 
+    @property
+    def total_epochs(self):
+        """Epochs of the whole run, those of the cooldown among them."""
+        return self.epochs + self.cooldown_epochs
+
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def model_arguments(config):
+    """Returns the dict that `--model_args` is.
+
+    Raises:
+        ValueError: if it is no JSON object, or sets what another flag sets.
+    """
+    if not config.model_args:
+        return {}
+    given, example = config.model_args, """--model_args='{"depth": 4}'"""
+    try:
+        arguments = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"--model_args must be a JSON object, such as {example}. Received: {given!r} ({error})"
+        ) from error
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"--model_args must be a JSON object, such as {example}. Received: {given!r}"
+        )
+    for name in SET_BY_FLAGS.keys() & arguments.keys():
+        flag = SET_BY_FLAGS[name]
+        instead = f"give {flag}" if flag else "the trainer sets it"
+        raise ValueError(f"--model_args must not set {name!r}: {instead}. Received: {given!r}")
+    return arguments
+
+
+def warnings(config):
+    """Returns a sentence for each value that can be and is hardly meant."""
+    found = []
+    if config.warmup_epochs >= config.epochs:
+        found.append(
+            f"--warmup_epochs={config.warmup_epochs:g} outlast the run of --epochs="
+            f"{config.epochs}: the learning rate never reaches --learning_rate="
+            f"{config.learning_rate:g}. Give fewer --warmup_epochs or more --epochs"
+        )
+    return found
 
 
 def make(recipe=None, **values):
@@ -237,7 +363,10 @@ def make(recipe=None, **values):
     if recipe is None:
         own_images = values.get("dataset", "").partition(":")[0] in ("folder", "table", "tfds")
         recipe = "finetune" if own_images else "digits"
-    return Config(**{**recipes.get(recipe).values, "recipe": recipe, **values})
+    values = {**recipes.get(recipe).values, "recipe": recipe, **values}
+    if values.get("weights") == "none":
+        values["weights"] = ""
+    return Config(**values)
 
 
 def define_flags(names=tuple(FIELDS)):
@@ -294,6 +423,6 @@ def differences(config, recorded):
 
 def change_flag(name, old, new):
     """The flag under which a run may be gone on with after a change of a value; "": none."""
-    if name == "epochs" and new < old:
+    if name in ("epochs", "cooldown_epochs") and new < old:
         return ""
     return FIELDS[name].metadata["change"]

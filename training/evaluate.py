@@ -20,7 +20,16 @@ from absl import flags  # noqa: E402
 from training import commands, configuration, sources  # noqa: E402
 
 SHARED = (
-    *("plugins", "model", "image_size", "dataset", "data_dir", "train_split", "eval_split"),
+    *(
+        "plugins",
+        "model",
+        "model_args",
+        "image_size",
+        "dataset",
+        "data_dir",
+        "train_split",
+        "eval_split",
+    ),
     *("validation_share", "seed", "label_offset", "classes", "max_corrupt"),
     *("strategy", "cpu_devices", "tpu", "precision", "batch_size", "crop", "distilled"),
 )
@@ -74,7 +83,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, 
         raise ValueError("give --run, or --model and --weights")
     from training import data, models, predictions, step_functions, strategies
 
-    models.find_builder(config.model)
+    models.custom_arguments(config, models.find_builder(config.model))
     strategy = strategies.make(config)
     replicas = strategy.num_replicas_in_sync
     share = data.WorkerShare(*strategies.worker(strategy), replicas)

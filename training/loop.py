@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 from keras_tnt.files import write_atomically
 from training import (
+    configuration,
     data,
     models,
     optimization,
@@ -62,9 +64,11 @@ def train(config):
         OSError: if the disk is full; the last checkpoint is whole.
         RuntimeError: if the loss blew up more than `max_rollbacks` times, or another worker died.
     """
-    models.find_builder(config.model)
+    models.custom_arguments(config, models.find_builder(config.model))
     optimizers.find_optimizer(config.optimizer)
     workdir.check_config(config)
+    for warning in configuration.warnings(config):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -138,7 +142,7 @@ class Run:
         self.model = model
         self.optimizer = optimizer
         self.steps = steps
-        self.total = steps * config.epochs
+        self.total = steps * config.total_epochs
         self.chief = share.index == 0
         self.workers = share.workers
         self.classes = classes

@@ -1,6 +1,8 @@
 """The models that the trainer can build, by name, and their logits."""
 
 import dataclasses
+import difflib
+import functools
 import inspect
 import os
 import zipfile
@@ -8,6 +10,7 @@ import zipfile
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.applications import imagenet_utils
 
 import keras_tnt
 from keras_tnt import finetuning, pretrained, registry
@@ -17,6 +20,7 @@ from keras_tnt.layers.ends import scale_and_offset
 from keras_tnt.teacher import Teacher
 from keras_tnt.text import as_flags
 from keras_tnt.weights import load_keras_file, load_keras_model
+from training import configuration
 from training.checkpoint import load_best
 
 IMAGENET_CLASSES = 1000
@@ -67,7 +71,8 @@ def build(config, classes, label_names=None, fresh_heads=True):
     Returns:
         A `keras.Model`.
     """
-    arguments = {}
+    builder = find_builder(config.model)
+    arguments = custom_arguments(config, builder)
     wordnet = [identifier for identifier, _ in imagenet_classes()]
     if label_names and len(label_names) == classes and list(label_names) != wordnet:
         arguments["class_names"] = list(label_names)
@@ -78,13 +83,14 @@ def build(config, classes, label_names=None, fresh_heads=True):
             arguments[name] = getattr(config, name)
     if config.precision != "float32":
         arguments["dtype"] = f"mixed_{config.precision}"
-    builder, weights = find_builder(config.model), file_of_run(config.weights) or None
+    weights = None if config.weights == "none" else file_of_run(config.weights) or None
     if weights == "imagenet" and not has_public_weights(builder):
         raise ValueError(
             f"--weights=imagenet: there are no public weights of {config.model}. Type --weights= "
             "to begin at random, --weights=FILE for yours, or another --model of `keras-tnt list`"
         )
     theirs = classes_of(weights)
+    builder = naming_model_args(builder, config)
     if not fresh_heads or theirs in (None, classes):
         model = builder(classes=classes, weights=weights, **arguments)
     else:
@@ -102,6 +108,47 @@ def build(config, classes, label_names=None, fresh_heads=True):
         for layer in (*(block.layer for block in found.blocks), *found.class_blocks):
             rematerialise(layer)
     return model
+
+
+def custom_arguments(config, builder):
+    """Returns the arguments of `--model_args`, each known to the builder.
+
+    Raises:
+        ValueError: naming the nearest arguments if the builder has no such one.
+    """
+    arguments = configuration.model_arguments(config)
+    known = inspect.signature(builder).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in known.values()):
+        known = {**known, **inspect.signature(keras_tnt.TNT).parameters}
+    known = sorted(set(known) - set(configuration.SET_BY_FLAGS) - {"architecture", "arguments"})
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            raise ValueError(
+                f"--model_args: {config.model} has no argument {name!r}. "
+                + (f"Did you mean {' or '.join(near)}? " if near else "")
+                + f"There are: {', '.join(known)}"
+            )
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in arguments.items()
+    }
+
+
+def naming_model_args(builder, config):
+    """Returns the builder; what values of `--model_args` are wrong for names the flag."""
+    if not config.model_args:
+        return builder
+
+    def build_model(**arguments):
+        try:
+            return builder(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"--model={config.model} --model_args={config.model_args}: {error}"
+            ) from error
+
+    return build_model
 
 
 def has_public_weights(builder):
@@ -185,7 +232,21 @@ def build_teacher(config, student):
         model = load_keras_model(config.teacher)
     else:
         model = find_builder(config.teacher, "--teacher")(weights="imagenet")
-    return Teacher(model, student, None, None)
+    return Teacher(model, student, teacher_preprocessing(config.teacher_preprocessing), None)
+
+
+def teacher_preprocessing(name):
+    """Returns the function of `--teacher_preprocessing` from pixels to what a teacher takes.
+
+    `None` leaves it to `Teacher` to work it out.
+    """
+    if name == "auto":
+        return None
+    if name == "none":
+        return lambda images: images
+    if name == "unit":
+        return lambda images: images / 255
+    return functools.partial(imagenet_utils.preprocess_input, mode=name)
 
 
 def rematerialise(layer):

@@ -17,7 +17,9 @@ from training import optimizers
 
 
 def learning_rate(config, step, steps_per_epoch):
-    """The rate of update `step`: linear warm-up, then the schedule, a value an update.
+    """Returns the rate of update `step`: linear warm-up, then the schedule.
+
+    One value an update, or, under `schedule_per_epoch`, one an epoch, as timm 0.3.2 sets it.
 
     Args:
         config: a `training.configuration.Config`.
@@ -30,6 +32,8 @@ def learning_rate(config, step, steps_per_epoch):
     scale = config.batch_size / config.learning_rate_batch if config.learning_rate_batch else 1.0
     peak = config.learning_rate * scale
     epoch = step / steps_per_epoch
+    if config.schedule_per_epoch:
+        epoch = max(step // steps_per_epoch - config.schedule_delay, 0)
     if epoch < config.warmup_epochs:
         start = config.warmup_learning_rate
         return start + (peak - start) * epoch / config.warmup_epochs
@@ -38,12 +42,12 @@ def learning_rate(config, step, steps_per_epoch):
 
 def cosine(config, peak, epoch):
     end = min(config.min_learning_rate, peak)
-    return end + (peak - end) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * min(epoch / config.epochs, 1))) / 2
 
 
 def linear(config, peak, epoch):
     end = min(config.min_learning_rate, peak)
-    return end + (peak - end) * (1 - epoch / config.epochs)
+    return end + (peak - end) * max(1 - epoch / config.epochs, 0)
 
 
 def step(config, peak, epoch):
@@ -58,9 +62,19 @@ def constant(config, peak, epoch):
 SCHEDULES = {"cosine": cosine, "linear": linear, "step": step, "constant": constant}
 
 
-def decays(variable):
-    """Whether weight decay applies: to kernels; not to tokens, positions, biases, norms, scales."""
-    return variable.path.rsplit("/", 1)[-1].endswith("kernel")
+def ema_decay(config, step):
+    """Returns the decay of the moving average in update `step`.
+
+    Under `ema_warmup` that of timm's ModelEmaV3: 0 in the first update, then
+    1 - (1 + step)^(-2/3), at most `ema`.
+
+    Args:
+        config: a `training.configuration.Config`.
+        step: updates made before, float tensor.
+    """
+    if not config.ema_warmup:
+        return config.ema
+    return tf.minimum(1 - tf.pow(1 + step, -2 / 3), config.ema)
 
 
 class Optimizer:
@@ -80,7 +94,7 @@ class Optimizer:
         self.variables = [v.value for v in model.trainable_variables]
         self.names = [v.path for v in model.trainable_variables]
         self.rule = optimizers.find_optimizer(config.optimizer)(model.trainable_variables, config)
-        self.decay = [config.weight_decay * decays(v) for v in model.trainable_variables]
+        self.decay = [config.weight_decay * finetuning.decays(v) for v in model.trainable_variables]
         distances = finetuning.distances(model) if is_ours(model) else {}
         self.rates = [config.layer_decay ** distances.get(name, 0) for name in self.names]
         averaged = model.trainable_variables if config.ema else []
@@ -160,7 +174,7 @@ class Optimizer:
         for each, old in zip(changed, before, strict=True):
             each.assign(tf.where(keep, each, old))
         if self.averages:
-            average, ema = self.averages[i], self.config.ema
+            average, ema = self.averages[i], ema_decay(self.config, step)
             new = ema * average + (1 - ema) * variable
             average.assign(tf.where(keep, new, average) if self.scaling else new)
 

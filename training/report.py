@@ -70,7 +70,7 @@ class Reporter:
             **extra,
         )
         self.say(
-            f"epoch {-(-step // self.steps_per_epoch)}/{self.config.epochs}  "
+            f"epoch {-(-step // self.steps_per_epoch)}/{self.config.total_epochs}  "
             f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
             f"{images_per_second:,.0f} images/s "
             f"({images_per_second / self.replicas:,.0f} a device, "
@@ -82,7 +82,7 @@ class Reporter:
         """Report on an evaluation: a dict of accuracy, top5_accuracy, loss and images."""
         self.write(step, **results)
         self.say(
-            f"epoch {step // self.steps_per_epoch}/{self.config.epochs}  held out "
+            f"epoch {step // self.steps_per_epoch}/{self.config.total_epochs}  held out "
             f"({results['images']} images): "
             + ", ".join(f"{key} {results[key]:.2%}" for key in results if "accuracy" in key)
         )

@@ -13,6 +13,20 @@ def cross_entropy(logits, targets):
     return tf.nn.softmax_cross_entropy_with_logits(targets, tf.cast(logits, tf.float32))
 
 
+def binary_cross_entropy(logits, targets):
+    """Returns the mean over the classes, for each sample, every class with a share being present.
+
+    A mixed image shows both of its classes: targets above 0 count as 1, as in DeiT III.
+    """
+    present = tf.cast(targets > 0, tf.float32)
+    each = tf.nn.sigmoid_cross_entropy_with_logits(present, tf.cast(logits, tf.float32))
+    return tf.reduce_mean(each, axis=-1)
+
+
+# From (logits, soft labels) to the loss of each sample, by `--loss`.
+LOSSES = {"cross_entropy": cross_entropy, "bce": binary_cross_entropy}
+
+
 def soft_labels(labels, classes, smoothing):
     """One-hot labels, or soft ones as they are, with `smoothing` spread over all classes."""
     targets = tf.one_hot(labels, classes) if labels.shape.rank == 1 else labels
@@ -35,7 +49,7 @@ def draw_mixing(config, step, size, epoch):
     mixing = np.array([1, 0, 0, 0, 0], "float32")
     alphas = [("mixup", config.mixup), ("cutmix", config.cutmix)]
     kinds = [(kind, alpha) for kind, alpha in alphas if alpha]
-    if not kinds or epoch >= config.epochs - config.mix_off_epochs:
+    if not kinds or epoch >= config.total_epochs - config.mix_off_epochs:
         return mixing
     random = np.random.default_rng([config.seed, step, 2])
     kind, alpha = kinds[random.integers(len(kinds))]
@@ -73,6 +87,7 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
     size = models.image_size(model)
     trainable = [v.value for v in model.trainable_variables]
     part = config.batch_size // strategy.num_replicas_in_sync // config.accumulation
+    base_loss = LOSSES[config.loss]
     distillation = None
     if teacher:
         distillation = DistillationLoss(config.distill, config.temperature, reduction=None)
@@ -98,11 +113,11 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
         with tf.GradientTape() as tape:
             logits = keras.tree.flatten(logits_model(images, training=True))
             if teacher:
-                losses = (1 - config.distill_alpha) * cross_entropy(logits[0], targets)
+                losses = (1 - config.distill_alpha) * base_loss(logits[0], targets)
                 learned = tf.cast(logits[-1], tf.float32)
                 losses += config.distill_alpha * distillation(teacher(images), learned)
             else:
-                losses = cross_entropy(tf.add_n(logits) / len(logits), targets)
+                losses = base_loss(tf.add_n(logits) / len(logits), targets)
             loss = tf.reduce_sum(losses * batch["weight"]) / config.batch_size
             scaled = loss * loss_scale
         gradients = tape.gradient(scaled, trainable, unconnected_gradients="zero")

@@ -20,7 +20,7 @@ from training import configuration
 
 CONFIG = "config.json"
 # What decides how a model is built.
-ARCHITECTURE = ("model", "image_size", "distilled", "classes")
+ARCHITECTURE = ("model", "model_args", "image_size", "distilled", "classes")
 LOCK = ".lock"
 MAX_CONFIG_BYTES = 16 * 2**20
 

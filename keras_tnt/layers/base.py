@@ -59,9 +59,8 @@ def link_observer() -> Callable | None:
     return _link_observer.get()
 
 
-@keras.saving.register_keras_serializable(package="keras_tnt")
-class TruncatedNormal(keras.initializers.TruncatedNormal):
-    """`keras.initializers.TruncatedNormal`, which draws nothing within `without_initial_values()`.
+class SkipsDrawing:
+    """A mixin for initializers: returns zeros within `without_initial_values()`.
 
     For the largest models drawing takes longer than loading, and on torch and JAX as much memory
     as the model again.
@@ -71,6 +70,44 @@ class TruncatedNormal(keras.initializers.TruncatedNormal):
         if not _draws_initial_values.get():
             return keras.ops.zeros(shape, dtype)
         return super().__call__(shape, dtype)
+
+
+@keras.saving.register_keras_serializable(package="keras_tnt")
+class TruncatedNormal(SkipsDrawing, keras.initializers.RandomNormal):
+    """Normal values clipped to [-2, 2], as timm's `trunc_normal_` has them.
+
+    timm cuts at +-2 in absolute terms, 100 standard deviations where `stddev` is 0.02, so the
+    values have the standard deviation that is asked for. `keras.initializers.TruncatedNormal` cuts
+    at two standard deviations, which leaves 0.0176 of 0.02.
+    """
+
+    bound = 2.0
+
+    def __call__(self, shape, dtype=None):
+        return ops.clip(super().__call__(shape, dtype), -self.bound, self.bound)
+
+
+@keras.saving.register_keras_serializable(package="keras_tnt")
+class RandomNormal(SkipsDrawing, keras.initializers.RandomNormal):
+    """`keras.initializers.RandomNormal`, skipped where all values are loaded from a file."""
+
+
+@keras.saving.register_keras_serializable(package="keras_tnt")
+class RandomUniform(SkipsDrawing, keras.initializers.RandomUniform):
+    """`keras.initializers.RandomUniform`, skipped where all values are loaded from a file."""
+
+
+def torch_uniform(fan_in):
+    """Returns a new initializer with the default of PyTorch's `Conv2d` and `Linear`.
+
+    Kaiming uniform with a = sqrt(5) for the kernel, and the same range for the bias:
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+
+    Args:
+        fan_in: number of inputs of one output value.
+    """
+    bound = fan_in**-0.5
+    return RandomUniform(-bound, bound)
 
 
 class CompositeLayer(keras.layers.Layer):
@@ -124,12 +161,24 @@ class LayerNormalization(keras.layers.LayerNormalization):
         return ops.cast(x, self.compute_dtype)
 
 
-def projection(units, use_bias=True, *, dtype, name):
-    """A `Dense` layer as the papers initialise it: truncated normal of 0.02, zero bias."""
+def projection(units, use_bias=True, *, fan_in=None, dtype, name):
+    """Returns a `Dense` layer with the initial values of the published code.
+
+    Args:
+        units: number of outputs.
+        use_bias: whether the layer has a bias.
+        fan_in: number of inputs, for a layer that is a `Conv2d` in the published code, whose
+            `_init_weights` leave PyTorch's default there. If `None`, the layer starts as a
+            `Linear` does: truncated normal of 0.02, zero bias.
+        dtype: dtype policy of the layer.
+        name: name of the layer.
+    """
+    linear = fan_in is None
     return keras.layers.Dense(
         units,
         use_bias=use_bias,
-        kernel_initializer=TruncatedNormal(stddev=0.02),
+        kernel_initializer=TruncatedNormal(stddev=0.02) if linear else torch_uniform(fan_in),
+        bias_initializer="zeros" if linear else torch_uniform(fan_in),
         dtype=dtype,
         name=name,
     )

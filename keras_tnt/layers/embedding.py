@@ -13,6 +13,7 @@ from keras_tnt.layers.base import (
     TruncatedNormal,
     link_observer,
     projection,
+    torch_uniform,
 )
 from keras_tnt.layers.grid import (
     cut,
@@ -46,11 +47,13 @@ class PatchEmbedding(CompositeLayer):
         self.patch_size = patch_size
         self.dim = dim
         self.data_format = data_format or keras.config.image_data_format()
-        self.projection = projection(dim, dtype=self.dtype_policy, name="projection")
 
     def build(self, input_shape):
-        channels = image_size(input_shape, self.data_format)[-1]
-        self.projection.build((None, None, self.patch_size**2 * channels))
+        values = self.patch_size**2 * image_size(input_shape, self.data_format)[-1]
+        self.projection = projection(
+            self.dim, fan_in=values, dtype=self.dtype_policy, name="projection"
+        )
+        self.projection.build((None, None, values))
 
     def call(self, images):
         images = whole_patches(images, self.patch_size, self.data_format)
@@ -112,12 +115,15 @@ class WordEmbedding(keras.layers.Layer):
 
     def build(self, input_shape):
         channels = image_size(input_shape, self.data_format)[-1]
+        fan_in = self.kernel_size**2 * channels
         self.kernel = self.add_weight(
             name="kernel",
             shape=(self.kernel_size, self.kernel_size, channels, self.dim),
-            initializer=TruncatedNormal(stddev=0.02),
+            initializer=torch_uniform(fan_in),
         )
-        self.bias = self.add_weight(name="bias", shape=(self.dim,), initializer="zeros")
+        self.bias = self.add_weight(
+            name="bias", shape=(self.dim,), initializer=torch_uniform(fan_in)
+        )
 
     def call(self, images):
         images = whole_patches(images, self.patch_size, self.data_format)

@@ -13,7 +13,7 @@ from keras_tnt.layers.attention import Attention, split_heads
 from keras_tnt.layers.base import (
     CompositeLayer,
     LayerNormalization,
-    TruncatedNormal,
+    RandomNormal,
     projection,
     take_first_spec,
 )
@@ -47,13 +47,16 @@ def enough_to_pool(x, grid, size):
 
 
 def convolution(dim, stride, *, dtype, name):
-    """A 3x3 convolution of a map that `pad_edges` has padded, initialised as PyTorch does it."""
+    """Returns a 3x3 convolution of a map that `pad_edges` has padded.
+
+    Its kernel starts from N(0, sqrt(2 / fan_out)), its bias from zeros, as in the published code.
+    """
     return keras.layers.Conv2D(
         dim,
         3,
         stride,
         data_format="channels_last",
-        kernel_initializer=keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform"),
+        kernel_initializer=RandomNormal(stddev=(2 / (3 * 3 * dim)) ** 0.5),
         dtype=dtype,
         name=name,
     )
@@ -300,7 +303,7 @@ class RelativePosition(keras.layers.Layer):
         self.table = self.add_weight(
             name="table",
             shape=self.table_shape(self.grid),
-            initializer=TruncatedNormal(stddev=0.02),
+            initializer=RandomNormal(stddev=1.0),  # `torch.randn` in the published code
             autocast=False,
         )
 

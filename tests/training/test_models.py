@@ -3,8 +3,10 @@
 import dataclasses
 from unittest import mock
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_tnt
 from training import configuration, models
@@ -120,3 +122,93 @@ def test_the_crop_is_the_model_s_own_unless_it_is_given():
     assert models.crop_share(configuration.make("digits", crop=0.0), model) == 1.0
     assert models.crop_share(configuration.make("digits", crop=0.8), model) == 0.8
     assert models.crop_share(configuration.Config(), models.tnt_digits()) == 0.9
+
+
+# === --model_args, --weights=none, --teacher_preprocessing ===
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "blocks"),
+    [
+        (
+            "tnt",
+            '{"depth": 4, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_heads": 2}',
+            4,
+        ),
+        ("deit", '{"depth": 3, "embed_dim": 16, "num_heads": 2}', 3),
+        ("cait", '{"depth": 1, "embed_dim": 16, "num_heads": 2, "layer_scale": null}', 1),
+        (
+            "pyramid_tnt",
+            '{"depths": [1, 2], "outer_dims": [16, 16], "inner_dims": [4, 4], '
+            '"outer_heads": [2, 2], "inner_heads": [2, 2], "reductions": [2, 1]}',
+            3,
+        ),
+        ("tnt_digits", '{"depth": 1}', 1),
+    ],
+)
+def test_model_args_build_any_architecture(model, arguments, blocks):
+    config = configuration.make("digits", model=model, model_args=arguments, image_size=32)
+    built = models.build(config, 7)
+    assert len(keras_tnt.anatomy(built).blocks) == blocks
+    assert built.output_shape == (None, 7) and built.input_shape == (None, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("tnt", '{"dept": 4}', "tnt has no argument 'dept'. Did you mean depth"),
+        ("deit", '{"inner_dim": 4}', "deit has no argument 'inner_dim'.*There are: .*embed_dim"),
+        ("tnt_digits", '{"depht": 4}', "Did you mean depth"),
+        ("deit", '{"depth": "4"}', "depth"),
+        ("deit", '{"depth": [4]}', "depth"),
+        ("pyramid_tnt", '{"depths": 4}', "--model_args"),
+    ],
+)
+def test_model_args_that_do_not_fit_are_named(model, arguments, message):
+    config = configuration.make("digits", model=model, model_args=arguments, image_size=32)
+    with pytest.raises(ValueError, match=message):
+        models.build(config, 7)
+
+
+def test_final_files_hold_the_custom_architecture(tmp_path):
+    config = configuration.make("digits", model_args='{"depth": 1}')
+    model = models.build(config, 10)
+    files = models.save_final(model, config, 10, None, tmp_path)
+    again = keras.saving.load_model(files["final.keras"])
+    assert len(keras_tnt.anatomy(again).blocks) == 1
+
+
+def test_weights_none_begin_at_random():
+    config = dataclasses.replace(configuration.make("digits"), weights="none")
+    assert (
+        models.build(config, 10).count_params()
+        == models.build(dataclasses.replace(config, weights=""), 10).count_params()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("none", [0.0, 127.5, 255.0]),
+        ("unit", [0.0, 0.5, 1.0]),
+        ("tf", [-1.0, 0.0, 1.0]),
+        ("torch", [(x - 0.485) / 0.229 for x in (0, 0.5, 1)]),
+        ("caffe", [x - 123.68 for x in (0, 127.5, 255)]),
+    ],
+)
+def test_a_teacher_is_fed_as_it_is_said(name, expected):
+    inputs = keras.Input((8, 8, 3))
+    # A teacher that passes on what it is fed: its logits are three pixels' first (last) channel.
+    channel = 2 if name == "caffe" else 0
+    outputs = keras.layers.Lambda(lambda x: x[:, 0, :3, channel])(inputs)
+    teacher = keras.Model(inputs, outputs)
+    student = models.tnt_digits(classes=3, depth=1, input_shape=(8, 8, 3))
+    images = np.zeros((2, 8, 8, 3), "float32")
+    images[:, 0, :3] = np.float32([0, 127.5, 255])[:, None]
+    told = models.Teacher(teacher, student, models.teacher_preprocessing(name), True)
+    fed = tf.function(told)(tf.constant(images))
+    np.testing.assert_allclose(fed[1], expected, atol=1e-4)
+
+
+def test_what_feeds_a_teacher_is_left_to_its_layers_by_default():
+    assert models.teacher_preprocessing("auto") is None

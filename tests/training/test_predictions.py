@@ -22,6 +22,20 @@ def test_calibration_error_is_the_mean_distance_of_certainty_and_accuracy():
     assert predictions.calibration_error(np.array([1.0]), np.array([True])) == 0
 
 
+@pytest.mark.parametrize("upper", range(1, 15))
+def test_neighboring_bins_of_certainty_do_not_cancel_out(upper):
+    """One answer too certain, one not certain enough, in two bins of a fifteenth."""
+    certainty = np.array([upper + 0.5, upper - 0.5]) / 15
+    right = np.array([False, True])
+    expected = (certainty[0] + 1 - certainty[1]) / 2
+    assert predictions.calibration_error(certainty, right) == pytest.approx(expected)
+
+
+def test_the_last_bin_holds_full_certainty():
+    certainty, right = np.array([1.0, 0.95]), np.array([True, False])
+    assert predictions.calibration_error(certainty, right) == pytest.approx(0.95 / 2)
+
+
 def test_a_confusion_matrix_counts_labels_by_row_and_answers_by_column():
     matrix = predictions.confusion_matrix(np.array([0, 0, 2, 1]), np.array([0, 2, 2, 0]), 3)
     assert matrix.tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 1]]

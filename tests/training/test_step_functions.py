@@ -428,3 +428,33 @@ def test_an_evaluation_takes_the_mean_of_the_heads_and_counts_by_weight(of_one_m
     assert found["evaluation_loss"] == pytest.approx((losses * weight).sum() / weight.sum())
     assert found["accuracy"] == pytest.approx((right * weight).sum() / weight.sum())
     assert found["top5_accuracy"] == 1
+
+
+# === Losses ===
+
+
+def test_binary_cross_entropy_counts_every_class_with_a_share_as_present():
+    random = np.random.default_rng(1)
+    logits = random.normal(size=(4, 7)).astype("float32")
+    shares = np.float32([[0.3, 0.7, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]] * 2)
+    present = shares > 0
+    probabilities = 1 / (1 + np.exp(-logits.astype("float64")))
+    expected = -np.where(present, np.log(probabilities), np.log1p(-probabilities)).mean(axis=1)
+    found = step_functions.binary_cross_entropy(tf.constant(logits), tf.constant(shares))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_step_reports_the_binary_cross_entropy_that_was_asked_for(one_device):
+    losses, _ = train(one_device, updates=1, loss="bce", label_smoothing=0.0)
+    # Of a model that knows nothing: log 2 a class; one of the 8 images weighs nothing.
+    assert losses[0] == pytest.approx(7 / 8 * np.log(2), rel=0.1)
+
+
+def test_mixing_goes_on_in_the_cooldown_and_ends_with_the_run():
+    values = {"mixup": 0.8, "epochs": 5, "cooldown_epochs": 3}
+    config = configuration.make("digits", **values)
+    none = np.float32([1, 0, 0, 0, 0])
+    assert step_functions.draw_mixing(config, 9, (8, 8), 7).tolist() != none.tolist()
+    config = configuration.make("digits", mix_off_epochs=2, **values)
+    assert step_functions.draw_mixing(config, 9, (8, 8), 5).tolist() != none.tolist()
+    assert step_functions.draw_mixing(config, 9, (8, 8), 6).tolist() == none.tolist()

@@ -121,6 +121,17 @@ def test_a_run_of_another_architecture_is_not_extended_and_that_is_one_line(tmp_
         workdir.check_config(config)
 
 
+def test_a_run_is_extended_by_cooldown_epochs_and_not_shortened_by_them(tmp_path):
+    values = {"workdir": str(tmp_path)}
+    first = configuration.make("digits", cooldown_epochs=4, **values)
+    workdir.write_config(first, None, [], 10, None, {}, step=0)
+    longer = configuration.make("digits", cooldown_epochs=6, extend=True, **values)
+    assert workdir.check_config(longer) == {"cooldown_epochs": (4, 6)}
+    shorter = configuration.make("digits", cooldown_epochs=2, extend=True, **values)
+    with pytest.raises(ValueError, match="--cooldown_epochs: 4 -> 2"):
+        workdir.check_config(shorter)
+
+
 # === Checkpoints and reports ===
 
 

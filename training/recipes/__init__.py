@@ -2,8 +2,7 @@
 
 import difflib
 
-from training.recipes.deit import CAIT, DEIT
-from training.recipes.deit import VALUES as DEIT_VALUES
+from training.recipes.deit import CAIT, CAIT_VALUES, DEIT, DEIT_VALUES
 from training.recipes.digits import DIGITS
 from training.recipes.finetune import FINETUNE, TRANSFER
 from training.recipes.recipe import Recipe
@@ -11,7 +10,7 @@ from training.recipes.tnt import COMMAND, IMAGENET, PYRAMID, TNT
 
 RECIPES = {**DIGITS, **TNT, **DEIT, **CAIT, **FINETUNE, **TRANSFER}
 # What a variant without a recipe of its own is trained by, by family; others by TNT's.
-OF_FAMILY = {"pyramid_tnt": PYRAMID, "deit": DEIT_VALUES, "cait": DEIT_VALUES}
+OF_FAMILY = {"pyramid_tnt": PYRAMID, "deit": DEIT_VALUES, "cait": CAIT_VALUES}
 
 
 def get(name):

@@ -1,16 +1,18 @@
 """TNT (arXiv 2103.00112) and PyramidTNT (arXiv 2201.00978) on ImageNet.
 
-Values: the papers' implementation details and the original command,
-`--sched cosine --opt adamw -b 128 --warmup-epochs 5 --epochs 300 --lr 1e-3 --weight-decay .05
---aa rand-m9-mstd0.5-inc1 --cutmix 1.0 --reprob 0.25 --smoothing 0.1 --drop-path 0.1
---repeated-aug --model-ema --model-ema-decay 0.99996` on 8 GPUs.
+Values: the command of Efficient-AI-Backbones f90e129, tnt_pytorch/readme.md:16 (PyramidTNT: line
+36), and the defaults of its train.py for what the command does not name. timm 0.3.2's scheduler
+adds 10 cooldown epochs at the least rate (scheduler_factory.py:41), which train.py trains (line
+597): 310 epochs in all.
 """
 
+from training.recipes import published
 from training.recipes.recipe import Recipe
 
 IMAGENET = {
     "dataset": "imagenet2012",
     "epochs": 300,
+    "cooldown_epochs": 10,
     "batch_size": 1024,
     "learning_rate": 1e-3,
     "learning_rate_batch": 1024,
@@ -33,15 +35,17 @@ IMAGENET = {
 }
 PYRAMID = {**IMAGENET, "warmup_epochs": 20.0}
 
-# name: (values, published top-1 at size, source)
+# name: (values, side of the published images, source)
+TNT_SOURCE = "Efficient-AI-Backbones f90e129, tnt_pytorch/readme.md:16 and train.py:72-275"
+PYRAMID_SOURCE = "Efficient-AI-Backbones f90e129, tnt_pytorch/readme.md:36 and train.py:72-275"
 ROWS = {
-    "tnt_tiny": (IMAGENET, "73.9% top-1 at 224", "Table 3 of arXiv 2103.00112"),
-    "tnt_small": (IMAGENET, "81.5% top-1 at 224", "Table 3 of arXiv 2103.00112"),
-    "tnt_base": (IMAGENET, "82.9% top-1 at 224", "Table 3 of arXiv 2103.00112"),
-    "pyramid_tnt_tiny": (PYRAMID, "75.2% top-1 at 192", "Table 2 of arXiv 2201.00978"),
-    "pyramid_tnt_small": (PYRAMID, "82.0% top-1 at 256", "Table 2 of arXiv 2201.00978"),
-    "pyramid_tnt_medium": (PYRAMID, "83.5% top-1 at 256", "Table 2 of arXiv 2201.00978"),
-    "pyramid_tnt_base": (PYRAMID, "84.1% top-1 at 256", "Table 2 of arXiv 2201.00978"),
+    "tnt_tiny": (IMAGENET, 224, TNT_SOURCE),
+    "tnt_small": (IMAGENET, 224, TNT_SOURCE),
+    "tnt_base": (IMAGENET, 224, TNT_SOURCE),
+    "pyramid_tnt_tiny": (PYRAMID, 192, PYRAMID_SOURCE),
+    "pyramid_tnt_small": (PYRAMID, 256, PYRAMID_SOURCE),
+    "pyramid_tnt_medium": (PYRAMID, 256, PYRAMID_SOURCE),
+    "pyramid_tnt_base": (PYRAMID, 256, PYRAMID_SOURCE),
 }
 
 COMMAND = (
@@ -50,8 +54,10 @@ COMMAND = (
 )
 
 TNT = {
-    name: Recipe(COMMAND.format(name=name), source, result, {**values, "model": name})
-    for name, (values, result, source) in ROWS.items()
+    name: Recipe(
+        COMMAND.format(name=name), source, published.result(name, size), {**values, "model": name}
+    )
+    for name, (values, size, source) in ROWS.items()
 }
 TNT["tnt_small_distilled"] = Recipe(
     COMMAND.format(name="tnt_small_distilled"),
