@@ -7,7 +7,13 @@ stochastic depth for each size, constant over the blocks, distilled hard.
 from training.recipes.recipe import Recipe
 from training.recipes.tnt import COMMAND, IMAGENET
 
-VALUES = {**IMAGENET, "learning_rate": 5e-4, "learning_rate_batch": 512}
+VALUES = {
+    **IMAGENET,
+    "learning_rate": 5e-4,
+    "learning_rate_batch": 512,
+    "interpolation": "bicubic",  # main.py's --train-interpolation
+    "erase_after_mixing": False,  # erased in the transform, mixed in the training loop
+}
 DISTILLED = {"distilled": True, "distill": "hard", "distill_alpha": 0.5, "teacher": "tnt_base"}
 TEACHER = "the paper's teacher is RegNetY-16GF: --teacher=<its .keras file>"
 
