@@ -109,7 +109,9 @@ def worker(options):
         dataset = tf.data.Dataset.from_tensors(data)
         (given,) = strategy.distribute_datasets_from_function(lambda context, d=dataset: d)
         train = step_functions.make_train_step(strategy, model, optimizer, values, 10)
-        arguments = [tf.constant(x) for x in (1.0, 1e-4, 0.0, np.float32([1, 0, 0, 0, 0]))]
+        groups = step_functions.count_groups(values, strategy.num_replicas_in_sync)
+        mixing = step_functions.draw_mixing(values, 0, (height, width), 0, groups)
+        arguments = [tf.constant(x) for x in (1.0, 1e-4, 0.0, mixing)]
         steps[name] = lambda t=train, g=given, a=arguments: t(g, *a)[0].numpy()
         gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
 

@@ -14,6 +14,8 @@ from training import recipes, sources
 
 STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
 SCHEDULES = ("cosine", "constant", "step", "linear")
+CROP_MODES = ("random_resized", "simple")
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
 PRECISIONS = ("float32", "bfloat16", "float16")
 LOSSES = ("cross_entropy", "bce")
 # What a teacher is fed: Keras's names, as `keras.applications.imagenet_utils.preprocess_input`
@@ -197,15 +199,41 @@ class Config:
         "builtin", "whose RandAugment, mixup, cutmix and erasing", ("builtin", "keras_cv")
     )
     repeats: int = option(1, "repeated augmentation: how often an image stands in a batch")
+    crop_mode: str = option(
+        "random_resized",
+        "random_resized: a crop of random area, from --min_crop on, and aspect ratio; simple: "
+        "DeiT III's simple random crop, of the image resized to cover the model's and padded by 4",
+        CROP_MODES,
+    )
     min_crop: float = option(1.0, "smallest share of the area of a random crop; 1: no random crop")
+    interpolation: str = option(
+        "bicubic",
+        "of random resized crops and RandAugment's geometric ops; random: bilinear or bicubic, "
+        "drawn for each crop and op",
+        INTERPOLATIONS,
+    )
     flip: bool = option(False, "flip left to right with even odds")
     shift: int = option(0, "random shift by up to so many pixels")
     rotate: float = option(0.0, "random rotation by up to so many degrees")
-    color_jitter: float = option(0.0, "brightness, contrast and saturation; off under RandAugment")
+    color_jitter: float = option(
+        0.0, "brightness, contrast and saturation, in random order; off under RandAugment"
+    )
     randaugment: bool = option(False, "RandAugment rand-m9-mstd0.5-inc1")
+    three_augment: bool = option(
+        False, "3-Augment of DeiT III: grayscale, solarize or Gaussian blur, before --color_jitter"
+    )
     erasing: float = option(0.0, "probability of random erasing, in pixel mode")
+    erase_after_mixing: bool = option(
+        False, "mix in whole numbers and erase afterwards, as TNT's loader; off: erase, then mix"
+    )
     mixup: float = option(0.0, "alpha of mixup; 0: none")
-    cutmix: float = option(0.0, "alpha of cutmix; 0: none. With mixup, one of the two a batch")
+    cutmix: float = option(0.0, "alpha of cutmix; 0: none. With mixup, one of the two a group")
+    mix_groups: int = option(
+        0,
+        "groups of a batch that each draw mixup or cutmix, image i mixed with the last but i, as "
+        "each GPU did in the published training; 0: 8, or the next number that devices, "
+        "accumulation and batch allow",
+    )
     mix_off_epochs: int = option(0, "epochs at the end without mixup and cutmix")
 
     # === Distillation ===
@@ -288,6 +316,11 @@ class Config:
         if self.schedule == "step" and not self.step_epochs:
             raise ValueError("--step_epochs must be more than 0 for --schedule=step: 0.0")
         model_arguments(self)
+        if self.three_augment and self.randaugment:
+            raise ValueError(
+                "--three_augment takes the place of --randaugment, which this run has too: add "
+                "--norandaugment"
+            )
         sources.check(self)
         if not self.workdir:
             raise ValueError("--workdir must name a directory")

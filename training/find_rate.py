@@ -32,7 +32,7 @@ def find_learning_rate(run, training_batches):
     rates = np.geomspace(LOWEST, HIGHEST, UPDATES)
     losses, smooth, average = [], [], 0.0
     for step, batch in enumerate(batches(run, training_batches)):
-        mixing = step_functions.draw_mixing(run.config, step, run.size, 0)
+        mixing = step_functions.draw_mixing(run.config, step, run.size, 0, run.groups)
         arguments = (float(step), rates[step].astype("float32"), 0.0, mixing)
         loss = float(run.train_step(batch, *(tf.constant(x) for x in arguments))[0])
         if not math.isfinite(loss):

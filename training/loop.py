@@ -120,15 +120,8 @@ def train_held(config, strategy, share):
 
 
 def check_batch(config, strategy):
-    """Raise a ValueError if devices and parts do not divide the batch."""
-    parts = strategy.num_replicas_in_sync * config.accumulation
-    unit = parts * 2 if step_functions.mixes(config) else parts
-    if config.batch_size % unit:
-        raise ValueError(
-            f"--batch_size={config.batch_size} must be a multiple of {unit}: "
-            f"{strategy.num_replicas_in_sync} devices, --accumulation={config.accumulation}"
-            + (", and mixing takes images two by two" if step_functions.mixes(config) else "")
-        )
+    """Raises a ValueError if devices, accumulation and groups do not divide the batch."""
+    step_functions.count_groups(config, strategy.num_replicas_in_sync)
 
 
 class Run:
@@ -149,6 +142,7 @@ class Run:
         self.label_names = label_names
         self.workdir = Path(config.workdir)
         self.size = models.image_size(model)
+        self.groups = step_functions.count_groups(config, strategy.num_replicas_in_sync)
         self.train_step = step_functions.make_train_step(
             strategy, model, optimizer, config, classes, teacher
         )
@@ -274,7 +268,9 @@ class Run:
             return False
         rate = optimization.learning_rate(self.config, step, self.steps)
         arguments = (float(step), rate, float(self.told_to_end > 0))
-        mixing = step_functions.draw_mixing(self.config, step, self.size, step // self.steps)
+        mixing = step_functions.draw_mixing(
+            self.config, step, self.size, step // self.steps, self.groups
+        )
         loss, norm, stop = self.train_step(batch, *(tf.constant(x) for x in (*arguments, mixing)))
         self.pending.append((step, loss, norm))
         self.reporter.steps += 1

@@ -1,5 +1,7 @@
 """One update: mix, forward, backward, reduce, apply; and one evaluation batch."""
 
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -33,39 +35,83 @@ def soft_labels(labels, classes, smoothing):
     return targets * (1 - smoothing) + smoothing / classes
 
 
-def draw_mixing(config, step, size, epoch):
-    """What mixup or cutmix does to the batch of update `step`: a function of (seed, step).
+MIX_GROUPS = 8  # processes, one a GPU, that TNT was trained by
+
+
+def mixes(config):
+    """Returns whether the step itself mixes images."""
+    return bool(config.mixup or config.cutmix) and config.augmentation == "builtin"
+
+
+def count_groups(config, replicas):
+    """Returns how many groups a global batch is divided into, for mixing and erasing.
+
+    A group is what a process of the published training mixed: its images share one draw of mixup or
+    cutmix and are paired within it. Groups are consecutive images of the global batch and lie whole
+    on a device, so that the same groups give the same training on any number of devices.
+
+    Args:
+        config: a `training.configuration.Config`. With `mix_groups=0` there are 8 groups where
+            batch, devices and accumulation allow it, else the next number that they do.
+        replicas: number of devices that share the batch.
+
+    Raises:
+        ValueError: if devices, accumulation and groups do not divide the batch.
+    """
+    size, parts = config.batch_size, replicas * config.accumulation
+    together = 2 if mixes(config) else 1
+    devices = f"{replicas} devices, --accumulation={config.accumulation}"
+    if size % (parts * together):
+        raise ValueError(
+            f"--batch_size={size} must be a multiple of {parts * together}: {devices}"
+            + (", and mixing takes images two by two" if mixes(config) else "")
+        )
+    units = size // together
+    valid = [n for n in range(parts, units + 1, parts) if units % n == 0]
+    if mixes(config) and config.mix_groups:
+        if config.mix_groups not in valid:
+            raise ValueError(
+                f"--mix_groups={config.mix_groups} does not divide --batch_size={size} into groups "
+                f"of an even number of images that lie whole on a device ({devices}). Valid: "
+                f"{', '.join(map(str, valid))}, or 0 to choose one of them"
+            )
+        return config.mix_groups
+    # As many powers of 2 as 8 has: then most numbers of devices choose the same groups.
+    unit = math.gcd(MIX_GROUPS, units)
+    valid = [n for n in valid if n % unit == 0]
+    return next((n for n in valid if n >= MIX_GROUPS), valid[-1])
+
+
+def draw_mixing(config, step, size, epoch, groups):
+    """Draws what mixup or cutmix does to each group of a batch, from (seed, step, group) alone.
 
     Args:
         config: a `training.configuration.Config`.
         step: updates made before.
         size: (height, width) of the images.
         epoch: counted from 0.
+        groups: number of groups, of `count_groups`.
 
     Returns:
-        float32 (5,): the share of an image that mixup keeps, and the box (top, bottom, left,
-        right) in which cutmix shows the neighbour.
+        float32 (groups, 5): the share of an image that mixup keeps, and the box (top, bottom, left,
+        right) in which cutmix shows the partner.
     """
-    mixing = np.array([1, 0, 0, 0, 0], "float32")
+    mixing = np.tile(np.float32([1, 0, 0, 0, 0]), (groups, 1))
     alphas = [("mixup", config.mixup), ("cutmix", config.cutmix)]
     kinds = [(kind, alpha) for kind, alpha in alphas if alpha]
     if not kinds or epoch >= config.total_epochs - config.mix_off_epochs:
         return mixing
-    random = np.random.default_rng([config.seed, step, 2])
-    kind, alpha = kinds[random.integers(len(kinds))]
-    kept = random.beta(alpha, alpha)
-    if kind == "mixup":
-        mixing[0] = kept
-        return mixing
-    for i, side in enumerate(size):
-        middle, reach = random.integers(side), int(side * np.sqrt(1 - kept)) // 2
-        mixing[1 + 2 * i : 3 + 2 * i] = np.clip([middle - reach, middle + reach], 0, side)
+    for group, row in enumerate(mixing):
+        random = np.random.default_rng([config.seed, step, 2, group])
+        kind, alpha = kinds[random.integers(len(kinds))]
+        kept = random.beta(alpha, alpha)
+        if kind == "mixup":
+            row[0] = kept
+            continue
+        for i, side in enumerate(size):
+            middle, reach = random.integers(side), int(side * np.sqrt(1 - kept)) // 2
+            row[1 + 2 * i : 3 + 2 * i] = np.clip([middle - reach, middle + reach], 0, side)
     return mixing
-
-
-def mixes(config):
-    """Whether the step itself mixes images."""
-    return bool(config.mixup or config.cutmix) and config.augmentation == "builtin"
 
 
 def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
@@ -81,35 +127,53 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
 
     Returns:
         `train_step(batch, step, learning_rate, stop, mixing)`, which returns scalars: loss,
-        gradient norm, and how many replicas passed `stop=1`.
+        gradient norm, and how many replicas passed `stop=1`. `mixing` is of `draw_mixing`.
     """
     logits_model = models.logits_model(model)
     size = models.image_size(model)
     trainable = [v.value for v in model.trainable_variables]
-    part = config.batch_size // strategy.num_replicas_in_sync // config.accumulation
+    parts = strategy.num_replicas_in_sync * config.accumulation
+    part = config.batch_size // parts  # images of one forward pass
+    part_groups = count_groups(config, strategy.num_replicas_in_sync) // parts
+    erases = config.erasing and config.augmentation == "builtin"
     base_loss = LOSSES[config.loss]
     distillation = None
     if teacher:
         distillation = DistillationLoss(config.distill, config.temperature, reduction=None)
 
-    def pixels_and_targets(batch, seed, mixing):
+    def seed_of(step, stream):
+        """A seed of the step for stream number `stream`, of a part of the batch or a group."""
+        return tf.stack([step, stream + config.seed * 1_000_003])
+
+    def erase(images, boxes, step, stream):
+        # Noise is drawn by group, so that it does not depend on the number of devices.
+        shape = (part // part_groups, *images.shape[1:])
+        groups = [stream * part_groups + i for i in range(part_groups)]
+        noise = [tf.random.stateless_normal(shape, seed_of(step, group)) for group in groups]
+        erased = augmentation.box_mask(boxes, size)
+        return tf.where(erased, models.pixels(model, tf.concat(noise, axis=0)), images)
+
+    def pixels_and_targets(batch, step, stream, mixing):
         images = tf.cast(batch["image"], tf.float32)
         if config.dataset == "synthetic":
-            images = tf.random.stateless_uniform(tf.shape(images), seed, 0, 255)
+            images = tf.random.stateless_uniform(tf.shape(images), seed_of(step, stream), 0, 255)
+        images = tf.ensure_shape(images, (part, *size, 3))
         targets = soft_labels(batch["label"], classes, config.label_smoothing)
-        if config.erasing and config.augmentation == "builtin":
-            noise = tf.random.stateless_normal(tf.shape(images), seed)
-            erased = augmentation.box_mask(batch["erase"], size)
-            images = tf.where(erased, models.pixels(model, noise), images)
+        if erases and not config.erase_after_mixing:
+            images = erase(images, batch["erase"], step, stream)
         if mixes(config):
-            box = augmentation.box_mask(tf.cast(mixing[1:], tf.int32), size)  # (h, w, 1)
-            kept = mixing[0] * (1 - tf.cast(box, tf.float32))
-            images = augmentation.mix_with_neighbours(images, kept)
-            targets = augmentation.mix_with_neighbours(targets, tf.reduce_mean(kept))
+            boxes = augmentation.box_mask(tf.cast(mixing[:, 1:], tf.int32), size)
+            kept = mixing[:, 0, None, None, None] * (1 - tf.cast(boxes, tf.float32))
+            images = augmentation.mix(images, kept)  # kept: (groups, height, width, 1)
+            if config.erase_after_mixing:
+                images = tf.round(images)
+            targets = augmentation.mix(targets, tf.reduce_mean(kept, axis=(1, 2)))
+        if erases and config.erase_after_mixing:
+            images = erase(images, batch["erase"], step, stream)
         return images, targets
 
-    def forward_backward(batch, loss_scale, seed, mixing):
-        images, targets = pixels_and_targets(batch, seed, mixing)
+    def forward_backward(batch, loss_scale, step, stream, mixing):
+        images, targets = pixels_and_targets(batch, step, stream, mixing)
         with tf.GradientTape() as tape:
             logits = keras.tree.flatten(logits_model(images, training=True))
             if teacher:
@@ -131,10 +195,13 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
         loss, gradients = 0.0, [0.0] * len(trainable)
         for i in range(config.accumulation):
             piece = {name: x[i * part : (i + 1) * part] for name, x in batch.items()}
-            stream = tf.cast(replica, tf.int32) * config.accumulation + i
-            seed = tf.stack([tf.cast(step, tf.int32), stream + config.seed * 1_000_003])
+            stream = tf.cast(replica, tf.int64) * config.accumulation + i
+            first = tf.cast(stream, tf.int32) * part_groups
+            own = tf.slice(mixing, [first, 0], [part_groups, 5])
             scale = optimizer.loss_scale()
-            piece_loss, piece_gradients = forward_backward(piece, scale, seed, mixing)
+            piece_loss, piece_gradients = forward_backward(
+                piece, scale, tf.cast(step, tf.int64), stream, own
+            )
             loss += piece_loss
             gradients = [g + p for g, p in zip(gradients, piece_gradients, strict=True)]
         return tf.stack([loss, stop]), optimizer.apply(gradients, step, rate)

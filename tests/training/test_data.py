@@ -195,7 +195,7 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each_in_o
     assert len(set(order.reshape(-1))) == 40
     for row in order:
         assert set(np.unique(row, return_counts=True)[1]) == {3}
-        # Mixing pairs neighbours: never an image with itself.
+        # Mixing pairs the images of a group of two: never an image with itself.
         assert (row[::2] != row[1::2]).all()
 
 

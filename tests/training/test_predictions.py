@@ -137,6 +137,7 @@ def ramp(losses, tmp_path):
     run = SimpleNamespace(
         config=configuration.make("digits", mixup=0.0, cutmix=0.0),
         size=(32, 32),
+        groups=1,
         train_step=lambda *arguments: (next(values),),
         strategy=SimpleNamespace(distribute_datasets_from_function=lambda make: make(None)),
         workdir=tmp_path,

@@ -48,8 +48,9 @@ def train(strategy, updates=2, teach=None, **values):
         return tf.data.Dataset.from_tensor_slices(rows).batch(each, drop_remainder=True)
 
     losses = []
+    groups = step_functions.count_groups(values, strategy.num_replicas_in_sync)
     for i, piece in enumerate(strategy.distribute_datasets_from_function(dataset)):
-        mixing = step_functions.draw_mixing(values, i, (32, 32), 0)
+        mixing = step_functions.draw_mixing(values, i, (32, 32), 0, groups)
         arguments = (tf.constant(x) for x in (float(i), 1e-3, 0.0, mixing))
         loss, norm, stop = step(piece, *arguments)
         losses.append(float(loss))
@@ -63,8 +64,10 @@ def assert_alike(first, second, tolerance=1e-5):
 
 
 @pytest.mark.slow
-def test_two_devices_reach_the_weights_of_one(one_device, mirrored):
+@pytest.mark.parametrize("mixing", [{}, {"mix_groups": 2, "erase_after_mixing": True}], ids=str)
+def test_two_devices_reach_the_weights_of_one(one_device, mirrored, mixing):
     values = {"clip_norm": 0.5, "ema": 0.9, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
+    values |= {"erasing": 0.5, **mixing}
     losses, weights = train(one_device, **values)
     losses_of_two, weights_of_two = train(mirrored, **values)
     np.testing.assert_allclose(losses_of_two, losses, rtol=1e-5)
@@ -157,15 +160,120 @@ def test_the_teacher_teaches_the_distillation_head(one_device):
     assert (untaught[name] == 0).all()
 
 
-def test_mixing_is_a_function_of_seed_and_step_and_keeps_the_box_in_the_image():
+def draws(values, steps, size=(32, 48), groups=8):
+    drawn = [step_functions.draw_mixing(values, i, size, 0, groups) for i in range(steps)]
+    return np.array(drawn)  # (steps, groups, 5)
+
+
+def test_mixing_is_a_function_of_seed_step_and_group():
     values = configuration.make("digits", mixup=0.8, cutmix=1.0, epochs=4, mix_off_epochs=1)
-    draws = np.array([step_functions.draw_mixing(values, i, (32, 48), 0) for i in range(200)])
-    np.testing.assert_array_equal(draws[7], step_functions.draw_mixing(values, 7, (32, 48), 0))
-    cut = draws[:, 0] == 1
-    assert 0.35 < cut.mean() < 0.65
-    assert draws[:, 1:].min() >= 0 and draws[:, 2].max() <= 32 and draws[:, 4].max() <= 48
-    last = step_functions.draw_mixing(values, 7, (32, 48), epoch=3)
-    np.testing.assert_array_equal(last, [1, 0, 0, 0, 0])
+    drawn = draws(values, 20)
+    np.testing.assert_array_equal(drawn, draws(values, 20))
+    # Fewer groups, as on one of several devices, draw the same.
+    np.testing.assert_array_equal(drawn[:, :3], draws(values, 20, groups=3))
+    rows = {tuple(row) for row in drawn.reshape(-1, 5)}
+    assert len(rows) == 20 * 8
+    other = draws(configuration.make("digits", mixup=0.8, cutmix=1.0, seed=1), 20)
+    # Boxes of whole numbers may meet by chance.
+    assert len(rows & {tuple(row) for row in other.reshape(-1, 5)}) < 5
+    last = step_functions.draw_mixing(values, 7, (32, 48), 3, 2)
+    np.testing.assert_array_equal(last, [[1, 0, 0, 0, 0]] * 2)
+
+
+def shares(drawn, size):
+    """The share that each image keeps: (steps, groups)."""
+    area = (drawn[..., 2] - drawn[..., 1]) * (drawn[..., 4] - drawn[..., 3])
+    return np.where(drawn[..., 0] < 1, drawn[..., 0], 1 - area / (size[0] * size[1]))
+
+
+def test_shares_are_distributed_as_the_reference_s():
+    size = (60, 96)
+    values = configuration.make("tnt_small", batch_size=1024)
+    assert step_functions.count_groups(values, 8) == 8
+    drawn = draws(values, 800, size)
+    random = np.random.default_rng(0)
+
+    def of_cutmix():
+        kept = random.beta(1.0, 1.0)
+        mask = np.zeros(size, bool)
+        box = []
+        for side in size:
+            middle, length = random.integers(side), int(side * np.sqrt(1 - kept))
+            box.append(slice(max(middle - length // 2, 0), middle + length // 2))
+        mask[tuple(box)] = True
+        return 1 - mask.mean()
+
+    cut = drawn[..., 0] == 1
+    assert abs(cut.mean() - 0.5) < 0.03
+    found = shares(drawn, size)
+    mixed, pasted = random.beta(0.8, 0.8, 4000), np.array([of_cutmix() for _ in range(4000)])
+    assert_same_distribution(found[~cut], mixed)
+    assert_same_distribution(found[cut], pasted)
+    # One draw for all eight devices would leave the mean as spread as a draw.
+    spread = np.concatenate([mixed, pasted]).std()
+    assert abs(found.std() - spread) < 0.015
+    assert abs(found.mean(axis=1).std() - spread / np.sqrt(8)) < 0.008
+    middles = (drawn[cut][:, 1] + drawn[cut][:, 2]) / 2
+    assert abs(middles.mean() - size[0] / 2) < 1
+    # Neighboring groups and steps are drawn apart.
+    for first, second in ((found[:, :-1], found[:, 1:]), (found[:-1], found[1:])):
+        assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.06
+
+
+def assert_same_distribution(first, second, level=1.95):
+    """Two-sample Kolmogorov-Smirnov test; 1.95 rejects one equal pair in a thousand."""
+    grid = np.concatenate([first, second])
+    below = [
+        np.searchsorted(np.sort(sample), grid, side="right") / len(sample)
+        for sample in (first, second)
+    ]
+    distance = np.abs(below[0] - below[1]).max()
+    assert distance < level * np.sqrt(1 / len(first) + 1 / len(second))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "replicas", "accumulation", "groups"),
+    [
+        *((1024, replicas, 1, 8) for replicas in (1, 2, 4, 8)),
+        *((1024, replicas, 2, 8) for replicas in (1, 2, 4)),
+        *((64, replicas, 1, 8) for replicas in (1, 2, 4, 8)),
+        *((40, replicas, 1, 20) for replicas in (1, 2, 4)),
+        *((24, replicas, 1, 12) for replicas in (1, 2, 3, 4, 6)),
+        *((8, replicas, 1, 4) for replicas in (1, 2, 4)),
+        (1024, 16, 1, 16),
+        (1024, 16, 4, 64),
+        (96, 3, 1, 24),
+        (2, 1, 1, 1),
+        (6, 1, 1, 3),
+    ],
+)
+def test_groups_are_the_same_on_as_many_devices_as_allow_them(
+    batch_size, replicas, accumulation, groups
+):
+    values = configuration.make(
+        "digits", mixup=0.8, batch_size=batch_size, accumulation=accumulation
+    )
+    assert step_functions.count_groups(values, replicas) == groups
+
+
+def test_groups_that_are_asked_for_are_made_or_refused():
+    def count(replicas=1, mixup=0.8, batch_size=48, **values):
+        values = configuration.make("digits", mixup=mixup, batch_size=batch_size, **values)
+        return step_functions.count_groups(values, replicas)
+
+    assert count(mix_groups=1) == 1 and count(mix_groups=24) == 24
+    assert count(4, mix_groups=12) == 12
+    for replicas, groups in ((1, 5), (1, 48), (1, 16), (2, 3), (4, 6), (4, 2)):
+        with pytest.raises(ValueError, match=f"--mix_groups={groups} does not divide .*Valid: "):
+            count(replicas, mix_groups=groups)
+    with pytest.raises(ValueError, match=r"Valid: 4, 12, or 0 to choose"):
+        count(2, accumulation=2, batch_size=24, mix_groups=3)
+    with pytest.raises(ValueError, match="multiple of 4: 2 devices.* mixing takes images two by"):
+        count(2, batch_size=50)
+    # Without mixing, an odd number of images for a device will do, whatever the groups.
+    assert count(2, mixup=0.0, batch_size=50, mix_groups=7) == 10
+    with pytest.raises(ValueError, match="multiple of 2: 2 devices, --accumulation=1$"):
+        count(2, mixup=0.0, batch_size=51)
 
 
 # === The formulas, in numbers worked out by hand ===
@@ -196,22 +304,22 @@ def test_cutmix_s_box_is_as_large_as_its_share(monkeypatch, middle, box):
     values = configuration.make("digits", cutmix=0.5)
     drawn = Drawn([0, *middle], 0.75)
     monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
-    mixing = step_functions.draw_mixing(values, 5, (32, 48), 0)
-    assert mixing.tolist() == [1, *box] and drawn.alphas == (0.5, 0.5)
+    mixing = step_functions.draw_mixing(values, 5, (32, 48), 0, 1)
+    assert mixing.tolist() == [[1, *box]] and drawn.alphas == (0.5, 0.5)
 
 
 def test_mixup_keeps_its_share_and_ends_before_the_last_epochs(monkeypatch):
     values = configuration.make("digits", mixup=0.2, cutmix=1.0, epochs=4, mix_off_epochs=1)
     seeds, drawn = [], Drawn([0], 0.625)
     monkeypatch.setattr(np.random, "default_rng", lambda seed: (seeds.append(seed), drawn)[1])
-    mixing = step_functions.draw_mixing(values, 5, (32, 48), 2)
-    assert mixing.tolist() == [0.625, 0, 0, 0, 0] and seeds == [[0, 5, 2]]
+    mixing = step_functions.draw_mixing(values, 5, (32, 48), 2, 1)
+    assert mixing.tolist() == [[0.625, 0, 0, 0, 0]] and seeds == [[0, 5, 2, 0]]
     assert drawn.alphas == (0.2, 0.2)
     for epoch in (3, 4):
-        last = step_functions.draw_mixing(values, 5, (32, 48), epoch)
-        assert last.tolist() == [1, 0, 0, 0, 0]
+        last = step_functions.draw_mixing(values, 5, (32, 48), epoch, 1)
+        assert last.tolist() == [[1, 0, 0, 0, 0]]
     nothing = configuration.make("digits", mixup=0.0, cutmix=0.0)
-    assert step_functions.draw_mixing(nothing, 5, (32, 48), 0).tolist() == [1, 0, 0, 0, 0]
+    assert step_functions.draw_mixing(nothing, 5, (32, 48), 0, 1).tolist() == [[1, 0, 0, 0, 0]]
 
 
 def test_smoothing_is_spread_over_all_classes():
@@ -321,30 +429,43 @@ def softmax(logits):
     return exponents / exponents.sum(axis=-1, keepdims=True)
 
 
+def erased(images, config, step, mixing):
+    """Eight images after erasing; noise is drawn by group."""
+    each = 8 // len(mixing)
+    images = images.copy()
+    for j, (top, bottom, left, right) in enumerate(eight_images()["erase"]):
+        seed = [step, j // each + config.seed * 1_000_003]
+        noise = tf.random.stateless_normal((each, *SIZE, 3), seed).numpy()[j % each]
+        images[j, top:bottom, left:right] = 90.0 + 40.0 * noise[top:bottom, left:right]
+    return images
+
+
 def by_numpy(weights, config, mixing, streams, step, teacher_logits=None):
-    """(loss, gradients) of eight images that are worked on in so many equal streams."""
+    """(loss, gradients) of eight images: `mixing` by group, synthetic images by stream."""
     data, part = eight_images(), 8 // streams
-    images, targets = [], []
-    for i in range(streams):
-        rows = slice(i * part, (i + 1) * part)
-        seed = [step, i + config.seed * 1_000_003]
-        noise = tf.random.stateless_normal((part, *SIZE, 3), seed).numpy()
-        pixels = data["image"][rows].astype("float64")
-        if config.dataset == "synthetic":
-            pixels = tf.random.stateless_uniform(pixels.shape, seed, 0, 255).numpy()
-        if config.erasing:
-            for j, (top, bottom, left, right) in enumerate(data["erase"][rows]):
-                erased = 90.0 + 40.0 * noise[j, top:bottom, left:right]
-                pixels[j, top:bottom, left:right] = erased
-        images.append(pixels)
-    images, partner = np.concatenate(images), np.arange(8) ^ 1
+    images = data["image"].astype("float64")
+    if config.dataset == "synthetic":
+        seeds = [[step, i + config.seed * 1_000_003] for i in range(streams)]
+        shape = (part, *SIZE, 3)
+        images = np.concatenate([tf.random.stateless_uniform(shape, s, 0, 255) for s in seeds])
     targets = np.eye(CLASSES)[data["label"]] * (1 - config.label_smoothing)
     targets += config.label_smoothing / CLASSES
-    kept = np.full(SIZE, mixing[0], "float64")
-    top, bottom, left, right = (int(x) for x in mixing[1:])
-    kept[top:bottom, left:right] = 0
-    images = kept[..., None] * images + (1 - kept[..., None]) * images[partner]
-    targets = kept.mean() * targets + (1 - kept.mean()) * targets[partner]
+    if config.erasing and not config.erase_after_mixing:
+        images = erased(images, config, step, mixing)
+    old_images, old_targets = images.copy(), targets.copy()
+    each = 8 // len(mixing)
+    for j in range(8):
+        group = j // each
+        partner = group * each + each - 1 - j % each
+        kept = np.full(SIZE, mixing[group][0], "float64")
+        top, bottom, left, right = (int(x) for x in mixing[group][1:])
+        kept[top:bottom, left:right] = 0
+        images[j] = kept[..., None] * old_images[j] + (1 - kept[..., None]) * old_images[partner]
+        targets[j] = kept.mean() * old_targets[j] + (1 - kept.mean()) * old_targets[partner]
+    if config.erase_after_mixing and (config.mixup or config.cutmix):
+        images = np.rint(images)
+    if config.erasing and config.erase_after_mixing:
+        images = erased(images, config, step, mixing)
     flat = images.reshape(8, -1) / 255
     weight = data["weight"][:, None].astype("float64") / 8
     logits = [flat @ w for w in weights]
@@ -361,16 +482,33 @@ def by_numpy(weights, config, mixing, streams, step, teacher_logits=None):
 
 
 ALPHA = 0.3
+NOT_MIXED = [[1, 0, 0, 0, 0]] * 8
+# Shares that leave no half to be rounded.
+FOUR = [[0.7031234567, 0, 0, 0, 0], [1, 1, 3, 2, 6], [0.2134567891, 0, 0, 0, 0], [1, 0, 4, 0, 1]]
+LATER = {"erase_after_mixing": True, "erasing": 0.5}
 CASES = {
-    "plain": (1, {}, [1, 0, 0, 0, 0]),
-    "smoothed": (1, {"label_smoothing": 0.2}, [1, 0, 0, 0, 0]),
-    "two heads": (2, {"label_smoothing": 0.1}, [1, 0, 0, 0, 0]),
-    "mixup": (1, {"mixup": 0.8, "label_smoothing": 0.1}, [0.7, 0, 0, 0, 0]),
-    "cutmix in parts": (1, {"cutmix": 1.0, "accumulation": 2}, [1, 1, 3, 2, 6]),
-    "erasing in parts": (1, {"erasing": 0.5, "accumulation": 2, "seed": 5}, [1, 0, 0, 0, 0]),
-    "synthetic": (1, {"dataset": "synthetic", "accumulation": 2}, [1, 0, 0, 0, 0]),
-    "one head distilled": (1, {"distill": "hard", "teacher": "a.keras"}, [1, 0, 0, 0, 0]),
-    "distilled": (2, {"distill": "hard", "teacher": "a.keras", "mixup": 0.8}, [0.6, 0, 0, 0, 0]),
+    "plain": (1, {}, NOT_MIXED),
+    "smoothed": (1, {"label_smoothing": 0.2}, NOT_MIXED),
+    "two heads": (2, {"label_smoothing": 0.1}, NOT_MIXED),
+    "mixup": (1, {"mixup": 0.8, "label_smoothing": 0.1, "mix_groups": 2}, FOUR[:2]),
+    "one group": (1, {"mixup": 0.8, "mix_groups": 1}, FOUR[:1]),
+    "four groups": (1, {"mixup": 0.8, "cutmix": 1.0}, FOUR),
+    "cutmix in parts": (1, {"cutmix": 1.0, "accumulation": 2, "mix_groups": 2}, FOUR[1::2]),
+    "erasing in parts": (1, {"erasing": 0.5, "accumulation": 2, "seed": 5}, NOT_MIXED),
+    "erasing, then mixing": (
+        *(1, {"erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "mix_groups": 2}),
+        FOUR[:2],
+    ),
+    "mixing, then erasing": (1, {"mixup": 0.8, "mix_groups": 2, "seed": 2, **LATER}, FOUR[:2]),
+    "four groups, then erasing": (1, {"mixup": 0.8, "accumulation": 2, **LATER}, FOUR),
+    "erasing of what is not mixed": (1, LATER, NOT_MIXED),
+    "a large seed": (1, {"seed": 70_000, **LATER}, NOT_MIXED),
+    "synthetic": (1, {"dataset": "synthetic", "accumulation": 2}, NOT_MIXED),
+    "one head distilled": (1, {"distill": "hard", "teacher": "a.keras"}, NOT_MIXED),
+    "distilled": (
+        *(2, {"distill": "hard", "teacher": "a.keras", "mixup": 0.8, "mix_groups": 2}),
+        [[0.6, 0, 0, 0, 0], [0.1, 0, 0, 0, 0]],
+    ),
 }
 
 
@@ -378,7 +516,7 @@ CASES = {
     ("devices", "case"),
     [
         *(("one_device", case) for case in CASES),
-        *(("mirrored", case) for case in ("mixup", "erasing in parts", "distilled")),
+        *(("mirrored", case) for case in CASES if "group" not in case or "four" in case),
     ],
 )
 def test_a_step_is_what_numpy_makes_of_it(of_one_matrix, devices, case, request):

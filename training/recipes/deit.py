@@ -18,6 +18,8 @@ DEIT_VALUES = {
     "schedule_delay": 1,
     "color_jitter": 0.3,
     "crop": 0.875,
+    "interpolation": "bicubic",  # main.py's --train-interpolation
+    "erase_after_mixing": False,  # erased in the transform, mixed in the training loop
 }
 CAIT_VALUES = {**DEIT_VALUES, "epochs": 400, "crop": 1.0}
 DISTILLED = {"distilled": True, "distill": "hard", "distill_alpha": 0.5, "teacher": "tnt_base"}

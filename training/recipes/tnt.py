@@ -29,6 +29,8 @@ IMAGENET = {
     "color_jitter": 0.4,  # named by the command; has no effect under RandAugment
     "randaugment": True,
     "erasing": 0.25,
+    "interpolation": "random",  # train.py's --train-interpolation
+    "erase_after_mixing": True,  # timm 0.3.2: FastCollateMixup, then PrefetchLoader's erasing
     "mixup": 0.8,
     "cutmix": 1.0,
     "crop": 0.9,
