@@ -104,10 +104,8 @@ def read_index(shard):
                     )
                 label = read_label(shard, key, members)
                 samples.append((key, images[0].offset_data, images[0].size, label))
-            end = archive.offset
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{shard} is no whole, uncompressed tar file: {error}") from error
-    check_end(shard, end)
     return samples
 
 
@@ -142,6 +140,7 @@ def samples_of(archive, shard):
         assert before is None or member.offset > before
         before = member.offset
         archive.members = []  # it would hold every member of a shard
+    check_end(shard, archive.offset)  # before a last sample is called incomplete
     if current is not None:
         yield current, members
 
