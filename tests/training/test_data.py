@@ -1,10 +1,5 @@
 """Sources and batches: what is in them, in which order, and what happens to broken images."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -435,58 +430,3 @@ def test_what_a_data_service_cannot_read_is_counted_by_the_trainer(folder):
     shown = {source.paths[i] for i in order} & set(broken["train"])
     assert unreadable.names == shown and (seen["weight"] == 0).sum() == len(shown)
     assert worker
-
-
-# === Under op determinism, which no process can turn off again ===
-
-IN_FLIGHT = """
-import sys, threading
-threads = int(sys.argv[1])
-import tensorflow as tf
-tf.config.threading.set_inter_op_parallelism_threads(threads)
-tf.config.experimental.enable_op_determinism()
-from training import configuration, data
-from training.sources import kinds
-
-changed, inside, most = threading.Condition(), 0, 0
-
-def read(index):  # waits for the others
-    global inside, most
-    with changed:
-        inside += 1
-        most = max(most, inside)
-        changed.notify_all()
-        changed.wait_for(lambda: most >= threads, timeout=60)
-        inside -= 1
-    if index == 3:
-        raise OSError
-    return tf.io.encode_png(tf.fill([8, 8, 3], tf.cast(index, tf.uint8))).numpy()
-
-def item(index):
-    return tf.strings.as_string(index), index, index % 2
-
-source = kinds.Indexed(64, 2, item, kinds.read_in_python(read))
-values = configuration.make("digits", batch_size=32)
-unreadable = data.UnreadableImages(source, 1.0)
-seen = data.evaluation_batches(source, values, (8, 8), data.WorkerShare(0, 1, 1), unreadable)
-batches = list(seen.as_numpy_iterator())
-images = [int(image.max()) for batch in batches for image in batch["image"]]
-assert images == [0 if i == 3 else i for i in range(64)], images
-assert unreadable.names == {"3"}
-print("in flight", most)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("threads", [2, 8])
-def test_as_many_images_are_read_at_once_as_there_are_threads(threads):
-    result = subprocess.run(
-        [sys.executable, "-c", IN_FLIGHT, str(threads)],
-        cwd=Path(__file__).parent.parent.parent,
-        env={**os.environ, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert int(result.stdout.split("in flight")[1]) >= threads
