@@ -19,6 +19,7 @@ JAX = ["jax>=0.8.1,<1"]
 TORCH = ["torch>=2.6,<3"]
 IMAGES = ["pillow>=11"]
 PARQUET = ["pyarrow>=16"]
+HUGGINGFACE = ["datasets>=4,<6"]
 PLOTS = ["matplotlib>=3.9,<4", *IMAGES]
 TRAIN = [
     *TENSORFLOW,
@@ -60,6 +61,8 @@ TEST = [
     *EDGE,
     *TORCH,
     *PARQUET,
+    *HUGGINGFACE,
+    "webdataset>=1,<2",  # writes the tar files of the tests
     *DOCS,
     "scikit-image>=0.25,<1",  # photographs
     "ml_dtypes>=0.5.1,<1",
@@ -123,6 +126,7 @@ setup(
         "torch": TORCH,
         "images": IMAGES,
         "parquet": PARQUET,
+        "huggingface": HUGGINGFACE,
         "plots": PLOTS,
         "train": TRAIN,
         "dense": DENSE,

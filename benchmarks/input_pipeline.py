@@ -1,13 +1,18 @@
-"""Images per second of the input pipeline, stage by stage: python benchmarks/input_pipeline.py
+"""Images per second of the trainer's input pipeline: python benchmarks/input_pipeline.py
 
-The limit is raw JPEG decoding; what counts is the full recipe over decode, crop and resize alone.
-Mixing and the noise of random erasing are part of the training step; the last rows run them on the
-CPU too. `--keras_cv` measures KerasCV's layers in their place.
+Each mode, with op determinism (`--deterministic`, the default) and without, has a process, for
+TensorFlow cannot turn determinism off again. The modes are measured in turn, round by round, and
+the median of the rounds is shown, so that what else the machine does falls on both alike. Mixing
+and the noise of random erasing are part of the training step, and are not measured here.
+`--keras_cv` adds KerasCV's layers in the place of the trainer's own augmentation.
 """
 
 import argparse
 import io
+import json
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,39 +20,50 @@ from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
 
-from training import augmentation, configuration, data, sources, step_functions  # noqa: E402
-
-SIZE = (224, 224)
 FILL = (128, 128, 128)
 PLAIN = {"repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "randaugment": False}
 
 # What each row adds to the one before.
-STAGES = (
-    ("decode, crop, resize", {**PLAIN, "flip": False}),
-    ("+ flip", {**PLAIN, "flip": True}),
-    ("+ RandAugment", {**PLAIN, "randaugment": True}),
-    ("+ erasing, repeats: the full recipe", {}),
-)
+STAGES = {
+    "decode, crop, resize": {**PLAIN, "flip": False},
+    "+ flip": {**PLAIN, "flip": True},
+    "+ RandAugment": {**PLAIN, "randaugment": True},
+    "+ erasing, repeats: the full recipe": {},
+}
+KERAS_CV = {"the full recipe with KerasCV's layers": {"augmentation": "keras_cv"}}
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=10, help="length of a measurement")
+    parser.add_argument("--seconds", type=float, default=5, help="length of a measurement")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each mode")
     parser.add_argument("--images", type=int, default=200, help="number of 500x375 JPEGs")
+    parser.add_argument("--image_size", type=int, default=224, help="side that the model takes")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument(
+        "--gpu", type=float, help="images/s of a GPU: print how many cores it needs"
+    )
     parser.add_argument("--keras_cv", action="store_true", help="measure KerasCV's layers too")
-    arguments = parser.parse_args()
+    parser.add_argument("--full_only", action="store_true", help="measure the full recipe alone")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # what the processes are started with
+    options = parser.parse_args(arguments)
+    if options.serve:
+        return serve(options)
+    stages = {**STAGES, **(KERAS_CV if options.keras_cv else {})}
+    if options.full_only:
+        stages = dict([list(STAGES.items())[-1]])
     with tempfile.TemporaryDirectory() as directory:
-        write_pictures(Path(directory) / "train" / "class", arguments.images)
-        measure(directory, arguments)
+        write_pictures(Path(directory) / "train" / "class", options.images)
+        return report(measure(directory, stages, options), options)
 
 
 def write_pictures(directory, number):
-    """JPEGs of ImageNet's usual size, with detail at every scale, as photographs have."""
+    """Writes JPEGs of ImageNet's usual size, with detail at every scale, as photographs have."""
     from PIL import Image
 
     directory.mkdir(parents=True)
@@ -63,54 +79,81 @@ def write_pictures(directory, number):
         (directory / f"{i}.jpg").write_bytes(file.getvalue())
 
 
-def measure(directory, arguments):
-    paths = tf.constant([str(p) for p in Path(directory).rglob("*.jpg")])
-    raw = tf.data.Dataset.from_tensor_slices(paths).repeat()
-    raw = raw.map(
-        lambda path: tf.io.decode_jpeg(tf.io.read_file(path)), num_parallel_calls=tf.data.AUTOTUNE
-    )
-    show("JPEG decoding alone", rate(raw, 1, arguments.seconds))
-    reference = None
-    for name, values in STAGES:
-        images = rate(recipe(directory, values), 32, arguments.seconds)
-        reference = reference or images
-        show(name, images, reference)
-    mixed = recipe(directory, {}).map(mix, num_parallel_calls=tf.data.AUTOTUNE)
-    show("+ erasing's noise and mixing, on the CPU", rate(mixed, 32, arguments.seconds), reference)
-    if arguments.keras_cv:
-        theirs = recipe(directory, {"augmentation": "keras_cv"})
-        show(
-            "the full recipe with KerasCV's layers", rate(theirs, 32, arguments.seconds), reference
-        )
+def measure(directory, stages, options):
+    """Returns {stage: {deterministic: images/s of each round}}."""
+    processes = {
+        deterministic: start(directory, deterministic, options) for deterministic in (1, 0)
+    }
+    found = {stage: {1: [], 0: []} for stage in stages}
+    try:
+        for stage, values in stages.items():
+            for number in range(options.rounds):
+                # Each mode is first in every other round.
+                for deterministic in ((1, 0), (0, 1))[number % 2]:
+                    rate = ask(processes[deterministic], values)
+                    found[stage][deterministic].append(rate)
+    finally:
+        for process in processes.values():
+            process.stdin.close()
+            process.wait()
+    return found
 
 
-def recipe(directory, values):
-    """Batches of 32 of tnt_small's recipe with some values changed."""
-    values = {"dataset": "folder", "data_dir": directory, "batch_size": 32, **values}
-    settings = configuration.make("tnt_small", **values)
-    source = sources.open_split(settings, held_out=False)
+def start(directory, deterministic, options):
+    """Starts the process of a mode."""
+    command = [sys.executable, __file__, f"--serve={directory}", f"--seconds={options.seconds}"]
+    command += [f"--rounds={deterministic}", f"--image_size={options.image_size}"]
+    command += [f"--batch_size={options.batch_size}"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def ask(process, values):
+    """Returns the images/s that a process measures with some values of the recipe."""
+    process.stdin.write(json.dumps(values) + "\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("images/s "):
+            return float(line.split()[1])
+    raise RuntimeError(f"the process ended with status {process.wait()}")
+
+
+def serve(options):
+    """Measures what the lines of standard input ask for; `--rounds` is the determinism."""
+    import tensorflow as tf
+
+    if options.rounds:
+        tf.config.experimental.enable_op_determinism()
+        tf.random.set_seed(0)
+    pipelines = {}
+    for line in sys.stdin:
+        if line not in pipelines:
+            pipelines.clear()
+            pipelines[line] = iter(pipeline(options, json.loads(line)))
+            for _ in range(max(2, 64 // options.batch_size)):  # a warm-up
+                next(pipelines[line])
+        print("images/s", rate(pipelines[line], options.batch_size, options.seconds), flush=True)
+
+
+def pipeline(options, values):
+    """Returns the batches of tnt_small's recipe with some values changed."""
+    from training import configuration, data, sources
+
+    values = {
+        "dataset": "folder",
+        "data_dir": options.serve,
+        "batch_size": options.batch_size,
+        **values,
+    }
+    config = configuration.make("tnt_small", **values)
+    source = sources.DATASETS["folder"].open_split(config, False)
     unreadable = data.UnreadableImages(source, 0.0)
     share = data.WorkerShare(0, 1, 1)
-    return data.training_batches(source, settings, SIZE, FILL, 0, 0, 10_000, share, unreadable)
+    size = (options.image_size, options.image_size)
+    return data.training_batches(source, config, size, FILL, 0, 0, 100_000, share, unreadable)
 
 
-def mix(batch):
-    """What the training step does to a batch, for tnt_small's recipe."""
-    settings = configuration.make("tnt_small")
-    mixing = tf.constant(step_functions.draw_mixing(settings, 0, SIZE, 0))
-    images = tf.cast(batch["image"], tf.float32)
-    noise = tf.random.stateless_normal(tf.shape(images), [0, 0])
-    images = tf.where(augmentation.inside(batch["erase"], SIZE), noise, images)
-    box = augmentation.inside(tf.cast(mixing[1:], tf.int32), SIZE)
-    kept = mixing[0] * (1 - tf.cast(box, tf.float32))
-    return augmentation.mix_with_neighbours(images, kept)
-
-
-def rate(dataset, batch_size, seconds):
-    """Images per second, after a warm-up."""
-    batches = iter(dataset)
-    for _ in range(max(2, 64 // batch_size)):
-        next(batches)
+def rate(batches, batch_size, seconds):
+    """Returns the images per second."""
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         next(batches)
@@ -118,9 +161,22 @@ def rate(dataset, batch_size, seconds):
     return count / (time.perf_counter() - began)
 
 
-def show(name, images, reference=None):
-    share = f"  {images / reference:5.2f} of decode, crop, resize" if reference else ""
-    print(f"{name:42s} {images:8.0f} images/s{share}", flush=True)
+def report(found, options):
+    """Prints the medians; returns them, {stage: {deterministic: images/s}}."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    medians = {
+        stage: {mode: statistics.median(rates) for mode, rates in modes.items()}
+        for stage, modes in found.items()
+    }
+    print(f"{f'images/s, median of {options.rounds}':38s} deterministic      not    cost  per core")
+    for stage, modes in medians.items():
+        cost = 1 - modes[1] / modes[0]
+        print(f"{stage:38s} {modes[1]:13.0f} {modes[0]:8.0f} {cost:7.1%} {modes[1] / cores:9.1f}")
+    print(f"{cores} cores")
+    if options.gpu:
+        per_core = list(medians.values())[-1][1] / cores
+        print(f"a GPU of {options.gpu:.0f} images/s needs {options.gpu / per_core:.0f} such cores")
+    return medians
 
 
 if __name__ == "__main__":

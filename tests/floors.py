@@ -9,7 +9,7 @@ SCRIPTS = ("training", "savedmodels", "benchmarks")
 
 # From the ground up: a module or package imports only what stands on a floor below, or on its own.
 FLOORS = (
-    ("files", "text", "imagenet", "native", "registry", "published"),
+    ("files", "text", "image_folders", "imagenet", "native", "registry", "published"),
     ("layers", "figures"),
     ("weights",),
     ("anatomy",),

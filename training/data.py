@@ -8,7 +8,9 @@ tf.data service with several workers shows each image once, in whatever order th
 
 import contextlib
 import dataclasses
+import os
 import re
+import threading
 
 import numpy as np
 import tensorflow as tf
@@ -18,7 +20,7 @@ from training.sources import Streamed, records
 
 # How many items of a streamed source are shuffled at once.
 SHUFFLE_BUFFER = 8192
-# How many images are worked on at once.
+# The least number of images that are read and augmented at once.
 READ_AHEAD = 16
 
 
@@ -54,13 +56,41 @@ class UnreadableImages:
         self.size = source.size
         self.limit = int(source.size * largest_share)
         self.names = set()
+        self.lock = threading.Lock()
 
     def add(self, name):
         name = name.decode(errors="replace")
-        if name not in self.names:
+        with self.lock:
+            new = name not in self.names
             self.names.add(name)
-            print(f"corrupt image {len(self.names)} (of {self.size}), skipped: {name}", flush=True)
+            number = len(self.names)
+        if new:
+            print(f"corrupt image {number} (of {self.size}), skipped: {name}", flush=True)
         return np.float32(0)
+
+    def count(self, batch):
+        """Counts the unreadable images of a batch, in the trainer's own process.
+
+        The function is declared stateless, since a stateful one anywhere in a pipeline makes
+        tf.data run all of it synchronously under op determinism. What it records are names in a
+        set, which no order and no repetition changes.
+
+        Args:
+            batch: a dict of tensors with `unreadable`, the names of the unreadable images and "".
+
+        Returns:
+            The batch without `unreadable`.
+        """
+        names = batch["unreadable"]
+
+        def add(names, weight):
+            for name in filter(None, names.tolist()):
+                self.add(name)
+            return weight
+
+        weight = tf.numpy_function(add, [names, batch["weight"]], tf.float32, stateful=False)
+        counted = {key: value for key, value in batch.items() if key != "unreadable"}
+        return {**counted, "weight": tf.ensure_shape(weight, batch["weight"].shape)}
 
     def check(self, count=None):
         """Raise a ValueError if there are too many: `count`, or those that this process found."""
@@ -229,21 +259,33 @@ def batches(items, source, transform, config, share, unreadable, service=""):
         dataset = items.map(finish, **parallel)
     else:
         dataset = items.interleave(
-            lambda *item: image_or_black(item, finish, unreadable, in_process=not service),
-            cycle_length=READ_AHEAD,
+            lambda *item: image_or_black(item, finish),
+            cycle_length=images_in_flight(),
             block_length=1,
             **parallel,
         )
     if service:
         sharding = tf.data.experimental.service.ShardingPolicy.DYNAMIC
         dataset = dataset.apply(tf.data.experimental.service.distribute(sharding, service))
-    batch_size = config.batch_size // share.replicas
-    return dataset.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    dataset = dataset.batch(config.batch_size // share.replicas, drop_remainder=True)
+    if source.read is not None:
+        dataset = dataset.map(unreadable.count)
+    return dataset.prefetch(tf.data.AUTOTUNE)
 
 
-def image_or_black(item, finish, unreadable, in_process):
-    """A data set of one element: the image, or if it cannot be read a black one of weight 0."""
-    good = tf.data.Dataset.from_tensors(item).map(finish)
+def image_or_black(item, finish):
+    """Returns a dataset of one element: the image, or a black one of weight 0 if it is unreadable.
+
+    Nothing in it is stateful: under op determinism, tf.data runs an `interleave` one element at a
+    time if its function holds a stateful operation, and `from_tensors` counts as one, where
+    `from_tensor_slices` does not.
+    """
+
+    def readable(name, image, label, place, counts):
+        return {**finish(name, image, label, place, counts), "unreadable": tf.constant("")}
+
+    alone = tf.data.Dataset.from_tensor_slices(tuple(tf.expand_dims(x, 0) for x in item))
+    good = alone.map(readable)
     spec = good.element_spec
 
     def black(name, image, label, place, counts):
@@ -251,14 +293,12 @@ def image_or_black(item, finish, unreadable, in_process):
         element["label"] = label
         if "place" in spec:
             element["place"] = place
-        if in_process:
-            counted = tf.cond(
-                counts,
-                lambda: tf.numpy_function(unreadable.add, [name], tf.float32, stateful=True),
-                lambda: 0.0,
-            )
-            element["weight"] = tf.ensure_shape(counted, [])
+        element["unreadable"] = tf.where(counts, name, "")
         return element
 
-    bad = tf.data.Dataset.from_tensors(item).map(black)
-    return good.ignore_errors().concatenate(bad).take(1)
+    return good.ignore_errors().concatenate(alone.map(black)).take(1)
+
+
+def images_in_flight():
+    """Returns how many images are read and augmented at once, at most: it grows with the cores."""
+    return max(READ_AHEAD, 2 * (os.cpu_count() or 1))

@@ -29,7 +29,7 @@ def add_arguments(parser):
 
 
 def run(options):
-    paths = list(itertools.islice(find_images(options.images), MOST_IMAGES + 1))
+    paths = list(itertools.islice(find_images(options.images, report=True), MOST_IMAGES + 1))
     if len(paths) > MOST_IMAGES:
         raise ValueError(f"A page shows {MOST_IMAGES} images at most. Name fewer.")
     missing = next((path for path in paths if not os.path.isfile(path)), None)

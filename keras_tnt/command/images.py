@@ -1,19 +1,19 @@
-"""Which images a command is about, and their pixels."""
+"""Finds the images that a command is given, and reads their pixels."""
 
 import os
+import sys
 
 import numpy as np
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+from keras_tnt.image_folders import SUFFIXES, Skipped, walk_images
 
 
-def find_images(paths):
-    """The image files that arguments stand for: files as given, and those in folders, sorted.
-
-    Folders are listed as they are come to, so that no list of all files is held.
+def find_images(paths, report=False):
+    """Finds the image files that arguments stand for: files as given, and those in folders, sorted.
 
     Args:
         paths: of files and folders.
+        report: whether to print how many files in the folders are skipped, by reason.
 
     Yields:
         Paths.
@@ -21,32 +21,20 @@ def find_images(paths):
     Raises:
         ValueError: for a folder without images.
     """
+    skipped = Skipped()
     for path in paths:
         if not os.path.isdir(path):
             yield path
             continue
         found = None
-        for found in images_below(path, (os.path.realpath(path),)):
+        for found in walk_images(path, skipped):
             yield found
         if found is None:
             raise ValueError(
-                f"Folder '{path}' holds no image: {', '.join(SUFFIXES)} are looked for."
+                f"Folder '{path}' holds no image: {', '.join(SUFFIXES)} are looked for ({skipped})."
             )
-
-
-def images_below(folder, above):
-    """The images in a folder and the folders in it, each folder's in the order of their names."""
-    with os.scandir(folder) as entries:
-        entries = sorted(entries, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            place = os.path.realpath(entry.path)
-            if place not in above:  # a link to a folder above would be gone through for ever
-                yield from images_below(entry.path, (*above, place))
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield entry.path
+    if report and skipped:
+        print(f"Folders: {skipped}.", file=sys.stderr, flush=True)
 
 
 def evaluation_array(path, transform):

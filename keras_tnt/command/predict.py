@@ -271,7 +271,7 @@ def parse_shard(text):
 def survey(images):
     """How many images there are, and a hash of their names in their order."""
     total, count = hashlib.sha256(), 0
-    for path in find_images(images):
+    for path in find_images(images, report=True):
         total.update(path.encode("utf-8", "surrogateescape") + b"\0")
         count += 1
     return count, total.hexdigest()

@@ -413,3 +413,20 @@ def test_the_workers_of_a_data_service_show_each_image_once(folder):
     by_content = [sorted(map(bytes, batches["image"])) for batches in (seen, expected)]
     assert by_content[0] == by_content[1]
     assert seen["weight"].sum() == expected["weight"].sum() < 32
+
+
+@pytest.mark.slow
+def test_what_a_data_service_cannot_read_is_counted_by_the_trainer(folder):
+    root, broken = folder
+    service = tf.data.experimental.service
+    dispatcher = service.DispatchServer()
+    address = dispatcher.target.removeprefix("grpc://")
+    worker = service.WorkerServer(service.WorkerConfig(dispatcher_address=address))
+    values = folder_config(root, data_service=dispatcher.target)
+    source = sources.open_split(values, held_out=False)
+    unreadable = data.UnreadableImages(source, 1.0)
+    seen = collect(train(source, values, steps=4, unreadable=unreadable))
+    order = data.training_order(values, source.size, 4, 0).reshape(-1)
+    shown = {source.paths[i] for i in order} & set(broken["train"])
+    assert unreadable.names == shown and (seen["weight"] == 0).sum() == len(shown)
+    assert worker

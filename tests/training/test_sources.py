@@ -157,6 +157,12 @@ def test_a_share_keeps_an_image_of_each_class_on_both_sides():
         kinds.held_out_mask([0, 1, 1], names, 0.5, 0)
 
 
+def test_each_class_s_share_is_a_draw_independent_of_the_others():
+    mask = kinds.held_out_mask([0] * 40 + [1] * 40, ["a", "b"], 0.5, 3)
+    assert mask[:40].sum() == mask[40:].sum() == 20
+    assert (mask[:40] != mask[40:]).any()
+
+
 def test_webp_is_read(tmp_path):
     from PIL import Image
 
@@ -197,7 +203,11 @@ def test_the_held_out_folder_can_be_named(tmp_path):
             {},
             r"train/b holds no images \(.jpg, .*\): the first of its 2 files is 1.tiff",
         ),
-        (["train/a/1.jpg", "train/b/1.jpg"], {}, "has no folder val or validation or test"),
+        (
+            ["train/a/1.jpg", "train/b/1.jpg"],
+            {},
+            "has no folder val or validation or valid or dev or test",
+        ),
         (
             ["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/b/1.jpg"],
             {"classes": 1},
@@ -218,6 +228,78 @@ def test_the_held_out_folder_can_be_named(tmp_path):
 def test_a_folder_that_cannot_serve_is_refused(tmp_path, files, values, message):
     write_images(tmp_path, *files)
     refused(message, "folder", tmp_path, **values)
+
+
+def layout(root, *splits):
+    write_images(root, *(f"{split}/{name}/{split}.jpg" for split in splits for name in "ab"))
+
+
+@pytest.mark.parametrize(
+    ("splits", "taken"),
+    [
+        (("train", "valid", "test"), "valid"),
+        (("Train", "DEV", "Test"), "DEV"),
+        (("train", "Validation", "valid", "test"), "Validation"),
+        (("TRAIN", "val", "validation"), "val"),
+        (("train", "Test"), "Test"),
+    ],
+)
+def test_the_validation_split_is_found_by_any_of_its_names(tmp_path, capsys, splits, taken):
+    layout(tmp_path, *splits)
+    training, held_out = sources.open_sources(settings("folder", tmp_path))
+    assert {Path(path).parent.parent.name for path in held_out.paths} == {taken}
+    assert {Path(path).parent.parent.name for path in training.paths} == {splits[0]}
+    printed = capsys.readouterr().out
+    assert f"held-out split {tmp_path / taken}: 2 images in 2 classes" in printed
+    assert ("falling back to" in printed) == (taken == "Test")
+
+
+def test_splits_that_differ_in_case_alone_are_refused(tmp_path):
+    layout(tmp_path, "train", "Valid", "VALID")
+    refused("'VALID' and 'Valid' differ in upper and lower case alone", "folder", tmp_path)
+    source = sources.open_split(settings("folder", tmp_path, eval_split="VALID"), True)
+    assert "/VALID/" in source.paths[0]
+
+
+def test_what_is_no_image_of_the_user_s_is_skipped_and_counted(tmp_path, capsys):
+    layout(tmp_path, "train", "val")
+    write_images(tmp_path, "__MACOSX/train/a/._x.jpg", "train/__MACOSX/._train.jpg")
+    write_images(tmp_path, "train/a/._train.jpg", "train/a/.ipynb_checkpoints/c.jpg")
+    write_images(tmp_path, "train/b/2.JFIF", "train/b/3.jpe", "train/b/deep/4.JPG")
+    (tmp_path / "train/a/Thumbs.db").touch()
+    os.mkfifo(tmp_path / "train/a/pipe.jpg")
+    training = sources.open_split(settings("folder", tmp_path), False)
+    assert training.label_names == ["a", "b"] and training.labels.tolist() == [0, 1, 1, 1, 1]
+    printed = capsys.readouterr().out
+    for reason in (
+        "1 system folders",
+        "1 AppleDouble files",
+        "1 hidden folders",
+        "1 FIFOs, sockets and devices",
+        "1 files without the suffix of an image",
+    ):
+        assert reason in printed
+
+
+def test_linked_folders_are_read_once_and_never_under_two_labels(tmp_path):
+    layout(tmp_path / "images", "train", "val")
+    write_images(tmp_path, "elsewhere/x.jpg", "elsewhere/deep/y.jpg")
+    train = tmp_path / "images" / "train"
+    (train / "c").symlink_to(tmp_path / "elsewhere")
+    (train / "a" / "up").symlink_to(train)
+    (train / "a" / "other").symlink_to(train / "b")
+    (train / "c" / "loop").symlink_to(tmp_path / "elsewhere" / "deep")
+    source = sources.open_split(settings("folder", tmp_path / "images"), False)
+    assert source.labels.tolist() == [0, 1, 2, 2] and source.label_names == ["a", "b", "c"]
+    (train / "d").symlink_to(train / "a")
+    with pytest.raises(ValueError, match="the classes 'a' and 'd' are links to the same folder"):
+        sources.open_split(settings("folder", tmp_path / "images"), False)
+
+
+def test_a_split_that_links_to_the_other_is_refused(tmp_path):
+    layout(tmp_path, "train")
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    refused("the splits overlap: 2 files are in both", "folder", tmp_path)
 
 
 # === Tables ===
@@ -291,6 +373,66 @@ def test_a_table_of_one_split_is_divided_by_the_seed(tmp_path):
 def test_a_table_that_cannot_serve_is_refused(tmp_path, rows, message):
     write_images(tmp_path, *(row["path"] for row in ROWS))
     refused(message, "table", write_table(tmp_path, rows))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["10", "9", "9.5"], ["9", "9.5", "10"]),
+        (["10.0", "2.0", "-1"], ["-1", "2.0", "10.0"]),
+        (["1", "01", "0"], ["0", "01", "1"]),
+        (["1e2", "20", ".5"], [".5", "20", "1e2"]),
+        (["10", "9", "a"], ["10", "9", "a"]),
+        (["1_0", "9"], ["1_0", "9"]),
+        (["1", "1e99999999999999999999"], ["1", "1e99999999999999999999"]),
+    ],
+)
+def test_labels_are_sorted_by_value_where_all_are_numbers(labels, expected):
+    for order in (labels, labels[::-1]):
+        assert kinds.sorted_labels(order) == expected
+
+
+def test_spaces_around_labels_do_not_make_classes(tmp_path):
+    rows = [
+        {"path": f"{i}.jpg", "label": label, "split": split}
+        for i, (label, split) in enumerate(
+            [("cat", "Train"), ("cat ", "Train"), (" dog", "Train"), ("dog", "dev"), ("cat", "dev")]
+        )
+    ]
+    write_images(tmp_path, *(row["path"] for row in rows))
+    training, held_out = sources.open_sources(settings("table", write_table(tmp_path, rows)))
+    assert training.label_names == ["cat", "dog"] and training.labels.tolist() == [0, 0, 1]
+    assert held_out.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (float("nan"), "row 2 has (the label nan|no label)"),
+        (None, "row 2 has no label"),
+    ],
+)
+def test_a_row_without_a_label_is_refused_by_its_number(tmp_path, suffix, label, message):
+    rows = [
+        {"path": "1.jpg", "label": 1.0, "split": "train"},
+        {"path": "2.jpg", "label": label, "split": "train"},
+    ]
+    refused(message, "table", write_table(tmp_path, rows, suffix))
+
+
+@pytest.mark.parametrize("label", [" ", "NaN", "two\nlines"])
+def test_a_label_that_names_no_class_is_refused_by_its_row(tmp_path, label):
+    rows = [{"path": f"{i}.jpg", "label": "a", "split": "train"} for i in range(3)]
+    rows[1]["label"] = label
+    refused("row 2 has (no label|the label)", "table", write_table(tmp_path, rows))
+
+
+def test_a_table_that_falls_back_to_the_test_split_says_so(tmp_path, capsys):
+    rows = [row for row in ROWS if row["split"] != "val"]
+    write_images(tmp_path, *(row["path"] for row in rows))
+    sources.open_split(settings("table", write_table(tmp_path, rows)), True)
+    assert "falling back to 'test'" in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path):
@@ -368,6 +510,20 @@ def test_damaged_records_are_refused_by_the_file_s_name(tmp_path, monkeypatch):
             list(source.stream(None, 0, 1))
 
 
+@pytest.mark.parametrize(("files", "by_file"), [(4, True), (3, True), (2, False)])
+def test_workers_share_files_in_training_where_each_gets_one(tmp_path, files, by_file):
+    for number in range(files):
+        write_records(tmp_path, [0, 1], f"train-{number}")
+    source = sources.open_split(settings("tfrecord", tmp_path, classes=2), False)
+    names = [
+        [name.decode() for name, _, _ in source.stream(5, worker, 3).as_numpy_iterator()]
+        for worker in range(3)
+    ]
+    assert len({name for each in names for name in each}) == 2 * files == len(sum(names, []))
+    held = [{Path(name.split(" record")[0]).name for name in each} for each in names]
+    assert (sum(map(len, held)) == files) == by_file
+
+
 # === tensorflow-datasets ===
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -443,6 +599,20 @@ def test_any_prepared_data_set_serves(tfds_dir, name, training, held_out, classe
     assert [s.size for s in splits] == [training, held_out]
     assert all(s.classes == classes and s.label_names[0] == first for s in splits)
     assert read(f"tfds:{name}", tfds_dir)[1].tolist() == [i % classes for i in range(held_out)]
+
+
+def test_prepared_files_are_read_in_an_order_that_is_a_function_of_the_seed(tfds_dir):
+    source = sources.open_split(settings("tfds:cifar10", tfds_dir), False)
+
+    def order(seed):
+        return [name for name, _, _ in source.stream(seed, 0, 1).as_numpy_iterator()]
+
+    assert len(source.stretches) > 1
+    shuffled = [order(seed) for seed in (1, 1, 2)]
+    assert shuffled[0] == shuffled[1] != shuffled[2]
+    # The files themselves are shuffled: the first image is not always the first file's.
+    firsts = {order(seed)[0] for seed in range(6)}
+    assert len(firsts) > 1 and sorted(shuffled[0]) == sorted(order(None))
 
 
 def test_splits_are_told_in_tensorflow_datasets_own_syntax(tfds_dir):

@@ -7,7 +7,16 @@ in a module that `--plugins=` names. TensorFlow is imported where it is used, no
 
 from functools import partial
 
-from training.sources import folders, generated, records, tables, tfds
+from training.sources import (
+    folders,
+    generated,
+    huggingface,
+    parquet,
+    records,
+    tables,
+    tars,
+    tfds,
+)
 from training.sources.generated import digits
 from training.sources.kinds import Indexed, Streamed, in_memory, of_files
 from training.sources.registry import (
@@ -45,6 +54,24 @@ DATASETS.update(
         "tfrecord": Dataset(
             records.tfrecord,
             records.LAYOUT,
+            needs_data_dir=True,
+            options=("train_split", "eval_split", "label_offset"),
+        ),
+        "webdataset": Dataset(
+            tars.webdataset,
+            tars.LAYOUT,
+            needs_data_dir=True,
+            options=("train_split", "eval_split", "label_offset"),
+        ),
+        "parquet": Dataset(
+            parquet.parquet,
+            parquet.LAYOUT,
+            needs_data_dir=True,
+            options=("train_split", "eval_split", "label_offset"),
+        ),
+        "huggingface": Dataset(
+            huggingface.huggingface,
+            huggingface.LAYOUT,
             needs_data_dir=True,
             options=("train_split", "eval_split", "label_offset"),
         ),

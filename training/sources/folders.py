@@ -1,19 +1,24 @@
-"""Image files in folders that are named after their classes."""
+"""Image files in folders that are named after their classes.
 
+Which files count is defined in `keras_tnt.image_folders`, for the trainer and every command alike.
+It is imported where it is used: importing the package takes longer than refusing a wrong flag.
+"""
+
+import os
 from pathlib import Path
 
 from training.sources.kinds import held_out_mask, of_files
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-HELD_OUT_FOLDERS = ("val", "validation", "test")
 LAYOUT = (
-    "<data_dir>/train/<class>/<image> and <data_dir>/val/<class>/<image> (or validation, test), "
-    "or <data_dir>/<class>/<image> and --validation_share=0.1"
+    "<data_dir>/train/<class>/<image> and <data_dir>/val/<class>/<image> (or validation, valid, "
+    "dev, else test), or <data_dir>/<class>/<image> and --validation_share=0.1"
 )
 
 
 def folder(config, held_out):
-    """A split of image files; its classes are the training split's folders, sorted.
+    """Returns a split of image files; its classes are the training split's folders, sorted.
+
+    Classes are sorted as text, as torchvision and Keras sort them: "10" before "2".
 
     Raises:
         ValueError: if folders or images are missing, or the held-out split has other classes.
@@ -21,8 +26,8 @@ def folder(config, held_out):
     root = Path(config.data_dir)
     if not root.is_dir():
         raise ValueError(f"--data_dir={root} is no directory. The layout is {LAYOUT}")
-    train = root / (config.train_split or "train")
-    if not class_folders(train):
+    train = find_folder(root, config.train_split or "train")
+    if train is None or not class_folders(train):
         return flat_folder(config, root, held_out)
     names = class_folders(train)
     if config.validation_share:
@@ -34,20 +39,19 @@ def folder(config, held_out):
     unknown = sorted(set(class_folders(split)) - set(names))
     if unknown:
         raise ValueError(f"{split} has classes that {train} has not: {', '.join(unknown)}")
-    files = sorted(
-        (path, label)
-        for label, name in enumerate(names)
-        if (split / name).is_dir()
-        for path in images_of(split / name)
-    )
-    if not files:
+    note = ""
+    if held_out and not config.eval_split:
+        from keras_tnt.image_folders import describe_fallback
+
+        note = describe_fallback(split.name)
+    paths, labels = list_images(split, names, held_out, note)
+    if not paths:
         raise ValueError(f"{split} holds no images. The layout is {LAYOUT}")
-    paths, labels = zip(*files, strict=True)
-    return of_files(paths, labels, names)
+    return of_files(paths, labels, names, real_paths(paths))
 
 
 def flat_folder(config, root, held_out):
-    """A split of `root/<class>/<image>`, drawn by the seed."""
+    """Returns a split of `root/<class>/<image>`, drawn by the seed."""
     names = class_folders(root)
     if not names or config.train_split or config.eval_split:
         raise ValueError(f"--data_dir={root} holds no images in folders of classes: {LAYOUT}")
@@ -56,58 +60,136 @@ def flat_folder(config, root, held_out):
             f"--data_dir={root} has no folders train and val of class folders. Give "
             "--validation_share=0.1 to hold out a tenth of each class"
         )
-    files = sorted(
-        (path, label) for label, name in enumerate(names) for path in images_of(root / name)
-    )
-    paths, labels = zip(*files, strict=True)
+    paths, labels = list_images(root, names, held_out, ", of which a share is held out")
     mask = held_out_mask(labels, names, config.validation_share, config.seed)
     chosen = [i for i, out in enumerate(mask) if out == held_out]
-    return of_files([paths[i] for i in chosen], [labels[i] for i in chosen], names)
+    paths = [paths[i] for i in chosen]
+    return of_files(paths, [labels[i] for i in chosen], names, real_paths(paths))
 
 
-def class_folders(directory):
-    """Names of the folders in a directory, in order of the alphabet, without hidden ones.
+def list_images(split, names, held_out, note):
+    """Lists a split's images, and prints which split it is and what was skipped.
+
+    Args:
+        split: folder of the split.
+        names: of the classes; a split may lack some.
+        held_out: whether the split is the held-out one.
+        note: text to print at the end.
+
+    Returns:
+        (paths, labels), sorted by path.
 
     Raises:
-        ValueError: if one of them can be no class's name.
+        ValueError: if a class has no images, or two classes are one folder.
+    """
+    from keras_tnt.image_folders import Skipped
+
+    skipped, visited = Skipped(), {}
+    for name in filter(lambda name: (split / name).is_dir(), names):
+        other = visited.setdefault(os.path.realpath(split / name), name)
+        if other != name:
+            raise ValueError(
+                f"{split}: the classes {other!r} and {name!r} are links to the same folder. "
+                "Remove one"
+            )
+    class_folders(split, skipped)
+    # A link within a class to another class's folder is not followed: its images have one label.
+    visited = set(visited)
+    files = sorted(
+        (path, label)
+        for label, name in enumerate(names)
+        if (split / name).is_dir()
+        for path in images_of(split / name, skipped, visited)
+    )
+    kind = "held-out" if held_out else "training"
+    found = len({label for _, label in files})
+    print(
+        f"{kind} split {split}: {len(files):,} images in {found:,} classes; {skipped}{note}",
+        flush=True,
+    )
+    return [path for path, _ in files], [label for _, label in files]
+
+
+def class_folders(directory, skipped=None):
+    """Returns the names of the class folders in a directory, sorted as text.
+
+    Raises:
+        ValueError: if one of them cannot be a class's name.
     """
     if not directory.is_dir():
         return []
-    # Not above: importing the package takes longer than it takes to refuse a wrong flag.
+    from keras_tnt.image_folders import list_folders
     from keras_tnt.text import is_encodable, is_line
 
-    names = sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name[0] != ".")
+    names = list_folders(directory, skipped)
     for name in names:
-        if not is_line(name) or not is_encodable(name):
+        if not is_line(name) or not is_encodable(name) or name != name.strip():
             raise ValueError(
                 f"{directory} has the folder {name!r}, which can name no class: rename it to one "
-                "line of UTF-8 text"
+                "line of UTF-8 text without spaces around it"
             )
     return names
 
 
-def images_of(directory):
-    """Paths of a class's images.
+def images_of(directory, skipped=None, visited=None):
+    """Lists the paths of a class's images.
+
+    Args:
+        directory: the class's folder.
+        skipped: a `keras_tnt.image_folders.Skipped` that counts what is left out.
+        visited: real paths of folders that are not to be walked.
 
     Raises:
         ValueError: if there are none.
     """
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    images = [str(path) for path in files if path.suffix.lower() in SUFFIXES]
+    from keras_tnt.image_folders import SUFFIXES, walk_images
+
+    images = list(walk_images(directory, skipped, visited))
     if not images:
-        found = (
-            f"the first of its {len(files)} files is {min(files).name}" if files else "it is empty"
-        )
+        files = sorted(entry.name for entry in os.scandir(directory) if not entry.is_dir())
+        found = f"the first of its {len(files)} files is {files[0]}" if files else "it is empty"
         raise ValueError(f"{directory} holds no images ({', '.join(SUFFIXES)}): {found}")
     return images
 
 
+def real_paths(paths):
+    """Returns paths whose folders are real ones, so that a split that links to another is found."""
+    folders = {}
+    real = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        real.append(os.path.join(folders[folder], name))
+    return real
+
+
+def find_folder(root, name):
+    """Returns the folder of a name in a directory, in whichever case it is written, or `None`."""
+    from keras_tnt.image_folders import list_folders, match_name
+
+    found = match_name(name, list_folders(root))
+    if found is None and (root / name).is_dir():  # of several parts, or hidden: as it was typed
+        return root / name
+    return None if found is None else root / found
+
+
 def held_out_folder(root, split):
-    """The folder of the held-out split: the one that is named, or the first that there is."""
-    for name in (split,) if split else HELD_OUT_FOLDERS:
-        if (root / name).is_dir():
-            return root / name
-    raise ValueError(
-        f"--data_dir={root} has no folder {split or ' or '.join(HELD_OUT_FOLDERS)}. The layout is "
-        f"{LAYOUT}"
-    )
+    """Returns the folder of the held-out split: the named one, or the first that exists.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from keras_tnt.image_folders import HELD_OUT_NAMES, list_folders, match_held_out
+
+    if split:
+        found = find_folder(root, split)
+    else:
+        name = match_held_out(list_folders(root))
+        found = None if name is None else root / name
+    if found is None:
+        raise ValueError(
+            f"--data_dir={root} has no folder {split or ' or '.join(HELD_OUT_NAMES)}. "
+            f"The layout is {LAYOUT}"
+        )
+    return found

@@ -12,6 +12,7 @@ from training.sources.kinds import Streamed
 READERS = 16
 # How many labels are looked at before the run begins.
 LABELS_CHECKED = 2048
+HELD_OUT_PREFIXES = ("val", "dev", "test")
 LAYOUT = (
     "TFRecord files <data_dir>/train* and <data_dir>/val* of tf.train.Examples with image/encoded "
     "and image/class/label; needs --classes, and --label_offset=1 if labels start at 1"
@@ -26,11 +27,19 @@ def tfrecord(config, held_out):
     """
     import tensorflow as tf
 
-    prefix = (config.eval_split or "val") if held_out else (config.train_split or "train")
     root = Path(config.data_dir)
-    files = sorted(str(path) for path in root.glob(f"{prefix}*") if path.is_file())
-    if not files:
-        raise ValueError(f"--data_dir={root} holds no files {prefix}*: {LAYOUT}")
+    wanted = config.eval_split if held_out else config.train_split
+    default = HELD_OUT_PREFIXES if held_out else ("train",)
+    for prefix in (wanted,) if wanted else default:
+        files = sorted(str(path) for path in root.glob(f"{prefix}*") if path.is_file())
+        if files:
+            break
+    else:
+        raise ValueError(f"--data_dir={root} holds no files {wanted or default[0]}*: {LAYOUT}")
+    if held_out and not wanted:
+        from keras_tnt.image_folders import describe_fallback
+
+        print(f"held-out split {prefix}* of {root}{describe_fallback(prefix)}", flush=True)
     if not config.classes:
         raise ValueError("--dataset=tfrecord needs --classes: the files do not say how many")
     sizes = [count_records(path) for path in files]

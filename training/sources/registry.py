@@ -143,6 +143,12 @@ def open_sources(config):
         raise ValueError(
             f"--dataset={config.dataset} has several labels an image: it is for evaluation alone"
         )
+    if config.data_service and training.in_process:
+        raise ValueError(
+            f"--dataset={config.dataset} is read by Python in the trainer's process, which a "
+            "tf.data service cannot do: leave --data_service out, or use --dataset=folder, table, "
+            "tfrecord or tfds:"
+        )
     check_classes(training, held_out)
     check_overlap(training, held_out)
     return training, held_out

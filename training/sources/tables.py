@@ -3,19 +3,18 @@
 import csv
 from pathlib import Path
 
-from training.sources.kinds import held_out_mask, of_files
+from training.sources.kinds import clean_label, held_out_mask, of_files, sorted_labels
 
 LAYOUT = (
     "--data_dir=<file>.csv or .parquet with columns path (from the table's folder), label and, "
-    "unless --validation_share=0.1 is given, split (train; val, validation or test)"
+    "unless --validation_share=0.1 is given, split (train; val, validation, valid, dev, else test)"
 )
-HELD_OUT_SPLITS = ("val", "validation", "test")
 
 
 def table(config, held_out):
-    """A split of the files that a table lists; its classes are the labels, sorted.
+    """Returns a split of the files that a table lists; its classes are the labels, sorted.
 
-    Labels that are all whole numbers are sorted by size, others by the alphabet.
+    Labels are stripped of spaces, and sorted by `kinds.sorted_labels`.
 
     Raises:
         ValueError: if a column, a label or a file is missing.
@@ -65,14 +64,15 @@ def read_rows(file):
             )
     if not rows:
         raise ValueError(f"{file} has no rows")
-    rows = [
-        {key: "" if row.get(key) is None else str(row[key]) for key in ("path", "label", "split")}
-        for row in rows
-    ]
     for number, row in enumerate(rows, 1):
-        for column in ("path", "label"):
-            if not row[column]:
-                raise ValueError(f"{file}: row {number} has no {column}")
+        place = f"{file}: row {number}"
+        path = row.get("path")
+        if path is None or path != path or not str(path):
+            raise ValueError(f"{place} has no path")
+        split = row.get("split")
+        row["path"] = str(path)
+        row["label"] = clean_label(row.get("label"), place)
+        row["split"] = "" if split is None or split != split else str(split).strip()
     return rows
 
 
@@ -103,14 +103,6 @@ def read_parquet(file):
     return read.column_names, read.select(wanted).to_pylist()
 
 
-def sorted_labels(labels):
-    """Labels in the order of their classes."""
-    try:
-        return sorted(labels, key=int)
-    except ValueError:
-        return sorted(labels)
-
-
 def split_name(config, rows, file, held_out):
     """What the column `split` says of the wanted rows."""
     found = sorted({row["split"] for row in rows})
@@ -119,11 +111,25 @@ def split_name(config, rows, file, held_out):
             f"{file} has no column split. Give --validation_share=0.1 to hold out a tenth of each "
             "class"
         )
+    from keras_tnt.image_folders import (
+        HELD_OUT_NAMES,
+        describe_fallback,
+        match_held_out,
+        match_name,
+    )
+
     wanted = config.eval_split if held_out else config.train_split
-    default = HELD_OUT_SPLITS if held_out else ("train",)
-    for name in (wanted,) if wanted else default:
-        if name in found:
-            return name
+    if wanted or not held_out:
+        name = match_name(wanted or "train", found)
+    else:
+        name = match_held_out(found)
+    if name is not None:
+        note = describe_fallback(name) if held_out and not wanted else ""
+        count = sum(row["split"] == name for row in rows)
+        kind = "held-out" if held_out else "training"
+        print(f"{kind} split {name!r} of {file}: {count:,} images{note}", flush=True)
+        return name
+    default = HELD_OUT_NAMES if held_out else ("train",)
     option = "--eval_split" if held_out else "--train_split"
     raise ValueError(
         f"{file} has no rows of split {wanted or ' or '.join(default)}; it has "

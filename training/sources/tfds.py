@@ -6,7 +6,7 @@ import re
 from training.sources.kinds import Streamed
 from training.sources.records import READERS, divides_files
 
-HELD_OUT_SPLITS = ("validation", "test", "val")
+HELD_OUT_SPLITS = ("validation", "val", "valid", "dev", "test")
 NAME = r"\w+(/[\w.\-]+)?(:\d+\.\d+\.\d+)?"
 LAYOUT = (
     "<name>[/<config>][:<version>], any data set of tensorflow-datasets with an image and a "
@@ -47,6 +47,12 @@ def prepared(config, held_out, name=None, train_split=None, eval_split=None):
         ) from error
     if not split.num_examples:
         raise ValueError(f"{option}={wanted} of --dataset={config.dataset} holds no images")
+    if held_out and not config.eval_split and not eval_split and wanted == HELD_OUT_SPLITS[-1]:
+        print(
+            f"held-out split {wanted!r} of {name}: it has no validation split. "
+            "--eval_split='train[90%:]' and --train_split='train[:90%]' hold out training images",
+            flush=True,
+        )
     image, label = image_and_label(builder.info, config)
     return stream_of(builder, wanted, image, label, config.classes)
 

@@ -1,0 +1,416 @@
+"""Data sets inside of tar and Parquet files, and of the package datasets."""
+
+import dataclasses
+import io
+import json
+import os
+import tarfile
+import tracemalloc
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.training.pictures import jpeg
+from training import configuration, data, sources
+
+CLASSES = 3
+
+
+def sample(number):
+    return jpeg(number, size=(20, 30)), (number * 2 + number // 4) % CLASSES
+
+
+def write_tars(root, split, counts, first=0):
+    """Writes shards as webdataset does; returns the labels in their order."""
+    import webdataset
+
+    labels = []
+    for shard, count in enumerate(counts):
+        with webdataset.TarWriter(str(root / f"some-{split}-{shard:04d}.tar")) as writer:
+            for number in range(first, first + count):
+                image, label = sample(number)
+                key = f"../deep/n{number:05d}"
+                writer.write({"__key__": key, "jpg": image, "cls": label, "json": {"id": number}})
+                labels.append(label)
+        first += count
+    return labels
+
+
+def write_parquets(root, split, counts, first=0):
+    import pyarrow
+    from pyarrow import parquet
+
+    labels = []
+    features = {"label": {"names": ["ape", "bee", "cow"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    (root / "data").mkdir(exist_ok=True)
+    for number, count in enumerate(counts):
+        rows = []
+        for i in range(first, first + count):
+            image, label = sample(i)
+            rows.append({"image": {"bytes": image, "path": f"{i}.jpg"}, "label": label})
+            labels.append(label)
+        first += count
+        table = pyarrow.Table.from_pylist(rows).replace_schema_metadata(metadata)
+        path = root / "data" / f"{split}-{number:05d}-of-{len(counts):05d}.parquet"
+        parquet.write_table(table, path, row_group_size=3)
+    return labels
+
+
+def write_hugging_face(root, counts):
+    import datasets
+
+    labels = {}
+    found, first = {}, 0
+    for split, count in counts.items():
+        rows = [sample(i) for i in range(first, first + count)]
+        first += count
+        labels[split] = [label for _, label in rows]
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ape", "bee", "cow"])}
+        )
+        columns = {
+            "image": [{"bytes": image, "path": None} for image, _ in rows],
+            "label": labels[split],
+        }
+        found[split] = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict(found).save_to_disk(str(root))
+    return labels
+
+
+@pytest.fixture(scope="module", params=["webdataset", "parquet", "huggingface"])
+def archive(request, tmp_path_factory):
+    """(data set, directory, labels of the 20 training and 11 held-out images)."""
+    root = tmp_path_factory.mktemp(request.param)
+    if request.param == "huggingface":
+        labels = write_hugging_face(root, {"train": 20, "validation": 11})
+        return request.param, root, labels["train"], labels["validation"]
+    write = write_tars if request.param == "webdataset" else write_parquets
+    return request.param, root, write(root, "train", (9, 11)), write(root, "valid", (11,), 20)
+
+
+def settings(dataset, root, **values):
+    values = {"dataset": dataset, "data_dir": str(root), "batch_size": 6, **values}
+    return configuration.make("digits", **{"classes": CLASSES} | values)
+
+
+def collect(dataset):
+    batches = list(dataset.as_numpy_iterator())
+    return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+
+
+def evaluate(source, config, share=None, unreadable=None):
+    share = share or data.WorkerShare(0, 1, 1)
+    unreadable = unreadable or data.UnreadableImages(source, 0.0)
+    config = dataclasses.replace(config, crop=1.0)
+    return collect(data.evaluation_batches(source, config, (20, 30), share, unreadable))
+
+
+def train(source, config, first=0, share=None, steps=3, epoch=1):
+    share = share or data.WorkerShare(0, 1, 1)
+    return collect(
+        data.training_batches(
+            source,
+            config,
+            (20, 30),
+            (0, 0, 0),
+            epoch,
+            first,
+            steps,
+            share,
+            data.UnreadableImages(source, 0.0),
+        )
+    )
+
+
+def numbers(images, count=40):
+    """Which samples images of the original size are."""
+    known = {
+        tf.io.decode_jpeg(sample(i)[0], dct_method="INTEGER_ACCURATE").numpy().tobytes(): i
+        for i in range(count)
+    }
+    return [known[image.tobytes()] for image in images]
+
+
+def test_each_held_out_image_is_evaluated_once_with_its_label(archive):
+    dataset, root, _, labels = archive
+    config = settings(dataset, root)
+    training, held_out = sources.open_sources(config)
+    assert (training.size, held_out.size, held_out.classes) == (20, 11, CLASSES)
+    if dataset != "webdataset":
+        assert tuple(held_out.label_names) == ("ape", "bee", "cow")
+    seen = evaluate(held_out, config)
+    counted = seen["weight"] > 0
+    assert seen["label"][counted].tolist() == labels
+    assert numbers(seen["image"][counted]) == list(range(20, 31))
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_share_the_images_exactly(archive, workers):
+    dataset, root, _, labels = archive
+    config = settings(dataset, root)
+    training, held_out = sources.open_sources(config)
+    shares = [data.WorkerShare(i, workers, workers) for i in range(workers)]
+    seen = [evaluate(held_out, config, share) for share in shares]
+    places = np.concatenate([each["place"][each["weight"] > 0] for each in seen])
+    found = np.concatenate([each["label"][each["weight"] > 0] for each in seen])
+    assert found[np.argsort(places)].tolist() == labels
+    plain = {"flip": False, "shift": 0, "rotate": 0.0, "min_crop": 1.0, "erasing": 0.0}
+    plain |= {"randaugment": False, "color_jitter": 0.0, "crop": 1.0}
+    config = settings(dataset, root, **plain)
+    shown = [numbers(train(training, config, share=share)["image"]) for share in shares]
+    shown = sum(shown, [])
+    assert len(shown) == len(set(shown)) == 18 and max(shown) < 20
+
+
+def test_an_epoch_is_resumed_in_the_middle_bit_for_bit(archive):
+    dataset, root, _, _ = archive
+    config = settings(dataset, root, min_crop=0.4, erasing=0.5)
+    source = sources.open_split(config, held_out=False)
+    whole, rest = train(source, config), train(source, config, first=1)
+    for key in whole:
+        np.testing.assert_array_equal(rest[key], whole[key][6:])
+    again = train(sources.open_split(config, held_out=False), config)
+    np.testing.assert_array_equal(again["image"], whole["image"])
+    assert (train(source, config, epoch=2)["image"] != whole["image"]).any()
+
+
+def test_a_tf_data_service_is_refused_where_python_reads(archive):
+    dataset, root, _, _ = archive
+    with pytest.raises(ValueError, match="leave --data_service out"):
+        sources.open_sources(settings(dataset, root, data_service="grpc://localhost:1"))
+
+
+def test_splits_that_share_images_are_refused(archive):
+    dataset, root, _, _ = archive
+    with pytest.raises(ValueError, match="the splits overlap"):
+        sources.open_sources(settings(dataset, root, eval_split="train"))
+    with pytest.raises(ValueError, match="no .*split nowhere|has no split nowhere"):
+        sources.open_sources(settings(dataset, root, eval_split="nowhere"))
+
+
+# === WebDataset ===
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def pairs(*labels):
+    return [
+        (f"{i}.{suffix}", content)
+        for i, label in enumerate(labels)
+        for suffix, content in (("jpg", jpeg(i)), ("cls", b"%d" % label))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("members", "values", "message"),
+    [
+        ([], {}, "holds no samples"),
+        ([("a.jpg", b"x")], {}, "sample 'a' has no label: cls or json. It has jpg"),
+        ([("a.cls", b"1")], {}, "sample 'a' has 0 images"),
+        ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], {}, "sample 'a' has 2 images"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], {}, "'a.cls' holds no whole number: 'cat'"),
+        ([("a.jpg", b"x"), ("a.json", b'{"label": 1.5}')], {}, "'a.json' holds no whole number"),
+        ([("a.jpg", b"x"), ("a.json", b"[" * 9999)], {}, "'a.json' holds no whole number"),
+        ([*pairs(0, 1), *pairs(1)], {}, "the sample '0' is there twice"),
+        ([("a.jpg", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], {}, "'a.jpg' is there twice"),
+        (pairs(0, 1, 3), {}, "train-0.tar 2 has the label 3, outside of 0 to 2"),
+        (pairs(0, 1), {"label_offset": 1}, "train-0.tar 0 has the label 0, outside of 1 to 3"),
+        (pairs(2, 3, 4), {"classes": 0}, "go from 2 to 4: --classes=3 --label_offset=2"),
+    ],
+)
+def test_a_shard_that_cannot_serve_is_refused(tmp_path, members, values, message):
+    write_tar(tmp_path / "train-0.tar", members)
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.open_split(settings("webdataset", tmp_path, **values), held_out=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("left", [1, 513, 700, 1024 + 3])
+def test_a_truncated_shard_is_named(tmp_path, left):
+    path = write_tar(tmp_path / "train-0.tar", pairs(0, 1, 2))
+    path.write_bytes(path.read_bytes().rstrip(b"\0")[:-1][: -left or None])
+    with pytest.raises(ValueError, match="train-0.tar (breaks off|is no whole)"):
+        sources.open_split(settings("webdataset", tmp_path), held_out=False)
+
+
+def test_a_shard_cut_between_two_samples_is_not_taken_for_a_whole_one(tmp_path):
+    path = write_tar(tmp_path / "train-0.tar", pairs(0, 1, 2))
+    with tarfile.open(path) as archive:
+        end = archive.getmembers()[4].offset
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(ValueError, match="breaks off after .* without the mark of its end"):
+        sources.open_split(settings("webdataset", tmp_path), held_out=False)
+
+
+def test_joined_and_compressed_shards_are_refused(tmp_path):
+    path = write_tar(tmp_path / "train-0.tar", pairs(0, 1))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole)
+    with pytest.raises(ValueError, match="goes on after its end, .* joined by cat"):
+        sources.open_split(settings("webdataset", tmp_path), held_out=False)
+    import gzip
+
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(ValueError, match="no whole, uncompressed tar file"):
+        sources.open_split(settings("webdataset", tmp_path), held_out=False)
+
+
+def test_names_that_point_elsewhere_links_and_hidden_members_do_no_harm(tmp_path):
+    path = tmp_path / "train-0.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in [
+            ("../../up.jpg", jpeg(0)),
+            ("../../up.cls", b"0"),
+            ("/etc/x.jpg", jpeg(1)),
+            ("/etc/x.cls", b"1"),
+            ("._x.jpg", b"AppleDouble"),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("z.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    before = sorted(os.listdir(tmp_path.parent))
+    source = sources.open_split(settings("webdataset", tmp_path), held_out=False)
+    assert source.size == 2 and source.labels.tolist() == [0, 1]
+    assert sorted(os.listdir(tmp_path.parent)) == before
+
+
+def test_a_member_that_claims_more_than_an_image_may_have_is_refused(tmp_path):
+    path = tmp_path / "train-0.tar"
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 2**28 + 1
+    with open(path, "wb") as file:
+        file.write(info.tobuf())
+        file.truncate(2**28 + 4096)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="'a.jpg' claims 268,435,457 bytes; an image has"):
+        sources.open_split(settings("webdataset", tmp_path), held_out=False)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+def test_an_image_that_cannot_be_decoded_is_black_counted_and_named(tmp_path, capsys):
+    members = pairs(0, 1, 2)
+    members[2] = ("1.jpg", b"no image")
+    write_tar(tmp_path / "val-0.tar", members)
+    config = settings("webdataset", tmp_path, batch_size=3)
+    source = sources.open_split(config, held_out=True)
+    unreadable = data.UnreadableImages(source, 1.0)
+    seen = evaluate(source, config, unreadable=unreadable)
+    assert seen["weight"].tolist() == [1, 0, 1] and not seen["image"][1].any()
+    assert unreadable.names == {"val-0.tar 1"}
+    assert capsys.readouterr().out.count("val-0.tar 1") == 1
+
+
+# === Parquet ===
+
+
+def write_parquet(path, columns, **options):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+IMAGES = [jpeg(i) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "message"),
+    [
+        ({"picture": ["a"], "label": [0]}, {}, "has no column 'image'; it has picture, label"),
+        ({"image": IMAGES, "class": [0, 1, 2, 0]}, {}, "has no column 'label'"),
+        ({"image": IMAGES, "label": [0, 1, 2, 3]}, {}, "row 4 has the label 3, outside of 0 to 2"),
+        ({"image": IMAGES, "label": [0, 1, 2, 1]}, {"classes": 0}, "from 0 to 2: --classes=3"),
+        ({"image": IMAGES, "label": ["a", "b", None, "b"]}, {}, "row 3 has no label"),
+        ({"image": IMAGES, "label": ["a", "b", " ", "b"]}, {}, "row 3 has no label"),
+        ({"image": IMAGES, "label": [0.0, 1.0, float("nan"), 1.0]}, {}, "row 3 has the label nan"),
+    ],
+)
+def test_a_parquet_file_that_cannot_serve_is_refused(tmp_path, columns, values, message):
+    write_parquet(tmp_path / "train-0.parquet", columns)
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.open_split(settings("parquet", tmp_path, **values), held_out=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_are_texts_are_the_training_split_s_classes(tmp_path):
+    write_parquet(tmp_path / "train.parquet", {"image": IMAGES, "label": ["10", "9", "9", "10"]})
+    write_parquet(tmp_path / "test.parquet", {"image": IMAGES[:1], "label": ["10"]})
+    training, held_out = sources.open_sources(settings("parquet", tmp_path, classes=0))
+    assert training.label_names == held_out.label_names == ("9", "10")
+
+
+def test_damaged_parquet_files_and_huge_row_groups_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "train.parquet"
+    path.write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(ValueError, match="train.parquet is no whole Parquet file"):
+        sources.open_split(settings("parquet", tmp_path), held_out=False)
+    write_parquet(path, {"image": IMAGES, "label": [0, 1, 2, 0]})
+    monkeypatch.setattr(sources.parquet, "MAX_GROUP_BYTES", 100)
+    with pytest.raises(ValueError, match="row group 0 has .* row_group_size=1000"):
+        sources.open_split(settings("parquet", tmp_path), held_out=False)
+
+
+def test_a_row_group_that_is_damaged_is_a_set_of_unreadable_images(tmp_path):
+    columns = {"image": IMAGES, "label": [0, 1, 2, 0]}
+    path = write_parquet(tmp_path / "val.parquet", columns, row_group_size=2, compression="none")
+    whole = path.read_bytes()
+    at = whole.index(IMAGES[0])  # before it lies the header of the page
+    path.write_bytes(whole[: at - 40] + b"\xff" * 36 + whole[at - 4 :])
+    config = settings("parquet", tmp_path, batch_size=4)
+    source = sources.open_split(config, held_out=True)
+    unreadable = data.UnreadableImages(source, 1.0)
+    seen = evaluate(source, config, unreadable=unreadable)
+    assert seen["weight"].tolist() == [0, 0, 1, 1] and seen["label"].tolist() == [0, 1, 2, 0]
+    assert unreadable.names == {f"{path} row 1", f"{path} row 2"}
+
+
+# === datasets ===
+
+
+def test_hugging_face_reads_a_directory_of_parquet_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ape", "bee"])}
+    )
+    columns = {"image": [{"bytes": IMAGES[i], "path": None} for i in (0, 1)], "label": [1, 0]}
+    table = datasets.Dataset.from_dict(columns, features=features)
+    (tmp_path / "data").mkdir()
+    table.to_parquet(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
+    source = sources.open_split(settings("huggingface", tmp_path), held_out=False)
+    assert source.labels.tolist() == [1, 0] and source.label_names == ("ape", "bee")
+
+
+def test_a_directory_that_is_no_data_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no files .*parquet of a split train"):
+        sources.open_split(settings("huggingface", tmp_path), held_out=False)
+    (tmp_path / "dataset_dict.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read by datasets"):
+        sources.open_split(settings("huggingface", tmp_path), held_out=False)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "module"), [("huggingface", "datasets"), ("parquet", "pyarrow")]
+)
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, dataset, module):
+    import sys
+
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"keras-tnt\\[{dataset}\\]"):
+        sources.open_split(settings(dataset, tmp_path), held_out=False)

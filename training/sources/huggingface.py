@@ -1,0 +1,162 @@
+"""Data sets of the package `datasets`, from the disk: save_to_disk's, or Parquet files."""
+
+from pathlib import Path
+
+import numpy as np
+
+from training.sources.kinds import Indexed, clean_label, read_in_python, sorted_labels
+from training.sources.splits import check_labels, split_files
+
+LAYOUT = (
+    "the directory of DatasetDict.save_to_disk (or of files train-*.parquet, which are copied to "
+    "the cache of datasets) with an image and a label; needs the package datasets"
+)
+
+
+def huggingface(config, held_out):
+    """Returns a split of a data set of the package `datasets`.
+
+    Rows are read by their numbers, so that the order is an exact permutation.
+
+    Raises:
+        ImportError: if the package is missing.
+        ValueError: if the directory holds no such data set, or it has no image or label.
+    """
+    import tensorflow as tf
+
+    table = open_table(config, held_out)
+    image, label = find_columns(table, config)
+    labels, names = number_labels(table, label, config, held_out)
+    place = f"{config.data_dir} {'held-out' if held_out else 'training'} row"
+    undecoded = import_datasets(config).Image(decode=False)
+    encoded = table.select_columns([image]).cast_column(image, undecoded).with_format(None)
+    fingerprint = table._fingerprint if hasattr(table, "_fingerprint") else place
+
+    def read(index):
+        value = encoded[index][image]
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        return Path(value["path"]).read_bytes()
+
+    classes = tf.constant(labels)
+
+    def item(index):
+        index = tf.cast(index, tf.int64)
+        name = tf.strings.join([place, tf.strings.as_string(index + 1)], " ")
+        return name, index, tf.gather(classes, index)
+
+    return Indexed(
+        len(table),
+        len(names) if names else config.classes,
+        item,
+        read_in_python(read),
+        label_names=names,
+        labels=labels,
+        paths=[f"{fingerprint}:{row}" for row in range(len(table))],
+        in_process=True,
+    )
+
+
+def import_datasets(config):
+    """Returns the package `datasets`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"--dataset={config.dataset} needs the package datasets: "
+            'pip install "keras-tnt[huggingface]"'
+        ) from error
+    return datasets
+
+
+def open_table(config, held_out):
+    """Returns a split as a `datasets.Dataset`.
+
+    Raises:
+        ValueError: if the directory holds none.
+    """
+    from keras_tnt.image_folders import describe_fallback, match_held_out, match_name
+
+    datasets = import_datasets(config)
+    root = Path(config.data_dir)
+    if not root.is_dir():
+        raise ValueError(f"--data_dir={root} is no directory. It must be {LAYOUT}")
+    if not any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        files = split_files(config, held_out, ".parquet", LAYOUT)
+        return datasets.load_dataset("parquet", data_files=files, split="train")
+    try:
+        found = datasets.load_from_disk(str(root))
+    except Exception as error:  # of every kind, for damaged files
+        raise ValueError(f"--data_dir={root} cannot be read by datasets: {error}") from error
+    if isinstance(found, datasets.Dataset):
+        raise ValueError(
+            f"--data_dir={root} has no splits. Save a DatasetDict with train and validation: "
+            "dataset.train_test_split(0.1).save_to_disk(path)"
+        )
+    wanted = config.eval_split if held_out else config.train_split
+    names = list(found)
+    if wanted or not held_out:
+        name = match_name(wanted or "train", names)
+    else:
+        name = match_held_out(names)
+    option = "--eval_split" if held_out else "--train_split"
+    if name is None:
+        raise ValueError(
+            f"--data_dir={root} has no split {wanted or ('validation' if held_out else 'train')}; "
+            f"it has {', '.join(names)}. {option} names another"
+        )
+    note = describe_fallback(name) if held_out and not wanted else ""
+    kind = "held-out" if held_out else "training"
+    print(f"{kind} split {name!r} of {root}: {len(found[name]):,} images{note}", flush=True)
+    return found[name]
+
+
+def find_columns(table, config):
+    """Finds the columns of the image and the label.
+
+    Raises:
+        ValueError: if there are none, or several to choose from.
+    """
+    datasets = import_datasets(config)
+    images = [n for n, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    image = "image" if "image" in images else images[0] if len(images) == 1 else None
+    label = next((name for name in ("label", "labels") if name in table.features), None)
+    for what, found in (("image", image), ("label", label)):
+        if found is None:
+            raise ValueError(
+                f"--dataset={config.dataset} has no column {what!r} in {config.data_dir}; it has "
+                f"{', '.join(table.column_names)}"
+            )
+    return image, label
+
+
+def number_labels(table, label, config, held_out):
+    """Returns the labels as integers from 0, and the classes' names or `None`."""
+    values = list(table.with_format(None)[label])
+
+    def place(number):
+        return f"{config.data_dir}: row {number + 1}"
+
+    names = getattr(table.features[label], "names", None)
+    if names is None and not all(isinstance(value, int) for value in values):
+        texts = [clean_label(value, place(i)) for i, value in enumerate(values)]
+        known = texts
+        if held_out:
+            training = open_table(config, False).with_format(None)[label]
+            known = [clean_label(value, place(i)) for i, value in enumerate(training)]
+        names = sorted_labels(known)
+        unknown = sorted(set(texts) - set(names))
+        if unknown:
+            raise ValueError(
+                f"{config.data_dir} has held-out classes that the training split has not: "
+                f"{unknown[0]!r}"
+            )
+        numbers = {name: number for number, name in enumerate(names)}
+        return np.array([numbers[text] for text in texts], "int64"), tuple(names)
+    if any(value is None or value < 0 for value in values):
+        number = next(i for i, value in enumerate(values) if value is None or value < 0)
+        raise ValueError(f"{place(number)} has no label")
+    labels = np.array(values, "int64")
+    if names is None:
+        return check_labels(labels, config, place), None
+    return labels, tuple(names)
