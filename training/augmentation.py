@@ -9,7 +9,14 @@ import math
 
 import tensorflow as tf
 
-from keras_tnt.export.image import decode, evaluation_crop, grey
+from keras_tnt.export.image import (
+    crop,
+    decode,
+    decode_and_crop,
+    evaluation_crop,
+    grey,
+    upright_sides,
+)
 
 # === From a file, or an array, to an image of the model's size ===
 
@@ -22,28 +29,12 @@ def resize(image, size):
 
 def shape_of(image):
     """(height, width) of an image or of the bytes of one."""
-    if image.dtype != tf.string:
-        return tf.shape(image)[:2]
-    return tf.cond(
-        tf.io.is_jpeg(image),
-        lambda: tf.image.extract_jpeg_shape(image)[:2],
-        lambda: tf.shape(decode(image))[:2],
-    )
+    return upright_sides(image) if image.dtype == tf.string else tf.shape(image)[:2]
 
 
 def cut(image, box):
     """The part (top, left, height, width) of an image, or of bytes, decoded just there."""
-
-    def cut_array(array):
-        return tf.slice(array, [box[0], box[1], 0], [box[2], box[3], 3])
-
-    if image.dtype != tf.string:
-        return cut_array(image)
-    part = tf.cond(
-        tf.io.is_jpeg(image),
-        lambda: tf.image.decode_and_crop_jpeg(image, box, channels=3),
-        lambda: cut_array(decode(image)),
-    )
+    part = decode_and_crop(image, box) if image.dtype == tf.string else crop(image, box)
     return tf.ensure_shape(part, (None, None, 3))
 
 

@@ -1,18 +1,23 @@
 """`keras_tnt.load_image` as TensorFlow operations: within 1 of 255 of what Pillow gives.
 
-Pillow resizes along the width, rounds to 8 bits, then along the height. So does this; rounding
-apart, TensorFlow's operation has the same kernel, Keys' cubic with a = -0.5. Images are turned
-upright by the EXIF data of JPEGs; that of other formats, which is rare, is not read.
+`keras_tnt.images` has the specification. Exported graphs and the trainer decode with the functions
+below. Pillow resizes along the width, rounds to 8 bits, then along the height. So does this;
+rounding apart, TensorFlow's operation has the same kernel, Keys' cubic with a = -0.5.
 
 TensorFlow's decoders are given nothing before its header was read: they take as much memory as a
 file claims to need, all frames of a GIF are in memory before the first is returned, and an animated
-WebP of opaque frames ends the process.
+WebP of opaque frames ends the process. Where they disagree with the specification, the file is
+rewritten before it is decoded (CMYK JPEG, GIF) or decoded here (BMP).
 """
 
-from keras_tnt.images import FORMATS, GREY, MAX_BYTES, MAX_PIXELS, MAX_SIDE, READ
+import functools
 
-# How far into a JPEG its EXIF data is looked for.
-EXIF_REACH = 1 << 17
+from keras_tnt.images import FORMATS, GREY, MAX_BYTES, MAX_PIXELS, MAX_SIDE, READ, is_plain_bmp
+
+# Adobe's marker of a JPEG, without a color transform: its CMYK is inverted.
+ADOBE_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+MAX_CHUNKS = 1 << 17  # of a PNG or WebP; JPEG segments, too
+MAX_EXIF_TAGS = 1 << 10
 
 
 def load_images(image_bytes, size, covered, channels=3):
@@ -37,8 +42,7 @@ def load_images(image_bytes, size, covered, channels=3):
     # AutoGraph, which nothing here needs, writes files that it removes at the process's end alone.
     @tf.autograph.experimental.do_not_convert
     def numbered(place, encoded):
-        image = upright(decode(encoded, channels), orientation(encoded))
-        return place, evaluation_crop(image, size, covered)
+        return place, evaluation_crop(decode(encoded, channels), size, covered)
 
     # A dataset decodes on all cores, and leaves out what fails, so that its place can be told.
     decoded = (
@@ -66,17 +70,25 @@ def load_images(image_bytes, size, covered, channels=3):
 
 
 def decode(encoded, channels=3):
-    """Bytes of a file to an image, uint8 (height, width, channels), as it lies; its first frame.
+    """Decodes an image file to uint8 (height, width, channels), upright; the first frame.
 
     Running it fails for what `keras_tnt.images` refuses, and for an animated WebP.
     """
+    image = upright(decode_stored(encoded), exif_orientation(encoded))
+    return grey(image) if channels == 1 else image
+
+
+def decode_stored(encoded):
+    """Decodes an image file to uint8 (height, width, 3), without applying its orientation."""
     import tensorflow as tf
 
     def decoder(format):
         def decode_format():
-            fits = (tf.strings.length(encoded) <= MAX_BYTES) & within_limits(
-                *(format.sides(integers_of(encoded)) if format.sides else jpeg_sides(encoded))
-            )
+            fits = tf.strings.length(encoded) <= MAX_BYTES
+            read = integers_of(encoded)
+            fits &= within_limits(*(format.sides(read) if format.sides else jpeg_sides(encoded)))
+            if format.name == "BMP":
+                fits &= is_plain_bmp(read)
             # No decoder takes an empty string.
             image = DECODERS[format.name](tf.where(fits, encoded, ""))
             return tf.ensure_shape(image, (None, None, 3))
@@ -87,10 +99,94 @@ def decode(encoded, channels=3):
         return tf.io.decode_png(tf.strings.substr(encoded, 0, 0), channels=3)
 
     places = [tf.where(has(encoded, f.signature), i, len(FORMATS)) for i, f in enumerate(FORMATS)]
-    image = tf.switch_case(
-        tf.reduce_min(places), [*(decoder(format) for format in FORMATS), refuse]
+    return tf.switch_case(tf.reduce_min(places), [*(decoder(format) for format in FORMATS), refuse])
+
+
+def decode_and_crop(encoded, box):
+    """Decodes a part of an image file; of a JPEG, nothing but that part.
+
+    Args:
+        encoded: string tensor, a file.
+        box: int32 (top, left, height, width) in the upright image.
+
+    Returns:
+        uint8 (height, width, 3): what cutting the box out of `decode(encoded)` gives.
+    """
+    import tensorflow as tf
+
+    def crop_jpeg():
+        orientation = jpeg_orientation(encoded)
+        height, width = tf.unstack(jpeg_sides(encoded)[::-1])
+        stored = stored_box(box, orientation, height, width)
+        # libjpeg interpolates color between neighbors: at the edges it needs one more.
+        start = tf.maximum(stored[:2] - 2, 0)
+        end = tf.minimum(stored[:2] + stored[2:] + 2, tf.stack([height, width]))
+        part = tf.image.decode_and_crop_jpeg(
+            with_adobe_marker(encoded),
+            tf.concat([start, end - start], 0),
+            channels=3,
+            dct_method="INTEGER_ACCURATE",
+        )
+        part = tf.slice(part, [*tf.unstack(stored[:2] - start), 0], [*tf.unstack(stored[2:]), 3])
+        return upright(part, orientation)
+
+    part = tf.cond(is_readable_jpeg(encoded), crop_jpeg, lambda: crop(decode(encoded), box))
+    return tf.ensure_shape(part, (None, None, 3))
+
+
+def crop(image, box):
+    """Returns the part (top, left, height, width) of an image."""
+    import tensorflow as tf
+
+    return tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
+
+
+def stored_box(box, orientation, height, width):
+    """Returns where the file stores a box of its upright image.
+
+    Args:
+        box: int32 (top, left, height, width) in the upright image.
+        orientation: EXIF orientation, 1 to 8.
+        height, width: of the stored image.
+
+    Returns:
+        int32 (top, left, height, width).
+    """
+    import tensorflow as tf
+
+    top, left, rows, columns = tf.unstack(box)
+    transposed = orientation >= 5
+    upright_height = tf.where(transposed, width, height)
+    upright_width = tf.where(transposed, height, width)
+    top = tf.where(is_one_of(orientation, FLIPPED_ROWS), upright_height - top - rows, top)
+    left = tf.where(is_one_of(orientation, FLIPPED_COLUMNS), upright_width - left - columns, left)
+    return tf.where(
+        transposed,
+        tf.stack([left, top, columns, rows]),
+        tf.stack([top, left, rows, columns]),
     )
-    return grey(image) if channels == 1 else image
+
+
+def upright_sides(encoded):
+    """Returns (height, width), an int32 tensor, of the upright image of a file."""
+    import tensorflow as tf
+
+    def sides_of_jpeg():
+        sides = tf.stack(jpeg_sides(encoded)[::-1])
+        return tf.where(jpeg_orientation(encoded) >= 5, sides[::-1], sides)
+
+    return tf.cond(is_readable_jpeg(encoded), sides_of_jpeg, lambda: tf.shape(decode(encoded))[:2])
+
+
+def is_readable_jpeg(encoded):
+    """Returns whether a file is a JPEG within the limits, as far as its header says."""
+    import tensorflow as tf
+
+    return tf.cond(
+        has(encoded, FORMATS[0].signature) & (tf.strings.length(encoded) <= MAX_BYTES),
+        lambda: within_limits(*jpeg_sides(encoded)),
+        lambda: False,
+    )
 
 
 def has(encoded, signature):
@@ -118,21 +214,34 @@ def integers_of(encoded):
 def within_limits(width, height):
     import tensorflow as tf
 
-    return (tf.maximum(width, height) <= MAX_SIDE) & (width * height <= MAX_PIXELS)
+    sides = tf.cast(tf.stack([width, height]), tf.int64)
+    return (tf.reduce_max(sides) <= MAX_SIDE) & (tf.reduce_prod(sides) <= MAX_PIXELS)
 
 
 def jpeg_sides(encoded):
     import tensorflow as tf
 
-    height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(encoded, tf.int64))
+    height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(encoded))
     return width, height
 
 
 def decode_jpeg(encoded):
     import tensorflow as tf
 
-    # The accurate transform is what libjpeg, and so Pillow, uses unless told otherwise.
+    # The accurate transform is the default of libjpeg, and so of Pillow.
+    encoded = with_adobe_marker(encoded)
     return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def with_adobe_marker(encoded):
+    """Puts Adobe's marker in front of a CMYK JPEG; a marker of the file's own overrides it."""
+    import tensorflow as tf
+
+    channels = tf.cond(
+        tf.strings.length(encoded) > 0, lambda: tf.io.extract_jpeg_shape(encoded)[2], lambda: 0
+    )
+    start, rest = tf.strings.substr(encoded, 0, 2), tf.strings.substr(encoded, 2, -1)
+    return tf.where(channels == 4, tf.strings.join([start, ADOBE_MARKER, rest]), encoded)
 
 
 def decode_png(encoded):
@@ -142,9 +251,41 @@ def decode_png(encoded):
 
 
 def decode_bmp(encoded):
+    """Decodes an uncompressed BMP, which TensorFlow does neither with a palette nor from 1 bit."""
     import tensorflow as tf
 
-    return tf.io.decode_bmp(encoded, channels=3)
+    read = integers_of(encoded)
+    bits, width = read(28, 2), read(18, 4)
+    height = read(22, 4, signed=True)
+    rows, stride = tf.abs(height), (width * bits + 31) // 32 * 4
+    length = tf.cast(tf.strings.length(encoded), tf.int64)
+    start = read(10, 4)
+    fits = (width > 0) & (rows > 0) & (start + rows * stride <= length)
+    # Of what does not fit there are no bytes, and the reshape fails.
+    pixels = tf.strings.substr(encoded, tf.where(fits, start, 0), tf.where(fits, rows * stride, 0))
+    pixels = tf.reshape(tf.io.decode_raw(pixels, tf.uint8), (rows, stride))
+
+    def colors(channels):  # blue, green, red and, of 4 channels, one that is not used
+        image = tf.reshape(pixels[:, : width * channels], (rows, width, channels))
+        return image[..., 2::-1]
+
+    def palette_colors(count):  # indices of `count` bits, the first of a byte in its highest bits
+        shifts = tf.constant([*range(8 - count, -1, -count)], tf.uint8)
+        parts = tf.bitwise.right_shift(pixels[..., None], shifts)
+        indices = tf.reshape(parts & (2**count - 1), (rows, -1))[:, :width]
+        stated = read(46, 4)
+        size = 4 * tf.where((stated > 0) & (stated < 2**count), stated, 2**count)
+        table_start = 14 + read(14, 4)
+        size = tf.minimum(size, tf.maximum(start - table_start, 0))
+        table = tf.io.decode_raw(tf.strings.substr(encoded, table_start, size), tf.uint8)
+        table = tf.pad(table, [[0, 4 * 2**count - tf.size(table)]])
+        return tf.gather(tf.reshape(table, (-1, 4))[:, 2::-1], tf.cast(indices, tf.int32))
+
+    kinds = {24: lambda: colors(3), 32: lambda: colors(4)}
+    kinds |= {count: functools.partial(palette_colors, count) for count in (1, 4, 8)}
+    place = tf.argmax(tf.constant([*kinds], tf.int64) == bits, output_type=tf.int32)
+    image = tf.switch_case(place, [*kinds.values()])
+    return tf.cond(height > 0, lambda: image[::-1], lambda: image)
 
 
 def decode_webp(encoded):
@@ -173,18 +314,72 @@ def decode_gif(encoded):
         goes_on = {"cond": lambda p: byte(p) > 0, "body": lambda p: [p + 1 + byte(p)]}
         return tf.while_loop(**goes_on, loop_vars=[place], maximum_iterations=at_most)[0] + 1
 
-    frame = tf.while_loop(
-        lambda place: byte(place) == 0x21,  # an extension
-        lambda place: [behind_blocks(place + 2, 1 << 12)],
-        [behind_colors(13, byte(10))],
+    def bytes_at(start, count):
+        return data[start : start + count]
+
+    def names_transparent(place):
+        return (byte(place + 1) == 0xF9) & (byte(place + 3) % 2 == 1)
+
+    frame, transparent = tf.while_loop(
+        lambda place, _: byte(place) == 0x21,  # an extension
+        lambda place, found: [
+            behind_blocks(place + 2, 1 << 12),
+            # A graphic control extension may name a transparent palette entry.
+            tf.where(names_transparent(place), byte(place + 6), found),
+        ],
+        [behind_colors(13, byte(10)), 0],
         maximum_iterations=1 << 6,
-    )[0]
-    read = integers_of(encoded)
-    fits = (byte(frame) == 0x2C) & within_limits(read(frame + 5, 2), read(frame + 7, 2))
-    colors = tf.where(fits, frame + 10, tf.size(data))
-    end = behind_blocks(behind_colors(colors, byte(frame + 9)) + 1, 1 << 16)  # up to 16 MB
-    alone = tf.strings.join([tf.strings.substr(encoded, 0, tf.where(fits, end, 0)), ";"])
-    return tf.io.decode_image(alone, channels=3, expand_animations=False)
+    )
+    screen = [little_endian(bytes_at(start, 2)) for start in (6, 8)]
+    left, top, width, height = (little_endian(bytes_at(frame + at, 2)) for at in (1, 3, 5, 7))
+    sides = tf.maximum(screen[0], left + width), tf.maximum(screen[1], top + height)
+    fits = (byte(frame) == 0x2C) & within_limits(*sides)
+    flags = byte(frame + 9)
+    start = behind_colors(frame + 10, flags)  # of the compressed pixels
+    end = behind_blocks(tf.where(fits, start, tf.size(data)) + 1, 1 << 16)  # up to 16 MB
+    local, shared = flags >= 128, byte(10) >= 128
+    count = 3 * 2 ** (tf.where(local, flags, byte(10)) % 8 + 1)
+    palette = bytes_at(tf.where(local, frame + 10, 13), count)
+    palette = tf.pad(palette, [[0, 768 - tf.size(palette)]])
+    grays = tf.repeat(tf.range(256), 3)
+    palette = tf.where(local | shared, palette, tf.cast(grays, tf.uint8))
+
+    def piece(start, count):
+        return tf.strings.substr(encoded, tf.where(fits, start, 0), tf.where(fits, count, 0))
+
+    # The frame alone, all entries of its palette in place, none of them transparent.
+    alone = [
+        b"GIF89a",
+        piece(frame + 5, 4),
+        b"\xf7\0\0",
+        string_of(palette),
+        b"\x2c\0\0\0\0",
+        piece(frame + 5, 4),
+        tf.where(flags & 64 > 0, b"\x40", b"\0"),  # interlaced
+        piece(start, end - start),
+        b";",
+    ]
+    image = tf.io.decode_gif(tf.where(fits, tf.strings.join(alone), ""))[0]
+    # A canvas of the color outside of the frame.
+    padding = [[top, sides[1] - top - height], [left, sides[0] - left - width]]
+    color = tf.reshape(palette, (256, 3))[transparent]
+    inside = tf.pad(tf.ones((height, width, 1), tf.bool), [*padding, [0, 0]])
+    return tf.where(inside, tf.pad(image, [*padding, [0, 0]]), color)
+
+
+def little_endian(values):
+    """Returns the integer that two bytes hold."""
+    import tensorflow as tf
+
+    return tf.reduce_sum(tf.cast(values, tf.int32) * [1, 256])
+
+
+def string_of(values):
+    """Returns the string of a uint8 tensor (length,)."""
+    import tensorflow as tf
+
+    characters = tf.constant([bytes([i]) for i in range(256)])
+    return tf.strings.reduce_join(tf.gather(characters, tf.cast(values, tf.int32)))
 
 
 DECODERS = {
@@ -204,63 +399,151 @@ def grey(image):
     return tf.cast((luma + 32768) // 65536, tf.uint8)
 
 
-# === Upright ===
+# === Orientation ===
+
+# EXIF orientations; those from 5 on are transposed first.
+FLIPPED_COLUMNS = (2, 3, 6, 7)
+FLIPPED_ROWS = (3, 4, 7, 8)
 
 
-def orientation(encoded):
-    """The orientation, 1 to 8, that the EXIF data of a JPEG tells; 1 of anything else."""
+def exif_orientation(encoded):
+    """Returns the EXIF orientation, 1 to 8, of a JPEG, PNG or WebP; 1 without."""
     import tensorflow as tf
 
-    return tf.cond(tf.io.is_jpeg(encoded), lambda: jpeg_orientation(encoded), lambda: 1)
+    jpeg, png, webp = (FORMATS[i].signature for i in (0, 1, 6))
+    return tf.case(
+        [
+            (has(encoded, jpeg), lambda: jpeg_orientation(encoded)),
+            (has(encoded, png), lambda: png_orientation(encoded)),
+            (has(encoded, webp), lambda: webp_orientation(encoded)),
+        ],
+        default=lambda: 1,
+    )
 
 
 def jpeg_orientation(encoded):
-    """The orientation, 1 to 8, that the EXIF data of a JPEG tells; 1 without."""
-    import tensorflow as tf
+    read = bounded_integers_of(encoded)
 
-    header = tf.cast(
-        tf.io.decode_raw(tf.strings.substr(encoded, 0, EXIF_REACH), tf.uint8), tf.int32
-    )
-    header = tf.pad(header, [[0, 16]])
-
-    def read(start, count, little=False):
-        """Unsigned integer of `count` bytes; whatever lies beyond the header reads as 0."""
-        places = tf.minimum(start + tf.range(count), tf.size(header) - 1)
-        values = tf.gather(header, tf.maximum(places, 0))
-        powers = 256 ** tf.range(count)
-        return tf.reduce_sum(values * tf.where(little, powers, powers[::-1]))
-
-    def is_exif(start):
-        # Marker APP1, two bytes of length, "Exif".
+    def is_exif(start):  # marker APP1, two bytes of length, "Exif"
         return (read(start, 2) == 0xFFE1) & (read(start + 4, 4) == 0x45786966)
 
-    def goes_on(start):
-        inside = (start < tf.size(header) - 16) & (read(start, 1) == 0xFF)
-        return inside & (read(start + 1, 1) != 0xDA) & ~is_exif(start)
+    def is_segment(start):
+        return (read(start, 1) == 0xFF) & (read(start + 1, 1) != 0xDA)
 
-    start = tf.while_loop(goes_on, lambda start: [start + 2 + read(start + 2, 2)], [2])[0]
-    tiff = start + 10
-    little = read(tiff, 2) == 0x4949
-    directory = tiff + read(tiff + 4, 4, little)
-    count = tf.minimum(read(directory, 2, little), 256)
-    entries = directory + 2 + 12 * tf.range(count)
-    tags = tf.map_fn(lambda entry: read(entry, 2, little), entries)
-    found = tf.boolean_mask(entries, tags == 0x0112)
-    value = tf.cond(tf.size(found) > 0, lambda: read(found[0] + 8, 2, little), lambda: 1)
-    return tf.where(is_exif(start) & (value >= 1) & (value <= 8), value, 1)
+    start = first_chunk(2, is_segment, is_exif, lambda start: 2 + read(start + 2, 2))
+    return tiff_orientation(read, start + 10, is_exif(start))
+
+
+def png_orientation(encoded):
+    read = bounded_integers_of(encoded)
+
+    def is_exif(start):
+        return read(start + 4, 4) == int.from_bytes(b"eXIf")
+
+    def is_chunk(start):
+        return (read(start + 4, 4) > 0) & (read(start + 4, 4) != int.from_bytes(b"IEND"))
+
+    start = first_chunk(8, is_chunk, is_exif, lambda start: 12 + read(start, 4))
+    return tiff_orientation(read, start + 8, is_exif(start))
+
+
+def webp_orientation(encoded):
+    import tensorflow as tf
+
+    read = bounded_integers_of(encoded)
+
+    def is_exif(start):
+        return read(start, 4) == int.from_bytes(b"EXIF")
+
+    def size(start):  # chunks are of even length
+        return 8 + (read(start + 4, 4, little=True) + 1) // 2 * 2
+
+    start = first_chunk(12, lambda start: read(start, 4) > 0, is_exif, size)
+    tiff = start + 8
+    # Some programs put JPEG's marker in front.
+    tiff = tf.where(read(tiff, 4) == 0x45786966, tiff + 6, tiff)
+    return tiff_orientation(read, tiff, is_exif(start))
+
+
+def first_chunk(start, is_chunk, is_wanted, size):
+    """Returns where the first chunk of a kind starts, or the first thing that is no chunk.
+
+    Args:
+        start: of the first chunk.
+        is_chunk, is_wanted, size: functions of a chunk's start, an int64 tensor.
+    """
+    import tensorflow as tf
+
+    return tf.while_loop(
+        lambda start: is_chunk(start) & ~is_wanted(start),
+        lambda start: [start + size(start)],
+        [tf.constant(start, tf.int64)],
+        maximum_iterations=MAX_CHUNKS,
+    )[0]
+
+
+def tiff_orientation(read, tiff, found):
+    """Returns the orientation, 1 to 8, in the first directory of EXIF data; 1 without.
+
+    Args:
+        read: of `bounded_integers_of`.
+        tiff: where the data's TIFF header starts, an int64 tensor.
+        found: whether there is any.
+    """
+    import tensorflow as tf
+
+    def search():
+        little = read(tiff, 2) == 0x4949
+        directory = tiff + read(tiff + 4, 4, little)
+
+        def is_other(i):
+            tag = read(directory + 2 + 12 * i, 2, little)
+            return (i < read(directory, 2, little)) & (tag != 0x0112)
+
+        first = tf.constant(0, tf.int64)
+        (i,) = tf.while_loop(is_other, lambda i: [i + 1], [first], maximum_iterations=MAX_EXIF_TAGS)
+        entry = directory + 2 + 12 * i
+        value = read(entry + 8, 2, little)
+        # One value, of type SHORT.
+        valid = (read(entry, 2, little) == 0x0112) & (read(entry + 2, 2, little) == 3)
+        valid &= (read(entry + 4, 4, little) == 1) & (value >= 1) & (value <= 8)
+        return tf.cast(tf.where(valid, value, 1), tf.int32)
+
+    return tf.cond(found, search, lambda: 1)
+
+
+def bounded_integers_of(encoded):
+    """Returns a function `read(start, count, little=False)`; bytes beyond the end count as 0."""
+    import tensorflow as tf
+
+    length = tf.cast(tf.strings.length(encoded), tf.int64)
+
+    def read(start, count, little=False):
+        start = tf.clip_by_value(tf.cast(start, tf.int64), 0, length)
+        values = tf.io.decode_raw(tf.strings.substr(encoded, start, count), tf.uint8)
+        values = tf.pad(values, [[0, count - tf.size(values)]])
+        powers = tf.constant([256**i for i in range(count)], tf.int64)
+        return tf.reduce_sum(tf.cast(values, tf.int64) * tf.where(little, powers, powers[::-1]))
+
+    return read
 
 
 def upright(image, orientation):
-    """Turn an image as its EXIF orientation asks."""
+    """Applies an EXIF orientation to an image."""
     import tensorflow as tf
 
-    def when(orientations, change, image):
-        chosen = tf.reduce_any(orientation == tf.constant(orientations))
+    def when(chosen, change, image):
         return tf.cond(chosen, lambda: change(image), lambda: image)
 
-    image = when((5, 6, 7, 8), lambda x: tf.transpose(x, (1, 0, 2)), image)  # (w, h, c)
-    image = when((2, 3, 6, 7), lambda x: x[:, ::-1], image)
-    return when((3, 4, 7, 8), lambda x: x[::-1], image)
+    image = when(orientation >= 5, lambda x: tf.transpose(x, (1, 0, 2)), image)  # (w, h, c)
+    image = when(is_one_of(orientation, FLIPPED_COLUMNS), lambda x: x[:, ::-1], image)
+    return when(is_one_of(orientation, FLIPPED_ROWS), lambda x: x[::-1], image)
+
+
+def is_one_of(orientation, orientations):
+    import tensorflow as tf
+
+    return tf.reduce_any(orientation == tf.constant(orientations))
 
 
 # === The evaluation crop ===
