@@ -5,6 +5,7 @@ that an image's augmentation depends on (seed, epoch, place in the epoch) and on
 RandAugment's ops give what Pillow's of the same name give.
 """
 
+import functools
 import math
 
 import tensorflow as tf
@@ -15,7 +16,6 @@ from keras_tnt.export.image import (
     decode_and_crop,
     evaluation_crop,
     grey,
-    upright_sides,
 )
 
 # === From a file, or an array, to an image of the model's size ===
@@ -27,15 +27,17 @@ def resize(image, size):
     return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
 
-def shape_of(image):
-    """(height, width) of an image or of the bytes of one."""
-    return upright_sides(image) if image.dtype == tf.string else tf.shape(image)[:2]
+def cut(image, choose_box):
+    """Cuts a part out of an image, or of the bytes of one, which are decoded just there.
 
-
-def cut(image, box):
-    """The part (top, left, height, width) of an image, or of bytes, decoded just there."""
-    part = decode_and_crop(image, box) if image.dtype == tf.string else crop(image, box)
-    return tf.ensure_shape(part, (None, None, 3))
+    Args:
+        image: uint8 (height, width, 3), or bytes.
+        choose_box: function from (height, width) to int32 (top, left, height, width).
+    """
+    if image.dtype == tf.string:
+        return decode_and_crop(image, choose_box)
+    box = choose_box(*tf.unstack(tf.shape(image)[:2]))
+    return tf.ensure_shape(crop(image, box), (None, None, 3))
 
 
 def inception_box(shape, seed, min_area, ratio=(3 / 4, 4 / 3), attempts=10):
@@ -104,7 +106,8 @@ def training_image(image, seed, config, size, fill):
     """
     seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 6))
     if config.min_crop < 1:
-        image = resize(cut(image, inception_box(shape_of(image), seeds[0], config.min_crop)), size)
+        box = functools.partial(inception_box, seed=seeds[0], min_area=config.min_crop)
+        image = resize(cut(image, lambda *sides: box(sides)), size)
     elif image.dtype == tf.string or image.shape[:2] != tuple(size):
         image = evaluation_image(image, config.crop, size)
     image = tf.ensure_shape(image, (*size, 3))

@@ -16,8 +16,7 @@ from keras_tnt.images import FORMATS, GREY, MAX_BYTES, MAX_PIXELS, MAX_SIDE, REA
 
 # Adobe's marker of a JPEG, without a color transform: its CMYK is inverted.
 ADOBE_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-MAX_CHUNKS = 1 << 17  # of a PNG or WebP; JPEG segments, too
-MAX_EXIF_TAGS = 1 << 10
+JPEG_EXIF_REACH = 1 << 20  # bytes in which a JPEG's EXIF data must begin
 
 
 def load_images(image_bytes, size, covered, channels=3):
@@ -82,32 +81,31 @@ def decode_stored(encoded):
     """Decodes an image file to uint8 (height, width, 3), without applying its orientation."""
     import tensorflow as tf
 
-    def decoder(format):
-        def decode_format():
-            fits = tf.strings.length(encoded) <= MAX_BYTES
-            read = integers_of(encoded)
-            fits &= within_limits(*(format.sides(read) if format.sides else jpeg_sides(encoded)))
-            if format.name == "BMP":
-                fits &= is_plain_bmp(read)
-            # No decoder takes an empty string.
-            image = DECODERS[format.name](tf.where(fits, encoded, ""))
-            return tf.ensure_shape(image, (None, None, 3))
+    def decoder(format, encoded):
+        fits = tf.strings.length(encoded) <= MAX_BYTES
+        read = integers_of(encoded)
+        fits &= within_limits(*(format.sides(read) if format.sides else jpeg_sides(encoded)))
+        if format.name == "BMP":
+            fits &= is_plain_bmp(read)
+        # No decoder takes an empty string.
+        image = DECODERS[format.name](tf.where(fits, encoded, ""))
+        return tf.ensure_shape(image, (None, None, 3))
 
-        return decode_format
-
-    def refuse():
+    def refuse(encoded):
         return tf.io.decode_png(tf.strings.substr(encoded, 0, 0), channels=3)
 
     places = [tf.where(has(encoded, f.signature), i, len(FORMATS)) for i, f in enumerate(FORMATS)]
-    return tf.switch_case(tf.reduce_min(places), [*(decoder(format) for format in FORMATS), refuse])
+    decoders = [functools.partial(decoder, format) for format in FORMATS]
+    return switch(tf.reduce_min(places), [*decoders, refuse], encoded, tf.uint8, (None, None, 3))
 
 
-def decode_and_crop(encoded, box):
+def decode_and_crop(encoded, choose_box):
     """Decodes a part of an image file; of a JPEG, nothing but that part.
 
     Args:
         encoded: string tensor, a file.
-        box: int32 (top, left, height, width) in the upright image.
+        choose_box: function from (height, width), int32 tensors, of the upright image to a box in
+            it, int32 (top, left, height, width).
 
     Returns:
         uint8 (height, width, 3): what cutting the box out of `decode(encoded)` gives.
@@ -115,22 +113,29 @@ def decode_and_crop(encoded, box):
     import tensorflow as tf
 
     def crop_jpeg():
-        orientation = jpeg_orientation(encoded)
-        height, width = tf.unstack(jpeg_sides(encoded)[::-1])
-        stored = stored_box(box, orientation, height, width)
+        orientation = exif_orientation(encoded)
+        height, width, channels = tf.unstack(tf.io.extract_jpeg_shape(encoded))
+        transposed = orientation >= 5
+        sides = tf.where(transposed, width, height), tf.where(transposed, height, width)
+        box = stored_box(choose_box(*sides), orientation, *sides)
         # libjpeg interpolates color between neighbors: at the edges it needs one more.
-        start = tf.maximum(stored[:2] - 2, 0)
-        end = tf.minimum(stored[:2] + stored[2:] + 2, tf.stack([height, width]))
+        start = tf.maximum(box[:2] - 2, 0)
+        end = tf.minimum(box[:2] + box[2:] + 2, tf.stack([height, width]))
         part = tf.image.decode_and_crop_jpeg(
-            with_adobe_marker(encoded),
+            with_adobe_marker(encoded, channels),
             tf.concat([start, end - start], 0),
             channels=3,
             dct_method="INTEGER_ACCURATE",
         )
-        part = tf.slice(part, [*tf.unstack(stored[:2] - start), 0], [*tf.unstack(stored[2:]), 3])
-        return upright(part, orientation)
+        return upright(crop(part, tf.concat([box[:2] - start, box[2:]], 0)), orientation)
 
-    part = tf.cond(is_readable_jpeg(encoded), crop_jpeg, lambda: crop(decode(encoded), box))
+    def crop_other():
+        return crop(image, choose_box(*tf.unstack(tf.shape(image)[:2])))
+
+    is_jpeg = is_readable_jpeg(encoded)
+    none = functools.partial(tf.zeros, (0, 0, 3), tf.uint8)
+    image = switch(is_jpeg, [decode, lambda encoded: none()], encoded, tf.uint8, (None, None, 3))
+    part = tf.cond(is_jpeg, crop_jpeg, crop_other)
     return tf.ensure_shape(part, (None, None, 3))
 
 
@@ -147,7 +152,7 @@ def stored_box(box, orientation, height, width):
     Args:
         box: int32 (top, left, height, width) in the upright image.
         orientation: EXIF orientation, 1 to 8.
-        height, width: of the stored image.
+        height, width: of the upright image.
 
     Returns:
         int32 (top, left, height, width).
@@ -155,27 +160,13 @@ def stored_box(box, orientation, height, width):
     import tensorflow as tf
 
     top, left, rows, columns = tf.unstack(box)
-    transposed = orientation >= 5
-    upright_height = tf.where(transposed, width, height)
-    upright_width = tf.where(transposed, height, width)
-    top = tf.where(is_one_of(orientation, FLIPPED_ROWS), upright_height - top - rows, top)
-    left = tf.where(is_one_of(orientation, FLIPPED_COLUMNS), upright_width - left - columns, left)
+    top = tf.where(is_one_of(orientation, FLIPPED_ROWS), height - top - rows, top)
+    left = tf.where(is_one_of(orientation, FLIPPED_COLUMNS), width - left - columns, left)
     return tf.where(
-        transposed,
+        orientation >= 5,
         tf.stack([left, top, columns, rows]),
         tf.stack([top, left, rows, columns]),
     )
-
-
-def upright_sides(encoded):
-    """Returns (height, width), an int32 tensor, of the upright image of a file."""
-    import tensorflow as tf
-
-    def sides_of_jpeg():
-        sides = tf.stack(jpeg_sides(encoded)[::-1])
-        return tf.where(jpeg_orientation(encoded) >= 5, sides[::-1], sides)
-
-    return tf.cond(is_readable_jpeg(encoded), sides_of_jpeg, lambda: tf.shape(decode(encoded))[:2])
 
 
 def is_readable_jpeg(encoded):
@@ -187,6 +178,26 @@ def is_readable_jpeg(encoded):
         lambda: within_limits(*jpeg_sides(encoded)),
         lambda: False,
     )
+
+
+def switch(index, branches, encoded, dtype, shape):
+    """Runs one of some functions of a string tensor.
+
+    As `tf.switch_case`, but for its cost: that is turned into operations of which the branches not
+    taken run too, on nothing. With all decoders among them this takes longer than decoding.
+    """
+    import tensorflow as tf
+
+    spec = tf.TensorSpec((), tf.string)
+    functions = [tf.function(f, autograph=False).get_concrete_function(spec) for f in branches]
+    result = tf.raw_ops.StatelessCase(
+        branch_index=tf.cast(index, tf.int32),
+        input=[encoded],
+        Tout=[dtype],
+        branches=functions,
+        output_shapes=[shape],
+    )
+    return tf.ensure_shape(result[0], shape)
 
 
 def has(encoded, signature):
@@ -229,19 +240,20 @@ def decode_jpeg(encoded):
     import tensorflow as tf
 
     # The accurate transform is the default of libjpeg, and so of Pillow.
-    encoded = with_adobe_marker(encoded)
+    channels = tf.io.extract_jpeg_shape(encoded)[2]
+    encoded = with_adobe_marker(encoded, channels)
     return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
 
 
-def with_adobe_marker(encoded):
+def with_adobe_marker(encoded, channels):
     """Puts Adobe's marker in front of a CMYK JPEG; a marker of the file's own overrides it."""
     import tensorflow as tf
 
-    channels = tf.cond(
-        tf.strings.length(encoded) > 0, lambda: tf.io.extract_jpeg_shape(encoded)[2], lambda: 0
-    )
-    start, rest = tf.strings.substr(encoded, 0, 2), tf.strings.substr(encoded, 2, -1)
-    return tf.where(channels == 4, tf.strings.join([start, ADOBE_MARKER, rest]), encoded)
+    def marked():
+        start, rest = tf.strings.substr(encoded, 0, 2), tf.strings.substr(encoded, 2, -1)
+        return tf.strings.join([start, ADOBE_MARKER, rest])
+
+    return tf.cond(channels == 4, marked, lambda: encoded)
 
 
 def decode_png(encoded):
@@ -407,125 +419,90 @@ FLIPPED_ROWS = (3, 4, 7, 8)
 
 
 def exif_orientation(encoded):
-    """Returns the EXIF orientation, 1 to 8, of a JPEG, PNG or WebP; 1 without."""
-    import tensorflow as tf
+    """Returns the EXIF orientation, 1 to 8, of a JPEG, PNG or WebP; 1 without.
 
-    jpeg, png, webp = (FORMATS[i].signature for i in (0, 1, 6))
-    return tf.case(
-        [
-            (has(encoded, jpeg), lambda: jpeg_orientation(encoded)),
-            (has(encoded, png), lambda: png_orientation(encoded)),
-            (has(encoded, webp), lambda: webp_orientation(encoded)),
-        ],
-        default=lambda: 1,
-    )
-
-
-def jpeg_orientation(encoded):
-    read = bounded_integers_of(encoded)
-
-    def is_exif(start):  # marker APP1, two bytes of length, "Exif"
-        return (read(start, 2) == 0xFFE1) & (read(start + 4, 4) == 0x45786966)
-
-    def is_segment(start):
-        return (read(start, 1) == 0xFF) & (read(start + 1, 1) != 0xDA)
-
-    start = first_chunk(2, is_segment, is_exif, lambda start: 2 + read(start + 2, 2))
-    return tiff_orientation(read, start + 10, is_exif(start))
-
-
-def png_orientation(encoded):
-    read = bounded_integers_of(encoded)
-
-    def is_exif(start):
-        return read(start + 4, 4) == int.from_bytes(b"eXIf")
-
-    def is_chunk(start):
-        return (read(start + 4, 4) > 0) & (read(start + 4, 4) != int.from_bytes(b"IEND"))
-
-    start = first_chunk(8, is_chunk, is_exif, lambda start: 12 + read(start, 4))
-    return tiff_orientation(read, start + 8, is_exif(start))
-
-
-def webp_orientation(encoded):
-    import tensorflow as tf
-
-    read = bounded_integers_of(encoded)
-
-    def is_exif(start):
-        return read(start, 4) == int.from_bytes(b"EXIF")
-
-    def size(start):  # chunks are of even length
-        return 8 + (read(start + 4, 4, little=True) + 1) // 2 * 2
-
-    start = first_chunk(12, lambda start: read(start, 4) > 0, is_exif, size)
-    tiff = start + 8
-    # Some programs put JPEG's marker in front.
-    tiff = tf.where(read(tiff, 4) == 0x45786966, tiff + 6, tiff)
-    return tiff_orientation(read, tiff, is_exif(start))
-
-
-def first_chunk(start, is_chunk, is_wanted, size):
-    """Returns where the first chunk of a kind starts, or the first thing that is no chunk.
-
-    Args:
-        start: of the first chunk.
-        is_chunk, is_wanted, size: functions of a chunk's start, an int64 tensor.
+    The name of the chunk is searched for, not reached from chunk to chunk, which as a graph takes
+    longer than decoding: with the header of the data behind it, it is 8 bytes or more, which
+    compressed pixels do not have by chance.
     """
     import tensorflow as tf
 
-    return tf.while_loop(
-        lambda start: is_chunk(start) & ~is_wanted(start),
-        lambda start: [start + size(start)],
-        [tf.constant(start, tf.int64)],
-        maximum_iterations=MAX_CHUNKS,
-    )[0]
+    found = tf.size(split_at_exif(encoded)[0]) == 2
+    return switch(found, [lambda encoded: tf.constant(1), parse_exif], encoded, tf.int32, ())
 
 
-def tiff_orientation(read, tiff, found):
+def split_at_exif(encoded):
+    """Returns a file in two parts, before and behind the name of its EXIF data, or in one.
+
+    Returns:
+        String tensor (1 or 2,), and whether the file is a JPEG, and a WebP.
+    """
+    import tensorflow as tf
+
+    png, webp = has(encoded, FORMATS[1].signature), has(encoded, FORMATS[6].signature)
+    # PNG and WebP may have it behind the pixels.
+    reach = tf.where(png | webp, tf.strings.length(encoded), JPEG_EXIF_REACH)
+    name = tf.where(png, b"eXIf", tf.where(webp, b"EXIF", b"Exif\0\0"))
+    searched = tf.strings.substr(encoded, 0, reach)[None]
+    parts = tf.raw_ops.StringSplitV2(input=searched, sep=name, maxsplit=1).values
+    return parts, ~(png | webp), webp
+
+
+def parse_exif(encoded):
+    """Returns the orientation, 1 to 8, of a file in which there is the name of EXIF data."""
+    import tensorflow as tf
+
+    parts, jpeg, webp = split_at_exif(encoded)
+    before, data = parts[0], parts[1]
+    # In front of JPEG's name there are marker APP1 and two bytes of length.
+    start = tf.maximum(tf.strings.length(before) - 4, 0)
+    valid = ~jpeg | (tf.strings.substr(before, start, 2) == b"\xff\xe1")
+    # Behind WebP's there is a length; some programs put JPEG's name next.
+    size = tf.where(webp & (tf.strings.length(data) >= 4), 4, 0)
+    data = tf.strings.substr(data, size, -1)
+    named = tf.strings.substr(data, 0, 6) == b"Exif\0\0"
+    data = tf.strings.substr(data, tf.where(named, 6, 0), -1)
+    valid &= tf.strings.length(data) >= 14
+    return tf.cond(valid, lambda: tiff_orientation(data), lambda: 1)
+
+
+def tiff_orientation(data):
     """Returns the orientation, 1 to 8, in the first directory of EXIF data; 1 without.
 
     Args:
-        read: of `bounded_integers_of`.
-        tiff: where the data's TIFF header starts, an int64 tensor.
-        found: whether there is any.
+        data: string tensor of at least 14 bytes, which should start with a TIFF header.
     """
     import tensorflow as tf
 
-    def search():
-        little = read(tiff, 2) == 0x4949
-        directory = tiff + read(tiff + 4, 4, little)
+    length = tf.cast(tf.strings.length(data), tf.int64)
+    order = tf.strings.substr(data, 0, 4)
+    little = order == b"II*\0"
 
-        def is_other(i):
-            tag = read(directory + 2 + 12 * i, 2, little)
-            return (i < read(directory, 2, little)) & (tag != 0x0112)
+    def integers(values):
+        """The integers in the last axis, of 2 or 4 bytes."""
+        powers = tf.constant([256**i for i in range(values.shape[-1])], tf.int64)
+        powers = tf.where(little, powers, powers[::-1])
+        return tf.reduce_sum(tf.cast(values, tf.int64) * powers, axis=-1)
 
-        first = tf.constant(0, tf.int64)
-        (i,) = tf.while_loop(is_other, lambda i: [i + 1], [first], maximum_iterations=MAX_EXIF_TAGS)
-        entry = directory + 2 + 12 * i
-        value = read(entry + 8, 2, little)
-        # One value, of type SHORT.
-        valid = (read(entry, 2, little) == 0x0112) & (read(entry + 2, 2, little) == 3)
-        valid &= (read(entry + 4, 4, little) == 1) & (value >= 1) & (value <= 8)
-        return tf.cast(tf.where(valid, value, 1), tf.int32)
+    def read(start, count):
+        return integers(
+            tf.reshape(tf.io.decode_raw(tf.strings.substr(data, start, count), tf.uint8), (count,))
+        )
 
-    return tf.cond(found, search, lambda: 1)
+    def search(directory):
+        count = tf.minimum(read(directory, 2), (length - directory - 2) // 12)
+        entries = tf.strings.substr(data, directory + 2, 12 * count)
+        entries = tf.reshape(tf.io.decode_raw(entries, tf.uint8), (-1, 12))
+        # The tag, one value, of type SHORT.
+        valid = integers(entries[:, :2]) == 0x0112
+        valid &= (integers(entries[:, 2:4]) == 3) & (integers(entries[:, 4:8]) == 1)
+        found = tf.boolean_mask(integers(entries[:, 8:10]), valid)
+        value = tf.cast(tf.concat([found, [1]], 0)[0], tf.int32)
+        return tf.where((value >= 1) & (value <= 8), value, 1)
 
-
-def bounded_integers_of(encoded):
-    """Returns a function `read(start, count, little=False)`; bytes beyond the end count as 0."""
-    import tensorflow as tf
-
-    length = tf.cast(tf.strings.length(encoded), tf.int64)
-
-    def read(start, count, little=False):
-        start = tf.clip_by_value(tf.cast(start, tf.int64), 0, length)
-        values = tf.io.decode_raw(tf.strings.substr(encoded, start, count), tf.uint8)
-        values = tf.pad(values, [[0, count - tf.size(values)]])
-        powers = tf.constant([256**i for i in range(count)], tf.int64)
-        return tf.reduce_sum(tf.cast(values, tf.int64) * tf.where(little, powers, powers[::-1]))
-
-    return read
+    directory = read(4, 4)
+    valid = (little | (order == b"MM\0*")) & (directory + 2 <= length)
+    return tf.cond(valid, lambda: search(directory), lambda: 1)
 
 
 def upright(image, orientation):
