@@ -1,8 +1,20 @@
-"""Images: the formats that are read, the limits that they keep to, and the evaluation crop.
+"""The specification of decoding: formats, limits and colors; and the evaluation crop.
 
-Formats and limits hold in Python, where Pillow reads, and in an exported model's graph
-(`keras_tnt.export.image`), where TensorFlow does. Both read what an image says of itself first, and
-decode nothing that claims to be larger than the limits.
+The specification holds in Python, where Pillow decodes, in the trainer and in an exported model's
+graph (`keras_tnt.export.image`), where TensorFlow does, and in the browser page
+(`savedmodels/web/classify.js`): the same file gives the same pixels to within 1 of 255.
+
+- Only JPEG, PNG, WebP, GIF and uncompressed BMP files within the limits are decoded. The header is
+  checked first: no decoder sees a file that claims to be larger.
+- Orientation: the EXIF tag is applied, in JPEG, PNG (`eXIf`) and WebP (`EXIF`); XMP is not read.
+- Palettes are looked up; entries that a file lacks are black.
+- Alpha is dropped: a transparent pixel has the color that the file stores for it.
+- Gray becomes three equal channels; one channel is Pillow's luma (`GREY`).
+- 16 bits per channel are reduced to 8: the value divided by 257.
+- CMYK JPEGs store inverted values, as Adobe's programs write them, with or without their marker.
+- Animations: the first frame. What a GIF's first frame does not cover has the color of the
+  transparent palette entry, else of entry 0.
+- Color profiles are ignored.
 """
 
 import dataclasses
@@ -83,8 +95,8 @@ OTHERS = {
 }
 
 READ = (
-    f"JPEG, PNG, WebP, GIF and BMP are read, of up to {MAX_BYTES / 1e6:,.0f} MB, {MAX_SIDE:,} "
-    f"pixels a side and {MAX_PIXELS:,} pixels in all"
+    f"JPEG, PNG, WebP, GIF and uncompressed BMP are read, of up to {MAX_BYTES / 1e6:,.0f} MB, "
+    f"{MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} pixels in all"
 )
 
 
@@ -106,9 +118,29 @@ def check_header(data):
             name for name, signatures in OTHERS.items() if any(has(data, s) for s in signatures)
         ]
         raise ValueError(f"its format, {other[0]}, is not read. {READ}" if other else READ)
+    read = integers_of(data)
+    if found.name == "BMP" and not is_plain_bmp(read):
+        raise ValueError(
+            "it is a BMP of a kind that is not read (compressed, of 16 bits per pixel, or with an "
+            f"OS/2 header). {READ}"
+        )
     if found.sides:
-        check_sides(*found.sides(integers_of(data)))
+        check_sides(*found.sides(read))
     return found
+
+
+def is_plain_bmp(read):
+    """Returns whether a BMP is uncompressed, with a palette or of 24 or 32 bits per pixel.
+
+    Args:
+        read: the function of `Format.sides`; of tensors, the result is a tensor.
+    """
+    bits, compression = read(28, 2), read(30, 4)
+    palette = (bits == 1) | (bits == 4) | (bits == 8)
+    # Compression 3 states the masks of the channels: blue first, as without it.
+    masks = (read(54, 4) == 0xFF0000) & (read(58, 4) == 0xFF00) & (read(62, 4) == 0xFF)
+    plain = (compression == 0) & (palette | (bits == 24) | (bits == 32))
+    return (read(14, 4) >= 40) & (plain | (compression == 3) & (bits == 32) & masks)
 
 
 def integers_of(data):
@@ -175,16 +207,28 @@ def decode(data, name):
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
-def upright(picture):
-    """Turn a picture as its EXIF data asks; as it lies, if those are damaged."""
+def exif_orientation(picture):
+    """Returns a picture's EXIF orientation; `None` without, or if it is damaged."""
     from PIL import ExifTags, Image
 
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+        if "exif" in picture.info:  # `getexif` would fall back on XMP, which no other decoder reads
+            exif = Image.Exif()
+            exif.load(picture.info["exif"])
+        else:
+            exif = picture.getexif() if hasattr(picture, "tag_v2") else {}  # a TIFF's tags
+        return exif.get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
     except Exception:
-        orientation = None
+        return None
+
+
+def upright(picture):
+    """Applies a picture's EXIF orientation."""
+    from PIL import Image
+
+    orientation = exif_orientation(picture)
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -198,6 +242,7 @@ def upright(picture):
 
 
 def from_array(array):
+    """Returns the `PIL.Image` of an array of pixels in [0, 255]."""
     from PIL import Image
 
     if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
@@ -205,22 +250,86 @@ def from_array(array):
             "An image array must be (height, width) or (height, width, 1, 3 or 4). Received: shape "
             f"{array.shape}" + (". For a batch there is load_images." if array.ndim == 4 else "")
         )
-    if array.dtype != "uint8":
-        array = np.clip(np.round(array.astype("float32")), 0, 255).astype("uint8")
+    array = as_uint8(array)
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
+def as_uint8(array):
+    """Converts pixels in [0, 255] to uint8.
+
+    Args:
+        array: array of any shape.
+
+    Returns:
+        uint8 array of the same shape, rounded.
+
+    Raises:
+        ValueError: if the values are not in [0, 255], or look as if they were in [0, 1].
+    """
+    if array.dtype == "uint8":
+        return array
+    received = f"Received: {array.dtype}"
+    if array.dtype == "uint16":
+        raise ValueError(
+            "An image array must have values in [0, 255]; 16-bit values must be scaled first. "
+            f"{received}. Pass `(array / 257).round().astype('uint8')`."
+        )
+    if array.dtype.kind not in "iuf":
+        raise ValueError(
+            f"An image array must hold integers or floats in [0, 255]. {received}. Pass "
+            "`array.astype('uint8')`, with 255 for white."
+        )
+    if not array.size:
+        return array.astype("uint8")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= -0.5 and high < 255.5):  # also true of NaN
+        raise ValueError(
+            f"An image array must have values in [0, 255]. {received} in [{low:.6g}, {high:.6g}]. "
+            "Undo its normalization, or pass `np.clip(array, 0, 255)`."
+        )
+    if array.dtype.kind == "f" and 0 < high <= 1:
+        raise ValueError(
+            f"An image array must have values in [0, 255], not in [0, 1]. {received} in "
+            f"[{low:.6g}, {high:.6g}]. Pass `255 * array`, or uint8 for an image this dark."
+        )
+    return np.clip(np.round(array), 0, 255).astype("uint8")
+
+
 def convert(picture, channels):
-    """To the colors that a model of so many channels takes."""
+    """Converts a picture to the color channels of a model.
+
+    Args:
+        picture: a `PIL.Image`.
+        channels: 1 or 3.
+
+    Returns:
+        A `PIL.Image` of mode L or RGB.
+    """
     if channels not in (1, 3):
         raise ValueError(
             f"Images have 1 or 3 channels, the model takes {channels}: prepare its input yourself."
         )
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-        picture = from_array(np.asarray(picture, "float32") / 257)
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
+    if picture.mode[0] in "IF":  # 16 bits, 32 bits and floats, which Pillow would cut off at 255
+        picture = from_array(rescaled_pixels(picture))
+    if picture.mode == "P":
+        # By the RGB of its entries: Pillow's own conversion to L keeps a palette's alpha apart.
+        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
     return picture.convert("RGB" if channels == 3 else "L")
+
+
+def rescaled_pixels(picture):
+    """Returns the pixels in [0, 255] of a picture of mode I, I;16 or F."""
+    pixels = np.asarray(picture)
+    if picture.mode == "F":
+        return pixels
+    low, high = int(pixels.min()), int(pixels.max())
+    # A PNG of 16 bits says so by its mode; of mode I, Pillow's 32 bits, the range is a guess.
+    if low < 0 or high > 65_535 or picture.mode == "I" and 0 < high <= 255:
+        raise ValueError(
+            f"A picture of mode {picture.mode} must have values in [0, 65535]. Received: "
+            f"[{low}, {high}]. Pass an array of uint8."
+        )
+    return pixels / np.float32(257)
 
 
 # === The evaluation crop ===

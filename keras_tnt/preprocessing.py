@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.imagenet import imagenet_classes
-from keras_tnt.images import evaluation_pixels, open_picture
+from keras_tnt.images import as_uint8, evaluation_pixels, open_picture
 from keras_tnt.layers.ends import along_channels
 from keras_tnt.layers.grid import ceil_divide
 
@@ -28,7 +28,8 @@ def load_image(image, model: keras.Model) -> np.ndarray:
         image: path or bytes of a JPEG, PNG, WebP, GIF or BMP file within the limits that
             `keras_tnt.images` names (268 MB, 65,535 pixels a side, 67,108,864 in all); a
             `PIL.Image`, in which way every other format that Pillow reads can be given; or an array
-            `(height, width)` or `(height, width, 1, 3 or 4)` of values in [0, 255].
+            `(height, width)` or `(height, width, 1, 3 or 4)` of values in [0, 255]. Arrays of
+            uint16 and floats in [0, 1] are refused.
         model: the model that is to see the image; tells size, channels and their place.
 
     Returns:
@@ -64,6 +65,8 @@ def load_images(images, model: keras.Model) -> np.ndarray:
     """
     if isinstance(images, str | bytes | os.PathLike):
         raise ValueError("`images` must be a list. For one image there is load_image.")
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = as_uint8(images)  # by the range of the batch: one of its images may be dark
     pictures = (
         open_picture(image, f"Image {place} of the batch") for place, image in enumerate(images)
     )

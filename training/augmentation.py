@@ -6,11 +6,18 @@ The ops equal Pillow's of the same name to within 1 of 255: the published recipe
 Pillow's pixels, through timm 0.3.2 and DeiT's `augment.py`.
 """
 
+import functools
 import math
 
 import tensorflow as tf
 
-from keras_tnt.export.image import decode, evaluation_crop, grey
+from keras_tnt.export.image import (
+    crop,
+    decode,
+    decode_and_crop,
+    evaluation_crop,
+    grey,
+)
 
 # === From a file, or an array, to an image of the model's size ===
 
@@ -25,31 +32,17 @@ def resize(image, size, bicubic=True):
     return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
 
-def shape_of(image):
-    """(height, width) of an image or of the bytes of one."""
-    if image.dtype != tf.string:
-        return tf.shape(image)[:2]
-    return tf.cond(
-        tf.io.is_jpeg(image),
-        lambda: tf.image.extract_jpeg_shape(image)[:2],
-        lambda: tf.shape(decode(image))[:2],
-    )
+def cut(image, choose_box):
+    """Cuts a part out of an image, or of the bytes of one, which are decoded just there.
 
-
-def cut(image, box):
-    """The part (top, left, height, width) of an image, or of bytes, decoded just there."""
-
-    def cut_array(array):
-        return tf.slice(array, [box[0], box[1], 0], [box[2], box[3], 3])
-
-    if image.dtype != tf.string:
-        return cut_array(image)
-    part = tf.cond(
-        tf.io.is_jpeg(image),
-        lambda: tf.image.decode_and_crop_jpeg(image, box, channels=3),
-        lambda: cut_array(decode(image)),
-    )
-    return tf.ensure_shape(part, (None, None, 3))
+    Args:
+        image: uint8 (height, width, 3), or bytes.
+        choose_box: function from (height, width) to int32 (top, left, height, width).
+    """
+    if image.dtype == tf.string:
+        return decode_and_crop(image, choose_box)
+    box = choose_box(*tf.unstack(tf.shape(image)[:2]))
+    return tf.ensure_shape(crop(image, box), (None, None, 3))
 
 
 def inception_box(shape, seed, min_area, ratio=(3 / 4, 4 / 3), attempts=10):
@@ -146,7 +139,8 @@ def training_image(image, seed, config, size, fill):
         image = decode(image) if image.dtype == tf.string else image
         image = simple_random_crop(image, seeds[0], size)
     elif config.min_crop < 1:
-        part = cut(image, inception_box(shape_of(image), seeds[0], config.min_crop))
+        box = functools.partial(inception_box, seed=seeds[0], min_area=config.min_crop)
+        part = cut(image, lambda *sides: box(sides))
         image = resize(part, size, draw_bicubic(config.interpolation, seeds[6]))
     elif image.dtype == tf.string or image.shape[:2] != tuple(size):
         image = evaluation_image(image, config.crop, size)

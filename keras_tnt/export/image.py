@@ -1,18 +1,22 @@
 """`keras_tnt.load_image` as TensorFlow operations: within 1 of 255 of what Pillow gives.
 
-Pillow resizes along the width, rounds to 8 bits, then along the height. So does this; rounding
-apart, TensorFlow's operation has the same kernel, Keys' cubic with a = -0.5. Images are turned
-upright by the EXIF data of JPEGs; that of other formats, which is rare, is not read.
+`keras_tnt.images` has the specification. Exported graphs and the trainer decode with the functions
+below. Pillow resizes along the width, rounds to 8 bits, then along the height. So does this;
+rounding apart, TensorFlow's operation has the same kernel, Keys' cubic with a = -0.5.
 
 TensorFlow's decoders are given nothing before its header was read: they take as much memory as a
 file claims to need, all frames of a GIF are in memory before the first is returned, and an animated
-WebP of opaque frames ends the process.
+WebP of opaque frames ends the process. Where they disagree with the specification, the file is
+rewritten before it is decoded (CMYK JPEG, GIF) or decoded here (BMP).
 """
 
-from keras_tnt.images import FORMATS, GREY, MAX_BYTES, MAX_PIXELS, MAX_SIDE, READ
+import functools
 
-# How far into a JPEG its EXIF data is looked for.
-EXIF_REACH = 1 << 17
+from keras_tnt.images import FORMATS, GREY, MAX_BYTES, MAX_PIXELS, MAX_SIDE, READ, is_plain_bmp
+
+# Adobe's marker of a JPEG, without a color transform: its CMYK is inverted.
+ADOBE_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+JPEG_EXIF_REACH = 1 << 20  # bytes in which a JPEG's EXIF data must begin
 
 
 def load_images(image_bytes, size, covered, channels=3):
@@ -37,8 +41,7 @@ def load_images(image_bytes, size, covered, channels=3):
     # AutoGraph, which nothing here needs, writes files that it removes at the process's end alone.
     @tf.autograph.experimental.do_not_convert
     def numbered(place, encoded):
-        image = upright(decode(encoded, channels), orientation(encoded))
-        return place, evaluation_crop(image, size, covered)
+        return place, evaluation_crop(decode(encoded, channels), size, covered)
 
     # A dataset decodes on all cores, and leaves out what fails, so that its place can be told.
     decoded = (
@@ -66,31 +69,135 @@ def load_images(image_bytes, size, covered, channels=3):
 
 
 def decode(encoded, channels=3):
-    """Bytes of a file to an image, uint8 (height, width, channels), as it lies; its first frame.
+    """Decodes an image file to uint8 (height, width, channels), upright; the first frame.
 
     Running it fails for what `keras_tnt.images` refuses, and for an animated WebP.
     """
+    image = upright(decode_stored(encoded), exif_orientation(encoded))
+    return grey(image) if channels == 1 else image
+
+
+def decode_stored(encoded):
+    """Decodes an image file to uint8 (height, width, 3), without applying its orientation."""
     import tensorflow as tf
 
-    def decoder(format):
-        def decode_format():
-            fits = (tf.strings.length(encoded) <= MAX_BYTES) & within_limits(
-                *(format.sides(integers_of(encoded)) if format.sides else jpeg_sides(encoded))
-            )
-            # No decoder takes an empty string.
-            image = DECODERS[format.name](tf.where(fits, encoded, ""))
-            return tf.ensure_shape(image, (None, None, 3))
+    def decoder(format, encoded):
+        fits = tf.strings.length(encoded) <= MAX_BYTES
+        read = integers_of(encoded)
+        fits &= within_limits(*(format.sides(read) if format.sides else jpeg_sides(encoded)))
+        if format.name == "BMP":
+            fits &= is_plain_bmp(read)
+        # No decoder takes an empty string.
+        image = DECODERS[format.name](tf.where(fits, encoded, ""))
+        return tf.ensure_shape(image, (None, None, 3))
 
-        return decode_format
-
-    def refuse():
+    def refuse(encoded):
         return tf.io.decode_png(tf.strings.substr(encoded, 0, 0), channels=3)
 
     places = [tf.where(has(encoded, f.signature), i, len(FORMATS)) for i, f in enumerate(FORMATS)]
-    image = tf.switch_case(
-        tf.reduce_min(places), [*(decoder(format) for format in FORMATS), refuse]
+    decoders = [functools.partial(decoder, format) for format in FORMATS]
+    return switch(tf.reduce_min(places), [*decoders, refuse], encoded, tf.uint8, (None, None, 3))
+
+
+def decode_and_crop(encoded, choose_box):
+    """Decodes a part of an image file; of a JPEG, nothing but that part.
+
+    Args:
+        encoded: string tensor, a file.
+        choose_box: function from (height, width), int32 tensors, of the upright image to a box in
+            it, int32 (top, left, height, width).
+
+    Returns:
+        uint8 (height, width, 3): what cutting the box out of `decode(encoded)` gives.
+    """
+    import tensorflow as tf
+
+    def crop_jpeg():
+        orientation = exif_orientation(encoded)
+        height, width, channels = tf.unstack(tf.io.extract_jpeg_shape(encoded))
+        transposed = orientation >= 5
+        sides = tf.where(transposed, width, height), tf.where(transposed, height, width)
+        box = stored_box(choose_box(*sides), orientation, *sides)
+        # libjpeg interpolates color between neighbors: at the edges it needs one more.
+        start = tf.maximum(box[:2] - 2, 0)
+        end = tf.minimum(box[:2] + box[2:] + 2, tf.stack([height, width]))
+        part = tf.image.decode_and_crop_jpeg(
+            with_adobe_marker(encoded, channels),
+            tf.concat([start, end - start], 0),
+            channels=3,
+            dct_method="INTEGER_ACCURATE",
+        )
+        return upright(crop(part, tf.concat([box[:2] - start, box[2:]], 0)), orientation)
+
+    def crop_other():
+        return crop(image, choose_box(*tf.unstack(tf.shape(image)[:2])))
+
+    is_jpeg = is_readable_jpeg(encoded)
+    none = functools.partial(tf.zeros, (0, 0, 3), tf.uint8)
+    image = switch(is_jpeg, [decode, lambda encoded: none()], encoded, tf.uint8, (None, None, 3))
+    part = tf.cond(is_jpeg, crop_jpeg, crop_other)
+    return tf.ensure_shape(part, (None, None, 3))
+
+
+def crop(image, box):
+    """Returns the part (top, left, height, width) of an image."""
+    import tensorflow as tf
+
+    return tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
+
+
+def stored_box(box, orientation, height, width):
+    """Returns where the file stores a box of its upright image.
+
+    Args:
+        box: int32 (top, left, height, width) in the upright image.
+        orientation: EXIF orientation, 1 to 8.
+        height, width: of the upright image.
+
+    Returns:
+        int32 (top, left, height, width).
+    """
+    import tensorflow as tf
+
+    top, left, rows, columns = tf.unstack(box)
+    top = tf.where(is_one_of(orientation, FLIPPED_ROWS), height - top - rows, top)
+    left = tf.where(is_one_of(orientation, FLIPPED_COLUMNS), width - left - columns, left)
+    return tf.where(
+        orientation >= 5,
+        tf.stack([left, top, columns, rows]),
+        tf.stack([top, left, rows, columns]),
     )
-    return grey(image) if channels == 1 else image
+
+
+def is_readable_jpeg(encoded):
+    """Returns whether a file is a JPEG within the limits, as far as its header says."""
+    import tensorflow as tf
+
+    return tf.cond(
+        has(encoded, FORMATS[0].signature) & (tf.strings.length(encoded) <= MAX_BYTES),
+        lambda: within_limits(*jpeg_sides(encoded)),
+        lambda: False,
+    )
+
+
+def switch(index, branches, encoded, dtype, shape):
+    """Runs one of some functions of a string tensor.
+
+    As `tf.switch_case`, but for its cost: that is turned into operations of which the branches not
+    taken run too, on nothing. With all decoders among them this takes longer than decoding.
+    """
+    import tensorflow as tf
+
+    spec = tf.TensorSpec((), tf.string)
+    functions = [tf.function(f, autograph=False).get_concrete_function(spec) for f in branches]
+    result = tf.raw_ops.StatelessCase(
+        branch_index=tf.cast(index, tf.int32),
+        input=[encoded],
+        Tout=[dtype],
+        branches=functions,
+        output_shapes=[shape],
+    )
+    return tf.ensure_shape(result[0], shape)
 
 
 def has(encoded, signature):
@@ -118,21 +225,35 @@ def integers_of(encoded):
 def within_limits(width, height):
     import tensorflow as tf
 
-    return (tf.maximum(width, height) <= MAX_SIDE) & (width * height <= MAX_PIXELS)
+    sides = tf.cast(tf.stack([width, height]), tf.int64)
+    return (tf.reduce_max(sides) <= MAX_SIDE) & (tf.reduce_prod(sides) <= MAX_PIXELS)
 
 
 def jpeg_sides(encoded):
     import tensorflow as tf
 
-    height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(encoded, tf.int64))
+    height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(encoded))
     return width, height
 
 
 def decode_jpeg(encoded):
     import tensorflow as tf
 
-    # The accurate transform is what libjpeg, and so Pillow, uses unless told otherwise.
+    # The accurate transform is the default of libjpeg, and so of Pillow.
+    channels = tf.io.extract_jpeg_shape(encoded)[2]
+    encoded = with_adobe_marker(encoded, channels)
     return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def with_adobe_marker(encoded, channels):
+    """Puts Adobe's marker in front of a CMYK JPEG; a marker of the file's own overrides it."""
+    import tensorflow as tf
+
+    def marked():
+        start, rest = tf.strings.substr(encoded, 0, 2), tf.strings.substr(encoded, 2, -1)
+        return tf.strings.join([start, ADOBE_MARKER, rest])
+
+    return tf.cond(channels == 4, marked, lambda: encoded)
 
 
 def decode_png(encoded):
@@ -142,9 +263,41 @@ def decode_png(encoded):
 
 
 def decode_bmp(encoded):
+    """Decodes an uncompressed BMP, which TensorFlow does neither with a palette nor from 1 bit."""
     import tensorflow as tf
 
-    return tf.io.decode_bmp(encoded, channels=3)
+    read = integers_of(encoded)
+    bits, width = read(28, 2), read(18, 4)
+    height = read(22, 4, signed=True)
+    rows, stride = tf.abs(height), (width * bits + 31) // 32 * 4
+    length = tf.cast(tf.strings.length(encoded), tf.int64)
+    start = read(10, 4)
+    fits = (width > 0) & (rows > 0) & (start + rows * stride <= length)
+    # Of what does not fit there are no bytes, and the reshape fails.
+    pixels = tf.strings.substr(encoded, tf.where(fits, start, 0), tf.where(fits, rows * stride, 0))
+    pixels = tf.reshape(tf.io.decode_raw(pixels, tf.uint8), (rows, stride))
+
+    def colors(channels):  # blue, green, red and, of 4 channels, one that is not used
+        image = tf.reshape(pixels[:, : width * channels], (rows, width, channels))
+        return image[..., 2::-1]
+
+    def palette_colors(count):  # indices of `count` bits, the first of a byte in its highest bits
+        shifts = tf.constant([*range(8 - count, -1, -count)], tf.uint8)
+        parts = tf.bitwise.right_shift(pixels[..., None], shifts)
+        indices = tf.reshape(parts & (2**count - 1), (rows, -1))[:, :width]
+        stated = read(46, 4)
+        size = 4 * tf.where((stated > 0) & (stated < 2**count), stated, 2**count)
+        table_start = 14 + read(14, 4)
+        size = tf.minimum(size, tf.maximum(start - table_start, 0))
+        table = tf.io.decode_raw(tf.strings.substr(encoded, table_start, size), tf.uint8)
+        table = tf.pad(table, [[0, 4 * 2**count - tf.size(table)]])
+        return tf.gather(tf.reshape(table, (-1, 4))[:, 2::-1], tf.cast(indices, tf.int32))
+
+    kinds = {24: lambda: colors(3), 32: lambda: colors(4)}
+    kinds |= {count: functools.partial(palette_colors, count) for count in (1, 4, 8)}
+    place = tf.argmax(tf.constant([*kinds], tf.int64) == bits, output_type=tf.int32)
+    image = tf.switch_case(place, [*kinds.values()])
+    return tf.cond(height > 0, lambda: image[::-1], lambda: image)
 
 
 def decode_webp(encoded):
@@ -173,18 +326,72 @@ def decode_gif(encoded):
         goes_on = {"cond": lambda p: byte(p) > 0, "body": lambda p: [p + 1 + byte(p)]}
         return tf.while_loop(**goes_on, loop_vars=[place], maximum_iterations=at_most)[0] + 1
 
-    frame = tf.while_loop(
-        lambda place: byte(place) == 0x21,  # an extension
-        lambda place: [behind_blocks(place + 2, 1 << 12)],
-        [behind_colors(13, byte(10))],
+    def bytes_at(start, count):
+        return data[start : start + count]
+
+    def names_transparent(place):
+        return (byte(place + 1) == 0xF9) & (byte(place + 3) % 2 == 1)
+
+    frame, transparent = tf.while_loop(
+        lambda place, _: byte(place) == 0x21,  # an extension
+        lambda place, found: [
+            behind_blocks(place + 2, 1 << 12),
+            # A graphic control extension may name a transparent palette entry.
+            tf.where(names_transparent(place), byte(place + 6), found),
+        ],
+        [behind_colors(13, byte(10)), 0],
         maximum_iterations=1 << 6,
-    )[0]
-    read = integers_of(encoded)
-    fits = (byte(frame) == 0x2C) & within_limits(read(frame + 5, 2), read(frame + 7, 2))
-    colors = tf.where(fits, frame + 10, tf.size(data))
-    end = behind_blocks(behind_colors(colors, byte(frame + 9)) + 1, 1 << 16)  # up to 16 MB
-    alone = tf.strings.join([tf.strings.substr(encoded, 0, tf.where(fits, end, 0)), ";"])
-    return tf.io.decode_image(alone, channels=3, expand_animations=False)
+    )
+    screen = [little_endian(bytes_at(start, 2)) for start in (6, 8)]
+    left, top, width, height = (little_endian(bytes_at(frame + at, 2)) for at in (1, 3, 5, 7))
+    sides = tf.maximum(screen[0], left + width), tf.maximum(screen[1], top + height)
+    fits = (byte(frame) == 0x2C) & within_limits(*sides)
+    flags = byte(frame + 9)
+    start = behind_colors(frame + 10, flags)  # of the compressed pixels
+    end = behind_blocks(tf.where(fits, start, tf.size(data)) + 1, 1 << 16)  # up to 16 MB
+    local, shared = flags >= 128, byte(10) >= 128
+    count = 3 * 2 ** (tf.where(local, flags, byte(10)) % 8 + 1)
+    palette = bytes_at(tf.where(local, frame + 10, 13), count)
+    palette = tf.pad(palette, [[0, 768 - tf.size(palette)]])
+    grays = tf.repeat(tf.range(256), 3)
+    palette = tf.where(local | shared, palette, tf.cast(grays, tf.uint8))
+
+    def piece(start, count):
+        return tf.strings.substr(encoded, tf.where(fits, start, 0), tf.where(fits, count, 0))
+
+    # The frame alone, all entries of its palette in place, none of them transparent.
+    alone = [
+        b"GIF89a",
+        piece(frame + 5, 4),
+        b"\xf7\0\0",
+        string_of(palette),
+        b"\x2c\0\0\0\0",
+        piece(frame + 5, 4),
+        tf.where(flags & 64 > 0, b"\x40", b"\0"),  # interlaced
+        piece(start, end - start),
+        b";",
+    ]
+    image = tf.io.decode_gif(tf.where(fits, tf.strings.join(alone), ""))[0]
+    # A canvas of the color outside of the frame.
+    padding = [[top, sides[1] - top - height], [left, sides[0] - left - width]]
+    color = tf.reshape(palette, (256, 3))[transparent]
+    inside = tf.pad(tf.ones((height, width, 1), tf.bool), [*padding, [0, 0]])
+    return tf.where(inside, tf.pad(image, [*padding, [0, 0]]), color)
+
+
+def little_endian(values):
+    """Returns the integer that two bytes hold."""
+    import tensorflow as tf
+
+    return tf.reduce_sum(tf.cast(values, tf.int32) * [1, 256])
+
+
+def string_of(values):
+    """Returns the string of a uint8 tensor (length,)."""
+    import tensorflow as tf
+
+    characters = tf.constant([bytes([i]) for i in range(256)])
+    return tf.strings.reduce_join(tf.gather(characters, tf.cast(values, tf.int32)))
 
 
 DECODERS = {
@@ -204,63 +411,116 @@ def grey(image):
     return tf.cast((luma + 32768) // 65536, tf.uint8)
 
 
-# === Upright ===
+# === Orientation ===
+
+# EXIF orientations; those from 5 on are transposed first.
+FLIPPED_COLUMNS = (2, 3, 6, 7)
+FLIPPED_ROWS = (3, 4, 7, 8)
 
 
-def orientation(encoded):
-    """The orientation, 1 to 8, that the EXIF data of a JPEG tells; 1 of anything else."""
+def exif_orientation(encoded):
+    """Returns the EXIF orientation, 1 to 8, of a JPEG, PNG or WebP; 1 without.
+
+    The name of the chunk is searched for, not reached from chunk to chunk, which as a graph takes
+    longer than decoding: with the header of the data behind it, it is 8 bytes or more, which
+    compressed pixels do not have by chance.
+    """
     import tensorflow as tf
 
-    return tf.cond(tf.io.is_jpeg(encoded), lambda: jpeg_orientation(encoded), lambda: 1)
+    found = tf.size(split_at_exif(encoded)[0]) == 2
+    return switch(found, [lambda encoded: tf.constant(1), parse_exif], encoded, tf.int32, ())
 
 
-def jpeg_orientation(encoded):
-    """The orientation, 1 to 8, that the EXIF data of a JPEG tells; 1 without."""
+def split_at_exif(encoded):
+    """Returns a file in two parts, before and behind the name of its EXIF data, or in one.
+
+    Returns:
+        String tensor (1 or 2,), and whether the file is a JPEG, and a WebP.
+    """
     import tensorflow as tf
 
-    header = tf.cast(
-        tf.io.decode_raw(tf.strings.substr(encoded, 0, EXIF_REACH), tf.uint8), tf.int32
-    )
-    header = tf.pad(header, [[0, 16]])
+    png, webp = has(encoded, FORMATS[1].signature), has(encoded, FORMATS[6].signature)
+    # PNG and WebP may have it behind the pixels.
+    reach = tf.where(png | webp, tf.strings.length(encoded), JPEG_EXIF_REACH)
+    name = tf.where(png, b"eXIf", tf.where(webp, b"EXIF", b"Exif\0\0"))
+    searched = tf.strings.substr(encoded, 0, reach)[None]
+    parts = tf.raw_ops.StringSplitV2(input=searched, sep=name, maxsplit=1).values
+    return parts, ~(png | webp), webp
 
-    def read(start, count, little=False):
-        """Unsigned integer of `count` bytes; whatever lies beyond the header reads as 0."""
-        places = tf.minimum(start + tf.range(count), tf.size(header) - 1)
-        values = tf.gather(header, tf.maximum(places, 0))
-        powers = 256 ** tf.range(count)
-        return tf.reduce_sum(values * tf.where(little, powers, powers[::-1]))
 
-    def is_exif(start):
-        # Marker APP1, two bytes of length, "Exif".
-        return (read(start, 2) == 0xFFE1) & (read(start + 4, 4) == 0x45786966)
+def parse_exif(encoded):
+    """Returns the orientation, 1 to 8, of a file in which there is the name of EXIF data."""
+    import tensorflow as tf
 
-    def goes_on(start):
-        inside = (start < tf.size(header) - 16) & (read(start, 1) == 0xFF)
-        return inside & (read(start + 1, 1) != 0xDA) & ~is_exif(start)
+    parts, jpeg, webp = split_at_exif(encoded)
+    before, data = parts[0], parts[1]
+    # In front of JPEG's name there are marker APP1 and two bytes of length.
+    start = tf.maximum(tf.strings.length(before) - 4, 0)
+    valid = ~jpeg | (tf.strings.substr(before, start, 2) == b"\xff\xe1")
+    # Behind WebP's there is a length; some programs put JPEG's name next.
+    size = tf.where(webp & (tf.strings.length(data) >= 4), 4, 0)
+    data = tf.strings.substr(data, size, -1)
+    named = tf.strings.substr(data, 0, 6) == b"Exif\0\0"
+    data = tf.strings.substr(data, tf.where(named, 6, 0), -1)
+    valid &= tf.strings.length(data) >= 14
+    return tf.cond(valid, lambda: tiff_orientation(data), lambda: 1)
 
-    start = tf.while_loop(goes_on, lambda start: [start + 2 + read(start + 2, 2)], [2])[0]
-    tiff = start + 10
-    little = read(tiff, 2) == 0x4949
-    directory = tiff + read(tiff + 4, 4, little)
-    count = tf.minimum(read(directory, 2, little), 256)
-    entries = directory + 2 + 12 * tf.range(count)
-    tags = tf.map_fn(lambda entry: read(entry, 2, little), entries)
-    found = tf.boolean_mask(entries, tags == 0x0112)
-    value = tf.cond(tf.size(found) > 0, lambda: read(found[0] + 8, 2, little), lambda: 1)
-    return tf.where(is_exif(start) & (value >= 1) & (value <= 8), value, 1)
+
+def tiff_orientation(data):
+    """Returns the orientation, 1 to 8, in the first directory of EXIF data; 1 without.
+
+    Args:
+        data: string tensor of at least 14 bytes, which should start with a TIFF header.
+    """
+    import tensorflow as tf
+
+    length = tf.cast(tf.strings.length(data), tf.int64)
+    order = tf.strings.substr(data, 0, 4)
+    little = order == b"II*\0"
+
+    def integers(values):
+        """The integers in the last axis, of 2 or 4 bytes."""
+        powers = tf.constant([256**i for i in range(values.shape[-1])], tf.int64)
+        powers = tf.where(little, powers, powers[::-1])
+        return tf.reduce_sum(tf.cast(values, tf.int64) * powers, axis=-1)
+
+    def read(start, count):
+        return integers(
+            tf.reshape(tf.io.decode_raw(tf.strings.substr(data, start, count), tf.uint8), (count,))
+        )
+
+    def search(directory):
+        count = tf.minimum(read(directory, 2), (length - directory - 2) // 12)
+        entries = tf.strings.substr(data, directory + 2, 12 * count)
+        entries = tf.reshape(tf.io.decode_raw(entries, tf.uint8), (-1, 12))
+        # The tag, one value, of type SHORT.
+        valid = integers(entries[:, :2]) == 0x0112
+        valid &= (integers(entries[:, 2:4]) == 3) & (integers(entries[:, 4:8]) == 1)
+        found = tf.boolean_mask(integers(entries[:, 8:10]), valid)
+        value = tf.cast(tf.concat([found, [1]], 0)[0], tf.int32)
+        return tf.where((value >= 1) & (value <= 8), value, 1)
+
+    directory = read(4, 4)
+    valid = (little | (order == b"MM\0*")) & (directory + 2 <= length)
+    return tf.cond(valid, lambda: search(directory), lambda: 1)
 
 
 def upright(image, orientation):
-    """Turn an image as its EXIF orientation asks."""
+    """Applies an EXIF orientation to an image."""
     import tensorflow as tf
 
-    def when(orientations, change, image):
-        chosen = tf.reduce_any(orientation == tf.constant(orientations))
+    def when(chosen, change, image):
         return tf.cond(chosen, lambda: change(image), lambda: image)
 
-    image = when((5, 6, 7, 8), lambda x: tf.transpose(x, (1, 0, 2)), image)  # (w, h, c)
-    image = when((2, 3, 6, 7), lambda x: x[:, ::-1], image)
-    return when((3, 4, 7, 8), lambda x: x[::-1], image)
+    image = when(orientation >= 5, lambda x: tf.transpose(x, (1, 0, 2)), image)  # (w, h, c)
+    image = when(is_one_of(orientation, FLIPPED_COLUMNS), lambda x: x[:, ::-1], image)
+    return when(is_one_of(orientation, FLIPPED_ROWS), lambda x: x[::-1], image)
+
+
+def is_one_of(orientation, orientations):
+    import tensorflow as tf
+
+    return tf.reduce_any(orientation == tf.constant(orientations))
 
 
 # === The evaluation crop ===

@@ -81,12 +81,176 @@ export async function open(bytes) {
 
 // === The picture ===
 
-/** {width, height, data: RGBA} of an encoded image, upright, its colors as they stand in the file. */
+/**
+ * {width, height, data: RGBA} of an encoded image, upright, by the specification of keras_tnt.images.
+ * The browser decodes; orientation and the screen of a GIF are applied here, equally in all browsers.
+ */
 async function decoded(picture) {
+  const bytes = new Uint8Array(picture);
+  const kind = kindOf(bytes);
+  if (kind === "GIF") {
+    const frame = firstFrame(bytes);
+    return onScreen(await pixelsOf(frame.file), frame);
+  }
+  const { orientation, file } = withoutOrientation(bytes, kind);
+  return upright(await pixelsOf(file), orientation);
+}
+
+/** Formats by the bytes that they start with; null matches any byte. */
+const SIGNATURES = {
+  JPEG: [0xff, 0xd8, 0xff],
+  PNG: [0x89, 0x50, 0x4e, 0x47, 13, 10, 26, 10],
+  GIF: [...text("GIF8")],
+  BMP: [...text("BM")],
+  WEBP: [...text("RIFF"), null, null, null, null, ...text("WEBP")],
+};
+
+function text(characters) {
+  return new TextEncoder().encode(characters);
+}
+
+function kindOf(bytes) {
+  const kind = Object.keys(SIGNATURES).find((name) =>
+    SIGNATURES[name].every((byte, i) => byte === null || byte === bytes[i]),
+  );
+  if (!kind) throw new Error("This cannot be read as an image. JPEG, PNG, WebP, GIF and BMP are read.");
+  if (kind === "BMP" && !isPlainBmp(bytes))
+    throw new Error("A compressed BMP, or one of 16 bits per pixel, is not read.");
+  return kind;
+}
+
+/** The unsigned integer in `count` bytes; bytes beyond the end count as 0. */
+function integer(bytes, start, count, little = true) {
+  let value = 0;
+  for (let i = 0; i < count; i++) value = value * 256 + (bytes[start + (little ? count - 1 - i : i)] ?? 0);
+  return value;
+}
+
+function isPlainBmp(bytes) {
+  const [bits, compression] = [integer(bytes, 28, 2), integer(bytes, 30, 4)];
+  const masks = [54, 58, 62].map((start) => integer(bytes, start, 4));
+  const plain = compression === 0 && [1, 4, 8, 24, 32].includes(bits);
+  const usual = compression === 3 && bits === 32 && String(masks) === String([0xff0000, 0xff00, 0xff]);
+  return integer(bytes, 14, 4) >= 40 && (plain || usual);
+}
+
+/** The EXIF orientation of a file, and the file with the EXIF data made unreadable. */
+function withoutOrientation(bytes, kind) {
+  const find = { JPEG: exifOfJpeg, PNG: exifOfPng, WEBP: exifOfWebp }[kind];
+  const found = find?.(bytes);
+  if (!found) return { orientation: 1, file: bytes };
+  const file = bytes.slice();
+  file.fill(0x78, found.name, found.name + 4); // "xxxx", which no decoder knows
+  return { orientation: orientationOf(bytes, found.tiff), file };
+}
+
+function exifOfJpeg(bytes) {
+  let start = 2;
+  while (bytes[start] === 0xff && bytes[start + 1] !== 0xda) {
+    if (bytes[start + 1] === 0xe1 && integer(bytes, start + 4, 4, false) === 0x45786966)
+      return { name: start + 4, tiff: start + 10 };
+    start += 2 + integer(bytes, start + 2, 2, false);
+  }
+}
+
+function exifOfPng(bytes) {
+  for (let start = 8; start + 8 <= bytes.length; start += 12 + integer(bytes, start, 4, false))
+    if (integer(bytes, start + 4, 4, false) === 0x65584966) return { name: start + 4, tiff: start + 8 };
+}
+
+function exifOfWebp(bytes) {
+  const step = (start) => 8 + 2 * Math.ceil(integer(bytes, start + 4, 4) / 2);
+  for (let start = 12; start + 8 <= bytes.length; start += step(start))
+    if (integer(bytes, start, 4, false) === 0x45584946) {
+      const marked = integer(bytes, start + 8, 4, false) === 0x45786966;
+      return { name: start, tiff: start + 8 + (marked ? 6 : 0) };
+    }
+}
+
+/** The orientation, 1 to 8, in EXIF data that starts at `tiff`; 1 without. */
+function orientationOf(bytes, tiff) {
+  const little = integer(bytes, tiff, 2) === 0x4949;
+  const directory = tiff + integer(bytes, tiff + 4, 4, little);
+  const count = integer(bytes, directory, 2, little);
+  for (let i = 0; i < count && directory + 12 * i < bytes.length; i++) {
+    const entry = directory + 2 + 12 * i;
+    if (integer(bytes, entry, 2, little) !== 0x0112) continue;
+    const value = integer(bytes, entry + 8, 2, little);
+    const isShort = integer(bytes, entry + 2, 2, little) === 3 && integer(bytes, entry + 4, 4, little) === 1;
+    return isShort && value >= 1 && value <= 8 ? value : 1;
+  }
+  return 1;
+}
+
+/** Applies an EXIF orientation. */
+function upright(image, orientation) {
+  if (orientation === 1) return image;
+  const transposed = orientation >= 5;
+  const [width, height] = transposed ? [image.height, image.width] : [image.width, image.height];
+  const from = new Uint32Array(image.data.buffer, image.data.byteOffset, width * height);
+  const to = new Uint32Array(width * height);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const column = [2, 3, 6, 7].includes(orientation) ? width - 1 - x : x;
+      const row = [3, 4, 7, 8].includes(orientation) ? height - 1 - y : y;
+      to[y * width + x] = from[transposed ? column * image.width + row : row * image.width + column];
+    }
+  }
+  return { width, height, data: new Uint8Array(to.buffer) };
+}
+
+/** The first frame of a GIF as a file of its own, nothing in it transparent, and its place on the screen. */
+function firstFrame(bytes) {
+  const colors = (flags) => (flags >= 128 ? 3 * 2 ** ((flags % 8) + 1) : 0);
+  const behindBlocks = (start) => {
+    while (bytes[start] > 0) start += 1 + bytes[start];
+    return start + 1;
+  };
+  let frame = 13 + colors(bytes[10]);
+  let transparent = 0;
+  while (bytes[frame] === 0x21) {
+    if (bytes[frame + 1] === 0xf9 && bytes[frame + 3] % 2) transparent = bytes[frame + 6];
+    frame = behindBlocks(frame + 2);
+  }
+  if (bytes[frame] !== 0x2c) throw new Error("This cannot be read as an image.");
+  const flags = bytes[frame + 9];
+  const [left, top, width, height] = [1, 3, 5, 7].map((at) => integer(bytes, frame + at, 2));
+  const pixels = frame + 10 + colors(flags);
+  const palette = new Uint8Array(768).map((_, i) => (flags >= 128 || bytes[10] >= 128 ? 0 : Math.trunc(i / 3)));
+  const table = flags >= 128 ? frame + 10 : 13;
+  palette.set(bytes.subarray(table, table + colors(flags >= 128 ? flags : bytes[10])));
+  const sides = bytes.subarray(frame + 5, frame + 9);
+  const parts = [
+    text("GIF89a"), sides, [0xf7, 0, 0], palette, [0x2c, 0, 0, 0, 0], sides, [flags & 64],
+    bytes.subarray(pixels, behindBlocks(pixels + 1)), [0x3b],
+  ];
+  return {
+    file: new Uint8Array(parts.flatMap((part) => [...part])),
+    left, top,
+    width: Math.max(integer(bytes, 6, 2), left + width),
+    height: Math.max(integer(bytes, 8, 2), top + height),
+    color: palette.subarray(3 * transparent, 3 * transparent + 3),
+  };
+}
+
+/** A frame in its place on a screen of one color. */
+function onScreen(frame, { left, top, width, height, color }) {
+  if (width * height > MAX_PIXELS) throw new Error(`This image is too large: ${width} x ${height} pixels.`);
+  const data = new Uint8Array(4 * width * height);
+  for (let i = 0; i < width * height; i++) data.set(color, 4 * i);
+  for (let y = 0; y < frame.height; y++) {
+    const row = frame.data.subarray(4 * y * frame.width, 4 * (y + 1) * frame.width);
+    data.set(row, 4 * ((top + y) * width + left));
+  }
+  return { width, height, data };
+}
+
+/** {width, height, data: RGBA} of a file as it is stored, its colors and alpha as they are in it. */
+async function pixelsOf(file) {
   const settings = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
   let bitmap;
   try {
-    bitmap = await createImageBitmap(new Blob([picture]), settings);
+    bitmap = await createImageBitmap(new Blob([file]), settings);
   } catch {
     throw new Error("This cannot be read as an image.");
   }
