@@ -96,8 +96,8 @@ class ImageNormalization(keras.layers.Layer):
         layout = "channels first" if channels_first else "channels last"
         any_size = (wanted[0], None, None) if channels_first else (None, None, wanted[2])
         raise ValueError(
-            f"Images must have the shape (batch, {', '.join(map(str, wanted))}), {layout}, which the "
-            f"model was built for. Received images of shape {tuple(shape)}. Resize them, as "
+            f"Images must have the shape (batch, {', '.join(map(str, wanted))}), {layout}, for "
+            f"which the model was built. Received images of shape {tuple(shape)}. Resize them, as "
             "keras_tnt.load_image(path, model) does, or build the model with "
             f"input_shape={tuple(shape[1:])} for this size or input_shape={any_size} for any size; "
             "position tables are resampled as weights load."
