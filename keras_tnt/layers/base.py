@@ -150,7 +150,7 @@ def rematerialized(layer: keras.layers.Layer, call: Callable) -> Callable:
             return keras.tree.flatten(outputs)
 
         tensors = [leaves[place] for place in places]
-        tensors += [ops.convert_to_tensor(variable) for variable in variables]
+        tensors += [value_now(variable) for variable in variables]
         results = keras.remat(pure)(*tensors)
         outputs, changes = passes[0]  # of the pass that is not a recomputation
         if is_jax:
@@ -163,6 +163,16 @@ def rematerialized(layer: keras.layers.Layer, call: Callable) -> Callable:
         return outputs
 
     return call_rematerialized
+
+
+def value_now(variable: keras.Variable):
+    """Returns a variable's value as a tensor, which later assignments do not change."""
+    if keras.backend.backend() != "tensorflow":
+        return variable.value
+    import tensorflow as tf
+
+    # Not `ops.convert_to_tensor`, to which a variable of TensorFlow is a tensor already.
+    return tf.convert_to_tensor(variable.value)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
