@@ -1,6 +1,7 @@
 """Recomputed blocks draw the masks of the forward pass, and their state moves on once."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -119,17 +120,16 @@ def test_torch_checkpoint_by_hand_draws_the_masks_of_the_forward_pass(reentrant)
         inputs = [torch.tensor(x, requires_grad=True) for x in inputs]
         results = []
         for _ in range(3):
+            run = functools.partial(block, training=True)
             if recomputed:
-                tokens, words = checkpoint(
-                    block, *inputs, None, None, None, True, use_reentrant=reentrant
-                )
+                tokens, words = checkpoint(run, *inputs, use_reentrant=reentrant)
             else:
-                tokens, words = block(*inputs, training=True)
+                tokens, words = run(*inputs)
             results.append((tokens * words.mean()).sum() * (1 + len(results)))
         sum(results).backward()
         weights = [v.value.grad.numpy() for v in block.trainable_variables]
         return [*(x.grad.numpy() for x in inputs), *weights], [
-            g.state.tolist() for g in seeds(block)
+            g.state.value.tolist() for g in seeds(block)
         ]
 
     (wanted, state), (found, state_again) = learn(False), learn(True)
