@@ -294,6 +294,10 @@ class ClassToken(keras.layers.Layer):
         batch, tokens, dim = input_shape
         return (batch, None if tokens is None else tokens + 1, dim)
 
+    def get_config(self):
+        """Returns the configuration; Keras itself makes none where `dtype` is a policy object."""
+        return super().get_config()
+
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class PositionEmbedding(keras.layers.Layer):

@@ -211,6 +211,10 @@ class PatchMap(keras.layers.Layer):
     def compute_output_shape(self, patches_shape, grid_shape):
         return (patches_shape[0], *grid_shape[1:], patches_shape[-1])
 
+    def get_config(self):
+        """Returns the configuration; Keras itself makes none where `dtype` is a policy object."""
+        return super().get_config()
+
 
 # === Tables on another grid ===
 
