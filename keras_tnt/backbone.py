@@ -11,16 +11,18 @@ from keras import ops
 
 from keras_tnt import registry
 from keras_tnt.anatomy import anatomy, is_ours
+from keras_tnt.building import ImageModel
 from keras_tnt.inspection.features import patch_map
 from keras_tnt.layers.base import CompositeLayer, LayerNormalization, gelu
 from keras_tnt.layers.grid import checked, misfit, shape_of
+from keras_tnt.layers.sharding import reshape
 
 QUARTERS = 4
 FINEST = 2  # the level of the first quarter's map
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class Backbone(keras.Model):
+class Backbone(ImageModel):
     """A functional model from images to a dict of maps by level, which `backbone` makes.
 
     It is made of its inputs and outputs, as `keras.Model` is: Keras saves, loads and clones it.
@@ -272,6 +274,6 @@ class PyramidLevel(CompositeLayer):
 def unfold(x):
     """(batch, height, width, 4 * dim) to (batch, 2 * height, 2 * width, dim), 2x2 pixels each."""
     _, height, width, channels = ops.shape(x)
-    x = ops.reshape(x, (-1, height, width, 2, channels // 2))  # (b, h, w, 2, 2 * dim)
+    x = reshape(x, (-1, height, width, 2, channels // 2))  # (b, h, w, 2, 2 * dim)
     x = ops.transpose(x, (0, 1, 3, 2, 4))  # (b, h, 2, w, 2 * dim)
-    return ops.reshape(x, (-1, 2 * height, 2 * width, channels // 4))  # (b, 2 * h, 2 * w, dim)
+    return reshape(x, (-1, 2 * height, 2 * width, channels // 4))  # (b, 2 * h, 2 * w, dim)

@@ -473,6 +473,76 @@ def architecture_told(signature: inspect.Signature, arguments: Mapping[str, Any]
     return {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
 
 
+@keras.saving.register_keras_serializable(package="keras_tnt")
+class ImageModel(keras.Model):
+    """A functional model whose dtype policy is that of its layers, also when loaded or cloned.
+
+    Keras neither takes a policy for a functional model nor saves one, and `compile` looks at the
+    model's policy to decide whether the loss is scaled, as `"mixed_float16"` needs it.
+
+    The size of images is checked by the first layer, `ImageNormalization`, on every backend.
+    """
+
+    def __init__(self, inputs, outputs, name=None, **kwargs):
+        super().__init__(inputs, outputs, name=name, **kwargs)
+        entrances = [layer for layer in self.layers if isinstance(layer, ImageNormalization)]
+        if entrances:
+            self.dtype_policy = entrances[-1].dtype_policy
+        layers = [layer for layer in self.layers if not isinstance(layer, keras.layers.InputLayer)]
+        if len(self.inputs) == 1 and isinstance(layers[0], ImageNormalization):
+            self.input_spec = None  # `ImageNormalization` says more of what does not fit
+
+    def make_train_function(self, *args, **kwargs):
+        return self._recovering("train_function", super().make_train_function, *args, **kwargs)
+
+    def make_test_function(self, *args, **kwargs):
+        return self._recovering("test_function", super().make_test_function, *args, **kwargs)
+
+    def make_predict_function(self, *args, **kwargs):
+        return self._recovering("predict_function", super().make_predict_function, *args, **kwargs)
+
+    def _recovering(self, name, make, *args, **kwargs):
+        """Makes a step function that returns its state to the model where it raises an error."""
+        before = getattr(self, name)
+        result = make(*args, **kwargs)
+        made = getattr(self, name)
+        if keras.backend.backend() != "jax" or made is before:
+            return result
+        setattr(self, name, recovering(self, made))
+        return result and getattr(self, name)
+
+
+def recovering(model: keras.Model, step: Callable) -> Callable:
+    """Returns a step function of JAX after whose errors the model still has its variables.
+
+    Keras takes the variables' values away from a model while it computes, and loses them where the
+    first batch cannot be computed.
+
+    Args:
+        model: the model that is trained or evaluated, or that predicts.
+        step: from (values, iterator of batches) to the step's results and new values.
+    """
+
+    @functools.wraps(step)
+    def step_or_recover(state, iterator):
+        try:
+            return step(state, iterator)
+        except Exception:
+            groups = [model.trainable_variables, model.non_trainable_variables]
+            if len(state) > 3:
+                groups.append(model.optimizer.variables)
+            if len(state) > 2:
+                groups.append(model.metrics_variables)
+            for variables, values in zip(groups, state, strict=True):
+                for variable, value in zip(variables, values, strict=True):
+                    if not value.is_deleted():
+                        variable.assign(value)
+            model._jax_state_synced = True
+            raise
+
+    return step_or_recover
+
+
 # Names of the layers that models of this package have been built of upon a tensor.
 _names_upon = weakref.WeakKeyDictionary()
 
@@ -497,7 +567,7 @@ def make_model(inputs, outputs, name: str) -> keras.Model:
         each.name = prefix + each.name
     for source in sources:
         _names_upon.setdefault(source, set()).update(each.name for each in ours)
-    return keras.Model(sources[0] if len(sources) == 1 else sources, outputs, name=name)
+    return ImageModel(sources[0] if len(sources) == 1 else sources, outputs, name=name)
 
 
 def register_family(

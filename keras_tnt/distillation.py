@@ -153,7 +153,7 @@ class Distiller(keras.Model):
         teacher_from_logits: bool | None = None,
         name: str = "distiller",
     ):
-        super().__init__(name=name, autocast=False)
+        super().__init__(name=name, autocast=False, dtype=policy_of(student))
         if not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` must lie in [0, 1]. Received: {alpha!r}")
         self.alpha = alpha
@@ -229,6 +229,16 @@ class Distiller(keras.Model):
     def save(self, *args, **kwargs):
         """The student's `save`: the file holds the student alone."""
         return self.student.save(*args, **kwargs)
+
+
+def policy_of(model: keras.Model) -> keras.DTypePolicy:
+    """Returns the dtype policy to train a model under: float16 in any layer needs loss scaling.
+
+    A functional model that a user made, or that an earlier release saved, has the global policy,
+    whatever its layers have.
+    """
+    policies = [layer.dtype_policy for layer in model._flatten_layers()]
+    return next((p for p in policies if p.name == "mixed_float16"), model.dtype_policy)
 
 
 class Heads:

@@ -1,4 +1,4 @@
-"""On JAX, Keras's own `fit` shares a batch between devices."""
+"""On JAX, Keras's own `fit` shares a batch between devices, and so do meshes of JAX."""
 
 import os
 
@@ -42,3 +42,70 @@ def test_two_devices_learn_what_one_does(tmp_path):
             weights.append([file[name] for name in file.files])
     for one, both in zip(*weights, strict=True):
         np.testing.assert_allclose(both, one, atol=1e-5)
+
+
+MESHES = """
+import jax
+import keras
+import numpy as np
+import keras_tnt
+from jax.sharding import AxisType, PartitionSpec as P
+
+RATES = {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth": 0.2}
+COMMON = {"weights": None, "classes": 3, **RATES}
+TNT = {"input_shape": (32, 32, 3), "patch_size": 8, "inner_stride": 4, "depth": 1, "outer_dim": 8,
+       "inner_dim": 4, "outer_heads": 2, "inner_heads": 2, **COMMON}
+PLAIN = {"input_shape": (32, 32, 3), "patch_size": 8, "depth": 1, "embed_dim": 8, "num_heads": 2}
+MODELS = {
+    "tnt": lambda: keras_tnt.TNT(**TNT),
+    "tnt, all options": lambda: keras_tnt.TNT(
+        distilled=True, layer_scale=0.1, class_attention_depth=1, squeeze_excite=True,
+        qkv_bias=True, **TNT),
+    "tnt, legacy": lambda: keras_tnt.TNT(legacy=True, **TNT),
+    "tnt, feature map": lambda: keras_tnt.TNT(include_top=False, **TNT),
+    "tnt, token": lambda: keras_tnt.TNT(include_top=False, pooling="token", **TNT),
+    "tnt, any size": lambda: keras_tnt.TNT(**TNT | {"input_shape": (None, None, 3)}),
+    "deit": lambda: keras_tnt.DeiT(distilled=True, **PLAIN, **COMMON),
+    "cait": lambda: keras_tnt.CaiT(**PLAIN, **COMMON),
+    "pyramid_tnt": lambda: keras_tnt.PyramidTNT(
+        input_shape=(40, 24, 3), depths=(1, 1), outer_dims=(8, 8), inner_dims=(4, 4),
+        outer_heads=(2, 2), inner_heads=(2, 2), reductions=(2, 1), **COMMON),
+    "backbone": lambda: keras_tnt.backbone(keras_tnt.TNT(**TNT), levels=["P2", "P4"]),
+}
+
+def learn(model, training):
+    def loss(weights, state, images):
+        outputs, _ = model.stateless_call(weights, state, images, training=training)
+        return sum((x**2).sum() for x in keras.tree.flatten(outputs)), outputs
+    return jax.value_and_grad(loss, has_aux=True)
+
+def arguments(model, place_weights, place_images):
+    shape = [side or 32 for side in model.input_shape[1:]]
+    images = np.random.default_rng(0).uniform(0, 255, (4, *shape)).astype("float32")
+    values = ([v.value for v in variables]
+              for variables in (model.trainable_variables, model.non_trainable_variables))
+    values = [[jax.device_put(np.asarray(v), place_weights) for v in vs] for vs in values]
+    return *values, jax.device_put(images, place_images)
+
+for kind in (AxisType.Explicit, AxisType.Auto):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    for name, make in MODELS.items():
+        model = make()
+        with jax.set_mesh(mesh):
+            for training in (False, True):
+                traced = jax.eval_shape(learn(model, training), *arguments(model, P(), P("data")))
+        if name == "tnt":
+            one = jax.jit(learn(model, True))(*arguments(model, None, None))
+            with jax.set_mesh(mesh):
+                two = jax.jit(learn(model, True))(*arguments(model, P(), P("data")))
+            for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        print(name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="meshes are JAX's")
+def test_every_family_learns_in_meshes_of_explicit_and_of_automatic_axes():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    assert len(run_python(MESHES, XLA_FLAGS=flags).splitlines()) == 20

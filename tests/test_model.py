@@ -62,6 +62,68 @@ def test_a_model_trains_under_a_half_precision_policy(policy):
     assert any(np.any(a != b) for a, b in zip(before, model.get_weights(), strict=True))
 
 
+def scales_loss(model):
+    model.compile("adam", "sparse_categorical_crossentropy")
+    return isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+SMALL = {"input_shape": (32, 32, 3), "depth": 1, "weights": None}
+PYRAMID = {
+    "depths": (1, 1),
+    "outer_dims": (8, 8),
+    "inner_dims": (4, 4),
+    "outer_heads": (2, 2),
+    "inner_heads": (2, 2),
+    "reductions": (2, 1),
+}
+BUILDERS = {
+    "tnt": lambda **options: tiny(depth=1, weights=None, **options),
+    "deit": lambda **options: keras_tnt.DeiT(
+        embed_dim=16, num_heads=2, patch_size=8, **SMALL, **options
+    ),
+    "cait": lambda **options: keras_tnt.CaiT(
+        embed_dim=16, num_heads=2, patch_size=8, **SMALL, **options
+    ),
+    "pyramid_tnt": lambda **options: keras_tnt.PyramidTNT(
+        input_shape=(32, 32, 3), **PYRAMID, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_float16_given_as_an_argument_reaches_the_model_and_scales_its_loss(family):
+    model = BUILDERS[family](dtype="mixed_float16")
+    assert model.dtype_policy.name == "mixed_float16"
+    assert scales_loss(model)
+    assert scales_loss(keras_tnt.backbone(model, levels=["P3"]))
+
+
+def test_a_models_dtype_policy_survives_cloning_a_new_classifier_and_a_file(tmp_path):
+    model = tiny(depth=1, dtype=keras.DTypePolicy("mixed_float16"))
+    model.save(tmp_path / "half.keras")
+    for again in (
+        keras.models.clone_model(model),
+        keras_tnt.reset_classifier(model, 2),
+        keras.models.load_model(tmp_path / "half.keras"),
+        type(model).from_config(model.get_config()),
+    ):
+        assert again.dtype_policy.name == "mixed_float16"
+        assert scales_loss(again)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float64"])
+def test_a_policy_that_needs_no_loss_scaling_gets_none(policy):
+    model = tiny(depth=1, dtype=policy)
+    assert model.dtype_policy.name == policy
+    assert not scales_loss(model)
+
+
+def test_the_policy_of_a_model_is_its_own_and_not_the_global_one():
+    keras.config.set_dtype_policy("mixed_float16")
+    assert not scales_loss(tiny(depth=1, dtype="float32"))
+    assert scales_loss(tiny(depth=1))
+
+
 REPLICAS = """
 import keras, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
@@ -96,6 +158,58 @@ def test_rematerialised_blocks_train_with_the_same_gradients():
         assert error <= 1e-3 * np.abs(wanted).max() + 1e-6, variable.path
     remat.compile("sgd", "sparse_categorical_crossentropy", jit_compile=BACKEND == "jax")
     assert np.isfinite(remat.fit(IMAGES, LABELS, verbose=0).history["loss"][0])
+
+
+# === Images of another size ===
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_images_of_another_size_are_refused_with_what_to_do(family):
+    model = BUILDERS[family]()
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    wrong = np.zeros((2, 48, 40, 3), "float32")
+    before = model.get_weights()
+    for compute_wrongly in (
+        model,
+        lambda x: model.predict(x, verbose=0),
+        lambda x: model.fit(x, np.zeros(2), verbose=0),
+        lambda x: model(keras.Input(x.shape[1:])),
+    ):
+        with pytest.raises(ValueError, match="batch, 32, 32, 3") as error:
+            compute_wrongly(wrong)
+        assert "input_shape=(48, 40, 3)" in str(error.value)
+        assert "(None, None, 3)" in str(error.value)
+    for weight, old in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, old)
+
+
+def test_channels_first_names_the_size_in_its_order():
+    keras.config.set_image_data_format("channels_first")
+    model = tiny(depth=1, input_shape=(3, 32, 32))
+    with pytest.raises(ValueError, match="batch, 3, 32, 32.*channels first"):
+        model(np.zeros((2, 3, 48, 48), "float32"))
+    with pytest.raises(ValueError, match=r"\(3, None, None\)"):
+        model(np.zeros((2, 32, 32, 3), "float32"))
+
+
+@pytest.mark.slow
+def test_a_model_works_after_images_of_a_wrong_size_in_fit_evaluate_and_predict():
+    def trained(wrong):
+        keras.utils.set_random_seed(4)
+        model = compiled()
+        for call in wrong:
+            with pytest.raises(ValueError, match="batch, 32, 32, 3"):
+                call(model)
+        model.fit(IMAGES, LABELS, batch_size=6, verbose=0)
+        return model.predict(IMAGES, verbose=0)
+
+    others = np.zeros((6, 48, 48, 3), "float32")
+    wrong = [
+        lambda model: model.fit(others, LABELS, verbose=0),
+        lambda model: model.predict(others, verbose=0),
+        lambda model: model.evaluate(others, LABELS, verbose=0),
+    ]
+    np.testing.assert_allclose(trained(wrong), trained([]), atol=1e-5)
 
 
 # === Quantization and adapters ===

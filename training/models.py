@@ -16,6 +16,7 @@ import keras_tnt
 from keras_tnt import finetuning, pretrained, registry
 from keras_tnt.files import replacing, write_atomically
 from keras_tnt.imagenet import imagenet_classes
+from keras_tnt.layers.base import rematerialized
 from keras_tnt.layers.ends import scale_and_offset
 from keras_tnt.teacher import Teacher
 from keras_tnt.text import as_flags
@@ -106,7 +107,7 @@ def build(config, classes, label_names=None, fresh_heads=True):
     if config.remat:
         found = keras_tnt.anatomy(model)
         for layer in (*(block.layer for block in found.blocks), *found.class_blocks):
-            rematerialise(layer)
+            rematerialize(layer)
     return model
 
 
@@ -249,34 +250,16 @@ def teacher_preprocessing(name):
     return functools.partial(imagenet_utils.preprocess_input, mode=name)
 
 
-def rematerialise(layer):
-    """Let a block's activations be computed again in the backward pass instead of kept.
-
-    The block is handed its variables' values, its seeds among them, so that the second computation
-    drops what the first one dropped.
-    """
+def rematerialize(layer):
+    """Makes a block recompute its activations in the backward pass of a training step."""
     call = layer.call
+    recomputed = rematerialized(layer, call)
 
-    def rematerialised(*inputs, training=False, **fixed):
-        if not training:
-            return call(*inputs, training=training, **fixed)
-        variables, structure = layer.variables, []
+    def call_or_recompute(*inputs, training=False, **fixed):
+        chosen = recomputed if training else call
+        return chosen(*inputs, training=training, **fixed)
 
-        @tf.recompute_grad
-        def pure(*tensors):
-            values = zip(variables, tensors[len(inputs) :], strict=True)
-            with keras.StatelessScope(state_mapping=values):
-                outputs = call(*tensors[: len(inputs)], training=True, **fixed)
-            structure[:] = [outputs]
-            return keras.tree.flatten(outputs)
-
-        outputs = pure(*inputs, *(tf.convert_to_tensor(v.value) for v in variables))
-        weights = {id(v) for v in layer.weights}
-        for seed in (v for v in variables if id(v) not in weights):
-            seed.assign(seed + tf.constant([0, 1], seed.dtype))
-        return keras.tree.pack_sequence_as(structure[0], outputs)
-
-    layer.call = rematerialised
+    layer.call = call_or_recompute
 
 
 def logits_model(model):

@@ -22,6 +22,7 @@ from keras_tnt.layers.base import (
 )
 from keras_tnt.layers.grid import shape_of
 from keras_tnt.layers.regularization import Dropout
+from keras_tnt.layers.sharding import reshape
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def record_attention():
 def split_heads(x, num_heads):
     """(batch, ..., tokens, dim) to (batch, ..., heads, tokens, dim / heads)."""
     *lead, dim = shape_of(x)[1:]
-    x = ops.reshape(x, (-1, *lead, num_heads, dim // num_heads))  # (b, ..., t, h, d)
+    x = reshape(x, (-1, *lead, num_heads, dim // num_heads))  # (b, ..., t, h, d)
     return ops.swapaxes(x, -3, -2)  # (b, ..., h, t, d)
 
 
@@ -54,7 +55,7 @@ def merge_heads(x):
     """(batch, ..., heads, tokens, dim / heads) to (batch, ..., tokens, dim)."""
     *lead, heads, tokens, head_dim = shape_of(x)[1:]
     x = ops.swapaxes(x, -3, -2)  # (b, ..., t, h, d)
-    return ops.reshape(x, (-1, *lead, tokens, heads * head_dim))  # (b, ..., t, dim)
+    return reshape(x, (-1, *lead, tokens, heads * head_dim))  # (b, ..., t, dim)
 
 
 class Attention(CompositeLayer):
@@ -215,9 +216,9 @@ class HeadMixing(keras.layers.Layer):
 
     def call(self, x):
         *lead, heads, queries, keys = shape_of(x)[1:]
-        x = ops.reshape(x, (-1, *lead, heads, queries * keys))  # (b, ..., h, queries*keys)
+        x = reshape(x, (-1, *lead, heads, queries * keys))  # (b, ..., h, queries*keys)
         x = ops.matmul(ops.transpose(self.kernel), x) + ops.expand_dims(self.bias, -1)
-        return ops.reshape(x, (-1, *lead, heads, queries, keys))  # (b, ..., h, queries, keys)
+        return reshape(x, (-1, *lead, heads, queries, keys))  # (b, ..., h, queries, keys)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Callable
 
 import keras
@@ -137,9 +136,80 @@ class CompositeLayer(keras.layers.Layer):
         return config
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        """Under `keras.RematScope`; TensorFlow's graphs recompute only calls without keywords."""
-        call = super().rematerialized_call(functools.partial(layer_call, **kwargs), *args)
-        return lambda *args, **_: call(*args)
+        """Under `keras.RematScope`, if its mode chooses this layer, see `rematerialized`."""
+        chosen = super().rematerialized_call(layer_call, *args, **kwargs) is not layer_call
+        return rematerialized(self, layer_call) if chosen else layer_call
+
+
+def rematerialized(layer: keras.layers.Layer, call: Callable) -> Callable:
+    """Returns a layer's call whose activations are recomputed in the backward pass, not saved.
+
+    The recomputation is handed the state from before the call, seeds above all, so that it draws
+    the same masks, and the state moves on once.
+
+    Args:
+        layer: the layer, built.
+        call: its method `call`.
+    """
+    if keras.backend.backend() == "torch":
+        return keras.remat(call)  # `ReplicaSeedGenerator` replays its seeds there
+
+    is_jax = keras.backend.backend() == "jax"
+
+    def call_rematerialized(*args, **kwargs):
+        variables = layer.variables
+        trainable = {id(variable) for variable in layer.trainable_variables}
+        state = [variable for variable in variables if id(variable) not in trainable]
+        # All tensors are arguments: TensorFlow has no gradient of those that a closure holds.
+        leaves = keras.tree.flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if ops.is_tensor(leaf)]
+        passes = []
+
+        def pure(*tensors):
+            inputs = list(leaves)
+            for place, tensor in zip(places, tensors[: len(places)], strict=True):
+                inputs[place] = tensor
+            inputs, keywords = keras.tree.pack_sequence_as((args, kwargs), inputs)
+            values = zip(variables, tensors[len(places) :], strict=True)
+            with keras.StatelessScope(state_mapping=values) as scope:
+                before = [scope.get_current_value(variable) for variable in state]
+                outputs = call(*inputs, **keywords)
+                after = [scope.get_current_value(variable) for variable in state]
+            # Frozen weights are part of the state and do not change.
+            changes = [
+                (variable, new)
+                for variable, old, new in zip(state, before, after, strict=True)
+                if new is not old
+            ]
+            passes.append((outputs, changes))
+            if is_jax:
+                return outputs, [new for _, new in changes]
+            return keras.tree.flatten(outputs)
+
+        tensors = [leaves[place] for place in places]
+        tensors += [value_now(variable) for variable in variables]
+        results = keras.remat(pure)(*tensors)
+        outputs, changes = passes[0]  # of the pass that is not a recomputation
+        if is_jax:
+            outputs, values = results
+        else:
+            outputs = keras.tree.pack_sequence_as(outputs, results)
+            values = [value for _, value in changes]
+        for (variable, _), value in zip(changes, values, strict=True):
+            variable.assign(value)
+        return outputs
+
+    return call_rematerialized
+
+
+def value_now(variable: keras.Variable):
+    """Returns a variable's value as a tensor, which later assignments do not change."""
+    if keras.backend.backend() != "tensorflow":
+        return variable.value
+    import tensorflow as tf
+
+    # Not `ops.convert_to_tensor`, to which a variable of TensorFlow is a tensor already.
+    return tf.convert_to_tensor(variable.value)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")

@@ -25,6 +25,7 @@ from keras_tnt.layers.grid import (
     told_grid,
     whole_patches,
 )
+from keras_tnt.layers.sharding import reshape, shard_like
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -223,7 +224,7 @@ class WordsToPatches(CompositeLayer):
 
     def flatten(self, words):
         _, patches, count, inner_dim = shape_of(words)
-        return ops.reshape(words, (-1, patches, count * inner_dim))  # (b, n, words*inner_dim)
+        return reshape(words, (-1, patches, count * inner_dim))  # (b, n, words*inner_dim)
 
     def weigh(self, x, words):
         """Each word of x, (b, n, words*inner_dim), by how much it is read: 1 unless changed."""
@@ -293,11 +294,15 @@ class ClassToken(keras.layers.Layer):
         token = ops.broadcast_to(
             ops.convert_to_tensor(self.token, dtype=x.dtype), (ops.shape(x)[0], 1, x.shape[-1])
         )
-        return ops.concatenate([token, x], axis=1)
+        return ops.concatenate([shard_like(token, x), x], axis=1)
 
     def compute_output_shape(self, input_shape):
         batch, tokens, dim = input_shape
         return (batch, None if tokens is None else tokens + 1, dim)
+
+    def get_config(self):
+        """Returns the configuration; Keras itself makes none where `dtype` is a policy object."""
+        return super().get_config()
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")

@@ -82,7 +82,33 @@ class ImageNormalization(keras.layers.Layer):
         self.architecture = dict(architecture or {})
         self.class_names = None if class_names is None else list(class_names)
 
+    def build(self, input_shape):
+        self.image_shape = tuple(input_shape[1:])
+
+    def check_shape(self, shape):
+        """Raises an error for images that are not those which the model was built for.
+
+        Args:
+            shape: of the images, `(batch, ...)`; sizes that are not known fit.
+        """
+        wanted = self.image_shape
+        sizes = [(own, side) for own, side in zip(wanted, shape[1:], strict=False) if own]
+        known = [(own, side) for own, side in sizes if isinstance(side, int)]
+        if len(shape) == len(wanted) + 1 and all(own == side for own, side in known):
+            return
+        channels_first = self.data_format == "channels_first"
+        layout = "channels first" if channels_first else "channels last"
+        any_size = (wanted[0], None, None) if channels_first else (None, None, wanted[2])
+        raise ValueError(
+            f"Images must have the shape (batch, {', '.join(map(str, wanted))}), {layout}, for "
+            f"which the model was built. Received images of shape {tuple(shape)}. Resize them, as "
+            "keras_tnt.load_image(path, model) does, or build the model with "
+            f"input_shape={tuple(shape[1:])} for this size or input_shape={any_size} for any size; "
+            "position tables are resampled as weights load."
+        )
+
     def call(self, images):
+        self.check_shape(images.shape)
         if not self.normalises:
             return images
         channels = images.shape[CHANNELS_AXIS[self.data_format]]
@@ -93,6 +119,8 @@ class ImageNormalization(keras.layers.Layer):
         return ops.cast(images, self.compute_dtype) * scale + offset
 
     def compute_output_shape(self, input_shape):
+        if self.built:
+            self.check_shape(input_shape)
         return input_shape
 
     def get_config(self):

@@ -13,6 +13,7 @@ from keras import ops
 from keras_tnt import native
 from keras_tnt.layers.attention import SelfAttention
 from keras_tnt.layers.base import inference_device, link_observer
+from keras_tnt.layers.sharding import batch_axes
 from keras_tnt.native import runtimes
 
 
@@ -86,6 +87,8 @@ def runs_here(x, training, dtype):
     """
     among_words = len(x.shape) == 4
     if link_observer() is not None or dtype not in ("float32", "bfloat16"):
+        return False
+    if batch_axes(x) is not None:
         return False
     if dtype == "float32" and not (training or among_words) or dtype == "bfloat16" and training:
         return False

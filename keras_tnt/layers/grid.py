@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_tnt.layers.sharding import reshape
+
 
 def shape_of(x):
     """The shape of a tensor; where a graph has sizes yet to come, beside the batch, tensors."""
@@ -125,15 +127,15 @@ def cut(images, size):
     """
     _, height, width, channels = shape_of(images)
     rows, columns = height // size, width // size
-    x = ops.reshape(images, (-1, rows, size, columns, size * channels))  # (b, r, s, q, s*c)
+    x = reshape(images, (-1, rows, size, columns, size * channels))  # (b, r, s, q, s*c)
     x = ops.transpose(x, (0, 1, 3, 2, 4))  # (b, r, q, s, s*c)
-    return ops.reshape(x, (-1, rows, columns, size * size * channels))  # (b, r, q, s*s*c)
+    return reshape(x, (-1, rows, columns, size * size * channels))  # (b, r, q, s*s*c)
 
 
 def in_a_row(x, *rest):
     """(batch, rows, columns, ...) to (batch, rows * columns, *rest)."""
     _, rows, columns, *_ = shape_of(x)
-    return ops.reshape(x, (-1, rows * columns, *rest))  # (b, r*q, ...)
+    return reshape(x, (-1, rows * columns, *rest))  # (b, r*q, ...)
 
 
 # === The grid of patches ===
@@ -204,10 +206,14 @@ class PatchMap(keras.layers.Layer):
 
     def call(self, patches, grid):
         rows, columns = told_grid(grid, None)
-        return ops.reshape(patches, (-1, rows, columns, patches.shape[-1]))  # (b, r, q, c)
+        return reshape(patches, (-1, rows, columns, patches.shape[-1]))  # (b, r, q, c)
 
     def compute_output_shape(self, patches_shape, grid_shape):
         return (patches_shape[0], *grid_shape[1:], patches_shape[-1])
+
+    def get_config(self):
+        """Returns the configuration; Keras itself makes none where `dtype` is a policy object."""
+        return super().get_config()
 
 
 # === Tables on another grid ===

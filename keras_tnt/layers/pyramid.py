@@ -30,6 +30,8 @@ from keras_tnt.layers.grid import (
     told_grid,
     whole_patches,
 )
+from keras_tnt.layers.sharding import reshape
+from keras_tnt.native import runtimes
 
 
 def halve(size):
@@ -68,6 +70,18 @@ def pad_edges(x):
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """`keras.layers.BatchNormalization` whose statistics a recomputation on torch does not move."""
+
+    def call(self, inputs, training=None, mask=None):
+        if training and keras.backend.backend() == "torch" and runtimes.is_in_torch_backward():
+            state = [(variable, variable.value) for variable in self.variables]
+            with keras.StatelessScope(state_mapping=state):
+                return super().call(inputs, training=training, mask=mask)
+        return super().call(inputs, training=training, mask=mask)
+
+
+@keras.saving.register_keras_serializable(package="keras_tnt")
 class ConvolutionNormReLU(CompositeLayer):
     """3x3 convolution, BatchNorm, ReLU: `(batch, rows, columns, channels)` to as many of `dim`.
 
@@ -85,9 +99,7 @@ class ConvolutionNormReLU(CompositeLayer):
         policy = self.dtype_policy
         self.convolution = convolution(self.dim, self.stride, dtype=policy, name="convolution")
         self.convolution.build((None, None, None, input_shape[-1]))
-        self.norm = keras.layers.BatchNormalization(
-            momentum=0.9, epsilon=1e-5, dtype=policy, name="norm"
-        )
+        self.norm = BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=policy, name="norm")
         self.norm.build(self.compute_output_shape(input_shape))
 
     def call(self, x, training=False):
@@ -220,7 +232,7 @@ class MergePatches(Merge):
 
     def call(self, patches, grid=None):
         shape = (-1, *told_grid(grid, self.grid), patches.shape[-1])
-        x = ops.reshape(self.norm(patches), shape)  # (b, r, q, c)
+        x = reshape(self.norm(patches), shape)  # (b, r, q, c)
         return in_a_row(self.convolution(pad_edges(x)), self.dim)  # (b, r/2*q/2, dim)
 
     def compute_output_shape(self, patches_shape, grid_shape=None):
@@ -250,14 +262,14 @@ class MergeWords(Merge):
         side = round(count**0.5)
         sides = told_grid(grid, self.grid)
         rows, columns = map(halve, sides)
-        x = ops.reshape(self.norm(words), (-1, *sides, count * dim))  # (b, r, q, w*c)
+        x = reshape(self.norm(words), (-1, *sides, count * dim))  # (b, r, q, w*c)
         missing = [[0, 2 * half - n] for half, n in zip((rows, columns), sides, strict=True)]
         x = ops.pad(x, [[0, 0], *missing, [0, 0]])
-        x = ops.reshape(x, (-1, 2, columns, 2, side, side * dim))  # (b*r/2, 2, q/2, 2, s, s*c)
+        x = reshape(x, (-1, 2, columns, 2, side, side * dim))  # (b*r/2, 2, q/2, 2, s, s*c)
         x = ops.transpose(x, (0, 2, 1, 4, 3, 5))  # (b*r/2, q/2, 2, s, 2, s*c)
-        x = ops.reshape(x, (-1, 2 * side, 2 * side, dim))  # (b*r/2*q/2, 2*s, 2*s, c)
+        x = reshape(x, (-1, 2 * side, 2 * side, dim))  # (b*r/2*q/2, 2*s, 2*s, c)
         x = self.convolution(pad_edges(x))  # (b*r/2*q/2, s, s, dim)
-        return ops.reshape(x, (-1, rows * columns, count, self.dim))  # (b, r/2*q/2, w, dim)
+        return reshape(x, (-1, rows * columns, count, self.dim))  # (b, r/2*q/2, w, dim)
 
     def compute_output_shape(self, words_shape, grid_shape=None):
         return self.merged_shape(words_shape, grid_shape)
@@ -422,9 +434,9 @@ class ReducedAttention(Attention):
         grid = told_grid(grid, self.grid)
         x = enough_to_pool(x, grid, size)
         rows, columns = (side // size for side in grid)
-        x = ops.reshape(x, (-1, *grid, dim))[:, : rows * size, : columns * size]
-        x = ops.reshape(x, (-1, rows, size, columns, size, dim))  # (b, r/s, s, q/s, s, c)
-        return ops.reshape(ops.mean(x, axis=(2, 4)), (-1, rows * columns, dim))  # (b, r/s*q/s, c)
+        x = reshape(x, (-1, *grid, dim))[:, : rows * size, : columns * size]
+        x = reshape(x, (-1, rows, size, columns, size, dim))  # (b, r/s, s, q/s, s, c)
+        return reshape(ops.mean(x, axis=(2, 4)), (-1, rows * columns, dim))  # (b, r/s*q/s, c)
 
     def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
         pooled = x

@@ -1,26 +1,74 @@
-"""LayerScale (CaiT, arXiv 2103.17239) and the random layers, different on every replica."""
+"""LayerScale (CaiT, arXiv 2103.17239), and layers whose masks differ between replicas or ranks."""
 
 import keras
 from keras import ops
 
+from keras_tnt.layers.sharding import shard_like
+from keras_tnt.native import runtimes
+
+# Seeds that a generator remembers on torch for calls whose backward pass is still to come.
+MAX_OPEN_CALLS = 1024
+
 
 class ReplicaSeedGenerator(keras.random.SeedGenerator):
-    """A seed generator that gives another seed on each `tf.distribute` replica.
+    """A seed generator that gives another seed on each replica or rank, and replays its seeds.
 
-    Replicas of a strategy hold equal copies of its state, so that without the replica's number they
-    would all draw the same mask.
+    Replicas of a `tf.distribute.Strategy` and ranks of `torch.distributed` hold equal copies of the
+    state (`DistributedDataParallel` broadcasts rank 0's), so that without their number they would
+    all draw the same mask.
+
+    A pass that `torch.utils.checkpoint` recomputes has to draw the masks of the first pass. It
+    restores torch's random state for that, from which each call therefore takes a number; in the
+    backward pass the seed is looked up by this number, and the state stays as it is.
     """
 
+    def __init__(self, seed: int | None = None, **kwargs):
+        super().__init__(seed, **kwargs)
+        self._seeds = {}  # by the number from torch's random state; the oldest first
+
     def next(self, ordered=True):
+        backend = keras.backend.backend()
+        if backend == "torch":
+            return self.next_on_torch(ordered)
         seed = super().next(ordered)
-        if keras.backend.backend() == "tensorflow":
+        if backend == "tensorflow":
             import tensorflow as tf
 
             context = tf.distribute.get_replica_context()
             if context is not None and context.num_replicas_in_sync > 1:
-                replica = ops.cast(context.replica_id_in_sync_group, seed.dtype)
-                seed += ops.stack([replica * 1_000_003, ops.zeros_like(replica)])
+                seed = of_replica(seed, context.replica_id_in_sync_group)
         return seed
+
+    def next_on_torch(self, ordered):
+        number = runtimes.torch_random_number()
+        if runtimes.is_in_torch_backward():
+            return self.replayed(number)
+        seed = super().next(ordered)
+        rank = runtimes.torch_rank()
+        if rank:
+            seed = of_replica(seed, rank)
+        if number is not None:
+            while len(self._seeds) >= MAX_OPEN_CALLS:
+                del self._seeds[next(iter(self._seeds))]
+            self._seeds[number] = seed.tolist()
+        return seed
+
+    def replayed(self, number):
+        """The seed of an earlier call, by the number that it took from torch's random state."""
+        if number not in self._seeds:
+            raise RuntimeError(
+                "A random layer is recomputed in the backward pass and cannot draw the mask of the "
+                "forward pass, so that gradients would be wrong. Call `torch.utils.checkpoint` "
+                "with `preserve_rng_state=True`, its default, and each layer at most "
+                f"{MAX_OPEN_CALLS} times before a backward pass."
+            )
+        return ops.convert_to_tensor(self._seeds[number], dtype=self.state.dtype)
+
+
+def of_replica(seed, replica):
+    """The seed `(2,)` of a replica or rank, of which 0 has the given one."""
+    offset = ops.cast(replica, seed.dtype) * 1_000_003
+    return seed + ops.stack([offset, ops.zeros_like(offset)])
 
 
 class RandomDrop(keras.layers.Layer):
@@ -48,7 +96,11 @@ class RandomDrop(keras.layers.Layer):
         uniform = keras.random.uniform(
             self.mask_shape(x), dtype="float32", seed=self.seed_generator
         )
-        return x * (ops.cast(uniform < keep, x.dtype) / keep)
+        return x * shard_like(ops.cast(uniform < keep, x.dtype) / keep, x)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Under `keras.RematScope`: as it is, for the mask that was drawn is the one to use."""
+        return layer_call
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -59,7 +111,7 @@ class RandomDrop(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class Dropout(RandomDrop):
-    """Drops single values while training; replicas of `tf.distribute` draw masks of their own.
+    """Drops single values while training; replicas and ranks draw different masks.
 
     Args:
         rate: probability of dropping a value, in [0, 1).

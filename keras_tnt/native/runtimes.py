@@ -141,6 +141,43 @@ def _torch_runs_here(x, training):
     )
 
 
+# === Random numbers ===
+
+
+def torch_random_number() -> int | None:
+    """Returns a number from torch's random state, which `torch.utils.checkpoint` restores.
+
+    Returns:
+        `None` within a transformation of `torch.func`, where numbers have no value.
+    """
+    import torch
+
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def is_in_torch_backward() -> bool:
+    """Returns whether torch is in a backward pass, in which forward passes are recomputations."""
+    import torch
+
+    # Private, as is all of it: torch.utils.checkpoint itself asks in this way.
+    find = getattr(torch._C, "_current_graph_task_id", None)
+    return find is not None and find() != -1
+
+
+def torch_rank() -> int:
+    """Returns the rank of this process in `torch.distributed`; 0 where there is none."""
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 0
+    return distributed.get_rank()
+
+
+# === Operators ===
+
+
 def jax_operator(sizes):
     from keras_tnt.native import jax_operator
 

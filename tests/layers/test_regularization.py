@@ -85,3 +85,90 @@ for results in step(tf.ones((64, 8))):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute belongs to TensorFlow")
 def test_replicas_of_a_strategy_draw_masks_of_their_own():
     assert run_python(REPLICAS).split() == ["different", "different"]
+
+
+RANKS = """
+import os, sys
+import keras, torch
+import torch.distributed as dist
+from keras_tnt.layers import Dropout, StochasticDepth
+
+torch.set_num_threads(1)
+path = sys.argv[1]
+child = os.fork()
+rank = 0 if child else 1
+dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+keras.utils.set_random_seed(0)
+layers = [Dropout(0.5), StochasticDepth(0.5)]
+network = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32, use_bias=False), *layers])
+model = torch.nn.parallel.DistributedDataParallel(network)
+answers = []
+for step in range(2):
+    masks = model(torch.ones(8, 16), training=True).detach() != 0
+    both = [torch.zeros_like(masks) for _ in range(2)]
+    dist.all_gather(both, masks)
+    answers.append("same" if torch.equal(*both) else "different")
+    with model.no_sync():
+        model(torch.ones(8, 16), training=True).sum().backward()
+states = [torch.stack([layer.seed_generator.state.value for layer in layers])]
+both = [torch.zeros_like(states[0]) for _ in range(2)]
+dist.all_gather(both, states[0])
+if rank == 0:
+    print(*answers, "same" if torch.equal(*both) else "different", flush=True)
+dist.destroy_process_group()
+if child:
+    os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "torch", reason="DistributedDataParallel belongs to torch")
+def test_ranks_draw_different_masks_from_equal_seeds_and_states(tmp_path):
+    answers = run_python(RANKS, str(tmp_path / "store"), GLOO_SOCKET_IFNAME="lo").split()
+    assert answers == ["different", "different", "same"]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="ranks belong to torch")
+def test_rank_0_draws_what_a_single_process_draws(monkeypatch):
+    def masks(rank):
+        monkeypatch.setattr("keras_tnt.native.runtimes.torch_rank", lambda: rank)
+        layer = Dropout(0.5, seed=3)
+        return [ops.convert_to_numpy(layer(np.ones((40, 5)), training=True)) for _ in range(2)]
+
+    alone, also_alone, second = masks(0), masks(0), masks(1)
+    np.testing.assert_array_equal(alone, also_alone)
+    assert all(np.any(a != b) for a, b in zip(alone, second, strict=True))
+
+
+FIT_ON_REPLICAS = """
+import keras, numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from keras_tnt.layers import Dropout, StochasticDepth
+
+class Masks(keras.metrics.Metric):
+    def __init__(self):
+        super().__init__(name="masks")
+        self.kept = self.add_weight(shape=(32,), initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        first = keras.ops.cast(y_pred[0] != 0, "float32")
+        self.kept.assign(self.kept + first)
+
+    def result(self):
+        return keras.ops.sum(keras.ops.cast(self.kept == 1, "float32"))
+
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = keras.Sequential([keras.Input((32,)), Dropout(0.5), keras.layers.Activation("linear")])
+    model.compile("sgd", "mse", metrics=[Masks()], jit_compile=False)
+ones = np.ones((2, 32), "float32")
+print(model.fit(ones, ones, batch_size=2, epochs=1, verbose=0).history["masks"][0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute belongs to TensorFlow")
+def test_replicas_draw_different_masks_in_fit():
+    kept_by_one_of_two = float(run_python(FIT_ON_REPLICAS))
+    assert kept_by_one_of_two > 4
