@@ -257,12 +257,14 @@ def extend_openvino(core, sizes: native.Sizes, domain: str) -> bool:
             libraries = os.path.join(folder, "libs")
             needed = ("libopenvino.so", "libopenvino_onnx_frontend.so", "libtbb.so")
             named = [name for name in sorted(os.listdir(libraries)) if name.startswith(needed)]
-            settings = ["-isystem", os.path.join(folder, "include"), f'-DDOMAIN="{domain}"']
+            settings = ["-isystem", os.path.join(folder, "include"), f'-DDOMAIN="{sizes.name()}"']
             settings += [f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
             settings += [f"-l:{name}" for name in named]
             inner = sizes if sizes.part == "inner" else None
             library = native.library(f"openvino_{sizes.part}.cpp", inner, *settings)
             if library is not None:
+                name = domain.encode()  # which has to live while it is added
+                ctypes.c_char_p.in_dll(library, "domain").value = name
                 core.add_extension(library._name)
         except Exception as error:  # of whatever kind a changed interface raises
             native.warn_slower(f"OpenVINO refused it: {error}")
