@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tnt.distillation import DistillationLoss
+from keras_tnt.native import runtimes
 from training import augmentation, models
 
 
@@ -93,6 +94,7 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
             targets = augmentation.mix_with_neighbours(targets, tf.reduce_mean(kept))
         return images, targets
 
+    @runtimes.local_program()
     def forward_backward(batch, loss_scale, seed, mixing):
         images, targets = pixels_and_targets(batch, seed, mixing)
         with tf.GradientTape() as tape:

@@ -45,7 +45,9 @@ class Graph:
 
     def __init__(self, proto):
         graph = proto.graph
-        versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+        versions = [
+            entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")
+        ]
         expect(len(versions) == 1 and versions[0] in OPSETS)
         expect(not proto.functions and not graph.sparse_initializer)
         tensors = [tensor.name for tensor in graph.initializer]
@@ -173,7 +175,11 @@ def without_weights(proto):
     graph.value_info.extend(proto.graph.value_info)
     inputs = {value.name for value in proto.graph.input}
     for tensor in proto.graph.initializer:
-        if tensor.data_type in (INT32, INT64) and len(tensor.dims) < 2 and tensor.name not in inputs:
+        if (
+            tensor.data_type in (INT32, INT64)
+            and len(tensor.dims) < 2
+            and tensor.name not in inputs
+        ):
             graph.initializer.append(tensor)
         elif tensor.name not in inputs:
             graph.input.append(

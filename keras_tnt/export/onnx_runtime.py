@@ -31,8 +31,8 @@ def onnx_session(path: str | os.PathLike, options=None):
 
     The transformers among words become an operator of ours, which the machine's C++ compiler makes
     for its processor, a second of work for the first process that needs it. Where it cannot be had,
-    a warning says so, and the file runs as it is. So do files in float16 or int8, and of models
-    without words.
+    a warning says so, and the file runs as it is. So do files in float16, of models without words,
+    with weights in other files, and whatever is not written as `keras_tnt.export.onnx` writes it.
 
     Args:
         path: of the file.
@@ -44,6 +44,7 @@ def onnx_session(path: str | os.PathLike, options=None):
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ValueError: if it is not an ONNX file, or brings operators of this package along.
 
     Example:
 

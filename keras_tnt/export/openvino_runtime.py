@@ -55,7 +55,8 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if `openvino` is not installed.
-        ValueError: for another precision, or another kind of file.
+        ValueError: for another precision, another kind of file, or an ONNX file that brings
+            operators of this package along.
 
     Example:
 

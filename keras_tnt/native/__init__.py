@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 HEADER = FOLDER / "inner_forward.h"
 # Words lie along the lanes of vectors, of which AVX-512 has the most.
 LANES = 16
-# What a patch may take of the stack in the forward pass; in the gradient it takes three times as much.
+# What a patch may take of the stack in the forward pass; its gradient takes three times as much.
 STACK_BYTES = 1 << 19
 
 
@@ -70,6 +70,14 @@ class PatchWeights(NamedTuple):
     patches_beta: Any
 
 
+def shapes_of_weights(norm: tuple, dim: int, hidden: int) -> Weights:
+    """The shapes of a transformer's weights, of norms of this shape."""
+    return Weights(
+        *(norm, norm, (dim, 3 * dim), (3 * dim,), (dim, dim), (dim,)),
+        *(norm, norm, (dim, hidden), (hidden,), (hidden, dim), (dim,)),
+    )
+
+
 class InnerSizes(NamedTuple):
     """What inner_forward.h wants defined: a program for each.
 
@@ -113,6 +121,15 @@ class InnerSizes(NamedTuple):
         """The shapes of what its gradient needs of the forward pass beside the words."""
         return []
 
+    def weight_shapes(self, shape: tuple) -> Weights:
+        """The shapes of the weights for words of a shape."""
+        return shapes_of_weights((self.dim, self.words), self.dim, self.hidden)
+
+    def takes(self, shape: tuple) -> bool:
+        """Whether words of a shape, which may come from anywhere, are what the C++ is for."""
+        fits = self.words % LANES == 0 and self.fits_stack() and min(self[:4]) > 0
+        return fits and len(shape) == 4 and shape[2:] == self[:2] and self.dim % self.heads == 0
+
     def numbers(self, shape: tuple) -> tuple:
         """The integers that torch's entry takes, for words of a shape."""
         return (shape[0] * shape[1],)
@@ -152,6 +169,12 @@ class OuterSizes(NamedTuple):
     def kept(self, shape: tuple) -> list[tuple]:
         return [] if self.half else [(*shape[:2], 5 * shape[2] + self.hidden)]
 
+    def weight_shapes(self, shape: tuple) -> Weights:
+        return shapes_of_weights((shape[2],), shape[2], self.hidden)
+
+    def takes(self, shape: tuple) -> bool:
+        return len(shape) == 3 and self.heads > 0 and shape[2] > 0 and shape[2] % self.heads == 0
+
     def numbers(self, shape: tuple) -> tuple:
         return *shape, self.heads, self.hidden
 
@@ -186,6 +209,13 @@ class PatchSizes(NamedTuple):
 
     def kept(self, shape: tuple) -> list[tuple]:
         return [] if self.half else [self.result(shape)]
+
+    def weight_shapes(self, shape: tuple) -> PatchWeights:
+        inputs, dim = (shape[2],), (self.dim,)
+        return PatchWeights(inputs, inputs, inputs + dim, dim, dim, dim)
+
+    def takes(self, shape: tuple) -> bool:
+        return len(shape) == 3 and shape[2] > 0
 
     def numbers(self, shape: tuple) -> tuple:
         return *shape, self.dim

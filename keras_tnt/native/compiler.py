@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 # Seconds that a compiler may take, to describe itself and to compile one library.
-PROBE_SECONDS, COMPILE_SECONDS = 20, 180
+PROBE_SECONDS, COMPILE_SECONDS = 20, 600
 
 # Commands that were stopped for taking too long, which are not waited for again.
 _stopped = {}
