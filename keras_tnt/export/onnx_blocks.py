@@ -710,6 +710,10 @@ def replace(proto, places):
     """
     graph = proto.graph
     outputs = {output.name for output in graph.output}
+    before = needed(graph.node, outputs)
+    for node in graph.node:
+        if before.isdisjoint(node.output):
+            outputs.update(node.output)
     nodes = [
         next((places[name] for name in node.output if name in places), node) for node in graph.node
     ]
