@@ -75,7 +75,7 @@ class Graph:
         try:
             onnx.checker.check_model(bare)
             claims = [*bare.graph.value_info, *bare.graph.output]
-            claims = {value.name: (type_of(value), shape_of(value)) for value in claims}
+            claims = [(value.name, type_of(value), shape_of(value)) for value in claims]
             del bare.graph.value_info[:]
             for output in bare.graph.output:
                 output.type.tensor_type.ClearField("shape")
@@ -85,7 +85,7 @@ class Graph:
         values = [*found.input, *found.value_info, *found.output]
         types = {value.name: type_of(value) for value in values}
         shapes = {value.name: shape_of(value) for value in values}
-        for name, (kind, claimed) in claims.items():
+        for name, kind, claimed in claims:
             shape = shapes.get(name)
             expect(types.get(name, kind) == kind)
             if shape is not None and claimed is not None:
