@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from keras_tnt.files import replacing
 from keras_tnt.native import cache, processor
-from keras_tnt.native.compiler import COMPILE_SECONDS, PROBE_SECONDS, CompilerError, execute
-from keras_tnt.native.compiler import command as command_of_environment
+from keras_tnt.native.toolchain import COMPILE_SECONDS, PROBE_SECONDS, CompilerError, execute
+from keras_tnt.native.toolchain import command as command_of_environment
 
 FOLDER = Path(__file__).parent
 HEADER = FOLDER / "inner_forward.h"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_tnt import native
-from keras_tnt.native import cache, coefficients, compiler
+from keras_tnt.native import cache, coefficients, toolchain
 
 pytestmark = pytest.mark.one_backend
 
@@ -252,7 +252,7 @@ def test_no_compiler_named_is_the_usual_one(monkeypatch):
 def test_a_compiler_may_print_any_bytes(script):
     script(r"printf '\377\376 no license \200' >&2; exit 3")
     refused("ended with 3.*no license")
-    script(r"printf '\377\376'; exec c++ \"$@\"")
+    script(r"printf '\377\376'", 'exec c++ "$@"')
     assert native.library("torch_inner.cpp", SIZES).forward
 
 
@@ -260,7 +260,7 @@ def test_a_compiler_that_hangs_is_stopped_once(script, monkeypatch):
     path = script("sleep 1000 & wait")
     monkeypatch.setattr(native, "PROBE_SECONDS", 0.2)
     refused("did not end within 0.2 seconds and was stopped")
-    assert str(path) in compiler._stopped
+    assert str(path) in toolchain._stopped
 
 
 def test_a_compiler_that_asks_gets_no_answer(script):
