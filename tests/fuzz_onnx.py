@@ -554,13 +554,16 @@ def main():
     options = parser.parse_args()
     seeds = range(options.first, options.first + options.count)
 
+    told = 0
+
     def progress(counts, wrong):
-        if sum(counts.values()) % 500 < BATCH:
-            print(dict(counts), f"wrong: {len(wrong)}", flush=True)
+        nonlocal told
+        for seed, problem, mutations in wrong[told:]:
+            print(f"seed {seed}: {', '.join(mutations)}: {problem}", flush=True)
+        told = len(wrong)
+        print(dict(counts), f"wrong: {told}", flush=True)
 
     counts, wrong = fuzz(seeds, options.runtime, progress)
-    for seed, problem, mutations in wrong:
-        print(f"seed {seed}: {', '.join(mutations)}: {problem}")
     print(f"{sum(counts.values())} mutations: {dict(counts)}; {len(wrong)} wrong")
     return bool(wrong)
 

@@ -157,6 +157,12 @@ def test_what_is_no_block_runs_as_it_is(case, tmp_path):
     assert [node.op_type for node in model.graph.node].count("InnerTransformer") < 2
 
 
+def test_a_weight_of_minus_one_numbers_is_refused_as_by_onnx_runtime(tmp_path):
+    model = fuzz_onnx.graph()
+    constants(model)["b1/norm_mlp_bias"].dims[0] = -1
+    assert isinstance(check_equal(saved(model, tmp_path / "m.onnx")), str)
+
+
 @pytest.mark.parametrize("words", [2048, 4096, 32])
 @pytest.mark.parametrize("of", ["placed", "scores", "reshaped"])
 def test_shapes_that_a_file_claims_are_not_believed(of, words, tmp_path):

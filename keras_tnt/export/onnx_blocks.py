@@ -116,6 +116,8 @@ class Graph:
                 self.values[name] = numpy_helper.to_array(self.initializers[name])
             except Exception as error:  # of whatever kind a damaged tensor brings about
                 raise NoMatch from error
+            # NumPy takes a dimension of -1 for whatever is left.
+            expect(self.values[name].shape == tuple(self.initializers[name].dims))
         return self.values[name]
 
     def weight(self, name):
