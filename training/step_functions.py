@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tnt.distillation import DistillationLoss
+from keras_tnt.native import runtimes
 from training import augmentation, models
 
 
@@ -172,6 +173,7 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
             images = erase(images, batch["erase"], step, stream)
         return images, targets
 
+    @runtimes.local_program()
     def forward_backward(batch, loss_scale, step, stream, mixing):
         images, targets = pixels_and_targets(batch, step, stream, mixing)
         with tf.GradientTape() as tape:

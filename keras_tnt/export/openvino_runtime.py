@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from keras_tnt.export.onnx_runtime import use_native
+from keras_tnt.export.onnx_runtime import read_model, secret, use_native
 from keras_tnt.export.requirements import require
 from keras_tnt.native import processor, runtimes
 
@@ -55,7 +55,8 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if `openvino` is not installed.
-        ValueError: for another precision, or another kind of file.
+        ValueError: for another precision, another kind of file, or an ONNX file that brings
+            operators of this package along.
 
     Example:
 
@@ -109,10 +110,8 @@ def read(path, half):
     """A file as a model of OpenVINO, with our operation where that is possible."""
     if path.endswith(".onnx"):
         require("onnx")
-        import onnx
-
-        proto = onnx.load(path)
-        operations = use_native(proto, "keras_tnt", half)
+        proto, complete = read_model(path)
+        operations = use_native(proto, secret(os.getpid()), half) if complete else {}
         if operations and all(
             runtimes.extend_openvino(core(), sizes, domain) for domain, sizes in operations.items()
         ):

@@ -128,7 +128,8 @@ def sizes_of(block, shape, half):
     if rank == 3:
         return native.OuterSizes(heads, hidden, half)
     if rank == 4 and shape[2] % native.LANES == 0:
-        return native.InnerSizes(*shape[2:], heads, hidden, across_words, half)
+        sizes = native.InnerSizes(*shape[2:], heads, hidden, across_words, half)
+        return sizes if sizes.fits_stack() else None
     return None
 
 

@@ -1,23 +1,27 @@
 """The parts of TNT's block in C++, compiled for the machine where they are to run."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
-import shlex
-import subprocess
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from keras_tnt.files import replacing
-from keras_tnt.native import processor
+from keras_tnt.native import cache, processor
+from keras_tnt.native.toolchain import COMPILE_SECONDS, PROBE_SECONDS, CompilerError, execute
+from keras_tnt.native.toolchain import command as command_of_environment
 
 FOLDER = Path(__file__).parent
 HEADER = FOLDER / "inner_forward.h"
 # Words lie along the lanes of vectors, of which AVX-512 has the most.
 LANES = 16
+# What a patch may take of the stack in the forward pass; its gradient takes three times as much.
+STACK_BYTES = 1 << 19
 
 
 class Weights(NamedTuple):
@@ -66,6 +70,14 @@ class PatchWeights(NamedTuple):
     patches_beta: Any
 
 
+def shapes_of_weights(norm: tuple, dim: int, hidden: int) -> Weights:
+    """The shapes of a transformer's weights, of norms of this shape."""
+    return Weights(
+        *(norm, norm, (dim, 3 * dim), (3 * dim,), (dim, dim), (dim,)),
+        *(norm, norm, (dim, hidden), (hidden,), (hidden, dim), (dim,)),
+    )
+
+
 class InnerSizes(NamedTuple):
     """What inner_forward.h wants defined: a program for each.
 
@@ -96,6 +108,11 @@ class InnerSizes(NamedTuple):
     def name(self, prefix: str = "keras_tnt") -> str:
         return "_".join([prefix, *(str(int(value)) for value in self)])
 
+    def fits_stack(self) -> bool:
+        """Whether what a thread computes of a patch has room on its stack."""
+        numbers = 9 * self.dim + 2 * self.hidden + 3 * LANES
+        return 4 * self.words * numbers <= STACK_BYTES
+
     def result(self, shape: tuple) -> tuple:
         """The shape of what becomes of words of a shape."""
         return shape
@@ -103,6 +120,15 @@ class InnerSizes(NamedTuple):
     def kept(self, shape: tuple) -> list[tuple]:
         """The shapes of what its gradient needs of the forward pass beside the words."""
         return []
+
+    def weight_shapes(self, shape: tuple) -> Weights:
+        """The shapes of the weights for words of a shape."""
+        return shapes_of_weights((self.dim, self.words), self.dim, self.hidden)
+
+    def takes(self, shape: tuple) -> bool:
+        """Whether words of a shape, which may come from anywhere, are what the C++ is for."""
+        fits = self.words % LANES == 0 and self.fits_stack() and min(self[:4]) > 0
+        return fits and len(shape) == 4 and shape[2:] == self[:2] and self.dim % self.heads == 0
 
     def numbers(self, shape: tuple) -> tuple:
         """The integers that torch's entry takes, for words of a shape."""
@@ -143,6 +169,12 @@ class OuterSizes(NamedTuple):
     def kept(self, shape: tuple) -> list[tuple]:
         return [] if self.half else [(*shape[:2], 5 * shape[2] + self.hidden)]
 
+    def weight_shapes(self, shape: tuple) -> Weights:
+        return shapes_of_weights((shape[2],), shape[2], self.hidden)
+
+    def takes(self, shape: tuple) -> bool:
+        return len(shape) == 3 and self.heads > 0 and shape[2] > 0 and shape[2] % self.heads == 0
+
     def numbers(self, shape: tuple) -> tuple:
         return *shape, self.heads, self.hidden
 
@@ -178,6 +210,13 @@ class PatchSizes(NamedTuple):
     def kept(self, shape: tuple) -> list[tuple]:
         return [] if self.half else [self.result(shape)]
 
+    def weight_shapes(self, shape: tuple) -> PatchWeights:
+        inputs, dim = (shape[2],), (self.dim,)
+        return PatchWeights(inputs, inputs, inputs + dim, dim, dim, dim)
+
+    def takes(self, shape: tuple) -> bool:
+        return len(shape) == 3 and shape[2] > 0
+
     def numbers(self, shape: tuple) -> tuple:
         return *shape, self.dim
 
@@ -194,7 +233,7 @@ def takes_half(*inputs: int) -> bool:
         return False
     try:
         return "__AVX512BF16__" in defined(*compiler())
-    except (OSError, subprocess.CalledProcessError):
+    except CompilerError:
         return False
 
 
@@ -211,7 +250,8 @@ def library(entry: str | Path, sizes: InnerSizes | None, *settings: str) -> ctyp
     """A transformer as a shared library, compiled for this very processor.
 
     It is kept in the folder `keras_tnt` of the user's caches (XDG_CACHE_HOME), by compiler,
-    processor and source, so that only the first process compiles it.
+    processor and source, so that only the first process compiles it. Its checksum is compared
+    before it is loaded: one that is damaged, or does not load, is compiled anew.
 
     Args:
         entry: file of this folder by which it is called.
@@ -221,56 +261,73 @@ def library(entry: str | Path, sizes: InnerSizes | None, *settings: str) -> ctyp
     Returns:
         The library, which stays loaded; None, with a warning, where it cannot be had.
     """
-    command = [
-        *(*compiler(), "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"),
-        *("-fno-math-errno", "-shared", "-fPIC", "-w"),
-        *(() if sizes is None else sizes.arguments()),
-        *(str(FOLDER / entry), *settings),
-    ]
     try:
+        command = [
+            *(*compiler(), "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"),
+            *("-fno-math-errno", "-shared", "-fPIC", "-w"),
+            *(() if sizes is None else sizes.arguments()),
+            *(str(FOLDER / entry), *settings),
+        ]
         stem = Path(entry).stem if sizes is None else sizes.name(Path(entry).stem)
-        name = f"{stem}-{fingerprint(command)}.so"
-        try:
-            path = os.path.join(cache_folder(), name)
-            if not os.path.exists(path):
-                with replacing(path) as temporary:
-                    run([*command, "-o", temporary])
-            return ctypes.CDLL(path)
-        except OSError:  # no place to keep it, or one that nothing may be loaded from
-            with tempfile.TemporaryDirectory() as folder:
-                path = os.path.join(folder, name)
-                run([*command, "-o", path])
-                return ctypes.CDLL(path)
-    except (OSError, subprocess.CalledProcessError) as error:
+        return load_or_compile(f"{stem}-{fingerprint(command)}.so", command)
+    except (OSError, CompilerError) as error:
         warn_slower(
             "It could not be compiled and loaded; the environment variable CXX names the compiler "
-            f"to use. `{command[0]}` said: {getattr(error, 'stderr', None) or error}"
+            f"to use. {error}"
         )
         return None
 
 
-def cache_folder() -> str:
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(caches, "keras_tnt")
+def load_or_compile(name: str, command: list[str]) -> ctypes.CDLL:
+    """Loads a library from the cache, where it is compiled to if it is not there or damaged.
+
+    Args:
+        name: of its file.
+        command: compiles it, but for where to.
+
+    Raises:
+        CompilerError: if it cannot be compiled.
+        OSError: if it can be loaded from nowhere.
+    """
+    path = os.path.join(cache_folder(), name)
+    if cache.read(path) is not None:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(path)
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = os.path.join(folder, name)
+        try:
+            with replacing(path) as aside:
+                run([*command, "-o", aside])
+                cache.seal(aside)
+                shutil.copyfile(aside, temporary)
+            return ctypes.CDLL(path)
+        except OSError:  # no place to keep it, or one that nothing may be loaded from
+            if not os.path.exists(temporary):
+                run([*command, "-o", temporary])
+            return ctypes.CDLL(temporary)
+
+
+cache_folder = cache.folder
 
 
 def compiler() -> list[str]:
     """The command of the machine's C++ compiler."""
-    return shlex.split(os.environ.get("CXX", "c++"))
+    return command_of_environment()
 
 
 @functools.cache
 def defined(*compiler: str) -> str:
     """What a compiler defines: it tells its version, and what the processor can do."""
-    return run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+    arguments = ["-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    return execute([*compiler, *arguments], PROBE_SECONDS)
 
 
 def fingerprint(command: list[str]) -> str:
     """Of all that a library depends on: compiler, processor, sources and settings."""
     sources = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.[hc]*"))]
     parts = [defined(*compiler()), *sources, *command]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return execute(command, COMPILE_SECONDS)

@@ -17,4 +17,4 @@ static void run_gradient(const float* in, const float* dout, float* din,
                      sums_in(sums), keep, patches, epsilon, first, last);
 }
 
-extern "C" const Kernel kernel = {words * dim, sums_size, run, run_gradient, add_up};
+extern "C" const Kernel kernel = {words, dim, hidden, sums_size, run, run_gradient, add_up};

@@ -7,7 +7,7 @@
 // pointers: to the weights, as weights.h has them; sums: of their gradients, `sums_size` numbers, of
 // which `add_up` takes `count` rows.
 struct Kernel {
-  int64_t patch_size;  // numbers of a patch
+  int64_t words, dim, hidden;  // of a patch, a word and the MLP
   int64_t sums_size;
   void (*run)(const float* in, float* out, const float* const* pointers, const float* keep,
               float epsilon, int64_t patches, int64_t first, int64_t last);

@@ -9,31 +9,46 @@
 namespace {
 
 enum Place {
+  CreateStatus = 0,
   CreateCustomOpDomain = 26,
   CustomOpDomain_Add = 27,
   AddCustomOpDomain = 28,
   GetTensorMutableData = 51,
+  GetTensorElementType = 60,
+  GetDimensionsCount = 61,
   GetDimensions = 62,
   GetTensorTypeAndShape = 65,
   KernelInfoGetAttribute_float = 85,
+  KernelContext_GetInputCount = 88,
+  KernelContext_GetOutputCount = 89,
   KernelContext_GetInput = 90,
   KernelContext_GetOutput = 91,
   ReleaseTensorTypeAndShapeInfo = 99,
   KernelContext_ParallelFor = 274,
 };
 
+using Status = void*;  // null where a call succeeded
+
 struct Api {
   void* functions[275];
 
-  // Most return a status, null where they succeed; none fails for what a checked graph holds.
   template <typename... Arguments>
-  void call(Place place, Arguments... arguments) const {
-    reinterpret_cast<void* (*)(Arguments...)>(functions[place])(arguments...);
+  Status call(Place place, Arguments... arguments) const {
+    return reinterpret_cast<Status (*)(Arguments...)>(functions[place])(arguments...);
+  }
+
+  Status error(const char* message) const {
+    constexpr int invalid_argument = 2;
+    return call(CreateStatus, invalid_argument, message);
   }
 };
 
+// Leaves the function with the status of what failed.
+#define TRY(...) \
+  if (Status status = (__VA_ARGS__)) return status
+
 constexpr uint32_t api_version = 17;  // the first that has KernelContext_ParallelFor
-constexpr size_t inputs = 1 + weight_count, patches_at_once = 16;
+constexpr size_t inputs = 1 + weight_count, patches_at_once = 16, words_rank = 4;
 constexpr int float32 = 1, required = 0;
 
 struct Kernel {
@@ -55,36 +70,69 @@ struct Task {
   }
 };
 
-void compute(void* data, void* context) {
+// Reads a tensor's shape, which must be of float32 and of this rank. A graph may bring any.
+Status read_shape(const Api& api, void* tensor, size_t rank, int64_t* shape) {
+  if (!tensor) return api.error("InnerTransformer misses an input.");
+  void* info = nullptr;
+  TRY(api.call(GetTensorTypeAndShape, tensor, &info));
+  int type = 0;
+  size_t found = 0;
+  Status status = api.call(GetTensorElementType, info, &type);
+  if (!status) status = api.call(GetDimensionsCount, info, &found);
+  if (!status && (type != float32 || found != rank))
+    status = api.error("InnerTransformer takes tensors of float32, words of rank 4.");
+  if (!status) status = api.call(GetDimensions, info, shape, rank);
+  api.call(ReleaseTensorTypeAndShapeInfo, info);
+  return status;
+}
+
+Status compute(void* data, void* context) {
   const Kernel& kernel = *static_cast<Kernel*>(data);
   const Api& api = *kernel.api;
+  size_t given = 0, wanted = 0;
+  TRY(api.call(KernelContext_GetInputCount, context, &given));
+  TRY(api.call(KernelContext_GetOutputCount, context, &wanted));
+  if (given != inputs || wanted != 1)
+    return api.error("InnerTransformer takes words and their weights, and has one output.");
+
   Task task;
-  void *tensor, *info;
-  for (size_t i = inputs; i-- > 0;) {  // the words last
-    api.call(KernelContext_GetInput, context, i, &tensor);
-    api.call(GetTensorMutableData, tensor, &task.in[i]);
+  void* tensor = nullptr;
+  static const auto expected = shapes_of_weights(dim, hidden, words);
+  for (size_t i = 1; i < inputs; ++i) {
+    int64_t shape[2];
+    const WeightShape& weight = expected[i - 1];
+    TRY(api.call(KernelContext_GetInput, context, i, &tensor));
+    TRY(read_shape(api, tensor, weight.rank(), shape));
+    if (!weight.is(shape, weight.rank()))
+      return api.error("A weight of InnerTransformer has another shape than it was made for.");
+    TRY(api.call(GetTensorMutableData, tensor, &task.in[i]));
   }
-  constexpr size_t rank = 4;
-  int64_t shape[rank];  // batch, patches, words, dim
-  api.call(GetTensorTypeAndShape, tensor, &info);
-  api.call(GetDimensions, info, shape, rank);
-  api.call(ReleaseTensorTypeAndShapeInfo, info);
-  api.call(KernelContext_GetOutput, context, size_t{0}, shape, rank, &tensor);
-  api.call(GetTensorMutableData, tensor, &task.out);
+  int64_t shape[words_rank];  // batch, patches, words, dim
+  TRY(api.call(KernelContext_GetInput, context, size_t{0}, &tensor));
+  TRY(read_shape(api, tensor, words_rank, shape));
+  if (shape[2] != words || shape[3] != dim)
+    return api.error("The words of InnerTransformer have another shape than it was made for.");
+  TRY(api.call(GetTensorMutableData, tensor, &task.in[0]));
+  TRY(api.call(KernelContext_GetOutput, context, size_t{0}, shape, words_rank, &tensor));
+  TRY(api.call(GetTensorMutableData, tensor, &task.out));
   task.epsilon = kernel.epsilon;
   task.patches = shape[0] * shape[1];
   const size_t parts = (task.patches + patches_at_once - 1) / patches_at_once;
-  api.call(KernelContext_ParallelFor, context, &Task::run, parts, size_t{0}, &task);
+  if (!parts) return nullptr;
+  return api.call(KernelContext_ParallelFor, context, &Task::run, parts, size_t{0}, &task);
 }
 
+Status create(const void*, const Api* api, const void* info, void** made) {
+  float epsilon = 0;
+  TRY(api->call(KernelInfoGetAttribute_float, info, "epsilon", &epsilon));
+  *made = new Kernel{api, epsilon};
+  return nullptr;
+}
+
+// What has a second version that can fail is not called by its first.
 struct Operator {
-  uint32_t version = 8;  // the fields that stand here
-  void* (*create)(const Operator*, const Api*, const void*) =
-      [](const Operator*, const Api* api, const void* info) -> void* {
-    auto kernel = new Kernel{api, 0.0f};
-    api->call(KernelInfoGetAttribute_float, info, "epsilon", &kernel->epsilon);
-    return kernel;
-  };
+  uint32_t version = 16;  // the fields that stand here
+  void* (*create_v1)(const Operator*, const Api*, const void*) = nullptr;
   const char* (*name)(const Operator*) = [](const Operator*) { return "InnerTransformer"; };
   const char* (*provider)(const Operator*) = [](const Operator*) -> const char* {
     return nullptr;  // the CPU
@@ -93,10 +141,14 @@ struct Operator {
   size_t (*input_count)(const Operator*) = [](const Operator*) { return inputs; };
   int (*output_type)(const Operator*, size_t) = [](const Operator*, size_t) { return float32; };
   size_t (*output_count)(const Operator*) = [](const Operator*) { return size_t{1}; };
-  void (*compute)(void*, void*) = ::compute;
+  void (*compute_v1)(void*, void*) = nullptr;
   void (*destroy)(void*) = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   int (*input_kind)(const Operator*, size_t) = [](const Operator*, size_t) { return required; };
   int (*output_kind)(const Operator*, size_t) = [](const Operator*, size_t) { return required; };
+  int (*memory)(const Operator*, size_t) = [](const Operator*, size_t) { return 0; };  // any
+  int (*variadic[4])(const Operator*) = {};  // for inputs and outputs of any number
+  Status (*create)(const void*, const Api*, const void*, void**) = ::create;
+  Status (*compute)(void*, void*) = ::compute;
 } inner_transformer;
 
 struct ApiBase {
@@ -110,12 +162,11 @@ extern "C" {
 const char* domain = "keras_tnt";
 }
 
-extern "C" void* RegisterCustomOps(void* options, const ApiBase* base) {
+extern "C" Status RegisterCustomOps(void* options, const ApiBase* base) {
   const Api* api = base->get(api_version);
   if (!api) return nullptr;  // too old: the operator stays unknown, which is what will be said
-  void* created;
-  api->call(CreateCustomOpDomain, domain, &created);
-  api->call(CustomOpDomain_Add, created, &inner_transformer);
-  api->call(AddCustomOpDomain, options, created);
-  return nullptr;
+  void* created = nullptr;
+  TRY(api->call(CreateCustomOpDomain, domain, &created));
+  TRY(api->call(CustomOpDomain_Add, created, &inner_transformer));
+  return api->call(AddCustomOpDomain, options, created);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <openvino/core/except.hpp>
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/frontend/onnx/extension/op.hpp>
@@ -39,7 +40,7 @@ class Numbers {
 template <typename Compute>
 bool in_float32(ov::TensorVector& outputs, const ov::TensorVector& inputs, Compute compute) {
   const std::vector<Numbers> numbers(inputs.begin(), inputs.end());
-  const float* pointers[1 + weight_count];
+  const float* pointers[2 + weight_count];
   for (size_t i = 0; i < numbers.size(); ++i) pointers[i] = numbers[i].data();
   if (outputs[0].get_element_type() == ov::element::f32) {
     compute(pointers, outputs[0].data<float>());
@@ -84,17 +85,51 @@ class Once {
 
 }  // namespace
 
+// Throws what OpenVINO reports unless a tensor of a graph, which may come from anyone, is as an
+// operation takes it.
+#define REQUIRE(condition, what) OPENVINO_ASSERT(condition, "keras_tnt's operation takes ", what, ".")
+
 // An operation, which is a class Self of its own. Its attributes are epsilon and, if it has a name, a
 // whole number. The result has the shape of the first input unless `result` says otherwise.
 template <typename Self>
 class Operation : public ov::op::Op {
  public:
   static constexpr const char* attribute = nullptr;  // the number's name
+  static constexpr size_t optional_inputs = 0;
 
-  virtual ov::PartialShape result(ov::PartialShape first) const { return first; }
+  // Of the first input's shape and those of the weights behind it.
+  virtual ov::Shape result(const std::vector<ov::Shape>& shapes) const { return shapes[0]; }
+
+  // The rank of the first input, and which shapes the weights must have.
+  virtual size_t rank() const = 0;
+  virtual std::vector<WeightShape> expected(const std::vector<ov::Shape>& shapes) const = 0;
+
+  // Requires what is not a weight's shape.
+  virtual void check(const std::vector<ov::Shape>&) const {}
 
   void validate_and_infer_types() override {
-    set_output_type(0, get_input_element_type(0), result(get_input_partial_shape(0)));
+    const size_t count = expected_count();
+    REQUIRE(get_input_size() >= count && get_input_size() <= count + Self::optional_inputs,
+            "one tensor and its weights");
+    const ov::element::Type type = get_input_element_type(0);
+    REQUIRE(type.is_dynamic() || type == ov::element::f32 || type == ov::element::bf16,
+            "tensors of float32 or bfloat16");
+    ov::PartialShape first = get_input_partial_shape(0);
+    REQUIRE(first.rank().is_static() && size_t(first.rank().get_length()) == rank(),
+            "a first tensor of another rank");
+    std::vector<ov::Shape> shapes(1, ov::Shape(rank(), 0));  // with what is known of the first
+    for (size_t axis = 0; axis < rank(); ++axis)
+      if (first[axis].is_static()) shapes[0][axis] = first[axis].get_length();
+    REQUIRE(first[rank() - 1].is_static(), "a last axis of known size");
+    for (size_t i = 1; i < count; ++i) {
+      REQUIRE(get_input_partial_shape(i).is_static(), "weights of known shapes");
+      shapes.push_back(get_input_shape(i));
+    }
+    check_weights(shapes);
+    const ov::Shape known = result(shapes);
+    for (size_t axis = 0; axis < rank(); ++axis)
+      first[axis] = first[axis].is_static() ? ov::Dimension(known[axis]) : ov::Dimension::dynamic();
+    set_output_type(0, type, first);
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -115,22 +150,55 @@ class Operation : public ov::op::Op {
   bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    outputs[0].set_shape(result(inputs[0].get_shape()).to_shape());
+    const size_t count = expected_count();
+    REQUIRE(outputs.size() == 1 && inputs.size() >= count &&
+                inputs.size() <= count + Self::optional_inputs,
+            "one tensor and its weights");
+    std::vector<ov::Shape> shapes;
+    for (const ov::Tensor& tensor : inputs) {
+      const ov::element::Type type = tensor.get_element_type();
+      REQUIRE(type == ov::element::f32 || type == ov::element::bf16,
+              "tensors of float32 or bfloat16");
+      shapes.push_back(tensor.get_shape());
+    }
+    REQUIRE(shapes[0].size() == rank(), "a first tensor of another rank");
+    check_weights(shapes);
+    check(shapes);
+    const ov::element::Type type = outputs[0].get_element_type();
+    REQUIRE(type == ov::element::f32 || type == ov::element::bf16, "a result in float32 or bfloat16");
+    const ov::Shape shape = result(shapes);
+    outputs[0].set_shape(shape);
+    if (ov::shape_size(shape) == 0) return true;
     return in_float32(outputs, inputs, [&](const float* const* pointers, float* out) {
-      compute(inputs[0].get_shape(), pointers, out);
+      compute(shapes, pointers, out);
     });
   }
 
-  // From the first input, of this shape, and the weights behind it to the result.
-  virtual void compute(const ov::Shape& shape, const float* const* pointers, float* out) const = 0;
+  // From the first input and the weights behind it, of these shapes, to the result.
+  virtual void compute(const std::vector<ov::Shape>& shapes, const float* const* pointers,
+                       float* out) const = 0;
 
  protected:
   float epsilon = 0;
   int64_t number = 0;
+
+ private:
+  static constexpr size_t expected_count() { return 1 + Self::weights; }
+
+  void check_weights(const std::vector<ov::Shape>& shapes) const {
+    for (const ov::Shape& shape : shapes) REQUIRE(!shape.empty(), "no scalars");
+    const std::vector<WeightShape> wanted = expected(shapes);
+    for (size_t i = 0; i < Self::weights; ++i)
+      REQUIRE(wanted[i].is(shapes[1 + i], shapes[1 + i].size()), "weights of other shapes");
+  }
 };
 
-// The library's operation: its opset, and its domain in an ONNX file, is DOMAIN.
+// The domain, in an ONNX file, of the operation that is added to a core next. No file can know it.
+extern "C" {
+const char* domain = "keras_tnt";
+}
+
+// The library's operation, which no file of OpenVINO's may name: its opset is DOMAIN.
 #define EXTENSION(Name)                                        \
   OPENVINO_CREATE_EXTENSIONS((std::vector<ov::Extension::Ptr>{ \
-      std::make_shared<ov::OpExtension<Name>>(),               \
-      std::make_shared<ov::frontend::onnx::OpExtension<Name>>(#Name, DOMAIN)}))
+      std::make_shared<ov::frontend::onnx::OpExtension<Name>>(#Name, domain)}))

@@ -5,6 +5,7 @@ Interfaces that a runtime may change in any release are used here alone. A relea
 """
 
 import contextlib
+import contextvars
 import ctypes
 import functools
 import hashlib
@@ -13,11 +14,10 @@ import pickle
 import platform
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from keras_tnt import native
-from keras_tnt.files import write_atomically
-from keras_tnt.native import processor
+from keras_tnt.native import cache, processor
 
 # The releases with which the tests of this package passed.
 SEEN = {
@@ -91,10 +91,13 @@ def _operator(backend, sizes):
 def runs_here(backend: str, x, training: bool) -> bool:
     """Whether what a backend is about to compute, or to compile, is for a CPU of this process.
 
+    A program that may leave the process, to a file or another machine, must not call what is in
+    C++: it would run nowhere else.
+
     Args:
         backend: of Keras.
         x: the tensor, which may be one of a program that is being made.
-        training: whether it is for training; such programs are not made to leave the process.
+        training: whether it is for training.
 
     Returns:
         False also where it cannot be told, and where the backend takes no operator of ours.
@@ -114,28 +117,76 @@ def _jax_runs_here(x, training):
     return jax.default_backend() == "cpu"
 
 
+_stays_here = contextvars.ContextVar("stays_here", default=False)
+
+
+@contextlib.contextmanager
+def local_program() -> Iterator[None]:
+    """Within the context, what TensorFlow traces is a program that nobody saves.
+
+    TensorFlow does not say whether a `tf.function` will be saved, with `training=True` or without,
+    compiled by XLA or not. So C++ is part of those that are known to stay in this process: those of
+    Keras's `fit`, `evaluate` and `predict`, and what is traced within this context.
+    """
+    token = _stays_here.set(True)
+    try:
+        yield
+    finally:
+        _stays_here.reset(token)
+
+
 def _tensorflow_runs_here(x, training):
     import tensorflow as tf
     from tensorflow.python.ops import control_flow_util
 
     if any(device.device_type != "CPU" for device in tf.config.list_logical_devices()):
         return False
-    if training or tf.executing_eagerly():
+    if tf.executing_eagerly():
         return True
-    # A graph that XLA does not compile may be one that is to be saved.
     graph = tf.compat.v1.get_default_graph()
-    return control_flow_util.GraphOrParentsInXlaContext(graph)
+    if not (_stays_here.get() or _is_of_keras(graph)):
+        return False
+    return training or control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
+# Where Keras defines the functions that `fit`, `evaluate` and `predict` run, which it leaves out of
+# what it saves.
+KERAS_TRAINER = "keras.src.backend.tensorflow.trainer"
+KERAS_FUNCTIONS = {
+    "one_step_on_data",
+    "one_step_on_data_distributed",
+    "multi_step_on_data",
+    "multi_step_on_iterator",
+}
+BRANCHES = {"CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph"}
+
+
+def _is_of_keras(graph):
+    """Whether a graph, but for its branches and loops, is one of Keras's trainer."""
+    while type(graph).__name__ in BRANCHES:
+        graph = graph.outer_graph
+    if graph.name not in KERAS_FUNCTIONS:
+        return False
+    # A replica of a mirrored step is traced in a thread, which has no frame of Keras's.
+    if type(threading.current_thread()).__name__ == "_MirroredReplicaThread":
+        return True
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != KERAS_TRAINER:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _torch_runs_here(x, training):
     import torch
     from torch.autograd import forward_ad
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return (
         x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()
+        and (torch.compiler.is_compiling() or get_proxy_mode() is None)
         and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
@@ -210,6 +261,8 @@ def inductor_program(
     """
     if not is_seen("torch"):
         return export()[0]
+    if os.environ.get("CXX"):
+        native.defined(*native.compiler())  # Inductor would wait for one that does not answer
     from keras_tnt.native import torch_program
 
     return torch_program.make(model, network, image_shape, precision, export)
@@ -239,14 +292,12 @@ def jax_program(function: Callable, *args) -> Callable:
     name = hashlib.sha256("\0".join([lowered.as_text(), *settings]).encode()).hexdigest()[:32]
     path = os.path.join(native.cache_folder(), f"jax-{name}.bin")
     with contextlib.suppress(Exception):  # there is none, it is damaged, or not taken any more
-        with open(path, "rb") as file:
-            checksum, data = file.read(32), file.read()
-        if hashlib.sha256(data).digest() == checksum:
+        data = cache.read(path)
+        if data is not None:
             return serialize_executable.deserialize_and_load(*pickle.loads(data))
     compiled = lowered.compile()
     with contextlib.suppress(Exception):  # no place for it, or a program that cannot be kept
-        data = pickle.dumps(serialize_executable.serialize(compiled))
-        write_atomically(path, hashlib.sha256(data).digest() + data)
+        cache.write(path, pickle.dumps(serialize_executable.serialize(compiled)))
     return compiled
 
 
@@ -294,12 +345,14 @@ def extend_openvino(core, sizes: native.Sizes, domain: str) -> bool:
             libraries = os.path.join(folder, "libs")
             needed = ("libopenvino.so", "libopenvino_onnx_frontend.so", "libtbb.so")
             named = [name for name in sorted(os.listdir(libraries)) if name.startswith(needed)]
-            settings = ["-isystem", os.path.join(folder, "include"), f'-DDOMAIN="{domain}"']
+            settings = ["-isystem", os.path.join(folder, "include"), f'-DDOMAIN="{sizes.name()}"']
             settings += [f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
             settings += [f"-l:{name}" for name in named]
             inner = sizes if sizes.part == "inner" else None
             library = native.library(f"openvino_{sizes.part}.cpp", inner, *settings)
             if library is not None:
+                name = domain.encode()  # which has to live while it is added
+                ctypes.c_char_p.in_dll(library, "domain").value = name
                 core.add_extension(library._name)
         except Exception as error:  # of whatever kind a changed interface raises
             native.warn_slower(f"OpenVINO refused it: {error}")

@@ -46,6 +46,31 @@ def sizes_of(x, weights, heads, across_words, half):
     return native.InnerSizes(*x.shape[2:], heads, hidden, across_words, half)
 
 
+def check(sizes, x, weights, keep, kept=(), gradient=None):
+    """Refuse tensors that the C++ does not take: a program may bring any.
+
+    Raises:
+        ValueError: if a tensor has another shape, type or device than the sizes say.
+    """
+    shape = tuple(x.shape)
+    factors = (2, *shape[: 2 if sizes.part == "inner" else 1])
+    if not sizes.takes(shape) or (
+        sizes.half and sizes.weights is native.Weights and keep is not None
+    ):
+        raise ValueError(f"`x` has a shape that `keras_tnt::compute` does not take: {shape}.")
+    pairs = [(x, shape), *zip(weights, sizes.weight_shapes(shape), strict=True)]
+    if keep is not None:
+        pairs.append((keep, factors))
+    if gradient is not None:
+        pairs += [(gradient, sizes.result(shape)), *zip(kept, sizes.kept(shape), strict=True)]
+    for tensor, wanted in pairs:
+        if tuple(tensor.shape) != wanted or tensor.dtype != torch.float32 or not tensor.is_cpu:
+            raise ValueError(
+                f"`keras_tnt::compute` takes a float32 tensor of the shape {wanted} on the CPU. "
+                f"Received: {tensor.dtype}, {tuple(tensor.shape)}, {tensor.device}."
+            )
+
+
 def numbers_of(x, sizes, epsilon):
     """What the C++ is told in numbers: sizes, epsilon, and how many threads to use."""
     return *sizes.numbers(x.shape), epsilon, torch.get_num_threads()
@@ -77,6 +102,7 @@ def run(
 ) -> list[torch.Tensor]:
     """What x becomes, and what the gradient needs beside it."""
     sizes = sizes_of(x, weights, heads, across_words, half)
+    check(sizes, x, weights, keep)
     x, weights, keep, to_weights = side_by_side(x, weights, keep)
     results = [x.new_empty(shape) for shape in (sizes.result(x.shape), *sizes.kept(x.shape))]
     library_of(sizes).forward(
@@ -100,6 +126,7 @@ def run_gradient(
     half: bool,
 ) -> list[torch.Tensor]:
     sizes = sizes_of(x, weights, heads, across_words, half)
+    check(sizes, x, weights, keep, kept, gradient)
     x, weights, keep, to_weights = side_by_side(x, weights, keep)
     gradient = gradient.contiguous()
     results = [torch.empty_like(tensor) for tensor in (x, *weights)]

@@ -27,7 +27,7 @@ from torch.fx.experimental import _config as symbols
 
 from keras_tnt import native
 from keras_tnt.files import replacing
-from keras_tnt.native import processor
+from keras_tnt.native import cache, processor
 
 # So many programs and bytes of them at once; those used longest ago make room.
 KEPT, KEPT_BYTES = 8, 4 * 2**30
@@ -169,7 +169,8 @@ def keep(program: Program, path: str) -> None:
         metadata["sha256"] = checksum(metadata, tensors)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
-        found = sorted(Path(path).parent.glob(FILES), key=os.path.getmtime, reverse=True)
+        found = filter(cache.is_regular, Path(path).parent.glob(FILES))
+        found = sorted(found, key=os.path.getmtime, reverse=True)
         sizes = itertools.accumulate(each.stat().st_size for each in found)
         for place, (each, so_far) in enumerate(zip(found, sizes, strict=True)):
             if place >= KEPT or so_far > KEPT_BYTES:
@@ -179,6 +180,8 @@ def keep(program: Program, path: str) -> None:
 def find(path: str, structure) -> Program | None:
     """The program that another process kept, if there is one and it is whole."""
     with contextlib.suppress(Exception):  # damaged, or not taken any more
+        if not cache.is_regular(path):  # a FIFO would be waited for
+            return None
         with safe_open(path, "pt") as file:
             told = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -239,8 +242,12 @@ def agrees(program: Callable, images, expected, precision: str) -> bool:
 
 
 def checksum(told: dict, tensors: dict) -> str:
-    """Of what a file holds: the source and the layouts that its metadata tell, and its tensors."""
-    digest = hashlib.sha256(f"{told['source']}\0{told['layouts']}".encode())
+    """Of what a file holds: its metadata, and its tensors with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name in ("source", "layouts", "instructions"):
+        digest.update(json.dumps([name, told[name]]).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].view(torch.uint8).numpy())
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

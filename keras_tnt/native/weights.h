@@ -1,5 +1,8 @@
 // The weights of a transformer.
 #pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 
 namespace {
@@ -31,6 +34,35 @@ template <template <typename> typename Which>
 constexpr int count_of = sizeof(Which<float>) / sizeof(float*);
 constexpr int weight_count = count_of<Weights>;
 constexpr int fc1_bias = 9, patch_bias = 3;  // their places
+
+// The shape that a weight must have: `rows` 0 is a vector of so many columns.
+struct WeightShape {
+  int64_t rows, columns;
+
+  size_t rank() const { return rows ? 2 : 1; }
+  int64_t size() const { return (rows ? rows : 1) * columns; }
+
+  // Whether these are its dimensions, `count` of them.
+  template <typename Dimensions>
+  bool is(const Dimensions& dimensions, size_t count) const {
+    if (count != rank()) return false;
+    return int64_t(dimensions[count - 1]) == columns && (!rows || int64_t(dimensions[0]) == rows);
+  }
+};
+
+// Of a transformer among `words`, or among tokens if they are 0.
+inline std::array<WeightShape, weight_count> shapes_of_weights(int64_t dim, int64_t hidden,
+                                                               int64_t words) {
+  const WeightShape norm = words ? WeightShape{dim, words} : WeightShape{0, dim};
+  return {{norm, norm, {dim, 3 * dim}, {0, 3 * dim}, {dim, dim}, {0, dim},
+           norm, norm, {dim, hidden}, {0, hidden}, {hidden, dim}, {0, dim}}};
+}
+
+// Of what words become patches by.
+inline std::array<WeightShape, count_of<PatchWeights>> shapes_of_patch_weights(int64_t inputs,
+                                                                               int64_t dim) {
+  return {{{0, inputs}, {0, inputs}, {inputs, dim}, {0, dim}, {0, dim}, {0, dim}}};
+}
 
 template <template <typename> typename Which = Weights, typename Number>
 inline Which<Number> as_weights(Number* const* pointers) {

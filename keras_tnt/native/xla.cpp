@@ -4,6 +4,7 @@
 // what is to be propagated back, and what the forward pass kept, stand in front. Those of the inner
 // transformer are kernels of one size each, which the attribute `kernel` names.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <map>
 #include <memory>
@@ -57,54 +58,96 @@ static void share(ffi::ThreadPool pool, int64_t parts, Part part) {
   while (work->done.load() < parts) std::this_thread::yield();
 }
 
-// Fills in pointers to the weights. Returns `keep`: null where every branch is computed.
-template <int count>
-static const float* read_weights(ffi::RemainingArgs rest, const float* (&weights)[count]) {
-  for (int i = 0; i < count; ++i) weights[i] = rest.get<Numbers>(i)->typed_data();
-  return rest.size() > count ? rest.get<Numbers>(count)->typed_data() : nullptr;
+// Programs come from other processes, too, and hold whatever shapes: each is compared before a pointer
+// is used.
+static ffi::Error refuse(const std::string& what) {
+  return ffi::Error::InvalidArgument("keras_tnt's custom call was given " + what + ".");
 }
 
-// Where the gradients of the weights go.
-template <int count>
-struct Pointers {
-  float* at[count];
+// Leaves the function with the error of what failed.
+#define TRY(...) \
+  if (ffi::Error error = (__VA_ARGS__); error.failure()) return error
 
-  explicit Pointers(ffi::RemainingRets gradients) {
-    for (int i = 0; i < count; ++i) at[i] = (*gradients.get<Numbers>(i))->typed_data();
+#define REFUSE_UNLESS(condition, what) \
+  if (!(condition)) return refuse(what)
+
+// Fills in pointers to the weights, and `keep`: null where every branch is computed.
+template <size_t count>
+static ffi::Error read_weights(ffi::RemainingArgs rest,
+                               const std::array<WeightShape, count>& shapes, size_t keep_size,
+                               const float* (&weights)[count], const float*& keep) {
+  REFUSE_UNLESS(rest.size() == count || (keep_size && rest.size() == count + 1),
+                "another number of weights");
+  for (size_t i = 0; i < count; ++i) {
+    const auto weight = rest.get<Numbers>(i);
+    if (!weight.has_value()) return weight.error();
+    const auto dimensions = weight->dimensions();
+    REFUSE_UNLESS(shapes[i].is(dimensions, dimensions.size()), "a weight of another shape");
+    weights[i] = weight->typed_data();
   }
-};
+  keep = nullptr;
+  if (rest.size() == count) return ffi::Error::Success();
+  const auto factors = rest.get<Numbers>(count);
+  if (!factors.has_value()) return factors.error();
+  REFUSE_UNLESS(factors->element_count() == keep_size, "other factors of its branches");
+  keep = factors->typed_data();
+  return ffi::Error::Success();
+}
+
+// Fills in pointers to where the gradients of the weights go.
+template <size_t count>
+static ffi::Error read_gradients(ffi::RemainingRets rest,
+                                 const std::array<WeightShape, count>& shapes,
+                                 float* (&gradients)[count]) {
+  REFUSE_UNLESS(rest.size() == count, "another number of gradients");
+  for (size_t i = 0; i < count; ++i) {
+    const auto found = rest.get<Numbers>(i);
+    if (!found.has_value()) return found.error();
+    ffi::Result<Numbers> gradient = *found;
+    REFUSE_UNLESS(int64_t(gradient->element_count()) == shapes[i].size(),
+                  "a gradient of another size");
+    gradients[i] = gradient->typed_data();
+  }
+  return ffi::Error::Success();
+}
+
+static bool same_size(Numbers a, Numbers b) { return a.element_count() == b.element_count(); }
 
 // === The inner transformer ===
 
 // What both calls are given, but for the words.
 struct Call {
   const Kernel* kernel;
+  std::array<WeightShape, weight_count> shapes;
   const float* weights[weight_count];
   const float* keep;
   int64_t patches;
-};
 
-static ffi::ErrorOr<Call> read(std::string_view name, Numbers in, ffi::RemainingArgs rest) {
-  Call call;
-  {
-    std::lock_guard<std::mutex> lock(guard);
-    const auto found = kernels.find(name);
-    if (found == kernels.end())
-      return ffi::Unexpected(ffi::Error::InvalidArgument(
-          "No inner transformer of these sizes was loaded: " + std::string(name)));
-    call.kernel = found->second;
+  ffi::Error read(std::string_view name, Numbers in, ffi::RemainingArgs rest) {
+    {
+      std::lock_guard<std::mutex> lock(guard);
+      const auto found = kernels.find(name);
+      if (found == kernels.end())
+        return ffi::Error::InvalidArgument("No inner transformer of these sizes was loaded: " +
+                                           std::string(name));
+      kernel = found->second;
+    }
+    const auto dimensions = in.dimensions();
+    REFUSE_UNLESS(dimensions.size() >= 2 && dimensions.back() == kernel->dim &&
+                      dimensions[dimensions.size() - 2] == kernel->words,
+                  "words of another shape");
+    patches = in.element_count() / (kernel->words * kernel->dim);
+    shapes = shapes_of_weights(kernel->dim, kernel->hidden, kernel->words);
+    return read_weights(rest, shapes, 2 * patches, weights, keep);
   }
-  call.keep = read_weights(rest, call.weights);
-  call.patches = in.element_count() / call.kernel->patch_size;
-  return call;
-}
+};
 
 static ffi::Error run(ffi::ThreadPool pool, std::string_view name, float epsilon, Numbers in,
                       ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
   constexpr int64_t at_once = 16;
-  const ffi::ErrorOr<Call> found = read(name, in, rest);
-  if (!found.has_value()) return found.error();
-  const Call& call = *found;
+  Call call;
+  TRY(call.read(name, in, rest));
+  REFUSE_UNLESS(same_size(in, *out), "a result of another size");
   share(pool, (call.patches + at_once - 1) / at_once, [&](int64_t i) {
     call.kernel->run(in.typed_data(), out->typed_data(), call.weights, call.keep, epsilon,
                      call.patches, i * at_once, std::min((i + 1) * at_once, call.patches));
@@ -117,9 +160,11 @@ static ffi::Error run(ffi::ThreadPool pool, std::string_view name, float epsilon
 static ffi::Error run_gradient(ffi::ThreadPool pool, std::string_view name, float epsilon,
                                Numbers dout, Numbers in, ffi::RemainingArgs rest,
                                ffi::Result<Numbers> din, ffi::RemainingRets gradients) {
-  const ffi::ErrorOr<Call> found = read(name, in, rest);
-  if (!found.has_value()) return found.error();
-  const Call& call = *found;
+  Call call;
+  TRY(call.read(name, in, rest));
+  REFUSE_UNLESS(same_size(in, dout) && same_size(in, *din), "gradients of another size");
+  float* to[weight_count];
+  TRY(read_gradients(gradients, call.shapes, to));
   const int64_t size = call.kernel->sums_size;
   const int64_t rows = std::clamp<int64_t>(call.patches, 1, 64);
   Space space;
@@ -129,8 +174,7 @@ static ffi::Error run_gradient(ffi::ThreadPool pool, std::string_view name, floa
                               call.keep, sums + i * size, epsilon, call.patches,
                               call.patches * i / rows, call.patches * (i + 1) / rows);
   });
-  const Pointers<weight_count> to(gradients);
-  call.kernel->add_up(sums, rows, to.at);
+  call.kernel->add_up(sums, rows, to);
   return ffi::Error::Success();
 }
 
@@ -142,22 +186,33 @@ static void share_with(void* pool, int64_t parts, void (*part)(void*, int64_t), 
 
 struct OuterCall {
   outer::Sizes sizes;
+  std::array<WeightShape, weight_count> shapes;
   Weights<> weights;
   const float* keep;
 
-  OuterCall(int64_t heads, float epsilon, Numbers in, ffi::RemainingArgs rest) {
-    const float* pointers[weight_count];
-    keep = read_weights(rest, pointers);
-    weights = as_weights(pointers);
+  ffi::Error read(int64_t heads, float epsilon, Numbers in, ffi::RemainingArgs rest) {
     const auto shape = in.dimensions();
-    const int64_t hidden = rest.get<Numbers>(fc1_bias)->element_count();
-    sizes = {shape[0], shape[1], shape[2], heads, hidden, epsilon};
+    REFUSE_UNLESS(shape.size() == 3 && heads > 0 && shape[2] > 0 && shape[2] % heads == 0,
+                  "tokens of another shape");
+    REFUSE_UNLESS(rest.size() > fc1_bias, "another number of weights");
+    const auto bias = rest.get<Numbers>(fc1_bias);
+    if (!bias.has_value()) return bias.error();
+    sizes = {shape[0], shape[1], shape[2], heads, int64_t(bias->element_count()), epsilon};
+    shapes = shapes_of_weights(sizes.dim, sizes.hidden, 0);
+    const float* pointers[weight_count];
+    TRY(read_weights(rest, shapes, 2 * sizes.images, pointers, keep));
+    weights = as_weights(pointers);
+    return ffi::Error::Success();
+  }
+
+  bool has_kept(Numbers kept) const {
+    return int64_t(kept.element_count()) == sizes.rows() * (5 * sizes.dim + sizes.hidden);
   }
 };
 
 // What making a program took, hundreds of MiB, is given back before its first step takes as much. A
 // program is known by the shape of its tokens.
-static void give_back_before_first_step(Numbers tokens) {
+static void give_back_before_first_step([[maybe_unused]] Numbers tokens) {
 #ifdef __GLIBC__
   static auto& seen = *new std::set<std::vector<int64_t>>;
   std::lock_guard<std::mutex> lock(guard);
@@ -169,7 +224,9 @@ static void give_back_before_first_step(Numbers tokens) {
 static ffi::Error run_outer(ffi::ThreadPool pool, int64_t heads, float epsilon, Numbers in,
                             ffi::RemainingArgs rest, ffi::Result<Numbers> out,
                             ffi::Result<Numbers> kept) {
-  const OuterCall call(heads, epsilon, in, rest);
+  OuterCall call;
+  TRY(call.read(heads, epsilon, in, rest));
+  REFUSE_UNLESS(same_size(in, *out) && call.has_kept(*kept), "results of another size");
   give_back_before_first_step(in);
   outer::transform(call.sizes, {share_with, &pool}, in.typed_data(), call.weights, call.keep,
                    out->typed_data(), outer::Kept(kept->typed_data(), call.sizes));
@@ -180,19 +237,26 @@ static ffi::Error run_outer_gradient(ffi::ThreadPool pool, int64_t heads, float 
                                      Numbers dout, Numbers kept, Numbers in,
                                      ffi::RemainingArgs rest, ffi::Result<Numbers> din,
                                      ffi::RemainingRets gradients) {
-  const OuterCall call(heads, epsilon, in, rest);
-  const Pointers<weight_count> to(gradients);
+  OuterCall call;
+  TRY(call.read(heads, epsilon, in, rest));
+  REFUSE_UNLESS(same_size(in, dout) && same_size(in, *din) && call.has_kept(kept),
+                "gradients of another size");
+  float* to[weight_count];
+  TRY(read_gradients(gradients, call.shapes, to));
   const float* from = kept.typed_data();
   outer::transform_gradient(call.sizes, {share_with, &pool}, in.typed_data(), dout.typed_data(),
                             call.weights, call.keep, outer::Kept(from, call.sizes),
-                            din->typed_data(), as_weights(to.at));
+                            din->typed_data(), as_weights(to));
   return ffi::Error::Success();
 }
 
 #ifdef __AVX512BF16__
 static ffi::Error run_outer_half(ffi::ThreadPool pool, int64_t heads, float epsilon, Numbers in,
                                  ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
-  const OuterCall call(heads, epsilon, in, rest);
+  OuterCall call;
+  TRY(call.read(heads, epsilon, in, rest));
+  REFUSE_UNLESS(same_size(in, *out), "a result of another size");
+  REFUSE_UNLESS(call.sizes.head_dim() % 2 == 0 && call.sizes.hidden % 2 == 0, "an odd size");
   const outer::Parallel parallel = {share_with, &pool};
   const outer::HalfKernels kernels(call.sizes.dim, call.sizes.hidden, call.weights, parallel);
   outer::transform(call.sizes, parallel, pool.num_threads(), in.typed_data(), call.weights, kernels,
@@ -204,22 +268,36 @@ static ffi::Error run_outer_half(ffi::ThreadPool pool, int64_t heads, float epsi
 // === From words to patches ===
 
 struct PatchesCall {
+  static constexpr size_t count = count_of<PatchWeights>;
   patches::Sizes sizes;
+  std::array<WeightShape, count> shapes;
   PatchWeights<> weights;
 
-  PatchesCall(float epsilon, Numbers in, ffi::RemainingArgs rest) {
-    const float* pointers[count_of<PatchWeights>];
-    read_weights(rest, pointers);
-    weights = as_weights<PatchWeights>(pointers);
+  ffi::Error read(float epsilon, Numbers in, ffi::RemainingArgs rest) {
     const auto shape = in.dimensions();
-    sizes = {shape[0], shape[1], shape[2], rest.get<Numbers>(patch_bias)->element_count(), epsilon};
+    REFUSE_UNLESS(shape.size() == 3, "words of another shape");
+    REFUSE_UNLESS(rest.size() > patch_bias, "another number of weights");
+    const auto bias = rest.get<Numbers>(patch_bias);
+    if (!bias.has_value()) return bias.error();
+    sizes = {shape[0], shape[1], shape[2], int64_t(bias->element_count()), epsilon};
+    shapes = shapes_of_patch_weights(sizes.inputs, sizes.dim);
+    const float *pointers[count], *keep;
+    TRY(read_weights(rest, shapes, 0, pointers, keep));
+    weights = as_weights<PatchWeights>(pointers);
+    return ffi::Error::Success();
+  }
+
+  bool has_patches(Numbers patches) const {
+    return int64_t(patches.element_count()) == sizes.images * sizes.tokens * sizes.dim;
   }
 };
 
 static ffi::Error run_patches(ffi::ThreadPool pool, float epsilon, Numbers in,
                               ffi::RemainingArgs rest, ffi::Result<Numbers> out,
                               ffi::Result<Numbers> kept) {
-  const PatchesCall call(epsilon, in, rest);
+  PatchesCall call;
+  TRY(call.read(epsilon, in, rest));
+  REFUSE_UNLESS(call.has_patches(*out) && call.has_patches(*kept), "results of another size");
   patches::project(call.sizes, {share_with, &pool}, in.typed_data(), call.weights,
                    out->typed_data(), kept->typed_data());
   return ffi::Error::Success();
@@ -228,18 +306,25 @@ static ffi::Error run_patches(ffi::ThreadPool pool, float epsilon, Numbers in,
 static ffi::Error run_patches_gradient(ffi::ThreadPool pool, float epsilon, Numbers dout,
                                        Numbers kept, Numbers in, ffi::RemainingArgs rest,
                                        ffi::Result<Numbers> din, ffi::RemainingRets gradients) {
-  const PatchesCall call(epsilon, in, rest);
-  const Pointers<count_of<PatchWeights>> to(gradients);
+  PatchesCall call;
+  TRY(call.read(epsilon, in, rest));
+  REFUSE_UNLESS(call.has_patches(dout) && call.has_patches(kept) && same_size(in, *din),
+                "gradients of another size");
+  float* to[PatchesCall::count];
+  TRY(read_gradients(gradients, call.shapes, to));
   patches::project_gradient(call.sizes, {share_with, &pool}, in.typed_data(), dout.typed_data(),
                             call.weights, kept.typed_data(), din->typed_data(),
-                            as_weights<PatchWeights>(to.at));
+                            as_weights<PatchWeights>(to));
   return ffi::Error::Success();
 }
 
 #ifdef __AVX512BF16__
 static ffi::Error run_patches_half(ffi::ThreadPool pool, float epsilon, Numbers in,
                                    ffi::RemainingArgs rest, ffi::Result<Numbers> out) {
-  const PatchesCall call(epsilon, in, rest);
+  PatchesCall call;
+  TRY(call.read(epsilon, in, rest));
+  REFUSE_UNLESS(call.has_patches(*out), "a result of another size");
+  REFUSE_UNLESS(call.sizes.inputs % 2 == 0, "an odd size");
   const outer::Parallel parallel = {share_with, &pool};
   const patches::HalfKernel kernel(call.sizes.inputs, call.sizes.dim, call.weights, parallel);
   patches::project(call.sizes, parallel, pool.num_threads(), in.typed_data(), call.weights, kernel,

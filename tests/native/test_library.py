@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_tnt import native
-from keras_tnt.native import coefficients
+from keras_tnt.native import cache, coefficients, toolchain
 
 pytestmark = pytest.mark.one_backend
 
@@ -102,6 +102,176 @@ def test_two_processes_compile_at_once(caches):
     started = [subprocess.Popen(command, env=environment) for _ in range(2)]
     assert [process.wait(120) for process in started] == [0, 0]
     assert len(os.listdir(caches)) == 1
+
+
+# === Damaged entries ===
+
+
+def cut(path):
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+
+
+def flip(path):
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 3)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def replaced(make):
+    def change(path):
+        os.unlink(path)
+        make(path)
+
+    return change
+
+
+def sealed_nonsense(path):
+    """A whole entry that is no library."""
+    os.unlink(path)
+    cache.write(path, b"no library")
+
+
+DAMAGE = {
+    "cut short": cut,
+    "of a page": lambda path: os.truncate(path, 4096),
+    "empty": lambda path: os.truncate(path, 0),
+    "without its checksum": lambda path: os.truncate(path, os.path.getsize(path) - 10),
+    "a bit flipped": flip,
+    "no library": sealed_nonsense,
+    "a FIFO": replaced(os.mkfifo),
+    "a link to nothing": replaced(lambda path: os.symlink("/nowhere", path)),
+    "a link to itself": replaced(lambda path: os.symlink(path, path)),
+    "a folder": replaced(os.mkdir),
+}
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, caches):
+    """A library in the cache that is compiled fast, and a function that loads it."""
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int number() { return 7; }')
+
+    def load():
+        return native.library(source, None).number()
+
+    # Compiled as by another process: one that is loaded must not be damaged.
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "CDLL", lambda path: path)
+        native.library(source, None)
+    (name,) = os.listdir(caches)
+    return str(caches / name), load
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_library_is_compiled_anew(damage, small, compiled):
+    path, load = small
+    DAMAGE[damage](path)
+    assert load() == 7 and len(compiled) == 1
+    if damage != "a folder":  # which nothing replaces: each process compiles
+        assert cache.read(path) is not None
+        assert load() == 7 and len(compiled) == 1
+
+
+def test_a_link_in_the_cache_is_not_written_through(small, tmp_path):
+    path, load = small
+    target = tmp_path / "mine"
+    target.write_text("mine")
+    os.unlink(path)
+    os.symlink(target, path)
+    assert load() == 7
+    assert target.read_text() == "mine" and not os.path.islink(path)
+
+
+@pytest.mark.parametrize("kind", ["unreadable", "fifo", "link to itself"])
+def test_without_a_usable_cache_directory_a_library_is_compiled(kind, small, caches):
+    path, load = small
+    os.unlink(path)
+    if kind == "unreadable":
+        caches.chmod(0)
+        if os.access(caches, os.R_OK):
+            pytest.skip("this user reads everything")
+    else:
+        caches.rmdir()
+        os.mkfifo(caches) if kind == "fifo" else os.symlink(caches, caches)
+    try:
+        assert load() == 7
+    finally:
+        if kind == "unreadable":
+            caches.chmod(0o755)
+
+
+@pytest.mark.parametrize("length", [0, 1, cache.SEAL_BYTES - 1, 1000])
+def test_an_entry_is_read_whole_or_not_at_all(length, tmp_path):
+    path, content = tmp_path / "entry", os.urandom(1000)
+    cache.write(path, content)
+    assert cache.read(path) == content
+    os.truncate(path, length)
+    assert cache.read(path) is None
+    assert cache.read(tmp_path) is None and cache.read(tmp_path / "none") is None
+
+
+# === Compilers ===
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Makes CXX a program of these lines."""
+
+    def make(*lines, mode=0o755):
+        path = tmp_path / "my compiler"
+        path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+        path.chmod(mode)
+        monkeypatch.setenv("CXX", f"'{path}'")
+        return path
+
+    return make
+
+
+def refused(match):
+    """Two libraries are refused with one warning."""
+    with pytest.warns(UserWarning, match=match) as warned:
+        for dim in (2, 4):
+            assert native.library("torch_inner.cpp", SIZES._replace(dim=dim)) is None
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("value", ["g++ 'x", 'c++ "', "g++ \\"])
+def test_a_compiler_with_unbalanced_quotes_is_named(value, monkeypatch):
+    monkeypatch.setenv("CXX", value)
+    refused(r"(?s)CXX is not a command: No .*Received: CXX=.*such as CXX=g\+\+")
+
+
+def test_no_compiler_named_is_the_usual_one(monkeypatch):
+    monkeypatch.setenv("CXX", "  ")
+    assert native.compiler() == ["c++"]
+
+
+def test_a_compiler_may_print_any_bytes(script):
+    script(r"printf '\377\376 no license \200' >&2; exit 3")
+    refused("ended with 3.*no license")
+    script(r"printf '\377\376'", 'exec c++ "$@"')
+    assert native.library("torch_inner.cpp", SIZES).forward
+
+
+def test_a_compiler_that_hangs_is_stopped_once(script, monkeypatch):
+    path = script("sleep 1000 & wait")
+    monkeypatch.setattr(native, "PROBE_SECONDS", 0.2)
+    refused("did not end within 0.2 seconds and was stopped")
+    assert str(path) in toolchain._stopped
+
+
+def test_a_compiler_that_asks_gets_no_answer(script):
+    script("read line && exit 0; exit 5")
+    refused("ended with 5")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root starts everything")
+def test_a_compiler_that_may_not_be_started_is_named(script):
+    script("exit 0", mode=0o644)
+    refused("could not be started: .*Permission denied")
 
 
 def test_gelu_is_exact_to_the_ends_of_its_tails(tmp_path):

@@ -1,0 +1,74 @@
+"""Entries of the cache directory: regular files that end in a checksum of what stands before it.
+
+An entry that was cut short, changed on disk, or replaced by something that is no file counts as
+absent, and is written anew. A library is mapped into memory, where a file that is too short ends
+the process: so it is read whole and compared first.
+"""
+
+import hashlib
+import os
+import stat
+
+from keras_tnt.files import replacing
+
+MARK = b"\nkeras_tnt sha256"
+SEAL_BYTES = len(MARK) + hashlib.sha256().digest_size
+
+
+def folder() -> str:
+    """Returns the directory `keras_tnt` of the user's caches (XDG_CACHE_HOME)."""
+    caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
+    return os.path.join(caches, "keras_tnt")
+
+
+def is_regular(path: str | os.PathLike) -> bool:
+    """Returns whether a path is a regular file itself: no link, directory, FIFO or device."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_regular(path: str | os.PathLike) -> bytes:
+    """Returns the bytes of a regular file, without waiting for a FIFO or following a link.
+
+    Raises:
+        OSError: if it is anything else, or cannot be read.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC if hasattr(os, "O_CLOEXEC") else os.O_RDONLY
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    with open(os.open(path, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"'{os.fspath(path)}' is not a regular file.")
+        return file.read()
+
+
+def seal(path: str | os.PathLike) -> None:
+    """Appends the checksum to a file; loaders of libraries ignore what stands behind the end."""
+    with open(path, "r+b") as file:
+        file.write(MARK + hashlib.sha256(file.read()).digest())
+
+
+def read(path: str | os.PathLike) -> bytes | None:
+    """Returns the content of an entry; `None` if there is none, or it is damaged."""
+    try:
+        data = read_regular(path)
+    except (OSError, ValueError):
+        return None
+    content, mark = data[:-SEAL_BYTES], data[-SEAL_BYTES:]
+    if mark != MARK + hashlib.sha256(content).digest():
+        return None
+    return content
+
+
+def write(path: str | os.PathLike, content: bytes) -> None:
+    """Writes an entry, atomically.
+
+    Raises:
+        OSError: if there is no place for it.
+    """
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        seal(temporary)
