@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import keras_tnt
 from keras_tnt.files import write_atomically
-from training import configuration
+from training import configuration, regular
 
 CONFIG = "config.json"
 # What decides how a model is built.
@@ -94,15 +94,17 @@ def read_config(workdir):
         ValueError: if the file is damaged.
     """
     path = Path(workdir) / CONFIG
-    if not path.exists():
-        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        if not regular.exists(path):
+            return None
+        record = json.loads(regular.read_regular(path).decode("utf-8"))
         if isinstance(record, dict) and isinstance(record.get("config"), dict):
             return record
         reason = "it holds no configuration"
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         reason = error
+    except OSError as error:
+        reason = error.strerror or error
     raise ValueError(f"{path} is damaged ({reason}): mend it, or give another --workdir")
 
 
