@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -31,7 +32,7 @@ from training import (
 )
 from training.checkpoint import Checkpoints, NoneReadable, read
 from training.find_rate import find_learning_rate
-from training.watchdog import Watchdog
+from training.watchdog import Watchdog, starting
 
 PICTURES = 16  # of the first training images in TensorBoard
 EVALUATION_LOOK = 20  # batches of an evaluation between which workers ask each other for signals
@@ -97,7 +98,8 @@ def train(config):
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    strategy = strategies.make(config)
+    with starting(60 * config.stall_minutes):
+        strategy = strategies.make(config)
     share = data.WorkerShare(*strategies.worker(strategy), strategy.num_replicas_in_sync)
     check_batch(config, strategy)
     try:
@@ -521,10 +523,14 @@ class Run:
         return bool(limit) and self.notes.get("evaluations_since_best", 0) >= limit
 
     def evaluate_once(self, evaluation_batches):
+        done = itertools.count()
+
+        def step(batch):
+            self.before_evaluation(next(done))
+            return self.evaluation_step(batch)
+
         with self.watchdog.during("evaluation"), self.corrupt[1].reading():
-            results = step_functions.evaluate(
-                self.strategy, self.evaluation_step, evaluation_batches(), self.before_evaluation
-            )
+            results = step_functions.evaluate(self.strategy, step, evaluation_batches())
         self.check_images()
         return results
 

@@ -248,23 +248,19 @@ def judge_several_labels(logits, labels):
     return -tf.reduce_logsumexp(right_ones, axis=-1), right[:, 0], tf.reduce_max(right, axis=-1)
 
 
-def evaluate(strategy, evaluation_step, dataset, before_batch=None):
+def evaluate(strategy, evaluation_step, dataset):
     """Means over a data set.
 
     Args:
         strategy: a `tf.distribute.Strategy`.
         evaluation_step: of `make_evaluation_step`.
         dataset: a `tf.data.Dataset` of batches for one replica each.
-        before_batch: function of the number of batches that are done, called before each of them.
 
     Returns:
         A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`.
     """
     sums = np.zeros(4)
-    batches = strategy.distribute_datasets_from_function(lambda context: dataset)
-    for done, batch in enumerate(batches):
-        if before_batch:
-            before_batch(done)
+    for batch in strategy.distribute_datasets_from_function(lambda context: dataset):
         sums += evaluation_step(batch).numpy()
     loss, top1, top5, images = sums
     counted = max(images, 1.0)

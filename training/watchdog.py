@@ -24,6 +24,7 @@ SERVICE_WAIT = 10.0  # seconds without images after which the data service is as
 SERVICE_DEAD = 15.0  # seconds for which it has to be silent
 SAVE_SECONDS = 30.0  # for a last checkpoint
 PHASES = {
+    "start": "it waited for the other workers",
     "input": "it waited for images",
     "update": "it was in an update",
     "evaluation": "it was in an evaluation",
@@ -57,7 +58,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def during(self, phase):
-        """Marks what the main thread does: "input", "update" or "evaluation"."""
+        """Marks what the main thread does: one of `PHASES`."""
         with self._lock:  # held for good by a watchdog that ends the process
             self.phase, self.since = phase, time.monotonic()
         try:
@@ -131,7 +132,8 @@ class Watchdog:
 
     def _is_overdue(self, phase, since, now):
         """Returns whether the main thread had its time to act on a signal; a second one ends it."""
-        grace = INPUT_GRACE if phase == "input" else UPDATE_GRACE + 2 * self.slowest
+        waits = phase in ("start", "input")
+        grace = INPUT_GRACE if waits else UPDATE_GRACE + 2 * self.slowest
         return len(self.signals) > 1 or now - max(self.signals[0][1], since) > grace
 
     def _ask_service(self, since, now):
@@ -177,3 +179,15 @@ class Watchdog:
         thread.start()
         thread.join(SAVE_SECONDS)
         return saved[0]
+
+
+@contextlib.contextmanager
+def starting(stall_seconds):
+    """Watches a start that waits for other processes; a signal ends it."""
+
+    def end(number):
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    with Watchdog(end, lambda between_updates: None, stall_seconds) as watchdog:
+        with watchdog.during("start"):
+            yield

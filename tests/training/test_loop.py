@@ -729,3 +729,15 @@ def test_two_workers_one_of_them_killed_reach_weights_and_report_of_one_process(
     assert result.returncode == 0, result.stderr[-2000:] + logs
     assert len(json.loads(result.stdout)["killed"]) == 1
     assert "has lost another one" in (tmp_path / "several_0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["nan", "service"])
+def test_workers_that_meet_a_fault_end_and_resume_to_the_same_bits(tmp_path, fault):
+    """KERAS_TNT_WORKERS says how many there are."""
+    number = os.environ.get("KERAS_TNT_WORKERS", "2")
+    command = [sys.executable, "-m", "tests.training.faults", str(tmp_path), number, fault]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
+    assert result.returncode == 0, result.stderr[-2000:] + logs
+    print(result.stdout)

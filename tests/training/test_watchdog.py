@@ -61,6 +61,7 @@ def end_of(process):
     ("phase", "where", "kept"),
     [
         ("input", "it waited for images", "a checkpoint of step 7 is written"),
+        ("start", "it waited for the other workers", "the last checkpoint counts"),
         ("update", "it was in an update", "the last checkpoint counts"),
         ("evaluation", "it was in an evaluation", "the last checkpoint counts"),
     ],
@@ -109,6 +110,16 @@ def test_a_main_thread_that_gets_on_is_left_alone(monkeypatch):
                 time.sleep(0.05)
                 dog.tick()
     assert told == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_ends_a_start(number, error):
+    before = signal.getsignal(number)
+    with pytest.raises(error), watchdog.starting(0):
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
 
 
 # === The service ===
