@@ -248,7 +248,8 @@ class Run:
         """
         self.corrupt = corrupt
         if self.config.find_learning_rate:
-            return find_learning_rate(self, training_batches)
+            with starting(0):
+                return find_learning_rate(self, training_batches)
         step = self.step = self.start(changes)
         self.saved_at = time.monotonic()
         report_steps = self.config.report_steps or min(100, self.steps)

@@ -24,7 +24,7 @@ SERVICE_WAIT = 10.0  # seconds without images after which the data service is as
 SERVICE_DEAD = 15.0  # seconds for which it has to be silent
 SAVE_SECONDS = 30.0  # for a last checkpoint
 PHASES = {
-    "start": "it waited for the other workers",
+    "start": "it had not begun to train",
     "input": "it waited for images",
     "update": "it was in an update",
     "evaluation": "it was in an evaluation",
@@ -85,7 +85,7 @@ class Watchdog:
             old = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
             self._restore.append(lambda: signal.set_wakeup_fd(old))
             for number in SIGNALS:
-                handler = signal.signal(number, self._handle)
+                handler = signal.signal(number, self._handle) or signal.SIG_DFL
                 self._restore.append(lambda n=number, h=handler: signal.signal(n, h))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -183,7 +183,7 @@ class Watchdog:
 
 @contextlib.contextmanager
 def starting(stall_seconds):
-    """Watches a start that waits for other processes; a signal ends it."""
+    """Watches what comes before training and may wait for other processes; a signal ends it."""
 
     def end(number):
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

@@ -61,7 +61,7 @@ def end_of(process):
     ("phase", "where", "kept"),
     [
         ("input", "it waited for images", "a checkpoint of step 7 is written"),
-        ("start", "it waited for the other workers", "the last checkpoint counts"),
+        ("start", "it had not begun to train", "the last checkpoint counts"),
         ("update", "it was in an update", "the last checkpoint counts"),
         ("evaluation", "it was in an evaluation", "the last checkpoint counts"),
     ],
