@@ -21,7 +21,7 @@ LOOK_SECONDS = 0.5
 INPUT_GRACE = 5.0  # seconds that the main thread has after a signal while it waits for images
 UPDATE_GRACE = 20.0  # the same in an update or an evaluation
 SERVICE_WAIT = 10.0  # seconds without images after which the data service is asked
-SERVICE_DEAD = 15.0  # seconds for which it has to be silent
+SERVICE_DEAD = 10.0  # seconds for which it has to be silent
 SAVE_SECONDS = 30.0  # for a last checkpoint
 PHASES = {
     "start": "it had not begun to train",
