@@ -398,6 +398,24 @@ def test_a_damaged_metrics_jsonl_is_named_with_the_line(tmp_path, line):
         checkpoint.read_metrics(path)
 
 
+def test_a_last_line_that_is_whole_and_no_report_is_damage(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\n')
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2"):
+        checkpoint.read_metrics(path)
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
+    assert checkpoint.read_metrics(path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize(("after", "left"), [(0, []), (1, [1]), (2, [2, 1]), (3, [3, 2, 1])])
+def test_the_checkpoints_behind_a_step_are_set_aside(checkpoints, after, left):
+    checkpoints.set_aside(after=after)
+    assert [checkpoint.step_of(path) for path in checkpoints.paths()] == left
+    aside = checkpoints.directory.with_name("checkpoints_set_aside_1")
+    assert len(list(aside.glob("*"))) == 3 - len(left)
+    assert (checkpoints.directory / "best.safetensors").exists()
+
+
 def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_nothing(checkpoints, monkeypatch):
     free = shutil.disk_usage("/")._replace(free=10)
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
