@@ -107,9 +107,8 @@ class Config:
     )
     steps_per_execution: int = option(
         1,
-        "updates in one call of TensorFlow, between reports and checkpoints; the results are the "
-        "same to the bit",
-        may_change=True,
+        "updates in one call of TensorFlow, between reports and checkpoints; their last bits differ "
+        "from those of single updates",
     )
     stall_minutes: float = option(
         30.0,

@@ -346,7 +346,10 @@ class Run:
     def execute(self, batches, step, count):
         """Trains on the next batches; returns a `Decision`."""
         began = time.perf_counter()
-        if count > 1:
+        # One update of several is made by the same graph, so that a resumed run, whose executions
+        # may end elsewhere, has the same bits.
+        several = self.config.steps_per_execution > 1 and step not in {0, *self.notes["skipped"]}
+        if several:
             with self.watchdog.during("update"), self.corrupt[0].reading():
                 decision = self.update_several(batches, step, count)
         else:

@@ -313,11 +313,10 @@ def test_float16_that_always_overflows_stops_and_never_ends_well(tiny, tmp_path,
 
 
 @pytest.mark.slow
-def test_several_updates_in_an_execution_and_a_stopped_evaluation_change_no_bit(
-    tiny, tmp_path, monkeypatch
-):
+def test_a_stopped_evaluation_and_other_executions_change_no_bit(tiny, tmp_path, monkeypatch):
     values = {"stochastic_depth": 0.3, "ema": 0.9, "mixup": 0.5, "checkpoint_steps": 100}
     values |= {"report_steps": 2, "evaluate_epochs": 1, "steps_per_epoch": 5}
+    values |= {"steps_per_execution": 3}
     loop.train(short(tmp_path / "one", **values))
     before, calls = loop.Run.before_evaluation, []
 
@@ -330,7 +329,7 @@ def test_several_updates_in_an_execution_and_a_stopped_evaluation_change_no_bit(
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "before_evaluation", terminated)
         with pytest.raises(loop.Stopped, match="stopped at step 5"):
-            loop.train(short(tmp_path / "three", steps_per_execution=3, **values))
+            loop.train(short(tmp_path / "three", **values))
     assert calls == [0, 1]
     executed, several = [], loop.Run.update_several
 
@@ -339,8 +338,8 @@ def test_several_updates_in_an_execution_and_a_stopped_evaluation_change_no_bit(
         return several(self, batches, step, count)
 
     monkeypatch.setattr(loop.Run, "update_several", counted)
-    loop.train(short(tmp_path / "three", steps_per_execution=3, **values))
-    assert executed == [(6, 2), (8, 2)]
+    loop.train(short(tmp_path / "three", **values))
+    assert executed == [(5, 1), (6, 2), (8, 2)]
     assert_identical(final_state(tmp_path / "one", 10), final_state(tmp_path / "three", 10))
     reports = [
         checkpoint.read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "three")

@@ -119,3 +119,61 @@ def test_a_run_on_two_devices_its_evaluation_and_its_resumed_run_have_the_same(
     evaluated = evaluate.evaluate({"strategy": "mirrored"}, run=str(tmp_path))
     assert evaluated["accuracy"] == result["accuracy"]
     assert evaluated["evaluation_loss"] == result["evaluation_loss"]
+
+
+# === Several updates in one execution ===
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_execution_makes_the_updates_of_as_many_steps_in_their_order(mirrored, count):
+    """Of a step that is sensitive to the order and the values of everything that it is given."""
+    with mirrored.scope():
+        weight = tf.Variable(1.0, aggregation=tf.VariableAggregation.MEAN)
+
+    def replica_step(batch, step, rate, stop, mixing):
+        gradient = tf.reduce_mean(batch) * weight + step + mixing[1]
+        replica = tf.distribute.get_replica_context()
+        gradient = replica.all_reduce(tf.distribute.ReduceOp.SUM, gradient)
+        weight.assign(weight * 0.37 - rate * gradient)
+        return tf.concat([[gradient], stop], 0), gradient
+
+    @tf.function(autograph=False)
+    def train_step(batch, step, rate, stop, mixing):
+        sums, norms = mirrored.run(replica_step, args=(batch, step, rate, stop, mixing))
+        sums = mirrored.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+        norm = mirrored.reduce(tf.distribute.ReduceOp.MEAN, norms, axis=None)
+        return sums[0], norm, sums[1:]
+
+    values = np.random.default_rng(1).normal(size=(12, 3)).astype("float32")
+    rates = [0.1, 0.02, 0.3, 0.04, 0.5, 0.06]
+    mixings = np.random.default_rng(2).normal(size=(6, 2)).astype("float32")
+    stop = tf.constant([1.0, 0.0])
+
+    def batches():
+        dataset = tf.data.Dataset.from_tensor_slices(values).batch(1)
+        return iter(mirrored.distribute_datasets_from_function(lambda context: dataset))
+
+    weight.assign(1.0)
+    given, expected = batches(), []
+    for i in range(6):
+        loss, norm, _ = train_step(
+            next(given), tf.constant(float(i)), tf.constant(rates[i]), stop, mixings[i]
+        )
+        expected.append((float(loss), float(norm)))
+    end, found, given = weight.numpy(), [], batches()
+    weight.assign(1.0)
+    execute = step_functions.make_execution(train_step)
+    for first in range(0, 6, count):
+        some = slice(first, first + count)
+        losses, norms, stops = execute(
+            given,
+            tf.constant(count),
+            tf.constant(first),
+            tf.constant(rates[some]),
+            stop,
+            tf.constant(mixings[some]),
+        )
+        found += zip(losses.numpy().tolist(), norms.numpy().tolist(), strict=True)
+        assert stops.numpy().tolist() == [2.0, 0.0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(weight.numpy(), end, rtol=1e-5)
