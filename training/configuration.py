@@ -107,8 +107,8 @@ class Config:
     )
     steps_per_execution: int = option(
         1,
-        "updates in one call of TensorFlow, between reports and checkpoints; their last bits differ "
-        "from those of single updates",
+        "updates in one call of TensorFlow, between reports and checkpoints; their last bits may "
+        "differ from those of single updates",
     )
     stall_minutes: float = option(
         30.0,
