@@ -31,6 +31,8 @@ TRAIN = [
     "scikit-learn>=1.5,<2",
     *PLOTS,
     "tensorboard>=2.20,<3",  # tf.summary.scalar lives in it
+    "tqdm>=4.66,<5",  # the progress bar on a terminal
+    "grpcio>=1.68,<2",  # asks a tf.data service whether it is there
 ]
 # Heads of detectors and segmenters, and what the examples with them measure and draw.
 DENSE = [

@@ -1,8 +1,10 @@
 """How the trainer's commands begin and end: flags, --help, and errors in one line."""
 
 import difflib
+import logging
 import os
 import sys
+import warnings
 
 from absl import app, flags
 
@@ -125,6 +127,13 @@ def fail(error, status):
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error))
     print(f"error: {text}", file=sys.stderr)
     return status
+
+
+def quiet_libraries():
+    """Keeps deprecation warnings of libraries, which no user can act on, from between the lines."""
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
 def refuse_arguments(arguments):

@@ -38,6 +38,8 @@ SET_BY_FLAGS = {
     "dropout": "--dropout",
     "distilled": "--distilled",
 }
+CROSS_DEVICE_OPS = ("auto", "nccl", "hierarchical_copy", "reduce_to_one")
+COMMUNICATION = ("auto", "ring", "nccl")
 
 
 def option(default, help, choices=None, may_change=False, change=""):
@@ -135,6 +137,26 @@ class Config:
         "float32", "computation; weights stay float32", PRECISIONS, change="change"
     )
     remat: bool = option(False, "recompute the blocks in the backward pass, to save memory")
+    cross_device_ops: str = option(
+        "auto", "how --strategy=mirrored sums gradients over devices", CROSS_DEVICE_OPS
+    )
+    communication: str = option(
+        "auto", "how --strategy=multi_worker sums gradients over workers", COMMUNICATION
+    )
+    tf32: bool = option(
+        True, "let float32 products use TensorFloat-32 on GPUs that have it: 10 bits of mantissa"
+    )
+    steps_per_execution: int = option(
+        1,
+        "updates in one call of TensorFlow, between reports and checkpoints; their last bits may "
+        "differ from those of single updates",
+    )
+    stall_minutes: float = option(
+        30.0,
+        "end the process, with status 1, when images, an update or a batch of an evaluation take "
+        "longer; 0: never",
+        may_change=True,
+    )
     deterministic: bool = option(True, "bit-identical results, at some speed")
     peak_tflops: float = option(
         0.0, "a device's peak, for model FLOPs utilisation; 0: look it up", may_change=True
@@ -276,6 +298,12 @@ class Config:
     max_rollbacks: int = option(
         3, "how often a run may go back after a NaN or a blow-up", may_change=True
     )
+    max_skipped_updates: int = option(
+        50,
+        "stop after this number of updates in a row that --precision=float16 skipped, because "
+        "their gradients overflowed; 0: never",
+        may_change=True,
+    )
 
     def __post_init__(self):
         for name in PATHS:
@@ -288,7 +316,10 @@ class Config:
                 raise ValueError(f"--{field.name} must not be negative: {value}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"--{field.name} must be a finite number: {value}")
-        for name in ("epochs", "batch_size", "accumulation", "repeats", "evaluate_epochs", "keep"):
+        for name in (
+            *("epochs", "batch_size", "accumulation", "repeats", "evaluate_epochs", "keep"),
+            "steps_per_execution",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1: {getattr(self, name)}")
         rates = ("stochastic_depth", "dropout", "label_smoothing", "ema", "erasing", "max_corrupt")

@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import signal
 import sys
 import time
+import typing
+import zlib
 from pathlib import Path
 
 import keras
@@ -22,6 +26,7 @@ from training import (
     optimizers,
     predictions,
     report,
+    service,
     sources,
     step_functions,
     strategies,
@@ -29,11 +34,18 @@ from training import (
 )
 from training.checkpoint import Checkpoints, NoneReadable, read
 from training.find_rate import find_learning_rate
+from training.watchdog import Watchdog, starting
 
 PICTURES = 16  # of the first training images in TensorBoard
+EVALUATION_LOOK = 20  # batches of an evaluation between which workers ask each other for signals
 # What a collective says when its other end is gone.
-LOST_WORKER = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOST_WORKER = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.InternalError,
+)
 
 
 class Stopped(Exception):
@@ -47,6 +59,22 @@ class Stopped(Exception):
     def __init__(self, step, signal):
         super().__init__(f"stopped at step {step}; the same command goes on from there")
         self.signal = signal
+
+
+class Interrupted(Exception):
+    """An evaluation that a signal ended."""
+
+
+class Decision(typing.NamedTuple):
+    """What the workers decided together in an update.
+
+    Args:
+        stop: whether one of them was told to end.
+        due: whether the chief's clock says that a checkpoint is due.
+    """
+
+    stop: bool
+    due: bool
 
 
 def train(config):
@@ -69,22 +97,31 @@ def train(config):
     workdir.check_config(config)
     for warning in configuration.warnings(config):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if config.data_service:
+        service.wait_for(config.data_service)
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    strategy = strategies.make(config)
+    with starting(60 * config.stall_minutes):
+        strategy = strategies.make(config)
     share = data.WorkerShare(*strategies.worker(strategy), strategy.num_replicas_in_sync)
     check_batch(config, strategy)
     try:
         with workdir.held(config.workdir) if share.index == 0 else contextlib.nullcontext():
             return train_held(config, strategy, share)
     except LOST_WORKER as error:
-        if share.workers == 1:
-            raise
-        raise RuntimeError(
-            f"worker {share.index} of {share.workers} has lost another one, and ends: started "
-            "again, all of them go on from the last checkpoint"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        if share.workers > 1:
+            raise RuntimeError(
+                f"worker {share.index} of {share.workers} has lost another one, and ends: started "
+                f"again, all of them go on from the last checkpoint ({reason})"
+            ) from error
+        if config.data_service:
+            raise RuntimeError(
+                f"--data_service={config.data_service} failed ({reason}): when it runs again, the "
+                "same command resumes the run"
+            ) from error
+        raise
 
 
 def train_held(config, strategy, share):
@@ -105,7 +142,9 @@ def train_held(config, strategy, share):
     size, fill = models.image_size(model), models.mean_colour(model)
     corrupt = data.UnreadableImages(training_source, config.max_corrupt)
     corrupt_held_out = data.UnreadableImages(held_out, config.max_corrupt)
-    run = Run(config, strategy, share, model, optimizer, teacher, steps, classes, names)
+    run = Run(
+        config, strategy, share, model, optimizer, teacher, steps, classes, names, held_out.size
+    )
     # What is recorded is what was asked for, 0 for the model's own crop among it.
     images = dataclasses.replace(config, crop=models.crop_share(config, model))
     return run.go(
@@ -125,10 +164,25 @@ def check_batch(config, strategy):
 
 
 class Run:
-    """A run under way: the state that the loop's parts share."""
+    """A run under way: the state that the loop's parts share.
+
+    Whatever decides what comes next (a checkpoint, a rollback, an evaluation, the end) is decided
+    at the same step by all workers: by the step's number, by values that are reduced over them, or
+    by the chief's vote.
+    """
 
     def __init__(
-        self, config, strategy, share, model, optimizer, teacher, steps, classes, label_names
+        self,
+        config,
+        strategy,
+        share,
+        model,
+        optimizer,
+        teacher,
+        steps,
+        classes,
+        label_names,
+        evaluation_images=0,
     ):
         self.config = config
         self.strategy = strategy
@@ -146,20 +200,39 @@ class Run:
         self.train_step = step_functions.make_train_step(
             strategy, model, optimizer, config, classes, teacher
         )
+        self.train_steps = step_functions.make_execution(self.train_step)
         self.evaluation_step = step_functions.make_evaluation_step(strategy, model, classes)
         # A training step costs three forward passes: one forward, two backward.
         peak = models.peak_tflops(config) * 1e12
         peak_images = peak / (3 * models.forward_flops(model)) if peak else 0.0
         self.reporter = report.Reporter(
-            config, self.total, steps, strategy.num_replicas_in_sync, self.chief, peak_images
+            config,
+            self.total,
+            steps,
+            strategy.num_replicas_in_sync,
+            self.chief,
+            peak_images,
+            evaluation_images,
         )
         self.checkpoints = Checkpoints(
-            self.workdir / "checkpoints", models.state(model) | optimizer.state(), config.keep
+            self.workdir / "checkpoints",
+            models.state(model) | optimizer.state(),
+            config.keep,
+            background=True,
         )
         # "healthy" is the last step whose loss was: the weights that it was computed of are good.
         self.notes = {"skipped": [], "rollbacks": 0, "healthy": -1, "best": -1.0, "results": {}}
-        self.pending = []  # (step, loss, gradient norm) since the last look
+        self.step = 0  # updates that the state is after
+        self.pending = []  # (step, loss, gradient norm) since the last report
+        self.counted = -1  # the last step whose overflow is in notes["skipped_in_a_row"]
         self.told_to_end = 0  # the number of the signal
+        self.watchdog = Watchdog(
+            self.on_signal,
+            self.save_at_end,
+            60 * config.stall_minutes,
+            config.data_service,
+            f"worker {share.index} of {share.workers} " if share.workers > 1 else "",
+        )
 
     def go(self, training_batches, evaluation_batches, held_out, corrupt, changes):
         """Run to the end and write the results.
@@ -173,41 +246,37 @@ class Run:
         """
         self.corrupt = corrupt
         if self.config.find_learning_rate:
-            return find_learning_rate(self, training_batches)
-        step = self.start(changes)
+            with starting(0):
+                return find_learning_rate(self, training_batches)
+        step = self.step = self.start(changes)
         self.saved_at = time.monotonic()
         report_steps = self.config.report_steps or min(100, self.steps)
-        old_handlers = {number: signal.signal(number, self.on_signal) for number in END_SIGNALS}
+        self.reporter.open_bar(step)
         try:
-            while step < self.total and not self.stale():
-                step = self.epoch(step, training_batches, evaluation_batches, report_steps)
+            with self.watchdog:
+                if self.notes.get("evaluation_due"):
+                    self.evaluate_and_save(step, evaluation_batches)
+                while step < self.total and not self.stale():
+                    step = self.epoch(step, training_batches, evaluation_batches, report_steps)
         finally:
-            for number, handler in old_handlers.items():
-                signal.signal(number, handler)
+            self.reporter.close_bar()
+            self.checkpoints.wait()
         return self.finish(step, evaluation_batches, held_out)
 
-    def on_signal(self, number, frame):
-        """End after this update; a second signal ends the process at once."""
+    def on_signal(self, number):
+        """Ends the run after this update; a second signal ends the process at once."""
         self.told_to_end = number
-        signal.signal(number, signal.SIG_DFL)
 
     def start(self, changes):
-        """Begin the run, or go on with it; returns the step."""
-        try:
-            step = self.restore()
-        except NoneReadable:
-            if not self.config.start_afresh:
-                raise
-            if self.chief:
-                self.checkpoints.set_aside()
-            step = None
+        """Begins the run, or resumes it; returns the step."""
+        step = self.restore(afresh=self.config.start_afresh)
         if step is None and self.reporter.lines and not self.config.start_afresh:
             raise ValueError(
                 f"{self.workdir} holds reports up to step {self.reporter.lines[-1]['step']} and no "
                 "checkpoint. Give another --workdir, or --start_afresh to begin at step 0"
             )
         if changes:
-            self.notes["rollbacks"] = 0
+            self.notes |= {"rollbacks": 0, "skipped_in_a_row": 0}
         if self.chief:
             devices = list(self.strategy.extended.worker_devices)
             workdir.write_config(
@@ -220,6 +289,7 @@ class Run:
                 step or 0,
             )
         if step is None:
+            self.notes["initial_weights"] = self.weights_digest()
             self.reporter.go_on_from(0)
             self.reporter.begin()
             self.save(0)
@@ -227,87 +297,221 @@ class Run:
 
     def epoch(self, step, training_batches, evaluation_batches, report_steps):
         """Go on to the end of the epoch, or back to a checkpoint; returns the step reached."""
+        self.step = step
         epoch, first = divmod(step, self.steps)
-        batches = iter(
-            self.strategy.distribute_datasets_from_function(
-                lambda context: training_batches(epoch, first)
+        with self.watchdog.during("input"):
+            batches = iter(
+                self.strategy.distribute_datasets_from_function(
+                    lambda context: training_batches(epoch, first)
+                )
             )
-        )
-        for _ in range(first, self.steps):
-            began = time.perf_counter()
-            with self.corrupt[0].reading():
-                batch = next(batches)
-            self.reporter.waited += time.perf_counter() - began
-            self.check_images()
-            if step == 0:
-                (images, *_) = self.strategy.experimental_local_results(batch["image"])
-                self.reporter.pictures(0, {"augmented": images[:PICTURES]})
-            stop = self.update(batch, step)
-            step += 1
+        while step < (epoch + 1) * self.steps:
+            count = self.execution_length(step, report_steps)
+            decision = self.execute(batches, step, count)
+            step = self.step = step + count
             ends = step % self.steps == 0
-            stop |= bool(self.told_to_end) and self.workers == 1
-            due = self.checkpoint_due(step)
-            if (ends or stop or due or step % report_steps == 0) and not self.healthy():
-                return self.roll_back(step)
+            if self.looks(step, report_steps, decision):
+                self.check_images()
+                if not self.healthy():
+                    return self.roll_back(step)
+                self.count_skipped()
             if ends or step % report_steps == 0:
                 self.report(step)
             best = False
             if step == self.total or ends and (epoch + 1) % self.config.evaluate_epochs == 0:
-                best = self.evaluate(step, evaluation_batches)
-            if due or best or stop or self.stale():
+                best = self.evaluate_or_stop(step, evaluation_batches)
+            if decision.due or best or decision.stop or self.stale():
                 self.save(step, best)
             if self.stale():
                 return step
-            if stop and step < self.total:
+            if decision.stop and step < self.total:
+                self.checkpoints.wait()
                 raise Stopped(step, self.told_to_end or signal.SIGTERM)
         return step
 
+    # === Updates ===
+
+    def execution_length(self, step, report_steps):
+        """Returns how many updates to make before anything else has to be done."""
+        most = self.config.steps_per_execution
+        if most == 1 or step == 0 or step in self.notes["skipped"]:
+            return 1
+        stretches = [self.steps, report_steps, self.config.checkpoint_steps, self.skip_limit()]
+        ends = [(step // stretch + 1) * stretch for stretch in stretches if stretch]
+        ends += [skipped for skipped in self.notes["skipped"] if skipped > step]
+        return min(most, min(ends) - step)
+
+    def execute(self, batches, step, count):
+        """Trains on the next batches; returns a `Decision`."""
+        began = time.perf_counter()
+        # One update of several is made by the same graph, so that a resumed run, whose executions
+        # may end elsewhere, has the same bits.
+        several = self.config.steps_per_execution > 1 and step not in {0, *self.notes["skipped"]}
+        if several:
+            with self.watchdog.during("update"), self.corrupt[0].reading():
+                decision = self.update_several(batches, step, count)
+        else:
+            with self.watchdog.during("input"), self.corrupt[0].reading():
+                batch = next(batches)
+            self.reporter.waited += time.perf_counter() - began
+            if step == 0:
+                (images, *_) = self.strategy.experimental_local_results(batch["image"])
+                self.reporter.pictures(0, {"augmented": images[:PICTURES]})
+            with self.watchdog.during("update"):
+                decision = self.update(batch, step)
+        if self.workers == 1:
+            self.check_images()
+            decision = Decision(bool(self.told_to_end), self.checkpoint_due(step + count))
+        elif self.config.checkpoint_steps:
+            decision = Decision(decision.stop, self.checkpoint_due(step + count))
+        return decision
+
     def update(self, batch, step):
-        """Train on a batch; returns whether a worker was told to end."""
+        """Trains on a batch; returns the `Decision` of all workers."""
         if step in self.notes["skipped"]:
-            return False
-        rate = optimization.learning_rate(self.config, step, self.steps)
-        arguments = (float(step), rate, float(self.told_to_end > 0))
-        mixing = step_functions.draw_mixing(
+            return Decision(False, False)
+        arguments = float(step), self.learning_rate(step), self.votes(step), self.mixing(step)
+        loss, norm, votes = self.train_step(batch, *(tf.constant(x) for x in arguments))
+        self.pending.append((step, loss, norm))
+        self.reporter.executed(1)
+        return self.decision(votes)
+
+    def update_several(self, batches, step, count):
+        """Trains on `count` batches in one execution; returns the `Decision` of all workers."""
+        steps = range(step, step + count)
+        rates = tf.constant([self.learning_rate(each) for each in steps])
+        mixings = tf.stack([tf.constant(self.mixing(each)) for each in steps])
+        votes = tf.constant(self.votes(step))
+        losses, norms, votes = self.train_steps(
+            batches, tf.constant(count), tf.constant(step), rates, votes, mixings
+        )
+        self.pending += zip(steps, tf.unstack(losses), tf.unstack(norms), strict=True)
+        self.reporter.executed(count)
+        return self.decision(votes)
+
+    def learning_rate(self, step):
+        return optimization.learning_rate(self.config, step, self.steps)
+
+    def mixing(self, step):
+        return step_functions.draw_mixing(
             self.config, step, self.size, step // self.steps, self.groups
         )
-        loss, norm, stop = self.train_step(batch, *(tf.constant(x) for x in (*arguments, mixing)))
-        self.pending.append((step, loss, norm))
-        self.reporter.steps += 1
-        return self.workers > 1 and stop.numpy() > 0
+
+    def votes(self, step):
+        """Returns this worker's part of a `Decision`; the clock that counts is the chief's."""
+        clock = self.chief and not self.config.checkpoint_steps and self.checkpoint_due(step)
+        return [float(self.told_to_end > 0), float(clock)]
+
+    def decision(self, votes):
+        """Returns the `Decision` of votes that are summed over the workers."""
+        if self.workers == 1:  # what this process knows after the update counts
+            return Decision(False, False)
+        return Decision(*(bool(vote > 0) for vote in votes.numpy()))
 
     # === Looking ===
 
-    def healthy(self):
-        """Whether no loss since the last look is a NaN or has blown up."""
+    def looks(self, step, report_steps, decision):
+        """Returns whether losses, norms and unreadable images are looked at after a step."""
+        limit = self.skip_limit()
+        return (
+            decision.stop
+            or decision.due
+            or step % self.steps == 0
+            or step % report_steps == 0
+            or bool(limit and step % limit == 0)
+        )
+
+    def bad_steps(self):
+        """Returns the steps since the last report whose loss is a NaN or has blown up."""
         self.pending = [(step, float(loss), float(norm)) for step, loss, norm in self.pending]
         # A guess costs log(classes); float16 may overflow a gradient, never the loss.
         limit = 4 * np.log(self.classes) + 4
         scaling = self.optimizer.scaling
-        self.bad = [
+        return [
             step
             for step, loss, norm in self.pending
             if not loss < limit or not (scaling or np.isfinite(norm))
         ]
+
+    def healthy(self):
+        """Returns whether no worker has a bad loss since the last report."""
+        first = min(self.bad_steps(), default=self.total)
+        first = int(strategies.of_each_worker(self.strategy, [first]).min())
+        self.bad = [first] if first < self.total else []
         if self.pending and not self.bad:
             self.notes["healthy"] = self.pending[-1][0]
         return not self.bad
 
+    def skip_limit(self):
+        """Returns how many updates in a row float16 may skip; 0: any number."""
+        return self.config.max_skipped_updates if self.optimizer.scaling else 0
+
+    def count_skipped(self):
+        """Raises a RuntimeError if float16 skipped too many updates in a row."""
+        row = self.notes.get("skipped_in_a_row", 0)
+        for step, _, norm in self.pending:
+            if step > self.counted:
+                row, self.counted = 0 if np.isfinite(norm) else row + 1, step
+        if not self.optimizer.scaling:
+            row = 0
+        self.notes["skipped_in_a_row"] = row
+        if self.skip_limit() and row >= self.skip_limit():
+            raise RuntimeError(
+                f"{row} updates in a row were skipped (--max_skipped_updates): their gradients "
+                f"overflowed float16 at a loss scale of {self.loss_scale():g}, and no weight "
+                "learns. Try --precision=bfloat16 or float32, which --change allows for this run, "
+                "or a lower --learning_rate; check the images and labels"
+            )
+
+    def loss_scale(self):
+        return float(self.optimizer.scale[0].numpy()) if self.optimizer.scaling else None
+
     def report(self, step):
         losses = [loss for _, loss, _ in self.pending]
-        rate = optimization.learning_rate(self.config, step - 1, self.steps)
+        norms = [norm for _, _, norm in self.pending]
+        rate = self.learning_rate(step - 1)
         self.pending = []
         if losses:
-            self.reporter.training(step, float(np.mean(losses)), rate)
+            self.reporter.training(
+                step,
+                float(np.mean(losses)),
+                rate,
+                gradient_norm=report.finite_mean(norms),
+                loss_scale=self.loss_scale(),
+                skipped_updates=(
+                    len(norms) - int(np.isfinite(norms).sum()) if self.optimizer.scaling else None
+                ),
+                device_memory_bytes=report.device_memory(),
+            )
+
+    def evaluate_or_stop(self, step, evaluation_batches):
+        """Evaluates, unless a signal comes: then the evaluation comes first when the run resumes.
+
+        Returns:
+            Whether it was the best yet.
+        """
+        try:
+            return self.evaluate(step, evaluation_batches)
+        except Interrupted:
+            self.notes["evaluation_due"] = True
+            self.save(step)
+            self.checkpoints.wait()
+            raise Stopped(step, self.told_to_end or signal.SIGTERM) from None
+
+    def evaluate_and_save(self, step, evaluation_batches):
+        """Makes up for an evaluation that a signal ended."""
+        del self.notes["evaluation_due"]
+        self.save(step, self.evaluate_or_stop(step, evaluation_batches))
 
     def evaluate(self, step, evaluation_batches):
         """Evaluate the weights, and their average; returns whether it was the best yet."""
+        began = time.perf_counter()
         results = self.evaluate_once(evaluation_batches)
         if self.optimizer.averages:
             with self.optimizer.averaged():
                 averaged = self.evaluate_once(evaluation_batches)
             results |= {f"ema_{key}": averaged[key] for key in averaged if key != "images"}
-        self.reporter.evaluation(step, results)
+        self.reporter.evaluation(step, results, time.perf_counter() - began)
         self.notes["results"] = results
         accuracy = max(results["accuracy"], results.get("ema_accuracy", 0.0))
         best = accuracy > self.notes["best"]
@@ -323,16 +527,44 @@ class Run:
         return bool(limit) and self.notes.get("evaluations_since_best", 0) >= limit
 
     def evaluate_once(self, evaluation_batches):
-        with self.corrupt[1].reading():
-            results = step_functions.evaluate(
-                self.strategy, self.evaluation_step, evaluation_batches()
-            )
+        done = itertools.count()
+
+        def step(batch):
+            self.before_evaluation(next(done))
+            return self.evaluation_step(batch)
+
+        with self.watchdog.during("evaluation"), self.corrupt[1].reading():
+            results = step_functions.evaluate(self.strategy, step, evaluation_batches())
         self.check_images()
         return results
 
+    def before_evaluation(self, done):
+        """Raises `Interrupted` if a worker was told to end; `done` batches are evaluated."""
+        self.watchdog.tick()
+        if self.workers == 1:
+            told = bool(self.told_to_end)
+        else:
+            told = done % EVALUATION_LOOK == 0 and strategies.total(
+                self.strategy, int(self.told_to_end > 0)
+            )
+        if told:
+            raise Interrupted
+
     def check_images(self):
-        for corrupt in self.corrupt:
-            corrupt.check()
+        """Raises a ValueError, in all workers, if too many images cannot be read."""
+        if self.workers == 1:
+            for corrupt in self.corrupt:
+                corrupt.check()
+            return
+        # Threads of the pipeline add names meanwhile.
+        names = [frozenset(corrupt.names) for corrupt in self.corrupt]
+        counts = strategies.of_each_worker(self.strategy, [len(each) for each in names])
+        for corrupt, mine, count in zip(self.corrupt, names, counts.T, strict=True):
+            if count.sum() > corrupt.limit:  # workers may have met the same images
+                digests = [name_digest(name) for name in mine]
+                digests += [0] * (int(count.max()) - len(digests))
+                found = strategies.of_each_worker(self.strategy, digests)
+                corrupt.check(len(np.setdiff1d(found, [0])))
 
     # === Keeping ===
 
@@ -346,19 +578,58 @@ class Run:
             self.checkpoints.save(step, self.notes, best)
         self.saved_at = time.monotonic()
 
-    def restore(self):
-        """Fill the state from the last good checkpoint; returns its step, None without any."""
-        notes = self.checkpoints.restore(self.chief)
+    def save_at_end(self, between_updates):
+        """Writes a last checkpoint while the main thread waits; returns its step, or `None`.
+
+        Args:
+            between_updates: whether the state is that between two updates.
+        """
+        if self.chief and between_updates and not self.bad_steps():
+            self.checkpoints.wait()
+            if self.checkpoints.step() < self.step:
+                if self.pending:
+                    self.notes["healthy"] = self.pending[-1][0]
+                self.checkpoints.save(self.step, self.notes)
+        self.checkpoints.wait()
+        return self.step if self.checkpoints.step() == self.step else None
+
+    def restore(self, afresh=False):
+        """Fills the state from the last good checkpoint of the chief.
+
+        Args:
+            afresh: whether to set all checkpoints aside if none can be read.
+
+        Returns:
+            Its step, None without any.
+        """
+        notes = self.restore_chief(afresh) if self.chief else None
+        if self.workers > 1:
+            # The others read what the chief has written and found to be whole, and nothing else.
+            mine = -1 if notes is None else notes["step"]
+            step = int(strategies.of_each_worker(self.strategy, [mine])[0, 0])
+            if not self.chief and step >= 0:
+                notes = self.checkpoints.restore_step(step)
         if notes is None:
             return None
         step = notes.pop("step")
         notes.setdefault("healthy", step - 1)
         self.notes = {**notes, "skipped": sorted({*notes["skipped"], *self.notes["skipped"]})}
-        self.pending = []
+        self.pending, self.counted = [], step - 1
         self.reporter.go_on_from(step)
         if step:
             self.reporter.say(f"going on from the checkpoint of step {step} of {self.total}")
         return step
+
+    def restore_chief(self, afresh):
+        """Fills the chief's state; returns the notes, None without a checkpoint."""
+        self.checkpoints.wait()
+        try:
+            return self.checkpoints.restore()
+        except NoneReadable:
+            if not afresh:
+                raise
+            self.checkpoints.set_aside()
+            return None
 
     def roll_back(self, step):
         """Go back to the last checkpoint and skip the first batch that did harm."""
@@ -379,12 +650,34 @@ class Run:
         self.reporter.say(f"{reason}: back to step {step}, without that batch")
         return step
 
+    def weights_digest(self):
+        """Returns a checksum of the weights that are trained."""
+        total = 0
+        for variable in self.optimizer.variables:
+            total = zlib.crc32(
+                np.ascontiguousarray(variable.numpy()).reshape(-1).view("uint8"), total
+            )
+        return total
+
+    def check_weights_changed(self, step):
+        """Raises a RuntimeError if training changed no weight."""
+        if step and self.notes.get("initial_weights") == self.weights_digest():
+            raise RuntimeError(
+                f"{step} updates changed no weight: all gradients were zero or overflowed, or the "
+                "learning rate is. Try --precision=float32 if it was float16, and another "
+                "--learning_rate"
+            )
+
     def finish(self, step, evaluation_batches, held_out):
         """Write the trained model and say where everything lies."""
         files = {}
-        if self.chief and self.checkpoints.step() < step:
-            self.save(step)
+        self.check_weights_changed(step)
+        if self.chief:
+            if self.checkpoints.step() < step:
+                self.save(step)
+            self.checkpoints.wait()
         if self.stale():
+            strategies.total(self.strategy, 1)  # the chief's last checkpoint is written
             step = self.take_best(step)
         results = dict(self.notes["results"])
         averaged = results.get("ema_accuracy", -1.0) > results["accuracy"]
@@ -442,3 +735,9 @@ class Run:
 def read_picture(path):
     """A PNG as a batch of one for TensorBoard."""
     return tf.io.decode_png(tf.io.read_file(path), channels=3)[None]
+
+
+def name_digest(name):
+    """Returns a positive number of 63 bits that stands for a name."""
+    digest = hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 1) | 1

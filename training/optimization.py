@@ -122,12 +122,21 @@ class Optimizer:
         weights = [v.numpy() for v in self.variables]
         for variable, average in zip(self.variables, self.averages, strict=True):
             variable.assign(average.numpy())
-        yield
-        for variable, value in zip(self.variables, weights, strict=True):
-            variable.assign(value)
+        try:
+            yield
+        finally:
+            for variable, value in zip(self.variables, weights, strict=True):
+                variable.assign(value)
 
     def loss_scale(self):
         return tf.convert_to_tensor(self.scale[0]) if self.scaling else 1.0
+
+    def is_kept(self, norm):
+        """Returns whether an update of this gradient norm is kept: a boolean, or `None` for any.
+
+        A float16 overflow is no fault: that update is left out and the scale halved.
+        """
+        return tf.math.is_finite(norm) if self.scaling else None
 
     def apply(self, gradients, step, rate):
         """Sum the gradients over the replicas and update all variables.
@@ -147,8 +156,7 @@ class Optimizer:
         if self.config.clip_norm:
             factor = self.config.clip_norm / tf.maximum(norm, self.config.clip_norm)
             gradients = [g * factor for g in gradients]
-        # A float16 overflow is no fault: that update is left out and the scale halved.
-        keep = tf.math.is_finite(norm) if self.scaling else tf.constant(True)
+        keep = self.is_kept(norm) if self.scaling else tf.constant(True)
         replica.merge_call(self._update, args=(gradients, step, rate, keep))
         return norm
 

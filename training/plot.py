@@ -33,12 +33,13 @@ def plot(runs, output):
     Raises:
         ValueError: if a directory holds no run.
     """
+    from training import regular
     from training.checkpoint import read_metrics
 
     reports = {}
     for run in runs:
         path = Path(run).expanduser() / "metrics.jsonl"
-        if not path.is_file():
+        if not regular.exists(path):
             raise ValueError(f"{run} is no directory of a run: it holds no metrics.jsonl")
         reports[str(run)] = read_metrics(path)
     import matplotlib

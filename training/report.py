@@ -1,8 +1,10 @@
-"""What a run reports on its way: metrics.jsonl, TensorBoard events, lines."""
+"""What a run reports on its way: metrics.jsonl, TensorBoard events, lines, a progress bar."""
 
 import errno
 import json
+import math
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import tensorflow as tf
 
 from keras_tnt.files import write_atomically
-from training.checkpoint import read_metrics
+from training import regular
+from training.checkpoint import MAX_METRICS_BYTES, read_metrics
 
 
 class Reporter:
@@ -22,64 +25,159 @@ class Reporter:
         replicas: number of devices.
         active: whether this process reports.
         peak_images: images per second at which a device would be at its peak; 0: unknown.
+        evaluation_images: images of an evaluation, for the time left before the first one.
     """
 
-    def __init__(self, config, total_steps, steps_per_epoch, replicas, active, peak_images=0.0):
+    def __init__(
+        self,
+        config,
+        total_steps,
+        steps_per_epoch,
+        replicas,
+        active,
+        peak_images=0.0,
+        evaluation_images=0,
+    ):
         self.config = config
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.replicas = replicas
         self.active = active
         self.peak_images = peak_images
+        self.evaluation_images = evaluation_images
+        self.evaluation_seconds = None
         self.path = Path(config.workdir) / "metrics.jsonl"
-        self.lines = read_metrics(self.path) if active and self.path.exists() else []
+        self.lines = read_metrics(self.path) if active and regular.exists(self.path) else []
+        self.bar = None
         self.board = None
         if active and config.tensorboard and not config.find_learning_rate:
             self.board = tf.summary.create_file_writer(str(Path(config.workdir) / "tensorboard"))
+        self.compiled = False
+        self.seconds_of_updates, self.timed_updates = 0.0, 0
         self.restart()
 
     def restart(self):
-        """Begin a new stretch of time."""
+        """Begins a new stretch of time."""
         self.began = time.perf_counter()
         self.waited = 0.0
         self.steps = 0
 
+    def executed(self, steps):
+        """Counts updates; the first of a process, which compiles, are left out of the times."""
+        if self.compiled:
+            self.steps += steps
+        else:
+            self.compiled = True
+            self.restart()
+        if self.bar is not None:
+            self.bar.update(steps)
+
     def go_on_from(self, step):
-        """Forget reports of steps that will be run again."""
+        """Removes the reports of steps that will be run again, and what a kill left of a line."""
         self.restart()
         self.lines = [line for line in self.lines if line["step"] <= step]
+        if self.active and regular.exists(self.path):
+            content = "".join(json.dumps(line) + "\n" for line in self.lines)
+            # A link is replaced, so that nothing is appended to a file outside of the run.
+            changed = regular.read_regular(self.path, MAX_METRICS_BYTES) != content.encode()
+            if changed or os.path.islink(self.path):
+                write_atomically(self.path, content)
+        if self.bar is not None:
+            self.bar.n = step
+            self.bar.refresh()
+
+    def open_bar(self, step):
+        """Shows a progress bar, if standard output is a terminal."""
+        if self.active and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                initial=step,
+                total=self.total_steps,
+                unit="step",
+                file=sys.stdout,
+                dynamic_ncols=True,
+            )
+
+    def close_bar(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
     def training(self, step, loss, learning_rate, **extra):
-        """Report on the steps since the last report."""
+        """Reports on the steps since the last report.
+
+        Args:
+            step: updates made.
+            loss: their mean loss.
+            learning_rate: of the last of them.
+            extra: more values, None for those that are not known.
+        """
+        extra = {name: value for name, value in extra.items() if value is not None}
         seconds = max(time.perf_counter() - self.began, 1e-9)
-        images_per_second = self.steps * self.config.batch_size / seconds
-        waiting = self.waited / seconds
-        utilisation = ""
-        if self.peak_images:
-            extra["flops_utilisation"] = images_per_second / self.replicas / self.peak_images
-            utilisation = f", {extra['flops_utilisation']:.1%} of the peak"
-        left = (self.total_steps - step) * seconds / max(self.steps, 1)
+        speed = self.steps * self.config.batch_size / seconds
+        values, shown = {}, ""
+        if self.steps:
+            waiting = self.waited / seconds
+            # Over all reports, for the first updates of an epoch wait until the pipeline is full.
+            self.seconds_of_updates += seconds
+            self.timed_updates += self.steps
+            left = (self.total_steps - step) * self.seconds_of_updates / self.timed_updates
+            left += self.evaluations_left(step) * self.seconds_of_evaluation(speed)
+            utilization = ""
+            if self.peak_images:
+                values["flops_utilisation"] = speed / self.replicas / self.peak_images
+                utilization = f", {values['flops_utilisation']:.1%} of the peak"
+            values |= {"input_wait": waiting, "seconds_left": left}
+            shown = (
+                f"{rate_text(speed)} images/s ({rate_text(speed / self.replicas)} a device, "
+                f"{waiting:.0%} waiting for input{utilization})  "
+                f"{timedelta(seconds=round(left))} left"
+            )
         self.write(
             step,
             loss=loss,
             learning_rate=learning_rate,
-            images_per_second=images_per_second,
-            images_per_second_per_device=images_per_second / self.replicas,
-            input_wait=waiting,
-            seconds_left=left,
+            images_per_second=speed,
+            images_per_second_per_device=speed / self.replicas,
+            **values,
             **extra,
         )
         self.say(
             f"epoch {-(-step // self.steps_per_epoch)}/{self.config.total_epochs}  "
             f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
-            f"{images_per_second:,.0f} images/s "
-            f"({images_per_second / self.replicas:,.0f} a device, "
-            f"{waiting:.0%} waiting for input{utilisation})  {timedelta(seconds=round(left))} left"
+            f"{health_text(extra)}{shown or 'compiled'}"
         )
         self.restart()
 
-    def evaluation(self, step, results):
-        """Report on an evaluation: a dict of accuracy, top5_accuracy, loss and images."""
+    def evaluations_left(self, step):
+        """Returns the number of evaluations after update `step`, that of its own epoch included."""
+        total = self.total_steps // self.steps_per_epoch
+        first = max(1, -(-step // self.steps_per_epoch))
+        every = self.config.evaluate_epochs
+        due = total // every - (first - 1) // every
+        return due + (total % every > 0)
+
+    def seconds_of_evaluation(self, speed):
+        """Returns how long the last evaluation took, or an estimate from the speed of training.
+
+        Args:
+            speed: of training, in images per second: three forward passes for each image.
+        """
+        if self.evaluation_seconds is not None:
+            return self.evaluation_seconds
+        passes = 2 if self.config.ema else 1
+        return passes * self.evaluation_images / (3 * speed) if speed else 0.0
+
+    def evaluation(self, step, results, seconds=None):
+        """Reports on an evaluation.
+
+        Args:
+            step: updates made.
+            results: a dict of accuracy, top5_accuracy, loss and images.
+            seconds: how long it took.
+        """
+        self.evaluation_seconds = self.evaluation_seconds if seconds is None else seconds
         self.write(step, **results)
         self.say(
             f"epoch {step // self.steps_per_epoch}/{self.config.total_epochs}  held out "
@@ -89,13 +187,13 @@ class Reporter:
         self.restart()
 
     def begin(self):
-        """The configuration as text, beside what TensorBoard shows of the run."""
+        """Writes the configuration as text, next to what TensorBoard shows of the run."""
         rows = [f"| {name} | {value} |" for name, value in vars(self.config).items()]
         table = "\n".join(["| flag | value |", "|---|---|", *rows])
         self.to_board(0, lambda: tf.summary.text("configuration", table))
 
     def pictures(self, step, images):
-        """Show batches of pictures, dict from name to values in [0, 255], in TensorBoard."""
+        """Shows batches of pictures, dict from name to values in [0, 255], in TensorBoard."""
 
         def draw():
             for name, batch in images.items():
@@ -105,7 +203,7 @@ class Reporter:
         self.to_board(step, draw)
 
     def to_board(self, step, write):
-        """Let `write` write to TensorBoard, if there is one."""
+        """Lets `write` write to TensorBoard, if there is one."""
         if not self.board:
             return
         try:
@@ -117,6 +215,7 @@ class Reporter:
             raise OSError(errno.ENOSPC, reason, str(self.path.parent)) from error
 
     def write(self, step, **values):
+        """Appends a report to metrics.jsonl and to TensorBoard's events."""
         if not self.active:
             return
 
@@ -124,10 +223,82 @@ class Reporter:
             for name, value in values.items():
                 tf.summary.scalar(name, value)
 
-        self.lines.append({"step": step, "epoch": step / self.steps_per_epoch, **values})
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        line = {"step": step, "epoch": step / self.steps_per_epoch, **values}
+        append_line(self.path, json.dumps(line))
+        self.lines.append(line)
         self.to_board(step, draw)
 
     def say(self, text):
-        if self.active:
+        if self.active and self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        elif self.active:
             print(text, flush=True)
+
+
+def append_line(path, line):
+    """Appends a line to a file: all of it, or, if the disk is full, nothing.
+
+    Raises:
+        OSError: with the path.
+    """
+    data = (line + "\n").encode()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    # Neither is on Windows.
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, data)
+            if written < len(data):
+                written += os.write(descriptor, data[written:])
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, before)
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+def rate_text(number):
+    """Returns a number with decimals where it is small: 1,234 and 31.4 and 0.52."""
+    return (
+        f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+    )
+
+
+def health_text(values):
+    """Returns what a progress line shows of gradients, loss scale and memory."""
+    parts = []
+    if "gradient_norm" in values:
+        parts.append(f"gradient norm {values['gradient_norm']:.3g}")
+    if "loss_scale" in values:
+        parts.append(f"loss scale {values['loss_scale']:g}")
+    if values.get("skipped_updates"):
+        parts.append(f"{values['skipped_updates']} updates skipped")
+    if "device_memory_bytes" in values:
+        parts.append(f"{values['device_memory_bytes'] / 1e9:.1f} GB")
+    return "  ".join(parts) + "  " if parts else ""
+
+
+def device_memory():
+    """Returns the peak memory in bytes of this process's fullest device; None if unknown.
+
+    A CPU has no memory to itself: there it is the peak resident memory of the process.
+    """
+    gpus = tf.config.list_logical_devices("GPU")
+    if gpus:
+        names = [device.name.replace("/device:", "") for device in gpus]
+        return max(tf.config.experimental.get_memory_info(name)["peak"] for name in names)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def finite_mean(numbers):
+    """Returns the mean of those that are finite; None without any."""
+    finite = [number for number in numbers if math.isfinite(number)]
+    return sum(finite) / len(finite) if finite else None

@@ -127,8 +127,9 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
         teacher: function from pixels to a teacher's logits; with it, the last head learns from it.
 
     Returns:
-        `train_step(batch, step, learning_rate, stop, mixing)`, which returns scalars: loss,
-        gradient norm, and how many replicas passed `stop=1`. `mixing` is of `draw_mixing`.
+        `train_step(batch, step, learning_rate, stop, mixing)`, which returns loss and gradient
+        norm, scalars, and the sum over the replicas of what they passed as `stop`, in its shape.
+        `mixing` is the result of `draw_mixing`.
     """
     logits_model = models.logits_model(model)
     size = models.image_size(model)
@@ -138,6 +139,7 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
     part_groups = count_groups(config, strategy.num_replicas_in_sync) // parts
     erases = config.erasing and config.augmentation == "builtin"
     base_loss = LOSSES[config.loss]
+    statistics = moving_statistics(model)
     distillation = None
     if teacher:
         distillation = DistillationLoss(config.distill, config.temperature, reduction=None)
@@ -195,6 +197,7 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
     def replica_step(batch, step, rate, stop, mixing):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         loss, gradients = 0.0, [0.0] * len(trainable)
+        before = [tf.identity(v) for v in statistics]
         for i in range(config.accumulation):
             piece = {name: x[i * part : (i + 1) * part] for name, x in batch.items()}
             stream = tf.cast(replica, tf.int64) * config.accumulation + i
@@ -206,15 +209,82 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
             )
             loss += piece_loss
             gradients = [g + p for g, p in zip(gradients, piece_gradients, strict=True)]
-        return tf.stack([loss, stop]), optimizer.apply(gradients, step, rate)
+        norm = optimizer.apply(gradients, step, rate)
+        synchronize(statistics, before, optimizer.is_kept(norm))
+        return tf.concat([[loss], tf.reshape(stop, [-1])], 0), norm
 
     @tf.function(autograph=False)
     def train_step(batch, step, rate, stop, mixing):
         sums, norms = strategy.run(replica_step, args=(batch, step, rate, stop, mixing))
-        loss, stop = tf.unstack(strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None))
-        return loss, strategy.reduce(tf.distribute.ReduceOp.MEAN, norms, axis=None), stop
+        sums = strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+        norm = strategy.reduce(tf.distribute.ReduceOp.MEAN, norms, axis=None)
+        return sums[0], norm, tf.reshape(sums[1:], tf.shape(stop))
 
     return train_step
+
+
+def moving_statistics(model):
+    """Returns the `tf.Variable`s that batch normalization keeps its moving statistics in."""
+    return [
+        v.value
+        for v in model.non_trainable_variables
+        if v.path.rsplit("/", 1)[-1].startswith(("moving_", "running_"))
+    ]
+
+
+def synchronize(statistics, before, kept):
+    """Gives every replica the mean over the replicas of the moving statistics.
+
+    Each replica normalizes with the statistics of its own share of the batch; what it remembers of
+    them has to be the same on all, for a checkpoint holds the first one's.
+
+    Args:
+        statistics: list of `tf.Variable`s.
+        before: their values before this update.
+        kept: whether the update is kept, boolean tensor. One that overflowed leaves no trace.
+    """
+    replica = tf.distribute.get_replica_context()
+    if not statistics or (replica.num_replicas_in_sync == 1 and kept is None):
+        return
+    after = [tf.convert_to_tensor(v) for v in statistics]
+    if replica.num_replicas_in_sync > 1:
+        # The mean of the changes, so that frozen statistics stay the same to the bit.
+        changes = [new - old for old, new in zip(before, after, strict=True)]
+        changes = replica.all_reduce(tf.distribute.ReduceOp.MEAN, changes)
+        after = [old + change for old, change in zip(before, changes, strict=True)]
+    for variable, old, new in zip(statistics, before, after, strict=True):
+        variable.assign(new if kept is None else tf.where(kept, new, old))
+
+
+def make_execution(train_step):
+    """The function that trains on several global batches, one after the other, in one execution.
+
+    Args:
+        train_step: of `make_train_step`.
+
+    Returns:
+        `execute(iterator, count, first, rates, stop, mixings)`: the next `count` batches of a
+        distributed iterator, updates `first` to `first + count - 1`, with one rate and one draw of
+        mixing each. Returns losses and gradient norms, (count,), and the last sum of `stop`.
+    """
+
+    @tf.function(autograph=False)
+    def execute(iterator, count, first, rates, stop, mixings):
+        def update(i, losses, norms, _):
+            step = tf.cast(first + i, tf.float32)
+            loss, norm, stops = train_step(next(iterator), step, rates[i], stop, mixings[i])
+            return i + 1, losses.write(i, loss), norms.write(i, norm), stops
+
+        arrays = [tf.TensorArray(tf.float32, count, element_shape=[]) for _ in range(2)]
+        _, losses, norms, stops = tf.while_loop(
+            lambda i, *_: i < count,
+            update,
+            (tf.constant(0), *arrays, tf.zeros_like(stop)),
+            parallel_iterations=1,
+        )
+        return losses.stack(), norms.stack(), stops
+
+    return execute
 
 
 def make_evaluation_step(strategy, model, classes):

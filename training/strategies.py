@@ -4,9 +4,23 @@ import json
 import os
 import re
 
+import numpy as np
 import tensorflow as tf
 
 PORT = 12345
+# --cross_device_ops, of one machine.
+CROSS_DEVICE_OPS = {
+    "auto": lambda: None,
+    "nccl": tf.distribute.NcclAllReduce,
+    "hierarchical_copy": tf.distribute.HierarchicalCopyAllReduce,
+    "reduce_to_one": tf.distribute.ReductionToOneDevice,
+}
+# --communication, of several machines.
+COMMUNICATION = {
+    "auto": tf.distribute.experimental.CommunicationImplementation.AUTO,
+    "ring": tf.distribute.experimental.CommunicationImplementation.RING,
+    "nccl": tf.distribute.experimental.CommunicationImplementation.NCCL,
+}
 
 
 def make(config):
@@ -27,9 +41,14 @@ def make(config):
         tf.config.set_logical_device_configuration(cpu, parts)
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
+    tf.config.experimental.enable_tensor_float_32_execution(config.tf32)
+    check_collectives(config, bool(tf.config.list_physical_devices("GPU")))
     if config.strategy == "multi_worker":
         os.environ["TF_CONFIG"] = json.dumps(cluster(os.environ))
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        options = tf.distribute.experimental.CommunicationOptions(
+            implementation=COMMUNICATION[config.communication]
+        )
+        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     if config.strategy == "tpu":
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=config.tpu)
         tf.config.experimental_connect_to_cluster(resolver)
@@ -39,7 +58,21 @@ def make(config):
     devices = [d.name for d in tf.config.list_logical_devices("GPU" if on_gpu else "CPU")]
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
-    return tf.distribute.MirroredStrategy(devices)
+    operations = CROSS_DEVICE_OPS[config.cross_device_ops]()
+    return tf.distribute.MirroredStrategy(devices, cross_device_ops=operations)
+
+
+def check_collectives(config, on_gpu):
+    """Raises a ValueError if a choice of collectives does not go with the strategy or devices."""
+    for flag, strategy in (("cross_device_ops", "mirrored"), ("communication", "multi_worker")):
+        value = getattr(config, flag)
+        if value != "auto" and config.strategy != strategy:
+            raise ValueError(
+                f"--{flag}={value} is of --strategy={strategy}. Received: "
+                f"--strategy={config.strategy}. Leave --{flag} out"
+            )
+        if value == "nccl" and (config.cpu_devices or not on_gpu):
+            raise ValueError(f"--{flag}=nccl needs GPUs, and there are none: leave it out")
 
 
 def cluster(environment):
@@ -122,12 +155,26 @@ def worker(strategy):
 
 
 def total(strategy, number):
-    """The sum of a number over the workers, each of which calls this."""
+    """Returns the sum of an integer over the workers, each of which calls this."""
+    return int(of_each_worker(strategy, [number])[:, 0].sum())
+
+
+def of_each_worker(strategy, numbers):
+    """Returns the integers of all workers, each of which calls this with its own, equally many.
+
+    Returns:
+        int64 (workers, numbers): the same array in every worker.
+    """
+    index, workers = worker(strategy)
+    if workers == 1:
+        return np.array([numbers], "int64")
     devices = len(strategy.extended.worker_devices)  # of this worker, the first of which counts
+    mine = np.zeros((workers, len(numbers)), "int64")
+    mine[index] = numbers
 
     def share(context):
         first = context.replica_id_in_sync_group % devices == 0
-        return tf.constant(number if first else 0, tf.int64)
+        return tf.constant(mine if first else np.zeros_like(mine))
 
     shares = strategy.experimental_distribute_values_from_function(share)
-    return int(strategy.reduce(tf.distribute.ReduceOp.SUM, shares, axis=None))
+    return strategy.reduce(tf.distribute.ReduceOp.SUM, shares, axis=None).numpy()

@@ -28,6 +28,7 @@ def main(arguments):
     config = configuration.from_flags(flags.FLAGS)
     from training import loop
 
+    commands.quiet_libraries()
     logging.set_verbosity(logging.WARNING)
     try:
         result = loop.train(config)

@@ -16,7 +16,7 @@ import tensorflow as tf
 import keras_tnt
 from keras_tnt import files
 from keras_tnt.files import write_atomically
-from training import configuration
+from training import configuration, regular
 
 CONFIG = "config.json"
 # What decides how a model is built.
@@ -76,18 +76,16 @@ def read_config(workdir):
     """
     path = Path(files.expand(workdir)) / CONFIG
     try:
-        data = files.read_regular(path, MAX_CONFIG_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        if not path.is_symlink():
+        if not regular.exists(path):
             return None
-        raise ValueError(f"{path} is a link to a file that does not exist: remove it") from None
-    try:
-        record = json.loads(data.decode("utf-8"))
+        record = json.loads(regular.read_regular(path, MAX_CONFIG_BYTES).decode("utf-8"))
         if isinstance(record, dict) and isinstance(record.get("config"), dict):
             return record
         reason = "it holds no configuration"
     except (ValueError, RecursionError) as error:
         reason = error
+    except OSError as error:
+        reason = error.strerror or error
     raise ValueError(f"{path} is damaged ({reason}): mend it, or give another --workdir")
 
 

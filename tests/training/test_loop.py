@@ -1,5 +1,6 @@
 """A run from beginning to end: what it leaves, how it is gone on with, what goes wrong."""
 
+import contextlib
 import errno
 import json
 import os
@@ -9,20 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from safetensors.numpy import load_file
 
 from training import (
     checkpoint,
     configuration,
+    data,
     evaluate,
     loop,
+    optimization,
     optimizers,
     plot,
+    service,
     step_functions,
     strategies,
 )
@@ -242,8 +248,6 @@ def test_a_run_that_keeps_blowing_up_stops_with_the_reason_and_goes_on_at_anothe
 
 @pytest.mark.slow
 def test_a_finished_run_is_extended_by_the_longer_schedule(tiny, tmp_path):
-    from training import optimization
-
     loop.train(short(tmp_path, warmup_epochs=0.0))
     longer = {"warmup_epochs": 0.0, "epochs": 3}
     assert loop.train(short(tmp_path, extend=True, **longer))["step"] == 12
@@ -282,6 +286,339 @@ def test_damaged_checkpoints_stop_a_run_until_it_is_told_to_begin_afresh(tiny, t
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="reports up to step 8 and no checkpoint"):
         loop.train(short(tmp_path))
+
+
+# === Float16 ===
+
+
+@pytest.mark.slow
+def test_float16_that_always_overflows_stops_and_never_ends_well(tiny, tmp_path, monkeypatch):
+    def overflowing(self):
+        return tf.convert_to_tensor(self.scale[0]) * 1e36
+
+    monkeypatch.setattr(optimization.Optimizer, "loss_scale", overflowing)
+    values = {"precision": "float16", "checkpoint_steps": 1, "report_steps": 1}
+    with pytest.raises(RuntimeError, match="^3 updates in a row were skipped.*bfloat16"):
+        loop.train(short(tmp_path, max_skipped_updates=3, **values))
+    with pytest.raises(RuntimeError, match="^8 updates changed no weight"):
+        loop.train(short(tmp_path, max_skipped_updates=0, **values))
+    assert not (tmp_path / "results.json").exists()
+    lines = checkpoint.read_metrics(tmp_path / "metrics.jsonl")
+    first = next(line for line in lines if "loss" in line)
+    assert first["skipped_updates"] == 1 and first["loss_scale"] == 2.0**14
+    assert "gradient_norm" not in first and first["device_memory_bytes"] > 0
+
+
+# === Several updates in one execution ===
+
+
+@pytest.mark.slow
+def test_a_stopped_evaluation_and_other_executions_change_no_bit(tiny, tmp_path, monkeypatch):
+    values = {"stochastic_depth": 0.3, "ema": 0.9, "mixup": 0.5, "checkpoint_steps": 100}
+    values |= {"report_steps": 2, "evaluate_epochs": 1, "steps_per_epoch": 5}
+    values |= {"steps_per_execution": 3}
+    loop.train(short(tmp_path / "one", **values))
+    before, calls = loop.Run.before_evaluation, []
+
+    def terminated(self, done):
+        calls.append(done)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(self, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "before_evaluation", terminated)
+        with pytest.raises(loop.Stopped, match="stopped at step 5"):
+            loop.train(short(tmp_path / "three", **values))
+    assert calls == [0, 1]
+    executed, several = [], loop.Run.update_several
+
+    def counted(self, batches, step, count):
+        executed.append((step, count))
+        return several(self, batches, step, count)
+
+    monkeypatch.setattr(loop.Run, "update_several", counted)
+    loop.train(short(tmp_path / "three", **values))
+    assert executed == [(5, 1), (6, 2), (8, 2)]
+    assert_identical(final_state(tmp_path / "one", 10), final_state(tmp_path / "three", 10))
+    reports = [
+        checkpoint.read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "three")
+    ]
+    shown = [
+        [(line["step"], line.get("loss"), line.get("accuracy")) for line in lines]
+        for lines in reports
+    ]
+    assert shown[0] == shown[1] and len(shown[0]) == 8
+
+
+# === Parts of a run ===
+
+
+def part_of_a_run(**values):
+    """A `Run` that has not begun, of one worker, without model, data and directory."""
+    run = object.__new__(loop.Run)
+    run.config = short("unused", **values)
+    run.strategy, run.workers, run.chief = tf.distribute.get_strategy(), 1, True
+    run.steps, run.total, run.classes, run.step = 10, 40, 10, 0
+    run.notes = {"skipped": [], "rollbacks": 0, "healthy": -1, "best": -1.0, "results": {}}
+    run.pending, run.counted, run.told_to_end, run.saved_at = [], -1, 0, time.monotonic()
+    run.optimizer = types.SimpleNamespace(
+        scaling=run.config.precision == "float16",
+        scale=[tf.constant(4.0)],
+        averages=[],
+        averaged=contextlib.nullcontext,
+        variables=[tf.Variable([1.0, 2.0])],
+    )
+    run.reporter = types.SimpleNamespace(evaluation=lambda *arguments: None)
+    run.corrupt = ()
+    return run
+
+
+@pytest.fixture
+def of_two_workers(monkeypatch):
+    """A function that sets what the other worker says, and asks for a run of two workers."""
+
+    def make(*said, **values):
+        answers = iter(said)
+        monkeypatch.setattr(
+            strategies,
+            "of_each_worker",
+            lambda strategy, numbers: np.array([numbers, next(answers)], "int64"),
+        )
+        run = part_of_a_run(**values)
+        run.workers = 2
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("values", "skipped", "step", "length"),
+    [
+        ({"steps_per_execution": 1}, [], 3, 1),
+        ({"steps_per_execution": 4}, [], 0, 1),
+        ({"steps_per_execution": 4}, [], 1, 4),
+        ({"steps_per_execution": 4}, [], 5, 2),  # a report
+        ({"steps_per_execution": 4}, [], 8, 2),  # an epoch
+        ({"steps_per_execution": 4, "checkpoint_steps": 3}, [], 1, 2),
+        ({"steps_per_execution": 9, "checkpoint_steps": 100}, [4], 1, 3),
+        ({"steps_per_execution": 4}, [4], 4, 1),
+        ({"steps_per_execution": 4, "precision": "float16", "max_skipped_updates": 3}, [], 1, 2),
+        ({"steps_per_execution": 4, "precision": "float32", "max_skipped_updates": 3}, [], 1, 4),
+    ],
+)
+def test_an_execution_ends_where_something_has_to_be_done(values, skipped, step, length):
+    run = part_of_a_run(**{"checkpoint_steps": 0, **values})
+    run.notes["skipped"] = skipped
+    assert run.execution_length(step, report_steps=7) == length
+
+
+@pytest.mark.parametrize(
+    ("step", "decision", "looks"),
+    [
+        (3, (False, False), False),
+        (3, (True, False), True),
+        (3, (False, True), True),
+        (14, (False, False), True),
+        (20, (False, False), True),
+        (6, (False, False), True),
+        (5, (False, False), False),
+    ],
+)
+def test_losses_are_looked_at_before_they_count(step, decision, looks):
+    run = part_of_a_run(precision="float16", max_skipped_updates=6)
+    assert run.looks(step, 7, loop.Decision(*decision)) == looks
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "precision", "bad"),
+    [
+        (13.2, 1.0, "float32", False),  # 4 log(10) + 4 = 13.21
+        (13.3, 1.0, "float32", True),
+        (float("nan"), 1.0, "float16", True),
+        (float("inf"), 1.0, "float32", True),
+        (1.0, float("inf"), "float32", True),
+        (1.0, float("nan"), "float16", False),
+    ],
+)
+def test_a_loss_is_bad_if_it_blew_up_and_a_norm_without_a_loss_scale(loss, norm, precision, bad):
+    run = part_of_a_run(precision=precision)
+    run.pending = [(4, 1.0, 1.0), (5, loss, norm), (6, 1.0, 1.0)]
+    assert run.healthy() == (not bad)
+    assert run.bad == ([5] if bad else []) and run.notes["healthy"] == (-1 if bad else 6)
+
+
+@pytest.mark.parametrize(("said", "bad"), [(4, [4]), (5, [5]), (6, [5]), (40, [5])])
+def test_workers_roll_back_to_the_first_step_that_was_bad_anywhere(of_two_workers, said, bad):
+    run = of_two_workers([said])
+    run.pending = [(4, 1.0, 1.0), (5, float("nan"), 1.0)]
+    assert not run.healthy() and run.bad == bad
+    run = of_two_workers([4])
+    run.pending = [(4, 1.0, 1.0)]
+    assert not run.healthy() and run.bad == [4] and run.notes["healthy"] == -1
+    assert of_two_workers([40]).healthy()
+
+
+def test_updates_that_float16_skips_are_counted_in_a_row_and_once():
+    run, inf = part_of_a_run(precision="float16", max_skipped_updates=3), float("inf")
+    run.pending = [(0, 1.0, inf), (1, 1.0, inf)]
+    for _ in range(2):
+        run.count_skipped()
+        assert run.notes["skipped_in_a_row"] == 2
+    run.pending = [(1, 1.0, inf), (2, 1.0, 1.0), (3, 1.0, inf), (4, 1.0, float("nan"))]
+    run.count_skipped()
+    assert run.notes["skipped_in_a_row"] == 2
+    run.pending = [(5, 1.0, inf)]
+    with pytest.raises(RuntimeError, match="^3 updates in a row .* at a loss scale of 4,"):
+        run.count_skipped()
+    run = part_of_a_run(max_skipped_updates=1)
+    run.pending = [(5, 1.0, inf)]
+    run.count_skipped()
+    assert run.notes["skipped_in_a_row"] == 0
+
+
+@pytest.mark.parametrize("average", [[], [0.0]])
+def test_the_better_of_weights_and_their_average_decides_which_checkpoint_is_the_best(average):
+    run = part_of_a_run(early_stopping=2)
+    run.optimizer.averages = average
+    accuracies = iter([0.3, 0.6, 0.5, 0.4, 0.55, 0.7] if average else [0.6, 0.5, 0.7])
+    run.evaluate_once = lambda batches: {"accuracy": next(accuracies), "images": 1}
+    best = [(run.evaluate(step, None), run.stale()) for step in (1, 2, 3)]
+    assert best == [(True, False), (False, False), (True, False)] and run.notes["best"] == 0.7
+    run.evaluate_once = lambda batches: {"accuracy": 0.7, "images": 1}
+    assert [(run.evaluate(step, None), run.stale()) for step in (4, 5)] == [
+        (False, False),
+        (False, True),
+    ]
+
+
+def test_a_single_worker_s_clock_and_signals_count_after_the_update():
+    run = part_of_a_run(checkpoint_steps=0, checkpoint_minutes=1.0)
+    assert not run.checkpoint_due(3)
+    run.saved_at -= 61
+    assert run.checkpoint_due(3) and run.decision(None) == (False, False)
+    assert part_of_a_run(checkpoint_steps=3).checkpoint_due(6)
+    assert not part_of_a_run(checkpoint_steps=3).checkpoint_due(7)
+
+
+def test_the_chief_s_clock_and_anybody_s_signal_are_voted_on(of_two_workers):
+    run = of_two_workers(checkpoint_steps=0, checkpoint_minutes=1.0)
+    run.saved_at -= 61
+    assert run.votes(3) == [0.0, 1.0]
+    run.chief, run.told_to_end = False, 15
+    assert run.votes(3) == [1.0, 0.0]
+    assert run.decision(tf.constant([1.0, 0.0])) == (True, False)
+    assert run.decision(tf.constant([0.0, 2.0])) == (False, True)
+    run.chief, run.config = True, short("unused", checkpoint_steps=3)
+    assert run.votes(3) == [1.0, 0.0]
+
+
+def test_an_evaluation_ends_when_any_worker_is_told_to(of_two_workers):
+    run = of_two_workers([0], [1])
+    run.watchdog = types.SimpleNamespace(tick=lambda: None)
+    run.before_evaluation(0)
+    run.before_evaluation(1)
+    with pytest.raises(loop.Interrupted):
+        run.before_evaluation(loop.EVALUATION_LOOK)
+
+
+def test_unreadable_images_of_all_workers_count_once(of_two_workers):
+    source = types.SimpleNamespace(stretches=(), size=1000)
+
+    def images(limit, *names):
+        corrupt = data.UnreadableImages(source, limit / 1000)
+        corrupt.names = set(names)
+        return corrupt
+
+    both = [loop.name_digest(name) for name in ("a", "b")]
+    assert len(set(both)) == 2 and all(0 < number < 2**63 for number in both)
+    run = of_two_workers([2, 0], both)  # 3 names, of 2 images
+    run.corrupt = images(2, "a"), images(2)
+    run.check_images()
+    run = of_two_workers([2, 0], both)
+    run.corrupt = images(2, "c"), images(2)
+    with pytest.raises(ValueError, match="3 of 1000 images cannot be read"):
+        run.check_images()
+    run = part_of_a_run()
+    run.corrupt = images(0), images(1, "a", "b")
+    with pytest.raises(ValueError, match="2 of 1000 images"):
+        run.check_images()
+
+
+def test_a_run_whose_weights_are_those_of_its_beginning_is_an_error():
+    run = part_of_a_run()
+    run.check_weights_changed(8)
+    run.notes["initial_weights"] = run.weights_digest()
+    with pytest.raises(RuntimeError, match="^8 updates changed no weight"):
+        run.check_weights_changed(8)
+    run.optimizer.variables[0].assign([1.0, 2.5])
+    run.check_weights_changed(8)
+
+
+def a_saving_run(tmp_path, **values):
+    run = part_of_a_run(**values)
+    run.checkpoints = checkpoint.Checkpoints(tmp_path, {"w": tf.Variable(0.0)}, 9, background=True)
+    return run
+
+
+def test_the_last_checkpoint_is_that_of_the_updates_that_were_made(tmp_path):
+    run = a_saving_run(tmp_path)
+    run.step, run.pending = 4, [(3, 1.0, 1.0)]
+    assert run.save_at_end(between_updates=False) is None and run.checkpoints.step() == -1
+    assert run.save_at_end(between_updates=True) == 4 and run.checkpoints.step() == 4
+    assert checkpoint.read(run.checkpoints.paths()[0])[1]["healthy"] == 3
+    run.step, run.pending = 5, [(4, float("nan"), 1.0)]
+    assert run.save_at_end(between_updates=True) is None and run.checkpoints.step() == 4
+    run.step, run.pending, run.chief = 6, [], False
+    assert run.save_at_end(between_updates=True) is None and run.checkpoints.step() == 4
+
+
+def test_other_workers_restore_the_checkpoint_that_the_chief_did(of_two_workers, tmp_path):
+    run = of_two_workers()
+    run.checkpoints = checkpoint.Checkpoints(tmp_path, {"w": tf.Variable(0.0)}, 9)
+    run.reporter = types.SimpleNamespace(go_on_from=lambda step: None, say=lambda text: None)
+    for step in (2, 4):
+        run.checkpoints.variables["w"].assign(float(step))
+        run.checkpoints.save(step, {**run.notes, "healthy": step - 1, "skipped": [1]})
+    run.chief, run.notes["skipped"] = False, [3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            strategies, "of_each_worker", lambda strategy, numbers: np.array([[2], numbers])
+        )
+        assert run.restore() == 2 and run.checkpoints.variables["w"].numpy() == 2
+        assert run.notes["skipped"] == [1, 3] and run.notes["healthy"] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            strategies, "of_each_worker", lambda strategy, numbers: np.array([[-1], numbers])
+        )
+        assert run.restore() is None
+
+
+@pytest.mark.parametrize(
+    "error", [tf.errors.InternalError, tf.errors.UnavailableError, tf.errors.DeadlineExceededError]
+)
+def test_a_collective_that_fails_is_a_lost_worker_in_one_line(tmp_path, monkeypatch, error):
+    def fail(*arguments):
+        raise error(None, None, "Collective ops failed\nwith more lines")
+
+    monkeypatch.setattr(loop, "train_held", fail)
+    monkeypatch.setattr(strategies, "make", lambda config: tf.distribute.get_strategy())
+    with pytest.raises(error):
+        loop.train(short(tmp_path))
+    monkeypatch.setattr(strategies, "worker", lambda strategy: (1, 2))
+    with pytest.raises(
+        RuntimeError, match=r"^worker 1 of 2 has lost.*\(.*Collective ops failed\)$"
+    ):
+        loop.train(short(tmp_path))
+
+
+def test_a_data_service_that_is_not_there_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(service.wait_for, "__defaults__", (0.1,))
+    with pytest.raises(OSError, match="--data_service=grpc://localhost:1 cannot be used"):
+        loop.train(short(tmp_path, data_service="grpc://localhost:1"))
+    with pytest.raises(ValueError, match="is written grpc://HOST:PORT"):
+        loop.train(short(tmp_path, data_service="grpc:/localhost:1"))
+    assert not (tmp_path / "config.json").exists()
 
 
 def train_command(workdir, *flags, **environment):
@@ -391,3 +728,15 @@ def test_two_workers_one_of_them_killed_reach_weights_and_report_of_one_process(
     assert result.returncode == 0, result.stderr[-2000:] + logs
     assert len(json.loads(result.stdout)["killed"]) == 1
     assert "has lost another one" in (tmp_path / "several_0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["nan", "service"])
+def test_workers_that_meet_a_fault_end_and_resume_to_the_same_bits(tmp_path, fault):
+    """KERAS_TNT_WORKERS says how many there are."""
+    number = os.environ.get("KERAS_TNT_WORKERS", "2")
+    command = [sys.executable, "-m", "tests.training.faults", str(tmp_path), number, fault]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
+    assert result.returncode == 0, result.stderr[-2000:] + logs
+    print(result.stdout)

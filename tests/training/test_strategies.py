@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from training import strategies
+from training import configuration, strategies
 
 
 def test_tf_config_is_taken_as_it_is():
@@ -69,3 +69,33 @@ def test_slurm_s_host_lists_are_expanded(short, full):
 def test_an_incomplete_cluster_is_an_error(environment, message):
     with pytest.raises(ValueError, match=message):
         strategies.cluster(environment)
+
+
+@pytest.mark.parametrize(
+    ("values", "on_gpu", "message"),
+    [
+        ({"cross_device_ops": "nccl"}, True, "is of --strategy=mirrored"),
+        ({"communication": "ring"}, True, "is of --strategy=multi_worker"),
+        ({"strategy": "mirrored", "cross_device_ops": "nccl"}, False, "needs GPUs"),
+        ({"strategy": "multi_worker", "communication": "nccl"}, False, "needs GPUs"),
+        ({"strategy": "mirrored", "cross_device_ops": "nccl", "cpu_devices": 2}, True, "needs GPU"),
+    ],
+)
+def test_collectives_that_do_not_go_with_the_devices_are_an_error(values, on_gpu, message):
+    with pytest.raises(ValueError, match=message):
+        strategies.check_collectives(configuration.make("digits", **values), on_gpu)
+
+
+def test_collectives_that_go_with_them_are_none():
+    for values in ({"strategy": "mirrored", "cross_device_ops": "nccl"}, {}):
+        strategies.check_collectives(configuration.make("digits", **values), True)
+    each = configuration.make("digits", strategy="multi_worker", communication="ring")
+    strategies.check_collectives(each, False)
+    assert set(strategies.CROSS_DEVICE_OPS) == set(configuration.CROSS_DEVICE_OPS)
+    assert set(strategies.COMMUNICATION) == set(configuration.COMMUNICATION)
+
+
+def test_numbers_of_one_worker_are_its_own(one_device, mirrored):
+    for strategy in (one_device, mirrored):
+        assert strategies.of_each_worker(strategy, [3, -1]).tolist() == [[3, -1]]
+        assert strategies.total(strategy, 3) == 3

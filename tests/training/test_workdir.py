@@ -1,11 +1,14 @@
 """The directory of a run: who holds it, what it records, and what is said when it is damaged."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -20,6 +23,16 @@ print("process 12 of elsewhere", file=file, flush=True)
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Those of a run of three, the best among them of step 2."""
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", {"w": tf.Variable(0.0)}, keep=3)
+    for step in (1, 2, 3):
+        saved.variables["w"].assign(float(step))
+        saved.save(step, {"healthy": step - 1}, best=step == 2)
+    return saved
 
 
 def test_a_second_trainer_is_told_who_holds_the_directory_until_that_one_dies(tmp_path):
@@ -70,6 +83,110 @@ def test_a_file_where_a_directory_has_to_be_is_named(tmp_path, name):
 def test_a_directory_that_cannot_be_made_is_named():
     with pytest.raises(ValueError, match="--workdir=/proc/run cannot be made: No such file"):
         workdir.make_directory("/proc/run")
+
+
+# === Names of something else than files ===
+
+
+def link_to_absent_disk(path):
+    path.symlink_to("/absent/disk/file")
+
+
+def link_to_itself(path):
+    path.symlink_to(path)
+
+
+def link_to_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def link_to_directory(path):
+    path.symlink_to("/")
+
+
+def filled_directory(path):
+    path.mkdir()
+    (path / "file").write_text("")
+
+
+OTHERS = [
+    link_to_absent_disk,
+    link_to_itself,
+    link_to_device,
+    link_to_directory,
+    filled_directory,
+    os.mkfifo,
+]
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_a_config_json_that_is_no_file_is_damage(tmp_path, make):
+    make(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        workdir.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_a_metrics_jsonl_that_is_no_file_is_damage(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl cannot be read"):
+        checkpoint.read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_a_checkpoint_that_is_no_file_is_set_aside(checkpoints, make):
+    newest = checkpoints.paths()[0]
+    newest.unlink()
+    make(newest)
+    assert checkpoints.restore()["step"] == 2
+    assert not os.path.lexists(newest) and os.path.lexists(newest.with_suffix(".corrupt"))
+    make(newest)
+    assert checkpoints.restore()["step"] == 2
+    assert os.path.lexists(newest.with_suffix(".2.corrupt"))
+
+
+@pytest.mark.parametrize("make", OTHERS)
+@pytest.mark.parametrize("name", ["step_000000004.safetensors", "best.safetensors"])
+def test_where_no_checkpoint_is_a_file_a_run_does_not_begin_at_step_0(tmp_path, make, name):
+    (tmp_path / "checkpoints").mkdir()
+    make(tmp_path / "checkpoints" / name)
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", {"w": tf.Variable(0.0)}, keep=3)
+    with pytest.raises(checkpoint.NoneReadable, match=f"{name}.*--start_afresh to begin at step 0"):
+        saved.restore()
+    if name == "best.safetensors":
+        with pytest.raises(checkpoint.CorruptCheckpoint, match="best.safetensors cannot be read"):
+            checkpoint.load_best(WithoutWeights(), tmp_path)
+    saved.set_aside()
+    assert saved.restore() is None
+
+
+class WithoutWeights:
+    weights = ()
+
+
+def test_checkpoints_on_an_absent_disk_are_not_none(tmp_path):
+    (tmp_path / "checkpoints").symlink_to("/absent/disk")
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", {"w": tf.Variable(0.0)}, keep=3)
+    with pytest.raises(checkpoint.NoneReadable, match="is it on a disk that is absent"):
+        saved.restore()
+
+
+def test_a_checkpoint_is_written_where_something_else_had_its_name(checkpoints):
+    (checkpoints.directory / "best.safetensors").unlink()
+    for path in (
+        checkpoints.directory / name for name in ("best.safetensors", "step_000000004.safetensors")
+    ):
+        filled_directory(path)
+    checkpoints.save(4, {"healthy": 3}, best=True)
+    assert checkpoint.read(checkpoints.directory / "best.safetensors")[1]["step"] == 4
+    assert checkpoints.restore()["step"] == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64])
+def test_files_that_tools_leave_are_no_checkpoints(tmp_path, content):
+    (tmp_path / ".nfs0001.safetensors").write_bytes(content)
+    (tmp_path / "lost+found").mkdir()
+    assert checkpoint.Checkpoints(tmp_path, {}, keep=1).restore() is None
 
 
 # === The configuration ===
@@ -135,16 +252,6 @@ def test_a_run_is_extended_by_cooldown_epochs_and_not_shortened_by_them(tmp_path
 # === Checkpoints and reports ===
 
 
-@pytest.fixture
-def checkpoints(tmp_path):
-    """Those of a run of three, the best among them of step 2."""
-    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", {"w": tf.Variable(0.0)}, keep=3)
-    for step in (1, 2, 3):
-        saved.variables["w"].assign(float(step))
-        saved.save(step, {"healthy": step - 1}, best=step == 2)
-    return saved
-
-
 def damage(path):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
 
@@ -182,12 +289,143 @@ def test_a_checkpoint_without_a_tensor_of_the_model_is_named(checkpoints, variab
         checkpoints.restore()
 
 
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_as_many_checkpoints_as_asked_for_are_left(tmp_path, keep):
+    saved = checkpoint.Checkpoints(tmp_path, {"w": tf.Variable(0.0)}, keep)
+    for step in range(1, 7):
+        saved.save(step, {"healthy": step - 1})
+        assert [checkpoint.step_of(path) for path in saved.paths()] == list(
+            range(step, max(0, step - keep), -1)
+        )
+
+
+def test_checkpoints_behind_a_step_that_was_left_out_are_all_kept(tmp_path):
+    saved = checkpoint.Checkpoints(tmp_path, {"w": tf.Variable(0.0)}, keep=1)
+    for step, healthy, left in ((1, 0, 1), (2, 0, 2), (3, 0, 3), (4, 3, 1)):
+        saved.save(step, {"healthy": healthy})
+        assert len(saved.paths()) == left
+
+
+def test_restoring_a_step_takes_that_one(checkpoints):
+    assert checkpoints.restore_step(1)["step"] == 1 and checkpoints.variables["w"].numpy() == 1
+    damage(checkpoints.paths()[0])
+    with pytest.raises(ValueError, match="step_000000003.safetensors"):
+        checkpoints.restore_step(3)
+
+
+# === In the background ===
+
+
+@pytest.fixture
+def held_write(tmp_path, monkeypatch):
+    """Checkpoints whose writes wait for an event, and the event."""
+    saved = checkpoint.Checkpoints(tmp_path, {"w": tf.Variable([1.0, 1.0])}, 9, background=True)
+    released, write = threading.Event(), saved._write
+
+    def held(*arguments):
+        assert released.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(saved, "_write", held)
+    yield saved, released
+    released.set()
+    saved.wait()
+
+
+def test_training_continues_while_the_values_of_the_step_are_written(held_write):
+    saved, released = held_write
+    notes = {"healthy": 0, "results": {"accuracy": 0.5}}
+    saved.save(1, notes)
+    saved.variables["w"].assign([2.0, 2.0])
+    notes["results"]["accuracy"] = 0.75
+    assert saved.step() == -1
+    released.set()
+    saved.wait()
+    tensors, written = checkpoint.read(saved.paths()[0])
+    assert tensors["w"].tolist() == [1.0, 1.0] and written["results"]["accuracy"] == 0.5
+
+
+def test_one_write_is_in_flight_and_they_keep_their_order(held_write):
+    saved, released = held_write
+    saved.save(1, {"healthy": 0})
+    second = threading.Thread(target=saved.save, args=(2, {"healthy": 1}))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive() and saved.step() == -1
+    released.set()
+    second.join()
+    saved.wait()
+    assert saved.step() == 2 and len(saved.paths()) == 2
+
+
+@pytest.mark.parametrize("then", ["save", "wait", "set_aside"])
+def test_an_error_of_a_write_comes_out_next_time_and_once(tmp_path, monkeypatch, then):
+    saved = checkpoint.Checkpoints(tmp_path / "c", {"w": tf.Variable(1.0)}, 9, background=True)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", full)
+        saved.save(1, {"healthy": 0})
+        with pytest.raises(OSError, match="No space left"):
+            {"save": lambda: saved.save(2, {"healthy": 1}), "wait": saved.wait}.get(
+                then, saved.set_aside
+            )()
+    saved.wait()
+    saved.save(2, {"healthy": 1})
+    saved.wait()
+    assert saved.step() == 2
+
+
+def test_a_copy_of_the_state_is_made_and_no_view(tmp_path, monkeypatch):
+    value = np.ones(3, "float32")
+
+    class Variable:
+        shape = (3,)
+
+        def numpy(self):
+            return value
+
+    saved = checkpoint.Checkpoints(tmp_path, {"w": Variable()}, 9, background=True)
+    write, started = saved._write, threading.Event()
+
+    def later(*arguments):
+        assert started.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(saved, "_write", later)
+    saved.save(1, {"healthy": 0})
+    value[:] = 5
+    started.set()
+    saved.wait()
+    assert checkpoint.read(saved.paths()[0])[0]["w"].tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("line", [b'{"step": 2, "lo', b"\xff", b"3", b'{"loss": 1.0}'])
 def test_a_damaged_metrics_jsonl_is_named_with_the_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2"):
         checkpoint.read_metrics(path)
+
+
+def test_a_last_line_that_is_whole_and_no_report_is_damage(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\n')
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2"):
+        checkpoint.read_metrics(path)
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
+    assert checkpoint.read_metrics(path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize(("after", "left"), [(0, []), (1, [1]), (2, [2, 1]), (3, [3, 2, 1])])
+def test_the_checkpoints_behind_a_step_are_set_aside(checkpoints, after, left):
+    checkpoints.set_aside(after=after)
+    assert [checkpoint.step_of(path) for path in checkpoints.paths()] == left
+    aside = checkpoints.directory.with_name("checkpoints_set_aside_1")
+    assert len(list(aside.glob("*"))) == 3 - len(left)
+    assert (checkpoints.directory / "best.safetensors").exists()
 
 
 def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_nothing(checkpoints, monkeypatch):

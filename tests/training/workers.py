@@ -35,19 +35,28 @@ def free_addresses(number):
 
 
 class Cluster:
-    """The workers of one run, each started again when it dies."""
+    """The workers of one run, each started again when it dies.
 
-    def __init__(self, workdir, number):
+    Args:
+        workdir: of the run.
+        number: of workers.
+        values: more values of the configuration.
+    """
+
+    def __init__(self, workdir, number, **values):
         self.workdir, self.addresses = workdir, free_addresses(number)
+        self.values = {"strategy": "multi_worker", "report": True, **values}
         self.started = 0
         self.processes = {index: self.start(index) for index in range(number)}
 
     def start(self, index):
         self.started += 1
         task = {"cluster": {"worker": self.addresses}, "task": {"type": "worker", "index": index}}
-        log = self.workdir.with_name(f"{self.workdir.name}_{index}.log")
         environment = {"TF_CONFIG": json.dumps(task)}
-        return fork(self.workdir, log, environment, strategy="multi_worker", report=True)
+        return fork(self.workdir, self.log(index), environment, **self.values)
+
+    def log(self, index):
+        return self.workdir.with_name(f"{self.workdir.name}_{index}.log")
 
     def reached(self):
         """The step of the newest checkpoint."""
