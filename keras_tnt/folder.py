@@ -5,9 +5,8 @@ import os
 import keras
 import numpy as np
 
+from keras_tnt.image_folders import SUFFIXES, list_folders, walk_images
 from keras_tnt.preprocessing import load_image
-
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 
 
 class ImageFolder(keras.utils.PyDataset):
@@ -18,7 +17,7 @@ class ImageFolder(keras.utils.PyDataset):
 
     Args:
         directory: has a folder for each class, whose name is the class's. Hidden files and folders,
-            and those that begin with `__`, are left out.
+            and those that programs leave behind, are skipped.
         model: the model that is to see the images; gives their size and channels.
         batch_size: images per batch; the last batch may have fewer.
         shuffle: whether epochs are shuffled; if not, images are in the order of their names.
@@ -115,9 +114,11 @@ def find_classes(directory):
     """
     if not os.path.isdir(directory):
         raise ValueError(f"`directory` must be a folder. Received: '{directory}'")
-    names = [name for name in sorted(os.listdir(directory)) if is_wanted(name)]
-    names = [name for name in names if os.path.isdir(os.path.join(directory, name))]
-    files = {name: list(find_images(os.path.join(directory, name))) for name in names}
+    visited = set()
+    files = {
+        name: list(walk_images(os.path.join(directory, name), visited=visited))
+        for name in list_folders(directory)
+    }
     files = {name: paths for name, paths in files.items() if paths}
     if not files:
         raise ValueError(
@@ -125,23 +126,6 @@ def find_classes(directory):
             "looked for."
         )
     return list(files), list(files.values())
-
-
-def is_wanted(name):
-    return not name.startswith((".", "__"))
-
-
-def find_images(folder, above=()):
-    """Yields the images in a folder and the folders in it, in the order of their names."""
-    place = os.path.realpath(folder)
-    if place in above:  # a link to a folder above
-        return
-    for name in filter(is_wanted, sorted(os.listdir(folder))):
-        path = os.path.join(folder, name)
-        if os.path.isdir(path):
-            yield from find_images(path, (*above, place))
-        elif name.lower().endswith(SUFFIXES) and os.path.isfile(path):
-            yield path
 
 
 def part(paths, share, seed, subset):

@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 
-from keras_tnt.command.images import evaluation_array, find_images
+from keras_tnt.command.images import evaluation_array, find_images, report
+from keras_tnt.image_folders import Skipped
 
 HELP = "a page that shows what a model attends to in images, and why it names them so"
 MOST_IMAGES = 50
@@ -29,7 +30,8 @@ def add_arguments(parser):
 
 
 def run(options):
-    paths = list(itertools.islice(find_images(options.images, report=True), MOST_IMAGES + 1))
+    skipped = Skipped()
+    paths = list(itertools.islice(find_images(options.images, skipped), MOST_IMAGES + 1))
     if len(paths) > MOST_IMAGES:
         raise ValueError(f"A page shows {MOST_IMAGES} images at most. Name fewer.")
     missing = next((path for path in paths if not os.path.isfile(path)), None)
@@ -39,6 +41,7 @@ def run(options):
     from keras_tnt.command.runtime import load_model, open_keras
     from keras_tnt.inspection import explore
 
+    report(skipped)
     say(f"loading {options.model}")
     model = load_model(options.model, options.weights)
     transform = open_keras(model, features=False, count=1).transform

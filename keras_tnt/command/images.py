@@ -8,12 +8,12 @@ import numpy as np
 from keras_tnt.image_folders import SUFFIXES, Skipped, walk_images
 
 
-def find_images(paths, report=False):
+def find_images(paths, skipped=None):
     """Finds the image files that arguments stand for: files as given, and those in folders, sorted.
 
     Args:
         paths: of files and folders.
-        report: whether to print how many files in the folders are skipped, by reason.
+        skipped: a `Skipped` that counts the files in folders that are left out, by reason.
 
     Yields:
         Paths.
@@ -21,7 +21,7 @@ def find_images(paths, report=False):
     Raises:
         ValueError: for a folder without images.
     """
-    skipped = Skipped()
+    skipped = Skipped() if skipped is None else skipped
     for path in paths:
         if not os.path.isdir(path):
             yield path
@@ -33,7 +33,11 @@ def find_images(paths, report=False):
             raise ValueError(
                 f"Folder '{path}' holds no image: {', '.join(SUFFIXES)} are looked for ({skipped})."
             )
-    if report and skipped:
+
+
+def report(skipped):
+    """Prints how many files in folders are left out, by reason."""
+    if skipped:
         print(f"Folders: {skipped}.", file=sys.stderr, flush=True)
 
 

@@ -13,10 +13,12 @@ import time
 
 import numpy as np
 
-from keras_tnt.command.images import evaluation_array, find_images
+from keras_tnt.command.images import evaluation_array, find_images, report
 from keras_tnt.command.table import Table, check_path, held, shard_path
+from keras_tnt.image_folders import Skipped
 from keras_tnt.text import first_line, printable
 
+DEFAULT_TOP = 5
 LONGEST = 4096  # characters of a name that are shown
 HELP = "name what images show, or give their features"
 
@@ -35,7 +37,7 @@ def add_arguments(parser):
         help="of a model that is named: imagenet, another name of keras_tnt.list_weights(), "
         "hf://owner/repository, a file, or none for random ones",
     )
-    parser.add_argument("--top", type=int, default=5, help="how many classes to name")
+    parser.add_argument("--top", type=int, default=DEFAULT_TOP, help="how many classes to name")
     parser.add_argument("--features", action="store_true", help="what the classifier reads instead")
     parser.add_argument("--out", help="table to write: .csv, .jsonl or .parquet; else it is shown")
     parser.add_argument(
@@ -67,8 +69,8 @@ def run(options):
 
 
 def prepare(options):
-    """Returns the number of images and the hash of their list; sets the batch size."""
-    count, digest = survey(options.images)
+    """Returns the number of images and a hash of their list; sets batch size and `skipped`."""
+    count, digest, options.skipped = survey(options.images)
     from keras_tnt.command import runtime
 
     options.batch_size = options.batch_size or runtime.default_batch_size(options.model)
@@ -173,7 +175,11 @@ def as_text(row):
 def open_model(options, count):
     from keras_tnt.command.runtime import open_runtime
 
-    return open_runtime(options.model, options.weights, options.features, count)
+    runtime = open_runtime(options.model, options.weights, options.features, count)
+    report(options.skipped)
+    if not options.features and options.top > max(runtime.width, DEFAULT_TOP):
+        say(f"--top={options.top}: the model has {runtime.width} classes, and all are given.")
+    return runtime
 
 
 def width_of(runtime, options):
@@ -269,12 +275,12 @@ def parse_shard(text):
 
 
 def survey(images):
-    """How many images there are, and a hash of their names in their order."""
-    total, count = hashlib.sha256(), 0
-    for path in find_images(images, report=True):
+    """Returns the number of images, a hash of their names in order, and the `Skipped` files."""
+    total, count, skipped = hashlib.sha256(), 0, Skipped()
+    for path in find_images(images, skipped):
         total.update(path.encode("utf-8", "surrogateescape") + b"\0")
         count += 1
-    return count, total.hexdigest()
+    return count, total.hexdigest(), skipped
 
 
 # === Progress ===
