@@ -190,7 +190,7 @@ def check_reference(app, environment):
 
 
 def explored():
-    """The page of `explore` for what explored.json keeps: three digits and a TNT that classifies them.
+    """The page of `explore` for what explored.json keeps: a TNT that classifies three digits.
 
     The file has the numbers alone, as explore gives them to its template.
     """
