@@ -9,6 +9,7 @@ SAMPLE ?= 20
 
 VENV := .venv
 READY := $(VENV)/ready
+AXE := $(VENV)/axe
 SERVERS := .venv-servers
 RUN := $(VENV)/bin/python
 
@@ -17,7 +18,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow dense servers lint docs dist installs mutation notebooks bench clean
+.PHONY: help setup axe demo test slow dense servers lint docs dist installs mutation notebooks bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -32,6 +33,12 @@ $(READY): setup.py constraints.txt
 	$(RUN) -m pip install -c constraints.txt -e '.[test]'
 	@touch $@
 
+axe: $(AXE) ## install axe-core, by which the tests of pages check accessibility (npm)
+
+$(AXE): $(READY) $(wildcard tests/package-lock.json)
+	@npm ci --prefix tests --no-audit --no-fund || echo "npm cannot install axe-core: tests of accessibility are skipped."
+	@touch $@
+
 demo: setup ## train tnt_digits, export it, and compare Keras, SavedModel and ONNX
 	$(RUN) training/demo.py
 
@@ -39,12 +46,12 @@ lint: setup ## check format and lint
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 
-test: setup ## lint, then the tests on each backend but the slow (BACKENDS=jax, WORKERS=4, PYTEST_ARGS='-k onnx')
+test: setup axe ## lint, then the tests on each backend but the slow (BACKENDS=jax, WORKERS=4, PYTEST_ARGS='-k onnx')
 	@passed=; failed=; \
 	$(MAKE) --no-print-directory lint && passed=lint || failed=lint; \
 	$(call on_each_backend,not slow)
 
-slow: setup ## the slow tests on each backend: whole runs, exports of every kind, kills
+slow: setup axe ## the slow tests on each backend: whole runs, exports of every kind, kills
 	@passed=; failed=; $(call on_each_backend,slow)
 
 # Each backend runs whatever the others do, and lint before them; the exit status tells of all.
@@ -66,7 +73,7 @@ dense: setup ## the tests of detectors and segmenters with KerasHub's heads, on 
 	done; \
 	if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi
 
-servers: setup $(SERVERS)/ready ## the tests against real servers, Triton and MLServer, in an environment of their own
+servers: setup axe $(SERVERS)/ready ## the tests against real servers, Triton and MLServer, in an environment of their own
 	KERAS_BACKEND=tensorflow $(RUN) -m pytest tests/servers $(PYTEST_ARGS)
 
 # The page in savedmodels/web wants npm's onnxruntime-web, too; its test skips itself without.
@@ -97,5 +104,5 @@ bench: setup ## measure speed on each backend, beside timm where it is installed
 	$(RUN) benchmarks/speed.py
 
 clean: ## remove .venv, runs/ and caches; exported models stay
-	rm -rf $(VENV) $(SERVERS) savedmodels/web/node_modules runs *.egg-info build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SERVERS) savedmodels/web/node_modules tests/node_modules runs *.egg-info build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

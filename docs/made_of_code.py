@@ -208,7 +208,7 @@ def check_reference(app, environment):
 
 
 def explored():
-    """The page of `explore` for what explored.json keeps: three digits in a TNT that reads them.
+    """The page of `explore` for what explored.json keeps: a TNT that classifies three digits.
 
     The file has the numbers alone, as explore gives them to its template.
     """

@@ -254,16 +254,22 @@ def batches(items, source, transform, config, share, unreadable, service=""):
             weight *= tf.reduce_max(label)
         return {**transform(image, place), "label": label, "weight": weight}
 
-    parallel = {"num_parallel_calls": tf.data.AUTOTUNE, "deterministic": True}
     if source.read is None:
-        dataset = items.map(finish, **parallel)
+        dataset = items.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     else:
+        # Not AUTOTUNE, and threads of its own: tf.data's shared ones are no more than the cores,
+        # all of which may wait for files of a network.
+        count = images_in_flight()
         dataset = items.interleave(
             lambda *item: image_or_black(item, finish),
-            cycle_length=images_in_flight(),
+            cycle_length=count,
             block_length=1,
-            **parallel,
+            num_parallel_calls=count,
+            deterministic=True,
         )
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = count
+        dataset = dataset.with_options(options)
     if service:
         sharding = tf.data.experimental.service.ShardingPolicy.DYNAMIC
         dataset = dataset.apply(tf.data.experimental.service.distribute(sharding, service))

@@ -1,53 +1,94 @@
-"""Pictures: which class is taken for which, the surest mistakes, the loss over learning rates."""
+"""Pictures of a run: confusion matrix, most certain mistakes, learning curves, rate search."""
 
 import numpy as np
 
 from keras_tnt import figures
 
-# Up to so many classes each has its row with its name; up to so many, its counts written out.
+# At most NAMED classes have a row each, with a name and counts in its cells.
 NAMED = 30
-COUNTED = 15
+CELL = 0.45  # inches
 PAIRS = 25
 GROUPS = 100
+MOST_COLUMNS = 6
+SHADE = "Blues"
 
 
 def confusion(matrix, names, path):
-    """Which class (row) was taken for which (column), and the pairs that were most often.
+    """Draws the confusion matrix and the pairs of classes that are most often confused.
 
     Args:
-        matrix: integers (n, n).
+        matrix: integers (n, n), a row for each true class, a column for each predicted one.
         names: of the n classes.
         path: of the PNG.
     """
     plt = pyplot()
     number = len(names)
-    side = min(max(0.34 * number + 2.5, 5), 12) if number <= NAMED else 10
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(side + 6, side), width_ratios=(side, 6), layout="constrained"
-    )
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    title = f"{number:,} classes, {matrix.sum():,} images"
-    if number > NAMED:
-        title = groups(left, matrix, title)
-    else:
-        # The square root lets a class that is seldom taken for another show beside the diagonal.
-        left.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    left.set(xlabel="taken for", ylabel="is", title=title)
+    width = height = 10
     if number <= NAMED:
-        short = [shortened(name, 24) for name in names]
-        left.set_xticks(range(number), short, rotation=60, ha="right")
-        left.set_yticks(range(number), short)
-    if number <= COUNTED:
-        for row, column in zip(*np.nonzero(matrix), strict=True):
-            colour = "white" if share[row, column] > 0.4 else "0.2"
-            left.text(column, row, matrix[row, column], ha="center", va="center", color=colour)
+        cells, longest = max(CELL * number, 3.5), max(len(shortened(name, 24)) for name in names)
+        width, height = cells + 0.085 * longest + 2.4, cells + 0.08 * longest + 1.6
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(width + 7, height), width_ratios=(width, 6.5), layout="constrained"
+    )
+    total, right_answers = int(matrix.sum()), int(np.trace(matrix))
+    accuracy = f"{right_answers / total:.2%}" if total else "none"
+    figure.suptitle(
+        f"Confusion matrix: accuracy {accuracy} ({right_answers:,} of {total:,} images, "
+        f"{number:,} classes)"
+    )
+    if number > NAMED:
+        confusion_of_many(left, matrix)
+    else:
+        confusion_of_few(left, matrix, names)
     most_often(right, matrix, names)
     save(figure, path)
 
 
-def groups(axes, matrix, title):
-    """Wrong answers alone, of classes taken together by their number; returns the title."""
+def confusion_of_few(axes, matrix, names):
+    """Draws every class with its name and its counts."""
+    number = len(names)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(share, cmap=SHADE, norm=square_root(1), interpolation="nearest")
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.6, label="share of the true class")
+    bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1], labels=["0", "1%", "5%", "20%", "50%", "100%"])
+    axes.set(xlabel="predicted", ylabel="true")
+    short = [shortened(name, 24) for name in names]
+    upright = max(map(len, short)) <= 2
+    turned = {} if upright else {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(number), short, **turned)
+    axes.set_yticks(range(number), short)
+    axes.set_xticks(np.arange(number - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(number - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="0.88", lw=0.6)
+    axes.tick_params(which="minor", length=0)
+    points = 72 * max(CELL, 3.5 / number)
+    size = min(13, points / (0.75 * len(str(matrix.max()))))
+    for (row, column), count in np.ndenumerate(matrix):
+        if count:
+            ink = ink_on(image.cmap(image.norm(share[row, column])))
+            text = axes.text(column, row, count, ha="center", va="center", color=ink, fontsize=size)
+            text.set_in_layout(False)  # it is inside its cell
+
+
+def square_root(most):
+    """A norm that lets a class that is seldom confused show next to the diagonal."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, 0, most)
+
+
+def ink_on(color):
+    """Black or white, whichever has the larger contrast on an RGB color (WCAG's luminance)."""
+    parts = np.array(color[:3])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
+    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
+
+
+def confusion_of_many(axes, matrix):
+    """Draws wrong predictions only, those of neighboring classes added up."""
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import NullLocator
 
     number, size = len(matrix), -(-len(matrix) // GROUPS)
     apart = np.pad(matrix - np.diag(np.diag(matrix)), (0, -number % size))
@@ -55,58 +96,129 @@ def groups(axes, matrix, title):
     together = apart.reshape(count, size, count, size).sum(axis=(1, 3))
     image = axes.imshow(
         np.where(together, together, np.nan),
-        cmap="Reds",
+        cmap="viridis_r",
         norm=LogNorm(1, max(2, together.max())),
         interpolation="nearest",
-        extent=(0, count * size, count * size, 0),
+        extent=(-0.5, count * size - 0.5, count * size - 0.5, -0.5),
     )
-    axes.figure.colorbar(image, ax=axes, shrink=0.6, label="wrong answers")
-    return title if size == 1 else f"{title}: wrong answers, {size} classes a square"
+    axes.plot([-0.5, number - 0.5], [-0.5, number - 0.5], color="0.8", lw=0.8, zorder=0)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.6, label="wrong predictions (logarithmic)")
+    steps = [digit * 10**power for power in range(10) for digit in (1, 2, 5)]
+    steps = [step for step in steps if step <= max(2, together.max())]
+    bar.set_ticks(steps, labels=[f"{step:,}" for step in steps])
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    squares = "" if size == 1 else f"; a square stands for {size}×{size} classes"
+    axes.set_title(f"Wrong predictions only{squares}", fontsize=10)
+    axes.set(xlabel="predicted (class index, from 0)", ylabel="true (class index, from 0)")
 
 
 def most_often(axes, matrix, names):
-    """The pairs of classes that were confused most often, as bars."""
+    """Draws the pairs of classes that were confused most often, as bars."""
     apart = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-apart, axis=None, kind="stable")[:PAIRS]
     pairs = [divmod(int(place), len(names)) for place in order if apart.flat[place]]
-    axes.barh(range(len(pairs)), [apart[pair] for pair in pairs], color="C3")
+    axes.spines[["top", "right"]].set_visible(False)
+    if not pairs:
+        axes.axis("off")
+        axes.text(0.5, 0.5, "No image is misclassified.", ha="center", va="center")
+        return
+    bars = axes.barh(range(len(pairs)), [apart[pair] for pair in pairs], color="C3")
+    axes.bar_label(bars, padding=3, fontsize=8)
     labels = [" → ".join(shortened(names[each], 22) for each in pair) for pair in pairs]
     axes.set_yticks(range(len(pairs)), labels, fontsize=8)
     axes.set_ylim(max(len(pairs), 5) - 0.4, -0.6)
+    axes.margins(x=0.1)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(title="most often: is → taken for" if pairs else "none taken for another")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("images")
+    axes.set_title("Most often confused: true → predicted", fontsize=10)
 
 
 def mistakes(shown, wrong, total, path):
-    """The most certain wrong answers.
+    """Draws the most certain wrong predictions.
 
     Args:
-        shown: (uint8 image, the answer, the label, the answer's probability) of each.
-        wrong, total: numbers of wrong answers and of images.
+        shown: (uint8 image, the predicted class, the true one, its probability) of each.
+        wrong, total: numbers of wrong predictions and of images.
         path: of the PNG.
     """
     plt = pyplot()
-    rows = max(1, -(-len(shown) // 6))
-    figure, grid = plt.subplots(
-        rows, 6, figsize=(12, 2.6 * rows), layout="constrained", squeeze=False
-    )
-    for axes in grid.flat:
+    if not shown:
+        figure = plt.figure(figsize=(6, 1.5))
+        text = (
+            f"None of {total:,} images is misclassified."
+            if not wrong
+            else (f"{wrong:,} of {total:,} images are misclassified; none of them was kept.")
+        )
+        figure.text(0.5, 0.5, text, ha="center", va="center")
+        return save(figure, path)
+    columns = grid_columns(len(shown))
+    rows = -(-len(shown) // columns)
+    size = (max(2.5 * columns, 5.5), 2.85 * rows + 0.4)
+    figure = plt.figure(figsize=size, layout="constrained")
+    grid = figure.add_gridspec(rows, 2 * columns)
+    for i, (image, answer, label, probability) in enumerate(shown):
+        row, column = divmod(i, columns)
+        lacking = columns - min(columns, len(shown) - row * columns)  # the last row is centered
+        axes = figure.add_subplot(grid[row, 2 * column + lacking : 2 * column + lacking + 2])
         axes.axis("off")
-    for axes, (image, answer, label, probability) in zip(grid.flat, shown, strict=False):
-        axes.imshow(image)
-        answer, label = shortened(answer, 20), shortened(label, 20)
-        axes.set_title(f"{answer} {probability:.0%}\nis {label}", fontsize=9)
-    figure.suptitle(
-        f"Of {total:,} images {wrong:,} were misread; the most certain of them"
-        if wrong
-        else f"None of {total:,} images was misread"
-    )
+        image = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        answer, label = shortened(answer, 18), shortened(label, 22)
+        axes.set_title(f"predicted: {answer}, {probability:.0%}\ntrue: {label}", fontsize=9)
+    most = "" if wrong == len(shown) else f"; the {len(shown)} most certain"
+    are = "is" if wrong == 1 else "are"
+    figure.suptitle(f"{wrong:,} of {total:,} images {are} misclassified{most}")
     save(figure, path)
 
 
+def grid_columns(count):
+    """The number of columns, at most MOST_COLUMNS, that leaves the fewest empty places."""
+    if count <= MOST_COLUMNS - 1:
+        return count
+    return min(range(MOST_COLUMNS, 3, -1), key=lambda columns: -count % columns)
+
+
+def curves(reports, path, target=None, title="Held-out images"):
+    """Draws loss, learning rate and held-out accuracy over the epochs.
+
+    Args:
+        reports: the lines of `metrics.jsonl`, as dicts.
+        path: of the picture.
+        target: an accuracy from 0 to 1 to compare with, drawn as a labeled line.
+        title: of the accuracies.
+    """
+    plt = pyplot()
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for axes, key, color in ((left, "loss", "C0"), (middle, "learning_rate", "C2")):
+        points = [(report["epoch"], report[key]) for report in reports if key in report]
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", ms=3)
+    left.set(ylabel="training loss", title="Training loss")
+    middle.set(ylabel="learning rate", title="Learning rate")
+    middle.set_ylim(bottom=0)
+    middle.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    labels = {"accuracy": "weights", "ema_accuracy": "moving average of weights"}
+    for key, style in (("accuracy", "C1-"), ("ema_accuracy", "C4--")):
+        points = [(report["epoch"], 100 * report[key]) for report in reports if key in report]
+        if points:
+            label = f"{labels[key]}: {points[-1][1]:.1f}% after epoch {points[-1][0]:g}"
+            right.plot(*zip(*points, strict=True), style, marker="o", ms=3, label=label)
+    if target is not None:
+        label = f"target: {100 * target:g}%"
+        right.axhline(100 * target, color="0.45", lw=1, ls=":", label=label)
+    right.set(ylabel="accuracy (%)", title=title, ylim=(None, 101))
+    right.legend(loc="lower right", fontsize=9)
+    for axes in (left, middle, right):
+        axes.set_xlabel("epoch")
+        axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    save(figure, path)
+    return path
+
+
 def learning_rates(rates, losses, smooth, chosen, path):
-    """The loss over a ramp of learning rates, and the one that is named."""
+    """Draws the loss over a ramp of learning rates, and the rate that is chosen."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(rates, losses, color="0.8", lw=1, label="loss of each update")
@@ -121,7 +233,7 @@ def learning_rates(rates, losses, smooth, chosen, path):
 
 
 def shortened(name, longest):
-    """A name of so many characters at most: of a longer one its beginning and its end."""
+    """Returns a name of at most `longest` characters: of a longer one its start and its end."""
     if len(name) > longest:
         end = longest // 2
         name = f"{name[: longest - end - 1].rstrip()}…{name[-end:].lstrip()}"

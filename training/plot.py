@@ -1,4 +1,4 @@
-"""Compare runs in one picture: python training/plot.py RUN... --output=comparison.png"""
+"""Compares runs in one picture: python training/plot.py RUN... --output=comparison.png"""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ PANELS = (
 
 
 def plot(runs, output):
-    """Draw the curves of some runs.
+    """Draws the curves of runs.
 
     Args:
         runs: directories with a `metrics.jsonl`.
@@ -57,10 +57,15 @@ def plot(runs, output):
                 if points:
                     name = figures.drawable(run)
                     label = name if key == keys[0] else f"{name}, moving average"
-                    axis.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
+                    marker = "o" if len(points) < 2 else None  # a line needs two points
+                    color = f"C{number % 10}"
+                    points = zip(*points, strict=True)
+                    axis.plot(*points, style, color=color, marker=marker, label=label)
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="small")
     output = Path(output).expanduser()
     figures.save(figure, output, dpi=120)
     pyplot.close(figure)

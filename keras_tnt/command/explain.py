@@ -1,4 +1,4 @@
-"""`keras-tnt explain`: pictures in, a page to walk through what a model sees out."""
+"""`keras-tnt explain`: writes a page with the attention and relevance of images."""
 
 import itertools
 import os
@@ -9,7 +9,7 @@ import numpy as np
 from keras_tnt.command.images import evaluation_array, find_images, report
 from keras_tnt.image_folders import Skipped
 
-HELP = "a page that shows what a model attends to in images, and why it names them so"
+HELP = "write a page with the predictions for images, what the model attends to, and why"
 MOST_IMAGES = 50
 
 

@@ -1,4 +1,4 @@
-"""A page to walk through what a model sees in a few images: one HTML file, without a server."""
+"""An HTML page with the attention and relevance of a few images: one file, without a server."""
 
 import base64
 import html
@@ -17,42 +17,47 @@ from keras_tnt.inspection import flow
 from keras_tnt.inspection.maps import attention_maps
 from keras_tnt.inspection.picture import displayed
 from keras_tnt.inspection.relevance import gradient_links
-from keras_tnt.inspection.subject import Subject
+from keras_tnt.inspection.subject import Subject, check_finite_images
 
 TOP_CLASSES = 5
+IMAGES_AT_ONCE = 8
 LARGEST_PAGE = 150_000_000  # bytes, of which a browser needs some four times as many
 
 
 def explore(model, images, path, class_names=None, *, titles=None):
-    """Write a page that shows, for each image, what the model attends to and why it decides so.
+    """Writes a page that shows, for each image, what the model attends to and why it decides so.
 
-    The page is one HTML file, which works from disk, offline. In it: the image in its patches and
-    the outer attention from any of them and from the class tokens, by block and head; any patch in
-    its words and the inner attention among them; the relevance of patches and words for the likely
-    classes (`relevance`); and what the heads would say after each block. Models without words or
-    class tokens get the parts that they have.
+    The page is one HTML file, which works from disk, offline. It begins with the image and its
+    prediction, and contains the outer attention from any patch and from the class tokens, by block
+    and head; the inner attention among the words of any patch; the relevance of patches and words
+    to the most likely classes (`relevance`); and the prediction after each block. Models without
+    words or class tokens get the parts that they have.
 
-    Attention is kept in 8 bits: each number is within 1/510 of the largest in its row.
+    Scores are what the model's own activation makes of its logits, as `faithfulness` has them.
+    Attention is stored in 8 bits: each number is within 1/510 of the largest in its row. Maps with
+    values that are not finite are marked as such.
 
     Args:
         model: a classifier of this package.
         images: `(batch, height, width, channels)` as the model takes them, or channels first.
         path: of the file, `.html`.
         class_names: a name for each class; None: those that the model carries, or numbers.
-        titles: a caption for each image; None: what is predicted.
+        titles: a name for each image, such as its file's, which the page has as its title. If
+            `None`, "Image 1" and so on.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: if the images do not fit or are more than a page can hold, or the model is no
-            classifier of this package.
+        ValueError: if the images do not fit or are more than a page can hold, if they or the
+            model's logits are not finite, or the model is no classifier of this package.
         IsADirectoryError: if `path` is a folder.
 
     Example:
 
-    >>> images = np.stack([keras_tnt.load_image(name, model) for name in ("cat.jpg", "dog.jpg")])
-    >>> keras_tnt.inspection.explore(model, images, "page.html")
+    >>> names = ["cat.jpg", "dog.jpg"]
+    >>> images = np.stack([keras_tnt.load_image(name, model) for name in names])
+    >>> keras_tnt.inspection.explore(model, images, "page.html", titles=names)
     """
     path = os.path.expanduser(path)
     subject = Subject(model, images)
@@ -61,22 +66,26 @@ def explore(model, images, path, class_names=None, *, titles=None):
     classes = subject.logits.output_shape[-1]
     names = class_names or names_of(model) or [f"class {i}" for i in range(classes)]
     check_counts(names, classes, titles, images)
+    titles = [f"Image {i + 1}" for i in range(len(images))] if titles is None else titles
+    check_finite_images(images, titles)
     images = np.asarray(images, "float32")
+    for start in range(0, len(images), IMAGES_AT_ONCE):
+        some = slice(start, start + IMAGES_AT_ONCE)
+        subject.check_finite(subject.predict(images[some]), titles[some])
 
     first = Pack(subject, images[:1])
     check_size(len(first.data), len(images), os.path.dirname(os.path.abspath(path)))
     packs = [first, *(Pack(subject, images[i : i + 1]) for i in range(1, len(images)))]
     page = {
         "name": model.name,
+        "activation": subject.activation,
         "size": subject.sides,
         "grid": subject.grids[0],
         "wordSide": subject.word_side,
         "tokens": ["class token", "distillation token"][: subject.found.class_tokens],
         "blocks": first.blocks,
         "layout": first.layout,
-        "images": [
-            pack.describe(names, titles[i] if titles else None) for i, pack in enumerate(packs)
-        ],
+        "images": [pack.describe(names, title) for pack, title in zip(packs, titles, strict=True)],
     }
     write_atomically(path, fill(page, [pack.data for pack in packs]))
     return path
@@ -90,7 +99,9 @@ def check_counts(names, classes, titles, images):
             f"`class_names` must have {classes} names, one a class. Received: {len(names)}"
         )
     if titles is not None and len(titles) != len(images):
-        raise ValueError(f"`titles` must have one for each of {len(images)} images.")
+        raise ValueError(
+            f"`titles` must have one for each of {len(images)} images. Received: {len(titles)}"
+        )
 
 
 def check_size(image_bytes, count, folder):
@@ -113,8 +124,8 @@ def fill(page, data):
         for i, x in enumerate(data)
     )
     values = {
-        "TITLE": html.escape(f"What {page['name']} sees"),
-        "PAGE": json.dumps(page, ensure_ascii=False).replace("<", "\\u003c"),
+        "TITLE": html.escape(f"{page['images'][0]['title']} – {page['name']}"),
+        "PAGE": json.dumps(page, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
         "ARRAYS": arrays,
     }
     text = template.read_text(encoding="utf-8")
@@ -129,6 +140,7 @@ class Pack:
     def __init__(self, subject, image):
         self.subject = subject
         self.pieces, self.layout, self.size = [], {}, 0
+        self.not_finite = []  # what has values that are NaN or infinite
         self.blocks = list(self.pack_attention(image))
         self.pack_relevance(image)
         self.add("pixels", np.uint8(np.round(255 * displayed(image[0]))))
@@ -143,10 +155,17 @@ class Pack:
         self.size += len(self.pieces[-1])
 
     def add_rows(self, name, x):
-        """Append rows of attention in 8 bits, and what 255 stands for in each."""
+        """Append rows of attention in 8 bits, and what 255 stands for: NaN of non-finite rows."""
+        x = np.asarray(x, "float32")
+        finite = np.isfinite(x).all(axis=-1)
+        x = np.where(finite[..., None], x, 0)
         largest = x.max(axis=-1)
-        self.add(name, np.uint8(np.round(255 * x / largest[..., None])))
-        self.add(f"{name}/largest", largest.astype("float32"))
+        scale = np.where(largest > 0, largest, 1)
+        self.add(name, np.uint8(np.round(255 * np.clip(x / scale[..., None], 0, 1))))
+        self.add(f"{name}/largest", np.where(finite, largest, np.nan).astype("float32"))
+        if not finite.all():
+            number, kind = name.split("/")
+            self.not_finite.append(f"{kind} attention of block {int(number) + 1}")
 
     def pack_attention(self, image):
         """Yields what the page has to know of each block."""
@@ -186,39 +205,48 @@ class Pack:
         """Relevance of patches and words for the most likely classes."""
         subject = self.subject
         self.probabilities = subject.probabilities(subject.predict(image))[0]
-        self.classes = self.probabilities.argsort()[::-1][:TOP_CLASSES]
+        self.classes = np.argsort(-self.probabilities, kind="stable")[:TOP_CLASSES]
         copies = ops.convert_to_tensor(np.repeat(image, len(self.classes), axis=0))
         links = gradient_links(subject, copies, self.classes)
         for level in ("patches", "words") if subject.word_side else ("patches",):
             maps = flow.relevance_map(subject, links, 1.0, level == "words")
             self.add(f"relevance/{level}", maps.astype("float32"))
+            if not np.isfinite(maps).all():
+                self.not_finite.append(f"relevance of {level}")
 
     def describe(self, names, title):
         final = self.probabilities
         classes = [
-            {"name": str(names[i]), "index": int(i), "probability": float(final[i])}
+            {"name": str(names[i]), "index": int(i), "probability": score(final[i])}
             for i in self.classes
         ]
         depths = []
         for block, found in self.depths.items():
-            best = int(found.argmax())
+            finite = np.isfinite(found)
+            best = int(np.where(finite, found, -np.inf).argmax())
             depths.append(
                 {
                     "block": block,
-                    "name": str(names[best]),
-                    "probability": float(found[best]),
-                    "classes": [float(found[i]) for i in self.classes],
+                    "name": str(names[best]) if finite.any() else "not finite",
+                    "probability": score(found[best]),
+                    "classes": [score(found[i]) for i in self.classes],
                 }
             )
         return {
-            "title": title or f"{classes[0]['name']}, {classes[0]['probability']:.0%}",
+            "title": str(title),
             "classes": classes,
             "depths": depths,
+            "notFinite": self.not_finite,
         }
 
 
+def score(x):
+    """A number of float32 as JSON has it: without noise of binary fractions; None: not finite."""
+    return float(f"{float(x):.7g}") if np.isfinite(x) else None
+
+
 def predictions_by_depth(subject, image):
-    """What norm and heads say of the class tokens, or of the mean patch, as each block leaves them.
+    """Returns the prediction after each block, from its class tokens or mean patch (logit lens).
 
     Returns:
         A dict from a block's number to probabilities; of blocks before the class token comes, or of

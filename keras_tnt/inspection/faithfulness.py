@@ -1,8 +1,8 @@
-"""Whether maps of relevance tell what a model goes by: tried out by taking parts away."""
+"""Faithfulness of relevance maps: deletion, insertion and SaCo."""
 
 import numpy as np
 
-from keras_tnt.inspection.subject import Subject
+from keras_tnt.inspection.subject import Subject, check_finite_images
 
 STEPS = 20
 GROUPS = 10
@@ -10,35 +10,37 @@ FORWARD_BATCH = 64
 
 
 def faithfulness(model, images, maps, targets=None, *, baseline=None, seed=0):
-    """How well maps say which parts of images a model goes by, beside random maps.
+    """Measures how faithful maps are to the model, compared with random maps.
 
-    Parts are taken away by putting the baseline in their place. The measure is the probability of
-    the target, the softmax of the (mean) logits:
+    Parts are deleted by replacing them with the baseline. The measure is the target's output: the
+    model's own activation of the (mean) logits. It is a probability with softmax, and with sigmoid,
+    where each class has one by itself and a single output is enough; without activation (linear) it
+    is the target's logit:
 
-    - deletion: parts are taken away, the most relevant first; a good map's curve falls early;
+    - deletion: parts are deleted, the most relevant first; a good map's curve falls early;
     - insertion: parts are put into the baseline, the most relevant first; a good one's rises early
       (both Petsiuk et al. 2018, arXiv 1806.07421);
     - SaCo (Wu et al. 2024, arXiv 2404.01415): of all pairs of ten groups of parts, ordered by
       relevance, whether the more relevant one also matters more by itself, weighed by how much more
       relevant it is said to be; from -1 to 1.
 
-    Such numbers say little alone: those of random maps of the same size stand beside them.
+    The same numbers of random maps of the same size are the baseline to compare with.
 
     Args:
         model, images, targets: as `relevance` has them.
         maps: `(batch, rows, columns)`, of which rows and columns divide the images' sides.
-        baseline: pixel value, or one a channel, of a part taken away; None: what the model
-            normalises to zero.
+        baseline: pixel value, or one a channel, of a deleted part. If `None`, the one that the
+            model normalizes to zero.
         seed: of the random maps.
 
     Returns:
-        A dict: `"fractions"` of the parts changed, `(steps,)`; `"deletion"` and `"insertion"`, the
-        mean probabilities there; `"deletion_area"` and `"insertion_area"`, the areas under them,
-        and `"saco"`, means over the images, which are as many as `"images"`; and under `"random"`
-        the same of random maps.
+        A dict: `"measure"`, the name of the activation; `"fractions"` of the parts changed,
+        `(steps,)`; `"deletion"` and `"insertion"`, the mean measures there; `"deletion_area"` and
+        `"insertion_area"`, the areas under them, and `"saco"`, means over the images; `"images"`,
+        their number; and under `"random"` the same of random maps.
 
     Raises:
-        ValueError: for maps that do not fit the images, and as `relevance` does.
+        ValueError: for maps that do not fit the images or are not finite, and as `relevance` does.
 
     Example:
 
@@ -47,14 +49,18 @@ def faithfulness(model, images, maps, targets=None, *, baseline=None, seed=0):
     >>> found["deletion_area"], found["random"]["deletion_area"]
     """
     subject = Subject(model, images)
+    check_finite_images(images)
     images, maps = np.asarray(images, "float32"), np.asarray(maps)
     check_maps(subject, images, maps)
+    logits = np.concatenate([subject.predict(image[None]) for image in images])
+    subject.check_finite(logits)
     if targets is None:
-        targets = [subject.predict(image[None])[0].argmax() for image in images]
+        targets = logits.argmax(axis=-1)
     targets = subject.class_indices(targets, len(images))
     random_maps = np.random.default_rng(seed).random(maps.shape)
     trial = Trial(subject, images, targets, subject.baseline(baseline))
-    return {**trial.of(maps), "images": len(images), "random": trial.of(random_maps)}
+    found = {**trial.of(maps), "images": len(images), "random": trial.of(random_maps)}
+    return {"measure": subject.activation, **found}
 
 
 def check_maps(subject, images, maps):
@@ -70,7 +76,7 @@ def check_maps(subject, images, maps):
 
 
 class Trial:
-    """Images from which parts are taken away."""
+    """Images of which parts are deleted."""
 
     def __init__(self, subject, images, targets, baseline):
         self.subject, self.images, self.targets, self.baseline = subject, images, targets, baseline
@@ -106,15 +112,14 @@ class Trial:
         return deletion, insertion, saco(np.array(said), deletion[0] - without)
 
     def probabilities(self, i, kept):
-        """Of the target in image `i` where only some parts are kept, (cases, rows, columns)."""
+        """The target's output in image `i` with only some parts kept, (cases, rows, columns)."""
         image, predict = self.images[i], self.subject.logits.predict_on_batch
         cases = []
         for start in range(0, len(kept), FORWARD_BATCH):
             mask = self.subject.to_pixels(kept[start : start + FORWARD_BATCH])
             cases.append(predict(np.where(mask, image, self.baseline)))
-        logits = np.concatenate(cases).astype("float64")
-        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return (shares / shares.sum(axis=-1, keepdims=True))[:, self.targets[i]]
+        outputs = self.subject.probabilities(np.concatenate(cases))
+        return outputs[:, self.targets[i]].astype("float64")
 
 
 def area_under(curve, x):

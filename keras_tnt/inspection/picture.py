@@ -1,4 +1,4 @@
-"""A picture of what a model attends to in one image."""
+"""A picture of the attention of a model in one image."""
 
 import keras
 import numpy as np
@@ -6,21 +6,22 @@ import numpy as np
 from keras_tnt.anatomy import anatomy, class_names, sides_of
 from keras_tnt.figures import drawable, save
 from keras_tnt.inspection.maps import attention_maps, attention_rollout
+from keras_tnt.inspection.subject import activation_name, cause_of_nonfinite, check_finite_images
 
 COLOURS = ("#ff5964", "#35c4dc", "#7ac74f")
 GLOW = (1.0, 0.6, 0.0, 0.8)
 
 
 def plot_attention(model, image, path, patches=None):
-    """Draw what a model attends to in an image, and write the picture.
+    """Draws what a model attends to in an image, and writes the picture.
 
     Above: the image, three of its patches framed; how much of each patch reaches the class token
     through all blocks (`attention_rollout`); the class token's attention in the last block, mean of
     the heads and head by head. PyramidTNT has no class token: the mean patch stands for it. Below,
     where the model has inner transformers, the framed patches one by one, cut into their words: the
     pixels; how much attention each word gets in the last inner transformer, mean of heads; and what
-    the word with the least even attention, framed, gives to each. Colours below say how many times
-    the even share a word gets.
+    the word with the least even attention, framed, gives to each. Colors below are multiples of the
+    even share. Rows, columns and heads are counted from 1 in the picture.
 
     Args:
         model: a model of this package, with its top or without.
@@ -34,7 +35,8 @@ def plot_attention(model, image, path, patches=None):
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the image does not fit the model, or has no such patches.
+        ValueError: if the image does not fit the model or has no such patches, or if it or the
+            model's attention is not finite.
 
     Example:
 
@@ -48,7 +50,14 @@ def plot_attention(model, image, path, patches=None):
             'plot_attention needs matplotlib: pip install "keras-tnt[plots]"'
         ) from error
     image = np.asarray(image)
+    check_finite_images(image[None], ["The image"])
     maps = attention_maps(model, image[None])
+    for name, values in maps.items():
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"The attention of '{name}' in model '{model.name}' is not finite (NaN or "
+                f"infinity), and cannot be drawn. {cause_of_nonfinite(model)}"
+            )
     heads = class_attention(model, image, maps)
     mean = heads.mean(axis=0)
     if patches is None:
@@ -102,11 +111,14 @@ def class_rollout(model, image):
 def prediction(model, image):
     """The class that a classifier sees in the image, for a title."""
     outputs = keras.ops.convert_to_numpy(model(image[None], training=False))
-    if anatomy(model).predictions is None:
+    layer = anatomy(model).predictions
+    if layer is None:
         return "image"
     names, best = class_names(model), outputs[0].argmax()
     name = f"class {best}" if names is None else names[best]
-    return f"predicted\n{drawable(name)}, {outputs[0].max():.0%}"
+    is_probability = activation_name(layer) in ("softmax", "sigmoid")
+    score = f"{outputs[0].max():.0%}" if is_probability else f"{outputs[0].max():.3g}"
+    return f"predicted\n{drawable(name)}, {score}"
 
 
 def displayed(image):
@@ -124,12 +136,14 @@ def displayed(image):
 
 
 def draw_outer(figure, reader, pixels, title, heats, frames):
-    figure.suptitle(f"Outer attention: what the {reader} reads", fontsize=10)
+    figure.suptitle(
+        f"Outer attention of the {reader}: transparent, least attention; orange, most", fontsize=10
+    )
     axes = figure.subplots(1, 1 + len(heats))
     show(axes[0], pixels, title)
     for axis, (name, heat) in zip(axes[1:], heats.items(), strict=True):
         low, high = heat.min(), heat.max()
-        show(axis, pixels, f"{name}\n{low:.0%} to {high:.0%}")
+        show(axis, pixels, f"{name}\n{percent(low)} to {percent(high)}")
         glow = np.tile(np.array(GLOW), (*heat.shape, 1))
         glow[..., 3] *= (heat - low) / max(high - low, 1e-6)
         over(axis, glow, pixels)
@@ -145,7 +159,7 @@ def draw_inner(figure, pixels, attention, frames):
     shares = words * attention  # 1: even
     reach = max(np.abs(shares - 1).max(), 0.5)  # what is nearly even shall look it
     figure.suptitle(
-        "Inner attention: what the dotted word of each framed patch reads (1: an even share)",
+        "Inner attention: what the dotted word of each framed patch attends to (1: an even share)",
         fontsize=10,
     )
     axes = figure.subplots(1, 2 * len(frames))
@@ -153,8 +167,8 @@ def draw_inner(figure, pixels, attention, frames):
         patch = cut_out(pixels, row, column, grid)
         word = np.argmax(np.square(shares[i] - 1).sum(axis=1))
         heat = np.reshape(shares[i, word], (side, side))
-        show(axes[2 * i], patch, f"patch {row * grid[1] + column}, in words", colour)
-        show(axes[2 * i + 1], patch, "its dotted word reads", colour)
+        show(axes[2 * i], patch, f"row {row + 1}, column {column + 1}, in words", colour)
+        show(axes[2 * i + 1], patch, "its dotted word attends to", colour)
         over(axes[2 * i + 1], heat, patch, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach)
         for axis in axes[2 * i : 2 * i + 2]:
             frame(axis, *divmod(word, side), (side, side), patch, "black")
@@ -166,6 +180,11 @@ def draw_inner(figure, pixels, attention, frames):
             axes[2 * i + 1].text(
                 *place, f"{share:.1f}", ha="center", va="center", fontsize=7, color=ink
             )
+
+
+def percent(x):
+    """A share with two significant digits."""
+    return f"{100 * float(f'{x:.2g}'):.6g}%"
 
 
 def show(axis, pixels, title, colour="black"):

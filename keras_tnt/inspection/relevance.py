@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_tnt.inspection import flow
 from keras_tnt.inspection.links import gradient_of, observe, sum_of_targets
-from keras_tnt.inspection.subject import Subject
+from keras_tnt.inspection.subject import Subject, check_finite_images
 
 LEVELS = ("patches", "words")
 IMAGES_AT_ONCE = 8
@@ -52,7 +52,8 @@ def relevance(
 
     Raises:
         ValueError: for a class that is not there, images that do not fit, a model without head or
-            attention, a level that it does not have, an unknown method.
+            attention, a level that it does not have, an unknown method, and images or logits that
+            are not finite.
 
     Example:
 
@@ -65,6 +66,7 @@ def relevance(
     check_choice("level", level, LEVELS)
     if level == "words" and not subject.word_side:
         raise ValueError(f"Model '{model.name}' has patches alone. Use level='patches'.")
+    check_finite_images(images)
     if targets is not None:
         targets = subject.class_indices(targets, len(images))
     settings = {"baseline": subject.baseline(baseline), "random": np.random.default_rng(seed)}
@@ -72,7 +74,9 @@ def relevance(
     for start in range(0, len(images), IMAGES_AT_ONCE):
         chunk = slice(start, start + IMAGES_AT_ONCE)
         some = ops.convert_to_tensor(images[chunk], model.inputs[0].dtype)
-        classes = subject.predict(some).argmax(axis=-1) if targets is None else targets[chunk]
+        logits = subject.predict(some)
+        subject.check_finite(logits)
+        classes = logits.argmax(axis=-1) if targets is None else targets[chunk]
         maps.append(METHODS[method](subject, some, classes, level == "words", **settings))
     return np.concatenate(maps).astype("float32")
 

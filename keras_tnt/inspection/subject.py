@@ -12,6 +12,8 @@ from keras_tnt.inspection.links import gate_gradient_of, gradient_of, sum_of_tar
 from keras_tnt.inspection.maps import check_images
 from keras_tnt.layers import WordsToPatches
 
+MOST_NAMED = 3
+
 
 class Subject:
     """A classifier that is to be explained, and the images that it sees.
@@ -23,6 +25,8 @@ class Subject:
     Attributes:
         found: its `Anatomy`.
         logits: a model from images to the mean of the heads' logits, `(batch, classes)`.
+        activation: what the model applies to its logits, `"softmax"`, `"sigmoid"`, `"linear"` or
+            the name of another function of `keras.activations`.
         sides: (height, width) of the images in pixels.
         grids: (rows, columns) of the patches of each stage.
         word_side: words along a side of a patch; 0: the model has patches alone.
@@ -41,10 +45,12 @@ class Subject:
             inside = self.found.model.name
             raise ValueError(f"Model '{model.name}' wraps a classifier. Pass its layer '{inside}'.")
         check_images(model, images)
-        outputs = [head.output for head in heads]
+        outputs = [logits_of(head) for head in heads]
         mean = keras.layers.Average()(outputs) if len(outputs) > 1 else outputs[0]
         self.logits = keras.Model(model.inputs[0], mean)
 
+        self.activate = self.found.predictions or heads[0].activation
+        self.activation = activation_name(self.activate)
         self.channels_first = self.found.image.data_format == "channels_first"
         shape = np.shape(images)
         self.sides = tuple(shape[2:] if self.channels_first else shape[1:3])
@@ -80,10 +86,27 @@ class Subject:
         """The mean of the heads' logits, as an array (batch, classes)."""
         return keras.ops.convert_to_numpy(self.logits(images, training=False))
 
+    def check_finite(self, logits, names=None):
+        """Raise ValueError where the logits of an image are not finite.
+
+        Args:
+            logits: `(batch, classes)`.
+            names: a name for each image; None: numbers from 1.
+        """
+        finite = np.isfinite(np.asarray(logits, "float32")).all(axis=-1)
+        if finite.all():
+            return
+        i = int(np.argmin(finite))
+        name = f"image {i + 1} of {len(finite)}" if names is None else names[i]
+        raise ValueError(
+            f"Model '{self.model.name}' returns logits that are not finite (NaN or infinity) for "
+            f"{name}, which cannot be explained. {cause_of_nonfinite(self.model)}"
+        )
+
     def probabilities(self, logits):
-        """What the model's last activation makes of logits, (batch, classes); else the softmax."""
-        activate = self.found.predictions or keras.activations.softmax
-        return keras.ops.convert_to_numpy(activate(keras.ops.convert_to_tensor(logits)))
+        """What the model's own activation makes of logits, (batch, classes): those if linear."""
+        logits = keras.ops.convert_to_tensor(np.asarray(logits, "float32"))
+        return keras.ops.convert_to_numpy(self.activate(logits)).astype("float32")
 
     def class_indices(self, targets, count):
         """The index of each image's class, of indices or names, one an image or one for all."""
@@ -121,3 +144,83 @@ class Subject:
         for axis, side in enumerate(self.sides, start=1):
             maps = np.repeat(maps, side // maps.shape[axis], axis=axis)
         return np.expand_dims(maps, 1 if self.channels_first else -1)
+
+
+def check_finite_images(images, names=None):
+    """Raise ValueError for images with values that are NaN or infinite.
+
+    Args:
+        images: `(batch, ...)`.
+        names: a name for each image; None: numbers from 1.
+    """
+    for i, image in enumerate(images):
+        image = keras.ops.convert_to_numpy(image)
+        count = int(np.sum(~np.isfinite(image)))
+        if count:
+            name = f"Image {i + 1} of {len(images)}" if names is None else names[i]
+            raise ValueError(
+                f"`images` must have finite values. {name} has {count:,} of {image.size:,} that "
+                "are NaN or infinite. Replace them, for instance by np.nan_to_num(images)."
+            )
+
+
+def cause_of_nonfinite(model):
+    """Returns a sentence that says why a model's activations are not finite, and what helps."""
+    broken = [
+        weight.path
+        for weight in model.weights
+        if not np.isfinite(keras.ops.convert_to_numpy(weight).astype("float32")).all()
+    ]
+    if not broken:
+        policy = model.dtype_policy.name
+        return (
+            f"Its weights are finite: its activations overflow (dtype policy {policy}). Build the "
+            "model with dtype='float32'."
+        )
+    more = f" and {len(broken) - MOST_NAMED} more" if len(broken) > MOST_NAMED else ""
+    return (
+        f"Some of its weights are not finite either: {', '.join(broken[:MOST_NAMED])}{more}. Load "
+        "a checkpoint from before training diverged."
+    )
+
+
+class DenseLogits(keras.layers.Layer):
+    """The output of a `Dense` layer before its activation, from the same weights."""
+
+    def __init__(self, dense, **kwargs):
+        super().__init__(dtype=dense.dtype_policy, **kwargs)
+        self.dense = dense
+        self.built = True
+
+    def call(self, x):
+        x = keras.ops.matmul(x, keras.ops.cast(self.dense.kernel, x.dtype))
+        if self.dense.use_bias:
+            x = keras.ops.add(x, keras.ops.cast(self.dense.bias, x.dtype))
+        return x
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.dense.units)
+
+
+def logits_of(head):
+    """Returns the symbolic logits of a head: its output before an activation."""
+    if activation_name(head.activation) == "linear":
+        return head.output
+    if getattr(head, "quantization_mode", None):
+        raise ValueError(
+            f"The logits of head '{head.name}' cannot be separated from its activation once it is "
+            "quantized. Explain the model before `quantize`, or end it with a "
+            "keras.layers.Activation."
+        )
+    return DenseLogits(head)(head.input)
+
+
+def activation_name(activation):
+    """The name of an activation, be it a layer, a function or None."""
+    if isinstance(activation, keras.layers.Softmax):
+        return "softmax"
+    activation = getattr(activation, "activation", activation)
+    if activation is None:
+        return "linear"
+    name = getattr(activation, "__name__", getattr(activation, "name", type(activation).__name__))
+    return str(name)

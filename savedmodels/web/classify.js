@@ -53,7 +53,7 @@ function* fields(bytes) {
 /** A function from the bytes of a picture to its classes: see `classify` in it. */
 export async function open(bytes) {
   const told = metadataOf(bytes);
-  if (!told.image_size) throw new Error("This file tells of no images: keras_tnt.export.onnx writes what does.");
+  if (!told.image_size) throw new Error("This file does not describe its images. Use a file that keras_tnt.export.onnx wrote.");
   const card = {
     size: JSON.parse(told.image_size),
     covered: JSON.parse(told.resized_to_cover),

@@ -7,10 +7,16 @@ import select
 import shutil
 import subprocess
 import time
+from pathlib import Path
+
+import pytest
 
 PROGRAM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
+needs_axe = pytest.mark.skipif(not AXE.is_file(), reason="no axe-core: `make axe` installs it")
+WCAG_2_2_AA = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 PATIENCE = 60  # seconds that an answer may take on a busy machine
 
 
@@ -136,3 +142,14 @@ class Browser:
         """The page as PNG."""
         answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         return base64.b64decode(answer["data"])
+
+
+def accessibility_violations(browser):
+    """Returns what axe-core finds against WCAG 2.2 AA in the page as it is: (rule, element)."""
+    browser.evaluate(AXE.read_text(encoding="utf-8") + "; 0")
+    count, found = browser.evaluate(
+        f"axe.run(document, {{runOnly: {json.dumps(WCAG_2_2_AA)}}}).then(found => [found.passes"
+        ".length, found.violations.flatMap(v => v.nodes.map(node => [v.id, node.html]))])"
+    )
+    assert count > 5  # rules that were applied
+    return found

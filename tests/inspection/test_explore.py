@@ -12,7 +12,7 @@ from PIL import Image
 import keras_tnt
 from keras_tnt import inspection
 from keras_tnt.command import main
-from tests.inspection.browser import PROGRAM, Browser
+from tests.inspection.browser import PROGRAM, Browser, accessibility_violations, needs_axe
 from tests.inspection.test_relevance import PYRAMID, TNT, VIT, images_for
 
 pytestmark = pytest.mark.one_backend
@@ -38,7 +38,8 @@ def tnt():
 @pytest.fixture(scope="module")
 def page(tnt, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    return inspection.explore(tnt, images_for(tnt), path, NAMES, titles=["%%ARRAYS%%", "second"])
+    titles = ["%%ARRAYS%%.jpg", "second.jpg"]
+    return inspection.explore(tnt, images_for(tnt), path, NAMES, titles=titles)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +123,10 @@ def test_clicks_and_keys_change_what_they_should(browser, page):
     assert state(browser)["block"] == 1
     before = browser.evaluate("$('outer').toDataURL()")
     browser.press("c")
-    assert "The class token reads" in browser.text("outer-says")
+    assert "The class token attends to" in browser.text("outer-says")
     assert browser.evaluate("$('outer').toDataURL()") != before
     browser.point("#readers button:last-child")
-    assert "The distillation token reads" in browser.text("outer-says")
+    assert "The distillation token attends to" in browser.text("outer-says")
     browser.press("h", "h")
     assert str(state(browser)["head"]) == "1"
     browser.point("#inner", 0.99, 0.01)
@@ -197,6 +198,207 @@ def test_the_page_is_labelled(browser, page):
     assert browser.evaluate("$('classes').children.length") == 4
     names = browser.evaluate("[...$('classes').children].map(e => e.firstChild.textContent)")
     assert sorted(names) == sorted(NAMES)
+
+
+@needs_chromium
+def test_photo_verdict_and_file_name_come_first(browser, page, tnt):
+    browser.open(page.as_uri())
+    order = browser.evaluate("[...document.querySelectorAll('canvas, h1, h2')].map(e => e.id)")
+    assert order[:2] == ["photo", "heading"]
+    assert browser.evaluate("$('photo').getBoundingClientRect().top") < 100
+    probabilities = tnt.predict(images_for(tnt), verbose=0)
+    for i, name in enumerate(("%%ARRAYS%%.jpg", "second.jpg")):
+        browser.evaluate(f"set({{image: {i}}})")
+        assert browser.text("heading") == name
+        assert browser.evaluate("document.title") == f"{name} – my_tnt"
+        best = probabilities[i].argmax()
+        answer = browser.text("answer")
+        assert answer.startswith(f"{NAMES[best]}, ")
+        assert shares(answer)[0] == pytest.approx(probabilities[i, best], abs=6e-4)
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    "control", ["#classes button", "#steps button", "#images button", "#outer-heads button"]
+)
+def test_a_control_keeps_the_focus_when_it_is_activated(browser, page, control):
+    browser.open(page.as_uri())
+    browser.evaluate(f"document.querySelectorAll('{control}')[1].focus()")
+    for _ in range(2):
+        browser.evaluate("document.activeElement.click()")
+        assert browser.evaluate(f"[...document.querySelectorAll('{control}')]"
+                                ".indexOf(document.activeElement)") == 1  # fmt: skip
+
+
+@needs_chromium
+def test_changes_by_keys_are_announced(browser, page):
+    browser.open(page.as_uri())
+    for canvas, frame in (("outer", "The framed patch (row"), ("inner", "The framed word (row")):
+        browser.evaluate(f"$('{canvas}').focus()")
+        for key in ("ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft"):
+            browser.press(key)
+            announced = browser.text(f"{canvas}-read")
+            assert announced.startswith(frame) and "Most: " in announced, key
+    assert browser.evaluate("$('outer-read').ariaLive") == "polite"
+    browser.evaluate("$('why').focus()")
+    browser.press("ArrowRight")
+    assert browser.text("why-read").startswith("Patch at row ")
+    browser.press("[")
+    assert browser.text("announce").startswith("block 1 of 2. Prediction after block 1: ")
+    browser.press("h")
+    assert browser.text("announce").startswith("Outer attention, head 1. Most: ")
+    browser.press("n")
+    assert browser.text("announce").startswith(browser.text("heading"))
+
+
+@needs_chromium
+def test_single_key_shortcuts_can_be_turned_off(browser, page):
+    browser.open(page.as_uri())
+    browser.evaluate("$('outer').focus()")
+    browser.point("#shortcuts")
+    assert browser.evaluate("$('shortcuts').ariaChecked") == "false"
+    before = state(browser)
+    browser.evaluate("$('outer').focus()")
+    browser.press("[", "]", "h", "H", "c", " ", "p", "n")
+    assert state(browser) == before and "Play" in browser.text("play")
+    browser.press("ArrowDown", "ArrowUp")  # no character: these work on the focused picture
+    assert browser.text("outer-read")
+    browser.open(page.as_uri())  # the choice is remembered
+    browser.press("p")
+    assert state(browser)["heat"] == 1
+    browser.point("#shortcuts")
+    browser.press("p")
+    assert state(browser)["heat"] == 0
+
+
+@needs_chromium
+def test_the_fixed_scale_is_the_same_for_all_heads_and_blocks(browser, page):
+    browser.open(page.as_uri())
+    fixed, free = set(), set()
+    for scale, found in (("fixed", fixed), ("stretched", free)):
+        for block in (0, 1):
+            for head in (0, 1):
+                browser.evaluate(f"set({{scale: '{scale}', block: {block}, head: {head}}})")
+                found.add(browser.text("outer-legend"))
+    assert len(fixed) == 1 and len(free) == 4
+    colors = "[.001, .1, 1].map(x => color(within(x, FIXED.outer)).join())"
+    assert len(set(browser.evaluate(colors))) == 3
+
+
+@needs_chromium
+def test_numbers_are_without_noise_of_binary_fractions(browser, page):
+    browser.open(page.as_uri())
+    written = browser.evaluate("[0.1 + 0.2, 1e-17, 0, 1.5e-5, 123.456, -0.25, NaN].map(number)")
+    assert written == ["0.3", "0", "0", "1.5×10⁻⁵", "123", "-0.25", "not finite (NaN or infinity)"]
+    written = browser.evaluate("[0.1 + 0.2, 1e-17, 3e-5, 0.0123, 0.99999, 1].map(percent)")
+    assert written == ["30.0%", "0%", "<0.01%", "1.23%", ">99.9%", "100%"]
+    noise = re.compile(r"\d\.\d{8}|e-\d")
+    for scale in ("fixed", "stretched"):
+        for level in ("words", "patches"):
+            browser.evaluate(f"set({{scale: '{scale}', level: '{level}'}})")
+            for name in ("outer", "inner", "why"):
+                assert not noise.search(browser.text(f"{name}-legend"))
+    assert not re.search(r"\.\d{10}", page.read_text(encoding="utf-8").split("</script>")[0])
+
+
+@needs_chromium
+def test_the_page_has_the_words_of_the_field(browser, page):
+    browser.open(page.as_uri())
+    for change in ("{}", "{reader: 'class', block: 1}"):
+        browser.evaluate(f"set({change})")
+        text = browser.evaluate("document.body.innerText")
+        assert not re.search(r"\b(reads?|told|tells?)\b", text)
+        assert "attends to" in text and "Relevance" in text
+
+
+@needs_chromium
+@needs_axe
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_has_no_violation_of_wcag(browser, page, dark, width):
+    browser.open(page.as_uri(), width, 900, dark)
+    assert accessibility_violations(browser) == []
+    browser.point("#classes button:nth-child(2)")
+    browser.point("#steps button")
+    browser.point("#images button:nth-child(2)")
+    browser.point("#shortcuts")
+    browser.press("ArrowRight")
+    assert accessibility_violations(browser) == []
+    browser.evaluate("set({level: 'words', scale: 'fixed', heat: 0, reader: 'class'})")
+    assert accessibility_violations(browser) == []
+    browser.point("#shortcuts")
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_bars_of_pressed_buttons_have_a_contrast_of_3_to_1(browser, page, dark):
+    browser.open(page.as_uri(), dark=dark)
+    pairs = browser.evaluate(
+        "[...document.querySelectorAll('#steps i, #classes i')].map(bar => [bar, "
+        "bar.closest('button')].map(e => getComputedStyle(e).backgroundColor))"
+    )
+    assert len(pairs) == 6
+    for pair in pairs:
+        lighter, darker = sorted((luminance(color) for color in pair), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 3, pair
+
+
+def luminance(color):
+    """Relative luminance, as WCAG defines it, of `rgb(r, g, b)`."""
+    parts = [int(x) / 255 for x in re.findall(r"\d+", color)[:3]]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@needs_chromium
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_maps_that_are_not_finite_are_marked(browser, tnt, tmp_path, monkeypatch, value):
+    module = importlib.import_module("keras_tnt.inspection.explore")
+    attention_maps, relevance_map = module.attention_maps, module.flow.relevance_map
+
+    def broken_attention(model, images):
+        maps = {name: np.array(x) for name, x in attention_maps(model, images).items()}
+        maps["block_1/outer"][:, 0, 2] = value
+        return maps
+
+    def broken_relevance(*arguments):
+        maps = relevance_map(*arguments)
+        maps[0, 0, 1] = value
+        return maps
+
+    monkeypatch.setattr(module, "attention_maps", broken_attention)
+    monkeypatch.setattr(module.flow, "relevance_map", broken_relevance)
+    path = inspection.explore(tnt, images_for(tnt, 1), tmp_path / "page.html", NAMES)
+    browser.open(path.as_uri() + "#block=1&patch=0&reader=patch&head=0")
+    assert not browser.complaints
+    assert "outer attention of block 2, relevance of patches" in browser.text("problem")
+    assert browser.evaluate("!$('problem').hidden")
+    assert "not finite" in browser.text("outer-most") and "not finite" in browser.text(
+        "outer-legend"
+    )
+    browser.evaluate("set({head: 1})")
+    assert "not finite" not in browser.text("outer-legend") + browser.text("outer-most")
+    assert "not finite" in browser.text("why-legend")
+    browser.point("#why", 0.3, 0.05, press=False)
+    assert browser.text("why-read") == "word 1, 2: not finite (NaN or infinity)"
+
+
+@needs_chromium
+@pytest.mark.parametrize("activation", ["sigmoid", None])
+def test_scores_are_the_model_s_own_outputs(browser, activation, tmp_path):
+    model = build(keras_tnt.DeiT, {**VIT, "classes": 1, "classifier_activation": activation})
+    image = images_for(model, 1)
+    path = inspection.explore(model, image, tmp_path / "page.html", ["fox"])
+    output = float(model.predict(image, verbose=0)[0, 0])
+    found = described(path)["images"][0]
+    assert found["classes"][0]["probability"] == pytest.approx(output, rel=1e-4)
+    assert found["depths"][-1]["probability"] == pytest.approx(output, rel=1e-4)
+    browser.open(path.as_uri())
+    shown = float(re.search(r"fox, ([-\d.]+)", browser.text("answer"))[1])
+    assert shown == pytest.approx(100 * output if activation else output, rel=0.02)
+    assert ("%" in browser.text("answer")) == bool(activation)
+    assert ("logit" in browser.text("by")) == (not activation)
+    assert not browser.complaints
 
 
 @pytest.mark.slow
@@ -288,6 +490,41 @@ def test_what_no_page_can_be_made_of_is_said_in_a_line(tnt, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_images_and_weights_that_are_not_finite_are_refused(tnt, tmp_path, capsys):
+    images = images_for(tnt)
+    for value in (np.nan, np.inf, -np.inf):
+        broken = images.copy()
+        broken[1, 3, 5, 0] = value
+        with pytest.raises(ValueError, match="`images` must have finite values. b.png has 1 of "):
+            inspection.explore(tnt, broken, tmp_path / "a.html", titles=["a.png", "b.png"])
+        with pytest.raises(ValueError, match="Image 2 of 2 has 1 of "):
+            inspection.relevance(tnt, broken)
+        with pytest.raises(ValueError, match="Image 2 of 2 has 1 of "):
+            inspection.faithfulness(tnt, broken, np.ones((2, 2, 2)))
+        with pytest.raises(ValueError, match="The image has 1 of "):
+            inspection.plot_attention(tnt, broken[1], tmp_path / "a.png")
+    for value in (np.nan, np.inf):
+        model = build(keras_tnt.TNT, {**TNT, "name": "diverged"})
+        weight = model.get_layer("block_1").weights[0]
+        weight.assign(np.full(weight.shape, value))
+        message = "'diverged' returns logits that are not finite.*for Image 1.*block_1/"
+        with pytest.raises(ValueError, match=message):
+            inspection.explore(model, images, tmp_path / "a.html")
+        with pytest.raises(ValueError, match="not finite.*block_1/"):
+            inspection.relevance(model, images)
+        with pytest.raises(ValueError, match="not finite.*block_1/"):
+            inspection.faithfulness(model, images, np.ones((2, 2, 2)))
+        with pytest.raises(ValueError, match="attention of 'block_1/.*block_1/"):
+            inspection.plot_attention(model, images[0], tmp_path / "a.png")
+    model.save(tmp_path / "model.keras")
+    Image.fromarray(np.zeros((20, 30, 3), "uint8")).save(tmp_path / "cat.jpg")
+    page = tmp_path / "out.html"
+    flags = [f"--model={tmp_path}/model.keras", f"--out={page}"]
+    assert main(["explain", f"{tmp_path}/cat.jpg", *flags]) == 2
+    assert "not finite (NaN or infinity) for cat.jpg" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.jpg", "model.keras"]
+
+
 def test_the_command_writes_the_page_of_image_files(tnt, tmp_path, capsys):
     tnt.save(tmp_path / "model.keras")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), "uint8")
@@ -296,6 +533,7 @@ def test_the_command_writes_the_page_of_image_files(tnt, tmp_path, capsys):
     page = tmp_path / "out.html"
     assert main(["explain", str(tmp_path), f"--model={tmp_path}/model.keras", f"--out={page}"]) == 0
     assert [found["title"] for found in described(page)["images"]] == ["a.png", "b.png"]
+    assert "<title>a.png – " in page.read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() == str(page)
     assert main(["explain", f"{tmp_path}/c.png", f"--model={tmp_path}/model.keras"]) == 2
     assert "There is no image file" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Faithfulness, on a model small enough to take every patch away one by one."""
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -86,6 +87,58 @@ def test_saco_counts_pairs_by_how_much_more_relevant_they_are_said_to_be():
     # Of the pairs 3-1, 3-0 and 1-0 the first is wrong: (3 + 1 - 2) / (2 + 3 + 1).
     assert saco(np.array([3.0, 1, 0]), np.array([0.2, 0.3, 0.1])) == pytest.approx(2 / 6)
     assert saco(np.ones(3), np.arange(3)) == 0
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "classes"),
+    [("softmax", 3), ("sigmoid", 3), ("sigmoid", 1), (None, 3), (None, 1), ("hard_sigmoid", 2)],
+)
+def test_curves_are_of_the_model_s_own_outputs(activation, classes, distilled):
+    model = keras_tnt.DeiT(
+        input_shape=(16, 24, 3), patch_size=8, classes=classes, depth=1, embed_dim=12, num_heads=3,
+        classifier_activation=activation, distilled=distilled,
+    )  # fmt: skip
+    draw = np.random.default_rng(7)
+    for weight in model.trainable_variables:
+        weight.assign(0.4 * draw.normal(size=weight.shape))
+    images = draw.uniform(0, 255, (2, 16, 24, 3))
+    maps = draw.random((2, 2, 3))
+    target = classes - 1
+    found = inspection.faithfulness(model, images, maps, target, baseline=GREY)
+    whole = probabilities(model, images, target)
+    empty = probabilities(model, [np.broadcast_to(GREY, (16, 24, 3))], target)[0]
+    assert found["measure"] == (activation or "linear")
+    for curve in (found["deletion"], found["insertion"][::-1], found["random"]["deletion"]):
+        assert curve[0] == pytest.approx(whole.mean(), abs=1e-5)
+        assert curve[-1] == pytest.approx(empty, abs=1e-5)
+    assert np.ptp(found["deletion"]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("head", "measure"),
+    [
+        ([keras.layers.Dense(1, activation="sigmoid")], "sigmoid"),
+        ([keras.layers.Dense(4, activation="softmax", use_bias=False)], "softmax"),
+        ([keras.layers.Dense(3), keras.layers.Activation("sigmoid")], "sigmoid"),
+        ([keras.layers.Dense(3), keras.layers.Softmax()], "softmax"),
+        ([keras.layers.Dense(3)], "linear"),
+    ],
+)
+def test_a_head_of_the_user_s_own_is_measured_by_its_activation(head, measure):
+    inside = keras_tnt.DeiT(
+        input_shape=(16, 24, 3), patch_size=8, depth=1, embed_dim=12, num_heads=3,
+        include_top=False, pooling="token",
+    )  # fmt: skip
+    head = [type(layer).from_config(layer.get_config()) for layer in head]
+    model = keras.Sequential([keras.Input((16, 24, 3)), inside, *head])
+    images = np.random.default_rng(3).uniform(0, 255, (2, 16, 24, 3))
+    maps = inspection.relevance(model, images, 0)  # its gradient is the logit's
+    assert maps.max() > 0
+    found = inspection.faithfulness(model, images, maps, 0, baseline=GREY)
+    assert found["measure"] == measure
+    expected = probabilities(model, images, 0)
+    assert found["deletion"][0] == pytest.approx(expected.mean(), abs=1e-5)
 
 
 @pytest.mark.one_backend

@@ -5,6 +5,7 @@ import http.server
 import shutil
 import threading
 import time
+import types
 
 import keras
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 import keras_tnt
 from keras_tnt.export.verification import draw_picture
 from tests.helpers.image_cases import CASES, REFUSED
-from tests.inspection.browser import PROGRAM, Browser
+from tests.inspection.browser import PROGRAM, Browser, accessibility_violations, needs_axe
 from tests.servers.running import ROOT
 
 WEB = ROOT / "savedmodels" / "web"
@@ -42,7 +43,10 @@ def build(**options):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The page's folder with two models and pictures in it, and its address on the loopback."""
+    """The page's folder with two models and pictures in it, and its address on the loopback.
+
+    Of `...?slowly` the server sends half, and the rest once `release` is called.
+    """
     from skimage import data
 
     folder = tmp_path_factory.mktemp("web")
@@ -69,14 +73,28 @@ def site(tmp_path_factory):
     for place, (file, _) in enumerate(CASES.values()):
         (folder / "kinds" / f"{place}.bin").write_bytes(file)
 
+    released = threading.Event()
+
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
+        def copyfile(self, source, target):
+            if ".onnx?slowly" not in self.path:
+                return super().copyfile(source, target)
+            data = source.read()
+            target.write(data[: len(data) // 2])
+            released.wait(timeout=60)
+            target.write(data[len(data) // 2 :])
+
     handler = functools.partial(Handler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, models, f"http://127.0.0.1:{server.server_address[1]}/index.html"
+        address = f"http://127.0.0.1:{server.server_address[1]}/index.html"
+        yield types.SimpleNamespace(
+            folder=folder, models=models, address=address, release=released.set
+        )
+        released.set()
         server.shutdown()
 
 
@@ -104,8 +122,7 @@ def choose(browser, identifier, path):
 
 @pytest.mark.parametrize("name", ["pixels", "outside"])
 def test_the_page_says_what_python_says(name, site, browser):
-    folder, models, address = site
-    model = models[name]
+    folder, address, model = site.folder, site.address, site.models[name]
     browser.open(f"{address}?model={name}.onnx")
     wait(browser, "document.getElementById('said').textContent == 'Choose a photo.'")
     logits = keras.Model(model.inputs[0], model.layers[-1].input)
@@ -130,8 +147,8 @@ def test_the_page_says_what_python_says(name, site, browser):
 
 
 def test_every_kind_of_image_is_decoded_as_in_python(site, browser):
-    folder, models, address = site
-    model = models["pixels"]
+    folder, address = site.folder, site.address
+    model = site.models["pixels"]
     browser.open(f"{address}?model=pixels.onnx")
     wait(browser, "document.getElementById('said').textContent == 'Choose a photo.'")
     logits = keras.Model(model.inputs[0], model.layers[-1].input)
@@ -147,7 +164,7 @@ def test_every_kind_of_image_is_decoded_as_in_python(site, browser):
 
 
 def test_what_cannot_be_read_is_said(site, browser):
-    folder, _, address = site
+    folder, address = site.folder, site.address
     browser.open(address)
     choose(browser, "model", folder / "broken.onnx")
     wait(browser, "document.getElementById('said').textContent.startsWith('This is no ONNX file')")
@@ -162,3 +179,56 @@ def test_what_cannot_be_read_is_said(site, browser):
     wait(browser, "window.answer !== null")
     browser.open(f"{address}?model=nowhere.onnx")
     wait(browser, "document.getElementById('said').textContent == 'There is no nowhere.onnx here.'")
+
+
+def test_progress_is_shown_while_a_model_is_fetched_and_a_photo_classified(site, browser):
+    size = (site.folder / "pixels.onnx").stat().st_size
+    browser.open(f"{site.address}?model=pixels.onnx%3Fslowly")
+    wait(browser, f"document.getElementById('progress').value == {size // 2 / size}")
+    assert browser.text("said") == f"Fetching the model: {size / 2e6:.1f} of {size / 1e6:.1f} MB"
+    assert browser.evaluate("document.getElementById('progress').max") == 1
+    assert browser.evaluate("document.getElementById('said').role") == "status"
+    # A photo that is chosen meanwhile is classified when the model has come.
+    choose(browser, "photo", site.folder / "chelsea.jpg")
+    browser.evaluate(
+        "((said, progress) => { window.seen = []; new MutationObserver(() => seen.push("
+        "[said.textContent, progress.hidden])).observe(said, {childList: true}) })"
+        "(document.getElementById('said'), document.getElementById('progress'))"
+    )
+    site.release()
+    wait(browser, "window.answer !== null")
+    seen = browser.evaluate("window.seen")
+    assert ["Preparing the model...", False] in seen
+    assert ["Classifying the photo...", False] in seen
+    wait(browser, "document.getElementById('progress').hidden")
+    best = browser.evaluate("window.answer.classes[0][0]")
+    assert browser.text("said").startswith(f"{best}, ")  # the answer is announced
+
+
+def test_errors_are_announced(site, browser):
+    said = "document.getElementById('said')"
+    browser.open(site.address)
+    for name, text in (("none.jpg", "This is no ONNX file."), ("broken.onnx", "This is no ONNX")):
+        choose(browser, "model", site.folder / name)
+        wait(browser, f"{said}.textContent.startsWith('{text}')")
+        assert browser.evaluate(f"{said}.role") == "alert"
+        assert browser.evaluate("document.getElementById('progress').hidden")
+    choose(browser, "model", site.folder / "pixels.onnx")
+    wait(browser, f"{said}.textContent == 'Choose a photo.'")
+    assert browser.evaluate(f"{said}.role") == "status"
+
+
+@needs_axe
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_has_no_violation_of_wcag(site, browser, dark, width):
+    browser.open(f"{site.address}?model=pixels.onnx", width, 900, dark)
+    assert accessibility_violations(browser) == []
+    wait(browser, "document.getElementById('said').textContent == 'Choose a photo.'")
+    choose(browser, "photo", site.folder / "coffee.jpg")
+    wait(browser, "window.answer !== null")
+    assert accessibility_violations(browser) == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    choose(browser, "photo", site.folder / "none.jpg")
+    wait(browser, "document.getElementById('said').role == 'alert'")
+    assert accessibility_violations(browser) == []

@@ -104,6 +104,114 @@ def test_pictures_are_drawn_for_few_and_for_many_classes(classes, tmp_path):
             assert min(picture.size) > 400
 
 
+@pytest.fixture
+def figure(monkeypatch):
+    """Lets a test look at what the picture that it draws contains."""
+    drawn = []
+
+    def keep(figure, path):
+        figure.canvas.draw()
+        drawn.append(figure)
+
+    monkeypatch.setattr(pictures, "save", keep)
+    yield lambda: drawn[-1]
+    for each in drawn:
+        pictures.pyplot().close(each)
+
+
+def texts(figure):
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 20, 100])
+def test_confusion_is_labeled_and_its_title_has_the_accuracy(classes, figure):
+    draw = np.random.default_rng(classes)
+    matrix = draw.integers(0, 9, (classes, classes)) + 90 * np.eye(classes, dtype=int)
+    pictures.confusion(matrix, [f"name {i}" for i in range(classes)], "unused.png")
+    axes = figure().axes[0]
+    assert axes.get_xlabel().startswith("predicted") and axes.get_ylabel().startswith("true")
+    accuracy = np.trace(matrix) / matrix.sum()
+    assert f"accuracy {accuracy:.2%}" in figure().get_suptitle()
+    assert f"{matrix.sum():,} images" in figure().get_suptitle()
+    if classes <= 30:
+        assert len(axes.texts) == np.count_nonzero(matrix)
+        boxes = [text.get_window_extent() for text in axes.texts]
+        cell = abs(np.diff(axes.transData.transform([(0, 0), (1, 1)])[:, 0]))[0]
+        assert max(box.width for box in boxes) < cell  # numerals stay in their cells
+        assert min(text.get_fontsize() for text in axes.texts) >= 7
+    else:
+        assert "class index, from 0" in axes.get_xlabel()
+
+
+def test_numerals_of_confusion_have_contrast_with_their_cells(figure):
+    for share in (0, 15, 30, 45):
+        matrix = np.array([[share, 100 - share], [100 - share, share]])
+        pictures.confusion(matrix, ["a", "b"], "unused.png")
+        axes = figure().axes[0]
+        image = axes.images[0]
+        for text in axes.texts:
+            column, row = (round(x) for x in text.get_position())
+            cell = luminance(image.cmap(image.norm(matrix[row, column] / 100)))
+            ink = luminance((1, 1, 1) if text.get_color() == "white" else (0, 0, 0))
+            high, low = max(cell, ink), min(cell, ink)
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (share, text.get_color())
+
+
+def luminance(color):
+    parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in color[:3]]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 13, 16])
+def test_mistakes_fill_their_grid_and_name_predicted_and_true(count, figure):
+    image = np.zeros((8, 8, 3), "uint8")
+    shown = [(image, "West Highland white terrier", f"owl {i}", 0.9) for i in range(count)]
+    pictures.mistakes(shown, count, 100, "unused.png")
+    axes = figure().axes
+    assert len(axes) == count and all(each.images for each in axes)
+    titles = [each.get_title() for each in axes]
+    assert all(title.startswith("predicted: West") for title in titles)
+    assert [title.split("true: ")[1] for title in titles] == [f"owl {i}" for i in range(count)]
+    rows = {round(each.get_position().y0, 3) for each in axes}
+    for row in rows:  # each is centered, the last with fewer too
+        inside = [a for a in axes if round(a.get_position().y0, 3) == row]
+        middle = np.mean([[a.get_position().x0, a.get_position().x1] for a in inside])
+        assert middle == pytest.approx(0.5, abs=0.02)
+    boxes = [each.title.get_window_extent() for each in axes]
+    for left, right in zip(boxes, boxes[1:], strict=False):
+        if left.y0 != right.y0:
+            continue
+        assert left.x1 < right.x0  # titles do not overlap
+
+
+def test_no_mistakes_are_a_sentence_without_empty_panels(figure):
+    pictures.mistakes([], 0, 1234, "unused.png")
+    assert not figure().axes
+    assert texts(figure()) == ["None of 1,234 images is misclassified."]
+
+
+def test_curves_show_every_epoch_and_name_every_line(figure):
+    reports = [{"epoch": e, "loss": 3 / e, "learning_rate": 0.01 / e} for e in range(1, 9)]
+    reports += [{"epoch": e, "accuracy": 0.1 * e, "ema_accuracy": 0.08 * e} for e in (0.5, 1, 4, 8)]
+    pictures.curves(reports, "unused.png", target=0.7)
+    loss, rate, accuracy = figure().axes  # no second axis over another
+    assert [axes.get_xlabel() for axes in (loss, rate, accuracy)] == ["epoch"] * 3
+    for axes in (loss, rate, accuracy):
+        for line in axes.lines[:2]:
+            x, y = line.get_data()
+            low, high = axes.get_ylim()
+            assert min(y) >= low and max(y) <= high
+            assert axes.get_xlim()[0] <= min(x) and axes.get_xlim()[1] >= max(x)
+    labels = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert labels == [
+        "weights: 80.0% after epoch 8",
+        "moving average of weights: 64.0% after epoch 8",
+        "target: 70%",
+    ]
+
+
 def test_names_of_any_script_are_drawn_or_escaped(tmp_path):
     """matplotlib's warning of a glyph that a font lacks is an error here."""
     names = ["猫", "big dog", "птица", "\U0010fffd", "$1"]
