@@ -6,6 +6,7 @@ Warnings are errors: pyproject.toml says so, and lists those of other packages t
 import importlib.metadata
 import math
 import os
+import time
 
 import pytest
 
@@ -71,6 +72,13 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if item.get_closest_marker("one_backend")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_runtest_setup(item):
+    """Skips tests that would start after KERAS_TNT_TEST_DEADLINE, seconds since 1970."""
+    deadline = os.environ.get("KERAS_TNT_TEST_DEADLINE")
+    if deadline and time.time() > float(deadline):
+        pytest.skip("the time for tests is over (KERAS_TNT_TEST_DEADLINE)")
 
 
 @pytest.fixture(autouse=True)
