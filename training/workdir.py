@@ -16,9 +16,10 @@ import tensorflow as tf
 import keras_tnt
 from keras_tnt import files
 from keras_tnt.files import write_atomically
-from training import configuration, regular
+from training import config_files, configuration, regular
 
 CONFIG = "config.json"
+CONFIG_YAML = "config.yaml"
 # What decides how a model is built.
 ARCHITECTURE = ("model", "model_args", "image_size", "distilled", "classes")
 LOCK = ".lock"
@@ -162,6 +163,17 @@ def write_config(config, strategy, devices, classes, label_names, changes, step)
     else:
         return
     write_atomically(Path(config.workdir) / CONFIG, json.dumps(record, indent=2))
+    write_yaml(config.workdir, record["config"])
+
+
+def write_yaml(workdir, values):
+    """Writes `config.yaml`, which `--config` takes, of the values in `config.json`."""
+    path = Path(workdir) / CONFIG_YAML
+    header = (
+        f"python training/train.py --config={path} resumes this run;",
+        "with another --workdir it trains the same anew. Other flags override the values.",
+    )
+    write_atomically(path, config_files.to_yaml(values, header))
 
 
 def commit():
