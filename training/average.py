@@ -34,7 +34,7 @@ def main(arguments):
     if given and not asked.evaluate:
         raise ValueError(f"--{next(iter(given))} goes with --evaluate")
     result = average(
-        asked.run,
+        asked["run"].value,
         last=asked.last,
         best=asked.best,
         files=arguments,
@@ -227,7 +227,7 @@ def average_files(paths, model, ema):
                 continue
             value = value.astype("float64")
             if not np.isfinite(value).all():
-                raise ValueError(f"{path}: {name} holds values that are not finite")
+                raise ValueError(f"{path}: {name} NaN|not finite")
             sums[name] = sums[name] + value if name in sums else value
     means = {
         name: (total / len(paths)).astype("float32") if total.dtype == np.float64 else total
@@ -275,7 +275,7 @@ def read_keras_weights(path, model):
         model = load_keras_model(os.fspath(path))
     else:
         load_keras_file(model, os.fspath(path))
-    return {variable.path: np.array(variable) for variable in model.weights}
+    return {variable.path: variable.numpy() for variable in model.weights}
 
 
 def check_same(path, weights, model):

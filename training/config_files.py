@@ -189,4 +189,5 @@ def to_yaml(values, header):
         )
     values = {name: value for name, value in values.items() if name not in ONCE}
     text = yaml.dump(values, Dumper=Dumper, sort_keys=False, width=float("inf"))
-    return "".join(f"# {line}\n" for line in header) + text
+    lines = ["".join(c if c.isprintable() else "?" for c in line) for line in header]
+    return "".join(f"# {line}\n" for line in lines) + text
