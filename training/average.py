@@ -227,7 +227,7 @@ def average_files(paths, model, ema):
                 continue
             value = value.astype("float64")
             if not np.isfinite(value).all():
-                raise ValueError(f"{path}: {name} NaN|not finite")
+                raise ValueError(f"{path}: {name} holds values that are not finite")
             sums[name] = sums[name] + value if name in sums else value
     means = {
         name: (total / len(paths)).astype("float32") if total.dtype == np.float64 else total

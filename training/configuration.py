@@ -1,6 +1,7 @@
 """Everything that a run can be told, in one table: default, help, and the flag made from them.
 
-A value is a flag's if one was given, else the recipe's, else the default here.
+A value is a flag's if one was given, else that in the file of `--config`, else the recipe's, else
+the default here.
 """
 
 import dataclasses
