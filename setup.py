@@ -33,7 +33,11 @@ TRAIN = [
     "tensorboard>=2.20,<3",  # tf.summary.scalar lives in it
     "tqdm>=4.66,<5",  # the progress bar on a terminal
     "grpcio>=1.68,<2",  # asks a tf.data service whether it is there
+    "pyyaml>=6",  # --config
 ]
+# Experiment trackers of --logger. They pin older packages than the tests have: not in `test`.
+WANDB = ["wandb>=0.17,<1"]
+MLFLOW = ["mlflow>=2.14,<4"]
 # Heads of detectors and segmenters, and what the examples with them measure and draw.
 DENSE = [
     *TENSORFLOW,
@@ -73,7 +77,6 @@ TEST = [
     "pytest-xdist>=3.8,<4",
     "cosmic-ray>=8.4.1,<9",  # make mutation
     "kubernetes-validate>=1.32",
-    "pyyaml>=6",
     "markdown-it-py>=3,<5",  # reads the pages whose code the tests run
     "ruff>=0.17,<0.18",
     "nbformat>=5.10,<6",  # the notebooks of examples/
@@ -131,6 +134,8 @@ setup(
         "huggingface": HUGGINGFACE,
         "plots": PLOTS,
         "train": TRAIN,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "dense": DENSE,
         "export": EXPORT,
         "edge": EDGE,

@@ -71,9 +71,10 @@ def parse(arguments):
     source.add_argument("--run", help="working directory of a training run that has ended")
     parser.add_argument(
         "--checkpoint",
-        choices=("best", "final", "final_ema"),
-        help="which weights of --run: of its best evaluation, of its end, or their moving average; "
-        "default: of the last two the one with the better accuracy",
+        choices=("best", "final", "final_ema", "averaged"),
+        help="which weights of --run: of its best evaluation, of its end, their moving average, or "
+        "what training/average.py wrote; default: final or final_ema, the one with the better "
+        "accuracy",
     )
     parser.add_argument(
         "--plugins",
@@ -114,7 +115,13 @@ def check(options):
     """Refuse what cannot work before Keras is even imported."""
     if options.run and (options.weights or options.image_size or options.classes):
         stop("--run has its own weights, size and classes; leave out --weights and the like")
-    if options.run and not os.path.exists(final(options.run)):
+    averaged = options.checkpoint == "averaged"
+    if options.run and averaged and not os.path.exists(final(options.run, "averaged")):
+        stop(
+            f"{options.run} holds no averaged.keras: python training/average.py "
+            f"--run={options.run} writes it"
+        )
+    if options.run and not averaged and not os.path.exists(final(options.run)):
         stop(f"{options.run} holds no final.keras: it is no training run, or has not ended")
     if options.checkpoint and not options.run:
         stop("--checkpoint goes with --run")
@@ -190,7 +197,13 @@ def load_checkpoint_of(run, checkpoint):
     if checkpoint != "best":
         path = final(run, checkpoint)
         if not os.path.isfile(path):
-            raise ValueError(f"{run} holds no {checkpoint}.keras: the run had no --ema")
+            missing = {
+                "final_ema": "the run had no --ema",
+                "averaged": f"python training/average.py --run={run} writes it",
+            }
+            raise ValueError(
+                f"{run} holds no {checkpoint}.keras: {missing.get(checkpoint, 'has it ended?')}"
+            )
         return load_keras_model(path)
     from training.checkpoint import load_best
 

@@ -190,7 +190,8 @@ def test_every_data_file_of_the_package_is_shipped(metadata):
 @pytest.mark.one_backend
 def test_the_test_extra_holds_every_other_extra(metadata):
     extras = metadata["extras_require"]
-    assert set(sum(extras.values(), [])) == set(extras["test"])
+    trackers = {*extras["wandb"], *extras["mlflow"]}  # which pin older packages
+    assert set(sum(extras.values(), [])) - trackers == set(extras["test"])
 
 
 @pytest.mark.one_backend

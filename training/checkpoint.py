@@ -25,6 +25,9 @@ from training import regular
 MAX_METRICS_BYTES = 2**30
 NAME = "step_{:09d}.safetensors"
 PATTERN = re.compile(r"step_(\d+)\.safetensors")
+BEST = "best.safetensors"
+RANKED_NAME = "best_{:09d}.safetensors"
+RANKED = re.compile(r"best_(\d+)\.safetensors")
 
 
 class CorruptCheckpoint(ValueError):
@@ -56,13 +59,15 @@ class Checkpoints:
         variables: dict from name to `tf.Variable`: the state.
         keep: number of checkpoints to keep.
         background: whether `save` returns before the file is written.
+        keep_best: number of checkpoints of the best evaluations to keep in addition.
     """
 
-    def __init__(self, directory, variables, keep, background=False):
+    def __init__(self, directory, variables, keep, background=False, keep_best=0):
         self.directory = Path(directory)
         self.variables = variables
         self.keep = keep
         self.background = background
+        self.keep_best = keep_best
         self._writer = None
         self._error = None
 
@@ -101,7 +106,8 @@ class Checkpoints:
 
         Args:
             step: integer.
-            notes: what else to remember, for JSON; `healthy` is the last step with a good loss.
+            notes: what else to remember, for JSON; `healthy` is the last step with a good loss,
+                `ranked` are [accuracy, step] of the best evaluations.
             best: whether to keep a copy as `best.safetensors`.
 
         Raises:
@@ -111,13 +117,14 @@ class Checkpoints:
         # `numpy` may be a view of a buffer that the next update overwrites.
         tensors = {name: np.array(v.numpy()) for name, v in self.variables.items()}
         told, healthy = json.dumps({"step": step, **notes}), notes["healthy"]
+        ranked = [each for _, each in notes.get("ranked", [])] if self.keep_best else []
         if not self.background:
-            self._write(step, tensors, told, healthy, best)
+            self._write(step, tensors, told, healthy, best, ranked)
             return
         # Not a daemon: the interpreter waits for the write, however the run ends.
         self._writer = threading.Thread(
             target=self._write_in_background,
-            args=(step, tensors, told, healthy, best),
+            args=(step, tensors, told, healthy, best, ranked),
             name="checkpoint",
         )
         self._writer.start()
@@ -141,18 +148,33 @@ class Checkpoints:
         except BaseException as error:
             self._error = error
 
-    def _write(self, step, tensors, told, healthy, best):
+    def _write(self, step, tensors, told, healthy, best, ranked):
         header = {"notes": told, "checksum": checksum(tensors, told)}
         data = save(tensors, metadata=header)
-        check_space(self.directory, len(data) * (1 + best), f"The checkpoint of step {step}")
+        check_space(
+            self.directory,
+            len(data) * (1 + best + (step in ranked)),
+            f"The checkpoint of step {step}",
+        )
         if best:
-            self._replace(self.directory / "best.safetensors", data)
+            self._replace(self.directory / BEST, data)
+        if self.keep_best:
+            self._write_ranked(step, data, ranked)
         self._replace(self.directory / NAME.format(step), data)
         # After a step that was left out the weights may be bad since an earlier one: all are kept.
         if healthy >= step - 1:
             for old in self.paths()[self.keep :]:
                 if is_file_or_link(old):
                     old.unlink()
+
+    def _write_ranked(self, step, data, ranked):
+        """Writes the checkpoint of one of the best evaluations, and removes what no longer is."""
+        if step in ranked:
+            self._replace(self.directory / RANKED_NAME.format(step), data)
+        for name in filter(RANKED.fullmatch, self.names()):
+            old = self.directory / name
+            if int(RANKED.fullmatch(name).group(1)) not in ranked and is_file_or_link(old):
+                old.unlink()
 
     def _replace(self, path, data):
         """Writes a file in place of whatever has its name."""

@@ -1,16 +1,18 @@
 """Everything that a run can be told, in one table: default, help, and the flag made from them.
 
-A value is a flag's if one was given, else the recipe's, else the default here.
+A value is a flag's if one was given, else that in the file of `--config`, else the recipe's, else
+the default here.
 """
 
 import dataclasses
 import json
 import math
 import os
+import re
 
 from absl import flags
 
-from training import recipes, sources
+from training import config_files, recipes, sources
 
 STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
 SCHEDULES = ("cosine", "constant", "step", "linear")
@@ -57,7 +59,7 @@ def option(default, help, choices=None, may_change=False, change=""):
 
 
 # Fields that may be paths, in which `~` is the home directory.
-PATHS = ("workdir", "data_dir", "weights", "teacher", "model")
+PATHS = ("workdir", "config", "data_dir", "weights", "teacher", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,12 @@ class Config:
         "digits",
         "name of a recipe in training/recipes; flags override its values. Without one: finetune "
         "for --dataset=folder, table and tfds, digits for all else",
+    )
+    config: str = option(
+        "",
+        "YAML or JSON file with values under the flags' names, such as a run's config.yaml or "
+        "config.json; flags override it, and it overrides the recipe",
+        may_change=True,
     )
     workdir: str = option("runs/train", "directory of the run", may_change=True)
     plugins: str = option(
@@ -292,9 +300,27 @@ class Config:
         True, "at the end: pictures and tables of the held-out images", may_change=True
     )
     tensorboard: bool = option(True, "write TensorBoard events too", may_change=True)
+    logger: str = option(
+        "",
+        "experiment trackers that receive every report, by commas: wandb, mlflow, or one of "
+        "--plugins",
+        may_change=True,
+    )
+    profile_steps: str = option(
+        "",
+        "first and last update, counted from 1, of which a trace for TensorBoard is written, such "
+        "as 10,20",
+        may_change=True,
+    )
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints", may_change=True)
     checkpoint_steps: int = option(0, "steps between checkpoints; 0: by time", may_change=True)
     keep: int = option(2, "how many of the last checkpoints to keep", may_change=True)
+    keep_best: int = option(
+        0,
+        "how many checkpoints of the best evaluations to keep in addition, for training/average.py;"
+        " 0: best.safetensors alone",
+        may_change=True,
+    )
     max_rollbacks: int = option(
         3, "how often a run may go back after a NaN or a blow-up", may_change=True
     )
@@ -347,6 +373,7 @@ class Config:
         if self.schedule == "step" and not self.step_epochs:
             raise ValueError("--step_epochs must be more than 0 for --schedule=step: 0.0")
         model_arguments(self)
+        profile_steps(self)
         if self.three_augment and self.randaugment:
             raise ValueError(
                 "--three_augment takes the place of --randaugment, which this run has too: add "
@@ -391,6 +418,24 @@ def model_arguments(config):
     return arguments
 
 
+def profile_steps(config):
+    """Returns the first and last update of `--profile_steps`, counted from 1; `None` for none.
+
+    Raises:
+        ValueError: if it is no such pair.
+    """
+    if not config.profile_steps:
+        return None
+    found = re.fullmatch(r"\s*([0-9]{1,12})\s*,\s*([0-9]{1,12})\s*", config.profile_steps)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(
+            "--profile_steps must be the first and the last update to trace, counted from 1, such "
+            f"as --profile_steps=10,20. Received: {config.profile_steps!r}"
+        )
+    return first, last
+
+
 def warnings(config):
     """Returns a sentence for each value that can be and is hardly meant."""
     found = []
@@ -408,13 +453,15 @@ def make(recipe=None, **values):
 
     Args:
         recipe: its name; None: the one for images of one's own, or for digits.
-        values: any fields of `Config`.
+        values: any fields of `Config`. Those of the file `config` count where neither they nor
+            `recipe` are given.
 
     Returns:
         A `Config`.
 
     Raises:
         ValueError: for an unknown recipe or field, or a value that cannot be.
+        OSError: if the file `config` cannot be read.
 
     Example:
 
@@ -424,6 +471,9 @@ def make(recipe=None, **values):
     unknown = sorted(set(values) - set(FIELDS))
     if unknown:
         raise ValueError(f"no such value: {', '.join(unknown)}. There are: {', '.join(FIELDS)}")
+    values = with_file(values)
+    named = values.pop("recipe", None)
+    recipe = named if recipe is None else recipe
     if recipe is None:
         own_images = values.get("dataset", "").partition(":")[0] in ("folder", "table", "tfds")
         recipe = "finetune" if own_images else "digits"
@@ -431,6 +481,15 @@ def make(recipe=None, **values):
     if values.get("weights") == "none":
         values["weights"] = ""
     return Config(**values)
+
+
+def with_file(values):
+    """Returns values with those of the file that their `config` names, which they override."""
+    path = values.get("config")
+    if not path:
+        return values
+    kinds = {name: type(field.default) for name, field in FIELDS.items()}
+    return {**config_files.read(path, kinds), **values}
 
 
 def define_flags(names=tuple(FIELDS)):
@@ -455,7 +514,7 @@ def define_flags(names=tuple(FIELDS)):
 def from_flags(values):
     """The configuration that absl's parsed flags ask for."""
     given = {name: values[name].value for name in FIELDS if values[name].value is not None}
-    load_plugins(given.get("plugins"))
+    load_plugins(with_file(given).get("plugins"))
     return make(**given)
 
 

@@ -36,7 +36,12 @@ SHARED = (
 configuration.define_flags(SHARED)
 flags.adopt_module_key_flags(configuration)
 flags.DEFINE_string("run", None, "directory of a run: its model, weights and data set")
-flags.DEFINE_enum("checkpoint", "final", ("final", "final_ema", "best"), "which weights of --run")
+flags.DEFINE_enum(
+    "checkpoint",
+    "final",
+    ("final", "final_ema", "best", "averaged"),
+    "which weights of --run; averaged: those of training/average.py",
+)
 flags.DEFINE_string(
     "weights", None, "imagenet, a .keras or .weights.h5 file, a checkpoint, hf://owner/repo"
 )
@@ -70,7 +75,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, 
             the defaults.
         run: directory of a run.
         weights: what to evaluate in place of a run's weights.
-        checkpoint: which of a run's weights: "final", "final_ema" or "best".
+        checkpoint: which of a run's weights: "final", "final_ema", "best" or "averaged".
         progress: whether to print how far it is.
         report: a directory for pictures and tables of the answers.
 

@@ -21,10 +21,12 @@ from keras_tnt.files import write_atomically
 from training import (
     configuration,
     data,
+    loggers,
     models,
     optimization,
     optimizers,
     predictions,
+    profiling,
     report,
     service,
     sources,
@@ -94,6 +96,7 @@ def train(config):
     """
     models.custom_arguments(config, models.find_builder(config.model))
     optimizers.find_optimizer(config.optimizer)
+    loggers.check(config)
     workdir.check_config(config)
     for warning in configuration.warnings(config):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -147,15 +150,20 @@ def train_held(config, strategy, share):
     )
     # What is recorded is what was asked for, 0 for the model's own crop among it.
     images = dataclasses.replace(config, crop=models.crop_share(config, model))
-    return run.go(
-        lambda epoch, first: data.training_batches(
-            training_source, images, size, fill, epoch, first, steps, share, corrupt
-        ),
-        lambda: data.evaluation_batches(held_out, images, size, share, corrupt_held_out),
-        held_out,
-        (corrupt, corrupt_held_out),
-        changes,
-    )
+    results = None
+    try:
+        results = run.go(
+            lambda epoch, first: data.training_batches(
+                training_source, images, size, fill, epoch, first, steps, share, corrupt
+            ),
+            lambda: data.evaluation_batches(held_out, images, size, share, corrupt_held_out),
+            held_out,
+            (corrupt, corrupt_held_out),
+            changes,
+        )
+        return results
+    finally:
+        run.reporter.loggers.finish(results)
 
 
 def check_batch(config, strategy):
@@ -219,7 +227,9 @@ class Run:
             models.state(model) | optimizer.state(),
             config.keep,
             background=True,
+            keep_best=config.keep_best,
         )
+        self.profiler = profiling.Profiler(config, self.total, self.chief, self.reporter.say)
         # "healthy" is the last step whose loss was: the weights that it was computed of are good.
         self.notes = {"skipped": [], "rollbacks": 0, "healthy": -1, "best": -1.0, "results": {}}
         self.step = 0  # updates that the state is after
@@ -259,6 +269,7 @@ class Run:
                 while step < self.total and not self.stale():
                     step = self.epoch(step, training_batches, evaluation_batches, report_steps)
         finally:
+            self.profiler.close()
             self.reporter.close_bar()
             self.checkpoints.wait()
         return self.finish(step, evaluation_batches, held_out)
@@ -288,6 +299,7 @@ class Run:
                 changes,
                 step or 0,
             )
+        self.reporter.loggers.start()
         if step is None:
             self.notes["initial_weights"] = self.weights_digest()
             self.reporter.go_on_from(0)
@@ -307,7 +319,8 @@ class Run:
             )
         while step < (epoch + 1) * self.steps:
             count = self.execution_length(step, report_steps)
-            decision = self.execute(batches, step, count)
+            with self.profiler.updates(step, count, self.wait_for_update):
+                decision = self.execute(batches, step, count)
             step = self.step = step + count
             ends = step % self.steps == 0
             if self.looks(step, report_steps, decision):
@@ -320,7 +333,7 @@ class Run:
             best = False
             if step == self.total or ends and (epoch + 1) % self.config.evaluate_epochs == 0:
                 best = self.evaluate_or_stop(step, evaluation_batches)
-            if decision.due or best or decision.stop or self.stale():
+            if decision.due or best or decision.stop or self.stale() or self.is_ranked(step):
                 self.save(step, best)
             if self.stale():
                 return step
@@ -339,6 +352,7 @@ class Run:
         stretches = [self.steps, report_steps, self.config.checkpoint_steps, self.skip_limit()]
         ends = [(step // stretch + 1) * stretch for stretch in stretches if stretch]
         ends += [skipped for skipped in self.notes["skipped"] if skipped > step]
+        ends += self.profiler.ends(step)
         return min(most, min(ends) - step)
 
     def execute(self, batches, step, count):
@@ -388,6 +402,11 @@ class Run:
         self.pending += zip(steps, tf.unstack(losses), tf.unstack(norms), strict=True)
         self.reporter.executed(count)
         return self.decision(votes)
+
+    def wait_for_update(self):
+        """Waits until the devices have made the last update."""
+        for _, loss, _ in self.pending[-1:]:
+            float(loss)
 
     def learning_rate(self, step):
         return optimization.learning_rate(self.config, step, self.steps)
@@ -519,7 +538,15 @@ class Run:
             0 if best else self.notes.get("evaluations_since_best", 0) + 1
         )
         self.notes["best"] = max(accuracy, self.notes["best"])
+        if self.config.keep_best:
+            others = [each for each in self.notes.get("ranked", []) if each[1] != step]
+            ranked = sorted([*others, [accuracy, step]], key=lambda each: (-each[0], each[1]))
+            self.notes["ranked"] = ranked[: self.config.keep_best]
         return best
+
+    def is_ranked(self, step):
+        """Returns whether the evaluation after a step is one of the best `--keep_best`."""
+        return step in [each for _, each in self.notes.get("ranked", [])]
 
     def stale(self):
         """Whether so many evaluations brought nothing better that the run ends early."""

@@ -186,7 +186,9 @@ def load(config, classes, run, weights, checkpoint):
     if checkpoint != "best":
         path = os.path.join(run, f"{checkpoint}.weights.h5")
         if not os.path.isfile(path):
-            raise ValueError(f"{run} holds no {checkpoint}.weights.h5: has the run ended?")
+            way = f"python training/average.py --run={run} writes it"
+            way = way if checkpoint == "averaged" else "has the run ended?"
+            raise ValueError(f"{run} holds no {checkpoint}.weights.h5: {way}")
         load_keras_file(model, path)
         return model
     load_best(model, run)
@@ -313,11 +315,21 @@ def save_final(model, config, classes, label_names, workdir, name="final"):
     Returns:
         Dict from file name to path.
     """
-    unadorned = dataclasses.replace(config, precision="float32", weights="", remat=False)
-    plain = build(unadorned, classes, label_names)
+    plain = build_plain(config, classes, label_names)
     values = {v.path: v.numpy() for v in model.weights}
     for variable in plain.weights:
         variable.assign(values[variable.path])
+    return write_model(plain, workdir, name)
+
+
+def build_plain(config, classes, label_names):
+    """Returns the model of a configuration in float32, with random weights, to be filled."""
+    unadorned = dataclasses.replace(config, precision="float32", weights="", remat=False)
+    return build(unadorned, classes, label_names)
+
+
+def write_model(plain, workdir, name):
+    """Writes `<name>.keras` and `<name>.weights.h5`, each atomically; returns paths by name."""
     files = {suffix: os.path.join(workdir, name + suffix) for suffix in KERAS_FILES}
     with replacing(files[".keras"]) as temporary:
         plain.save(temporary)

@@ -12,7 +12,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from keras_tnt.files import write_atomically
-from training import regular
+from training import loggers, regular
 from training.checkpoint import MAX_METRICS_BYTES, read_metrics
 
 
@@ -49,6 +49,7 @@ class Reporter:
         self.path = Path(config.workdir) / "metrics.jsonl"
         self.lines = read_metrics(self.path) if active and regular.exists(self.path) else []
         self.bar = None
+        self.loggers = loggers.Loggers(config, active)
         self.board = None
         if active and config.tensorboard and not config.find_learning_rate:
             self.board = tf.summary.create_file_writer(str(Path(config.workdir) / "tensorboard"))
@@ -227,6 +228,7 @@ class Reporter:
         append_line(self.path, json.dumps(line))
         self.lines.append(line)
         self.to_board(step, draw)
+        self.loggers.log(step, {name: value for name, value in line.items() if name != "step"})
 
     def say(self, text):
         if self.active and self.bar is not None:

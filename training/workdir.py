@@ -16,9 +16,11 @@ import tensorflow as tf
 import keras_tnt
 from keras_tnt import files
 from keras_tnt.files import write_atomically
-from training import configuration, regular
+from training import config_files, configuration, regular
 
 CONFIG = "config.json"
+CONFIG_YAML = "config.yaml"
+YAML_HEADER = "# python training/train.py --config="
 # What decides how a model is built.
 ARCHITECTURE = ("model", "model_args", "image_size", "distilled", "classes")
 LOCK = ".lock"
@@ -159,9 +161,30 @@ def write_config(config, strategy, devices, classes, label_names, changes, step)
         record["config"] |= {name: new for name, (_, new) in changes.items()}
         change = {"step": step, "started": started, "command": sys.argv, "changed": changes}
         record["changes"] = [*record.get("changes", []), change]
-    else:
+    elif regular.exists(Path(config.workdir) / CONFIG_YAML):
         return
     write_atomically(Path(config.workdir) / CONFIG, json.dumps(record, indent=2))
+    write_yaml(config.workdir, record["config"])
+
+
+def write_yaml(workdir, values):
+    """Writes `config.yaml`, which `--config` takes, of the values in `config.json`.
+
+    A file of that name that somebody else wrote, such as the one that the run was given, stays.
+    """
+    path = Path(workdir) / CONFIG_YAML
+    if regular.exists(path):
+        try:
+            ours = regular.read_regular(path, MAX_CONFIG_BYTES).startswith(YAML_HEADER.encode())
+        except OSError:
+            ours = False
+        if not ours:
+            return
+    header = (
+        f"{YAML_HEADER.removeprefix('# ')}{path} resumes this run;",
+        "with another --workdir it trains the same anew. Other flags override the values.",
+    )
+    write_atomically(path, config_files.to_yaml(values, header))
 
 
 def commit():
