@@ -134,7 +134,7 @@ class ImageNormalization(keras.layers.Layer):
             "interpolation": self.interpolation,
             "data_format": self.data_format,
             "architecture": dict(self.architecture),
-            **({"class_names": self.class_names} if self.class_names else {}),
+            "class_names": self.class_names,
         }
 
 
