@@ -94,7 +94,8 @@ def test_patch_embedding_is_a_convolution_with_stride_of_its_size():
     layer.build(images.shape)
     kernel = ops.reshape(layer.projection.kernel, (8, 8, 3, 5))
     expected = ops.conv(images, kernel, 8, "valid", data_format="channels_last")
-    assert_close(compute(layer, images), ops.convert_to_numpy(expected).reshape((2, 6, 5)), 1e-5)
+    expected = ops.convert_to_numpy(expected + layer.projection.bias).reshape((2, 6, 5))
+    assert_close(compute(layer, images), expected, 1e-5)
 
 
 @pytest.mark.parametrize("layer_class", [*STEMS, PatchEmbedding])
