@@ -350,6 +350,7 @@ def assert_close_relatively(found, expected):
     assert np.max(np.abs(found - expected)) <= 1e-5 * np.max(np.abs(expected))
 
 
+@pytest.mark.slow  # Without jit, JAX compiles each operation by itself: about a minute.
 @pytest.mark.skipif(BACKEND != "jax", reason="these transformations are JAX's")
 def test_jax_transforms_it(operation):
     import jax
