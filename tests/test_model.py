@@ -111,7 +111,17 @@ def test_a_models_dtype_policy_survives_cloning_a_new_classifier_and_a_file(tmp_
         assert scales_loss(again)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "float32",
+        "mixed_bfloat16",
+        pytest.param(
+            "float64",
+            marks=pytest.mark.skipif(BACKEND == "jax", reason="JAX has no float64 by default"),
+        ),
+    ],
+)
 def test_a_policy_that_needs_no_loss_scaling_gets_none(policy):
     model = tiny(depth=1, dtype=policy)
     assert model.dtype_policy.name == policy
