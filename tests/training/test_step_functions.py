@@ -591,8 +591,8 @@ def test_a_step_reports_the_binary_cross_entropy_that_was_asked_for(one_device):
 def test_mixing_goes_on_in_the_cooldown_and_ends_with_the_run():
     values = {"mixup": 0.8, "epochs": 5, "cooldown_epochs": 3}
     config = configuration.make("digits", **values)
-    none = np.float32([1, 0, 0, 0, 0])
-    assert step_functions.draw_mixing(config, 9, (8, 8), 7).tolist() != none.tolist()
+    none = [[1, 0, 0, 0, 0]]
+    assert step_functions.draw_mixing(config, 9, (8, 8), 7, 1).tolist() != none
     config = configuration.make("digits", mix_off_epochs=2, **values)
-    assert step_functions.draw_mixing(config, 9, (8, 8), 5).tolist() != none.tolist()
-    assert step_functions.draw_mixing(config, 9, (8, 8), 6).tolist() == none.tolist()
+    assert step_functions.draw_mixing(config, 9, (8, 8), 5, 1).tolist() != none
+    assert step_functions.draw_mixing(config, 9, (8, 8), 6, 1).tolist() == none
