@@ -690,7 +690,7 @@ def test_simple_random_crop_takes_encoded_images():
 def test_random_resized_crops_are_interpolated_as_asked_for(monkeypatch, interpolation):
     image = tf.constant(picture((40, 50)))
     box = [3, 5, 30, 26]
-    monkeypatch.setattr(augmentation, "inception_box", lambda *_: tf.constant(box))
+    monkeypatch.setattr(augmentation, "inception_box", lambda *_, **settings: tf.constant(box))
     values = plain_values(min_crop=0.2, interpolation=interpolation)
     results = drawings(
         lambda seed: augmentation.training_image(image, seed, values, (24, 24), FILL), 60

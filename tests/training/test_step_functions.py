@@ -493,7 +493,7 @@ CASES = {
     "mixup": (1, {"mixup": 0.8, "label_smoothing": 0.1, "mix_groups": 2}, FOUR[:2]),
     "one group": (1, {"mixup": 0.8, "mix_groups": 1}, FOUR[:1]),
     "four groups": (1, {"mixup": 0.8, "cutmix": 1.0}, FOUR),
-    "cutmix in parts": (1, {"cutmix": 1.0, "accumulation": 2, "mix_groups": 2}, FOUR[1::2]),
+    "cutmix in parts": (1, {"cutmix": 1.0, "accumulation": 2, "mix_groups": 4}, FOUR),
     "erasing in parts": (1, {"erasing": 0.5, "accumulation": 2, "seed": 5}, NOT_MIXED),
     "erasing, then mixing": (
         *(1, {"erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "mix_groups": 2}),
