@@ -1,6 +1,5 @@
 """LayerScale, Dropout and StochasticDepth."""
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
