@@ -150,7 +150,9 @@ def test_every_import_is_a_requirement_or_in_an_extra(part, metadata):
     extras = metadata["extras_require"]
     allowed = {
         "keras_tnt": distributions(sum(extras.values(), [])),
-        "training": distributions(extras["train"] + extras["export"]),
+        "training": distributions(
+            sum((extras[e] for e in ("train", "export", "huggingface", "wandb", "mlflow")), [])
+        ),
         "savedmodels": distributions(extras["export"] + extras["plots"]),
         "examples": distributions(extras["dense"]),
     }.get(part, distributions(extras["test"]))

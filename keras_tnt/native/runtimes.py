@@ -149,9 +149,7 @@ def _tensorflow_runs_here(x, training):
     return training or control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
-# Where Keras defines the functions that `fit`, `evaluate` and `predict` run, which it leaves out of
-# what it saves.
-KERAS_TRAINER = "keras.src.backend.tensorflow.trainer"
+# The functions that `fit`, `evaluate` and `predict` run, which Keras leaves out of what it saves.
 KERAS_FUNCTIONS = {
     "one_step_on_data",
     "one_step_on_data_distributed",
@@ -170,8 +168,11 @@ def _is_of_keras(graph):
     # A replica of a mirrored step is traced in a thread, which has no frame of Keras's.
     if type(threading.current_thread()).__name__ == "_MirroredReplicaThread":
         return True
+    import keras
+
+    trainer = keras.Model.make_train_function.__module__  # where Keras defines them
     frame = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__") != KERAS_TRAINER:
+    while frame is not None and frame.f_globals.get("__name__") != trainer:
         frame = frame.f_back
     return frame is not None
 

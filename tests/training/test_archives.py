@@ -146,6 +146,7 @@ def test_each_held_out_image_is_evaluated_once_with_its_label(archive):
     assert numbers(seen["image"][counted]) == list(range(20, 31))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_share_the_images_exactly(archive, workers):
     dataset, root, _, labels = archive
@@ -164,6 +165,7 @@ def test_workers_share_the_images_exactly(archive, workers):
     assert len(shown) == len(set(shown)) == 18 and max(shown) < 20
 
 
+@pytest.mark.slow
 def test_an_epoch_is_resumed_in_the_middle_bit_for_bit(archive):
     dataset, root, _, _ = archive
     config = settings(dataset, root, min_crop=0.4, erasing=0.5)
