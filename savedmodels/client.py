@@ -103,6 +103,8 @@ class HttpClient:
         except TooLong as error:
             other = no_such_server(self.address, self.KIND)
             raise ServerError(f"{other} Its reply has more than 67 MB.") from error
+        except UnicodeError:  # of a host's name that cannot be encoded
+            raise
         except ValueError as error:  # of http.client: a status or a length that is no number
             raise ServerError(no_such_server(self.address, self.KIND)) from error
         except MemoryError as error:

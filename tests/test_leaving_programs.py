@@ -189,6 +189,11 @@ def test_an_archive_runs_in_a_process_without_this_package(tmp_path):
 # === JAX ===
 
 
+def calls_cpp(program):
+    """Returns whether a program in MLIR has a custom call of ours; its locations do not count."""
+    return any("keras_tnt" in line for line in program.splitlines() if "custom_call" in line)
+
+
 @only["jax"]
 @pytest.mark.parametrize("training", [False, True])
 def test_what_jax_exports_is_plain(training, model):
@@ -203,11 +208,11 @@ def test_what_jax_exports_is_plain(training, model):
 
     here = jax.jit(run).lower(values, images).as_text()
     exported = jax.export.export(jax.jit(run))(values, images)
-    assert "keras_tnt" not in exported.mlir_module()
+    assert not calls_cpp(exported.mlir_module())
     gradient = jax.jit(jax.grad(lambda *args: run(*args).sum(), argnums=1))
-    assert "keras_tnt" not in jax.export.export(gradient)(values, images).mlir_module()
+    assert not calls_cpp(jax.export.export(gradient)(values, images).mlir_module())
     if training or model.name.startswith("tnt"):
-        assert "keras_tnt" in here  # which stays in this process
+        assert calls_cpp(here)  # which stays in this process
 
 
 @only["jax"]
