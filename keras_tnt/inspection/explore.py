@@ -59,7 +59,7 @@ def explore(model, images, path, class_names=None, *, titles=None):
     >>> images = np.stack([keras_tnt.load_image(name, model) for name in names])
     >>> keras_tnt.inspection.explore(model, images, "page.html", titles=names)
     """
-    path = os.path.expanduser(path)
+    path = type(path)(os.path.expanduser(path))  # a Path stays one
     subject = Subject(model, images)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder. Give the name of a file in it, page.html")
