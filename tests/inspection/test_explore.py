@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import time
 
 import keras
 import numpy as np
@@ -106,7 +107,13 @@ def test_what_the_pointer_is_over_is_told(browser, page, tnt):
     assert abs(shares(browser.text("inner-read"))[0] - row[2]) <= row.max() / 510 + 5e-4
     browser.point("#why", 0.1, 0.1, press=False)
     words = inspection.relevance(tnt, images_for(tnt)[:1], level="words")[0]
-    told = float(re.search(r": ([-\d.e]+),", browser.text("why-read"))[1])
+    found = None
+    for _ in range(100):  # the page answers when it has drawn
+        if found := re.search(r": ([-+\d.e]+),", browser.text("why-read")):
+            break
+        time.sleep(0.05)
+    assert found, browser.text("why-read")
+    told = float(found[1])
     np.testing.assert_allclose(told, words[0, 0], atol=6e-5, rtol=6e-3)
 
 
