@@ -140,7 +140,7 @@ def open_keras(model, features, count):
         *normalisation(not image.normalises, image.mean, image.std, image.channels),
     )
     if features:
-        model = keras.Model(model.inputs, serving_network(model).output["features"])
+        model = keras.Model(model.inputs[0], serving_network(model).output["features"])
     if len(model.output_shape) != 2:
         raise ValueError(f"'{model.name}' gives no {'vector' if features else 'scores'}.")
     if count < WORTH_COMPILING:
@@ -161,7 +161,8 @@ def without_compiler(model):
     import keras
 
     if keras.backend.backend() == "tensorflow":
-        return lambda images: model(images, training=False)
+        in_list = isinstance(model.input_shape, list)  # built by keras.Model([inputs], outputs)
+        return lambda images: model([images] if in_list else images, training=False)
     return model.predict_on_batch
 
 

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parent.parent
 SERVERS = PACKAGE / "export" / "servers"
 # What a server runs of this package, none of which imports Keras: beside its version, whole.
 RUNTIME = (
-    "files.py", "images.py", "native", "export/onnx_fusion.py", "export/onnx_runtime.py",
+    "files.py", "images.py", "native", "export/onnx_blocks.py", "export/onnx_runtime.py",
     "export/pictures.py", "export/requirements.py",
 )  # fmt: skip
 COMPILED = shutil.ignore_patterns("__pycache__")
