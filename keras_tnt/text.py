@@ -54,7 +54,7 @@ def is_encodable(text):
 # How messages of the library name arguments, and what one types in a shell instead.
 FLAGS = (
     (re.compile(r"\bweights=None\b"), "--weights=none"),
-    (re.compile(r"(?<![-\w])weights='([^']*)'"), r"--weights=\1"),
+    (re.compile(r"(?<![-\w(])weights='([^']*)'"), r"--weights=\1"),
     (re.compile(r"`(weights|model|top|out)`"), r"--\1"),
     (re.compile(r"a name of keras_tnt\.list_weights\(\)"), "a name that `keras-tnt list` gives"),
     (
