@@ -211,7 +211,7 @@ def test_what_jax_exports_is_plain(training, model):
     assert not calls_cpp(exported.mlir_module())
     gradient = jax.jit(jax.grad(lambda *args: run(*args).sum(), argnums=1))
     assert not calls_cpp(jax.export.export(gradient)(values, images).mlir_module())
-    if training or model.name.startswith("tnt"):
+    if model.name.startswith("tnt") or training and model.name.startswith("deit"):
         assert calls_cpp(here)  # which stays in this process
 
 
