@@ -41,8 +41,6 @@ from keras_tnt.text import is_encodable, is_line
 from keras_tnt.weights.names import HEADS
 
 POOLINGS = (None, "avg", "max", "token")
-# results/results-imagenet.csv of the repository huggingface/pytorch-image-models.
-TIMM_RESULTS = "timm's results-imagenet.csv"
 # What tells a distilled model's file, for `register_family`.
 DISTILLATION_TENSORS = (
     r"dist_token|head_dist\.weight",

@@ -6,7 +6,6 @@ The ops equal Pillow's of the same name to within 1 of 255: the published recipe
 Pillow's pixels, through timm 0.3.2 and DeiT's `augment.py`.
 """
 
-import functools
 import math
 
 import tensorflow as tf
@@ -139,8 +138,7 @@ def training_image(image, seed, config, size, fill):
         image = decode(image) if image.dtype == tf.string else image
         image = simple_random_crop(image, seeds[0], size)
     elif config.min_crop < 1:
-        box = functools.partial(inception_box, seed=seeds[0], min_area=config.min_crop)
-        part = cut(image, lambda *sides: box(sides))
+        part = cut(image, lambda *sides: inception_box(sides, seeds[0], config.min_crop))
         image = resize(part, size, draw_bicubic(config.interpolation, seeds[6]))
     elif image.dtype == tf.string or image.shape[:2] != tuple(size):
         image = evaluation_image(image, config.crop, size)
