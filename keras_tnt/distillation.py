@@ -117,11 +117,12 @@ class Distiller(keras.Model):
             `"batchmean"` by batch alone, which weighs it as many times more as there are classes.
         teacher_preprocessing: function from the student's images, already of the teacher's size, to
             what the teacher takes; or the name of what it takes: `"pixels"` (in [0, 255]),
-            `"caffe"`, `"tf"` or `"torch"` (the modes of `keras.applications`' `preprocess_input`),
-            or `"same"` (what the student takes). If `None`, it is worked out for models of this
-            package, models that begin with a `Rescaling`, a `Normalization` or a
-            `preprocess_input`, and those of `keras.applications`, whatever stands around them; any
-            other is given what the student takes, with a warning.
+            `"unit"` (in [0, 1]), `"caffe"`, `"tf"` or `"torch"` (the modes of
+            `keras.applications`' `preprocess_input`), or `"same"` (what the student takes).
+            If `None`, it is detected for models of this package, models that begin with a
+            `Rescaling`, a `Normalization` or a `preprocess_input`, and those of
+            `keras.applications`, whatever surrounds them; any other model is given what the
+            student takes, with a warning.
         teacher_from_logits: whether the teacher's output is logits, not probabilities. None: read
             off its last layer, or else off its outputs: rows that sum to one are probabilities.
         name: the model's name.

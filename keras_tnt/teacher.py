@@ -29,10 +29,11 @@ class Range:
 
 
 PIXELS = Range((0.0,) * 3, (1 / 255,) * 3)
-# What `teacher_preprocessing` takes by name: the modes of keras.applications, pixels in [0, 255],
-# and the student's images as they are.
+# Names that `teacher_preprocessing` takes: pixels in [0, 255] or [0, 1], the modes of
+# `keras.applications`, and the student's images without a change.
 PREPROCESSING = {
     "pixels": PIXELS,
+    "unit": Range((0.0,) * 3, (1.0,) * 3),
     "caffe": Range((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3, bgr=True),
     "tf": Range((0.5,) * 3, (0.5,) * 3),
     "torch": Range(IMAGENET_MEAN, IMAGENET_STD),

@@ -14,6 +14,7 @@ PREPROCESS = {
     "tf": keras.applications.mobilenet_v2.preprocess_input,
     "torch": keras.applications.densenet.preprocess_input,
     "pixels": lambda images: images,
+    "unit": lambda images: images / 255,
 }
 # Names of the first layers of models of keras.applications, in small models of the same names.
 NAMES = {

@@ -20,9 +20,8 @@ CROP_MODES = ("random_resized", "simple")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 PRECISIONS = ("float32", "bfloat16", "float16")
 LOSSES = ("cross_entropy", "bce")
-# What a teacher is fed: Keras's names, as `keras.applications.imagenet_utils.preprocess_input`
-# has them, and "unit" for pixels in [0, 1].
-TEACHER_PREPROCESSING = ("auto", "none", "tf", "torch", "caffe", "unit")
+# The names of `keras_tnt.Distiller`'s `teacher_preprocessing`; "none" is an earlier name of "same".
+TEACHER_PREPROCESSING = ("auto", "same", "pixels", "unit", "tf", "torch", "caffe", "none")
 # Arguments of a builder that have a flag of their own, or that the trainer sets.
 SET_BY_FLAGS = {
     "classes": "--classes",
@@ -271,9 +270,10 @@ class Config:
     teacher: str = option("", "a model of keras_tnt (its public weights), or a .keras file")
     teacher_preprocessing: str = option(
         "auto",
-        "what the teacher takes. auto: worked out for models of keras_tnt and models with a "
-        "Rescaling layer; none: what the student takes; tf, torch, caffe: as "
-        "keras.applications preprocesses; unit: pixels in [0, 1]",
+        "preprocessing of the teacher's images. auto: detected for models of keras_tnt, of "
+        "keras.applications and models with a Rescaling layer; same: what the student takes; "
+        "pixels: values in [0, 255]; unit: in [0, 1]; tf, torch, caffe: the modes of "
+        "keras.applications",
         TEACHER_PREPROCESSING,
     )
     distill_alpha: float = option(0.5, "share of the distillation loss")

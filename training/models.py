@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import inspect
 import os
 import zipfile
@@ -10,7 +9,6 @@ import zipfile
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.applications import imagenet_utils
 
 import keras_tnt
 from keras_tnt import finetuning, pretrained, registry
@@ -235,21 +233,8 @@ def build_teacher(config, student):
         model = load_keras_model(config.teacher)
     else:
         model = find_builder(config.teacher, "--teacher")(weights="imagenet")
-    return Teacher(model, student, teacher_preprocessing(config.teacher_preprocessing), None)
-
-
-def teacher_preprocessing(name):
-    """Returns the function of `--teacher_preprocessing` from pixels to what a teacher takes.
-
-    `None` leaves it to `Teacher` to work it out.
-    """
-    if name == "auto":
-        return None
-    if name == "none":
-        return lambda images: images
-    if name == "unit":
-        return lambda images: images / 255
-    return functools.partial(imagenet_utils.preprocess_input, mode=name)
+    name = config.teacher_preprocessing
+    return Teacher(model, student, {"auto": None, "none": "same"}.get(name, name))
 
 
 def rematerialize(layer):

@@ -189,6 +189,8 @@ def test_weights_none_begin_at_random():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("auto", [0.0, 127.5, 255.0]),
+        ("same", [0.0, 127.5, 255.0]),
         ("none", [0.0, 127.5, 255.0]),
         ("unit", [0.0, 0.5, 1.0]),
         ("tf", [-1.0, 0.0, 1.0]),
@@ -196,19 +198,20 @@ def test_weights_none_begin_at_random():
         ("caffe", [x - 123.68 for x in (0, 127.5, 255)]),
     ],
 )
-def test_a_teacher_is_fed_as_it_is_said(name, expected):
+@pytest.mark.filterwarnings("ignore:Cannot tell:UserWarning")
+def test_teacher_preprocessing_is_applied_to_pixels(name, expected, tmp_path):
     inputs = keras.Input((8, 8, 3))
-    # A teacher that passes on what it is fed: its logits are three pixels' first (last) channel.
-    channel = 2 if name == "caffe" else 0
-    outputs = keras.layers.Lambda(lambda x: x[:, 0, :3, channel])(inputs)
-    teacher = keras.Model(inputs, outputs)
+    # A teacher that returns what it is given, as logits: three pixels' first (last) channel.
+    path = tmp_path / "teacher.keras"
+    keras.Model(inputs, inputs[:, 0, :3, 2 if name == "caffe" else 0]).save(path)
+    config = dataclasses.replace(
+        configuration.make("digits"),
+        distill="hard",
+        teacher=str(path),
+        teacher_preprocessing=name,
+    )
     student = models.tnt_digits(classes=3, depth=1, input_shape=(8, 8, 3))
     images = np.zeros((2, 8, 8, 3), "float32")
     images[:, 0, :3] = np.float32([0, 127.5, 255])[:, None]
-    told = models.Teacher(teacher, student, models.teacher_preprocessing(name), True)
-    fed = tf.function(told)(tf.constant(images))
-    np.testing.assert_allclose(fed[1], expected, atol=1e-4)
-
-
-def test_what_feeds_a_teacher_is_left_to_its_layers_by_default():
-    assert models.teacher_preprocessing("auto") is None
+    logits = tf.function(models.build_teacher(config, student))(tf.constant(images))
+    np.testing.assert_allclose(logits[1], expected, atol=1e-4)
