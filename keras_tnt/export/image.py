@@ -185,9 +185,14 @@ def switch(index, branches, encoded, dtype, shape):
 
     As `tf.switch_case`, but for its cost: that is turned into operations of which the branches not
     taken run too, on nothing. With all decoders among them this takes longer than decoding.
+
+    Run eagerly, it calls the branch: TensorFlow would wait for each nested `StatelessCase` on a
+    thread of its pool, and with as many of them as the pool has threads for ever.
     """
     import tensorflow as tf
 
+    if tf.executing_eagerly():
+        return branches[int(index)](encoded)
     spec = tf.TensorSpec((), tf.string)
     functions = [tf.function(f, autograph=False).get_concrete_function(spec) for f in branches]
     result = tf.raw_ops.StatelessCase(

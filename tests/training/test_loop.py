@@ -370,6 +370,7 @@ def part_of_a_run(**values):
         variables=[tf.Variable([1.0, 2.0])],
     )
     run.reporter = types.SimpleNamespace(evaluation=lambda *arguments: None)
+    run.profiler = types.SimpleNamespace(ends=lambda step: [])
     run.corrupt = ()
     return run
 
