@@ -34,8 +34,26 @@ def pytest_configure(config):
         tf.config.set_logical_device_configuration(
             tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
         )
+        keep_functions_between_tests(tf)
     elif BACKEND == "jax":
         draw_weights_by_one_program()
+
+
+def keep_functions_between_tests(tf):
+    """Makes `tf.random.set_seed` do nothing if the seed is set already.
+
+    It discards every function that TensorFlow has instantiated: a compiled function that several
+    tests share would be optimized again in each, which took more time than most tests.
+    """
+    set_seed = tf.random.set_seed
+    seeds = []
+
+    def set_new_seed(seed):
+        if seeds != [seed]:
+            seeds[:] = [seed]
+            set_seed(seed)
+
+    tf.random.set_seed = set_new_seed
 
 
 def draw_weights_by_one_program():

@@ -118,15 +118,16 @@ def test_xmp_is_no_orientation():
     assert open_picture(file).size == (60, 40)
 
 
+@pytest.fixture(scope="module")
+def model():
+    return keras_tnt.TNT(
+        input_shape=(32, 32, 3), classes=3, outer_dim=16, inner_dim=8, depth=1, outer_heads=2,
+        inner_heads=2,
+    )  # fmt: skip
+
+
 class TestArrays:
     """Arrays whose values are not in [0, 255] raise instead of becoming white or black."""
-
-    @pytest.fixture(scope="class")
-    def model(self):
-        return keras_tnt.TNT(
-            input_shape=(32, 32, 3), classes=3, outer_dim=16, inner_dim=8, depth=1, outer_heads=2,
-            inner_heads=2,
-        )  # fmt: skip
 
     @pytest.mark.parametrize(
         ("array", "message"),

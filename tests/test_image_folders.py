@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from keras_tnt.command.images import find_images
+from keras_tnt.command.images import find_images, report
 from keras_tnt.image_folders import Skipped, match_held_out, match_name, walk_images
 
 pytestmark = pytest.mark.one_backend
@@ -98,10 +98,12 @@ def test_folders_nested_deeper_than_calls_are_walked(tmp_path):
 
 def test_commands_walk_alike_and_print_what_they_skip(tmp_path, capsys):
     touch(tmp_path, "a/1.jpg", "a/._1.jpg", ".git/x.png")
-    assert list(find_images([str(tmp_path), "b.txt"], report=True)) == [
+    skipped = Skipped()
+    assert list(find_images([str(tmp_path), "b.txt"], skipped)) == [
         str(tmp_path / "a/1.jpg"),
         "b.txt",
     ]
+    report(skipped)
     assert "skipped 1 hidden folders, 1 AppleDouble files" in capsys.readouterr().err
     with pytest.raises(ValueError, match="holds no image: .*skipped 1 hidden files"):
         touch(tmp_path, "empty/.x.jpg")
