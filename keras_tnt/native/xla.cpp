@@ -1,6 +1,6 @@
 // XLA custom calls (FFI handlers on the CPU) of TNT's kernels, for JAX and TensorFlow: the inner
 // (word) transformer block, the outer (patch) block and the word-to-patch projection, forward and
-// backward, and the last two with bfloat16 GEMMs, forward only.
+// backward in float32, and forward only with bfloat16 GEMMs.
 //
 // Operands of a forward call: words (..., words, dim), tokens (batch, tokens, dim) or concatenated
 // words (batch, patches, inputs), in float32; the weights in the order of `Weights` or
