@@ -20,7 +20,7 @@ def command() -> list[str]:
     """Returns the command of the environment variable CXX, or `c++` if it is not set.
 
     Raises:
-        CompilerError: if CXX has unbalanced quotes.
+        CompilerError: if CXX cannot be parsed, for example for unbalanced quotes.
     """
     value = os.environ.get("CXX", "")
     try:
