@@ -1,8 +1,8 @@
-"""Entries of the cache directory: regular files that end in a checksum of what stands before it.
+"""Entries of the cache directory: regular files that end in a SHA-256 checksum of their content.
 
-An entry that was cut short, changed on disk, or replaced by something that is no file counts as
-absent, and is written anew. A library is mapped into memory, where a file that is too short ends
-the process: so it is read whole and compared first.
+An entry that is truncated, modified, or not a regular file counts as missing, and is written again.
+Libraries are validated before they are loaded, because the loader maps them into memory, where a
+truncated file crashes the process (SIGBUS).
 """
 
 import hashlib
@@ -16,13 +16,13 @@ SEAL_BYTES = len(MARK) + hashlib.sha256().digest_size
 
 
 def folder() -> str:
-    """Returns the directory `keras_tnt` of the user's caches (XDG_CACHE_HOME)."""
+    """Returns the cache directory, `$XDG_CACHE_HOME/keras_tnt` or `~/.cache/keras_tnt`."""
     caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
     return os.path.join(caches, "keras_tnt")
 
 
 def is_regular(path: str | os.PathLike) -> bool:
-    """Returns whether a path is a regular file itself: no link, directory, FIFO or device."""
+    """Returns whether a path is a regular file, and not a link, directory, FIFO or device."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):
@@ -30,10 +30,10 @@ def is_regular(path: str | os.PathLike) -> bool:
 
 
 def read_regular(path: str | os.PathLike) -> bytes:
-    """Returns the bytes of a regular file, without waiting for a FIFO or following a link.
+    """Returns the bytes of a regular file, without following a link or blocking on a FIFO.
 
     Raises:
-        OSError: if it is anything else, or cannot be read.
+        OSError: if the path is not a regular file, or cannot be read.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC if hasattr(os, "O_CLOEXEC") else os.O_RDONLY
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
@@ -45,13 +45,13 @@ def read_regular(path: str | os.PathLike) -> bytes:
 
 
 def seal(path: str | os.PathLike) -> None:
-    """Appends the checksum to a file; loaders of libraries ignore what stands behind the end."""
+    """Appends the checksum to a file; dynamic loaders ignore bytes after the end of a library."""
     with open(path, "r+b") as file:
         file.write(MARK + hashlib.sha256(file.read()).digest())
 
 
 def read(path: str | os.PathLike) -> bytes | None:
-    """Returns the content of an entry; `None` if there is none, or it is damaged."""
+    """Returns the content of an entry, or `None` if it is missing or damaged."""
     try:
         data = read_regular(path)
     except (OSError, ValueError):
@@ -63,10 +63,10 @@ def read(path: str | os.PathLike) -> bytes | None:
 
 
 def write(path: str | os.PathLike, content: bytes) -> None:
-    """Writes an entry, atomically.
+    """Writes an entry atomically, with its checksum.
 
     Raises:
-        OSError: if there is no place for it.
+        OSError: if it cannot be written.
     """
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:

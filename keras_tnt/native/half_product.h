@@ -1,17 +1,26 @@
-// Products of matrices in bfloat16, on one core, near what its multipliers can do. As in product.h,
-// tiles of the result stay in registers; there are twice the multiplications in an instruction.
+// Single-threaded bfloat16 GEMM with float32 accumulation for AVX512-BF16, with a fused epilogue:
+//
+//   epilogue(A (m, k) B (k, n))
+//
+// As in the float32 GEMM of product.h, B is packed into column panels of `tile_columns` (two
+// vectors), and a micro-kernel keeps a tile of up to `tile_rows` x `tile_columns` accumulators in
+// registers. Here two adjacent rows of B are interleaved to pairs (VNNI layout), which one
+// VDPBF16PS multiplies and adds, and there is no K-blocking: a panel has all of K. The epilogue
+// (bias, GELU, residual, rounding) is a callback on the float32 accumulators of a tile, before they
+// go to memory.
 #pragma once
 #include "half.h"
 #include "product.h"
 
 namespace {
 
+// Allocates `size` bfloat16 of a workspace.
 inline Half* take_half(Space& space, int64_t size) {
   return reinterpret_cast<Half*>(space.take(parts_of(size, 2)));
 }
 
-// The right factor of a product, (inputs, n): pairs of rows, the last of which may be half of zeros,
-// with columns in panels of `tile_columns`, zeros behind the last.
+// Packed B (inputs, n) in bfloat16: column panels, each (inputs / 2 rounded up, tile_columns)
+// pairs. An odd last row is paired with zeros, and the last panel is padded with zeros.
 struct HalfPanels {
   Pair* at;
   int64_t inputs, n;
@@ -24,7 +33,7 @@ struct HalfPanels {
   int64_t count() const { return parts_of(n, tile_columns); }
   Pair* panel(int64_t i) const { return at + i * pairs() * tile_columns; }
 
-  // Fills the panel number `i` with columns of a matrix, whose rows are `row` apart.
+  // Packs panel `i` of a row-major float32 or bfloat16 matrix with the row stride `row`.
   template <typename Number>
   void pack(const Number* from, int64_t row, int64_t i) const {
     const int64_t column = i * tile_columns;
@@ -50,7 +59,9 @@ struct HalfPanels {
     for (int64_t i = 0; i < count(); ++i) pack(from, row, i);
   }
 
-  // The transpose of (n, inputs), for an even number of inputs.
+  // Packs the transpose of a row-major (n, inputs) matrix with the row stride `row`; `inputs` and
+  // `row` must be even. Pairs are adjacent in memory already, so they are transposed as 32-bit
+  // elements.
   void pack_transposed(const Half* from, int64_t row) const {
     for (int64_t i = 0; i < count(); ++i) {
       const int64_t column = i * tile_columns, width = std::min(tile_columns, n - column);
@@ -61,7 +72,7 @@ struct HalfPanels {
   }
 };
 
-// Packs kernels (inputs, n).
+// Packs several contiguous float32 kernels (inputs, n), in parallel over panels.
 template <size_t count, typename Parallel>
 inline void pack(const HalfPanels (&to)[count], const float* const (&kernels)[count],
                  Parallel parallel) {
@@ -69,7 +80,8 @@ inline void pack(const HalfPanels (&to)[count], const float* const (&kernels)[co
              [&](int64_t i, int64_t panel) { to[i].pack(kernels[i], to[i].n, panel); });
 }
 
-// Calls take(i, c, sums) with the vectors of a tile (rows, tile_columns) of a product.
+// Micro-kernel: a tile (rows, tile_columns) of a (rows, k pairs) panel (k pairs, tile_columns).
+// Calls take(i, c, accumulators) for each vector of the tile. stride: between rows of a, in pairs.
 template <int rows, typename Take>
 __attribute__((noinline)) void multiply_half(const Pair* a, int64_t stride, const Pair* panel,
                                              int64_t k, Take& take) {
@@ -90,9 +102,11 @@ __attribute__((noinline)) void multiply_half(const Pair* a, int64_t stride, cons
   }
 }
 
-// a b, for a (m, inputs) whose rows are a_row apart, an even number. Calls take(row, column, numbers,
-// count) for all of it, and before, for each row of a tile, soon(row, column), to ask memory for what
-// `take` wants.
+// GEMM: a (m, inputs) b (inputs, n) for a row-major `a` with an even row stride a_row. Calls the
+// epilogue take(row, column, accumulators, count) for each vector of the result, and before each
+// tile soon(row, column) for each of its rows, to prefetch what the epilogue reads or writes. Where
+// `inputs` is odd, the element of `a` after each row is multiplied by zero: it must be readable
+// and finite.
 template <typename Soon, typename Take>
 inline void half_product(const Half* a, int64_t a_row, HalfPanels b, int64_t m, Soon soon,
                          Take take) {
@@ -122,6 +136,7 @@ inline void half_product(const Half* a, int64_t a_row, HalfPanels b, int64_t m, 
   }
 }
 
+// Prefetches a cache line for writing.
 inline void for_writing(const void* at) { __builtin_prefetch(at, 1); }
 
 }  // namespace

@@ -1,5 +1,8 @@
-// The inner transformer's forward pass as the entries call it. HALF is defined before this text, as
-// what inner_transformer.h names: whether to multiply in bfloat16.
+// `Forward`, the function object that every binding calls for the inner (word) transformer block:
+// words (patches, words, dim) to the same shape, in float32 or, if HALF, with bfloat16 GEMMs.
+//
+// Compile-time constants, set by -D: WORDS, DIM, HEADS, HIDDEN, ACROSS_WORDS (see
+// inner_transformer.h) and HALF, 0 or 1. Each set of values is compiled to its own library.
 #pragma once
 #if HALF
 #include "inner_half.h"
@@ -12,7 +15,8 @@ using half::Forward;
 
 namespace {
 
-// Patches from `first` to before `last` of `in` to those of `out`; see `transform` for the others.
+// Computes patches [first, last) of `in` to `out`, each (patches, words, dim). keep: drop-path
+// multipliers (2, patches) of the attention and MLP branches, or null.
 struct Forward {
   const Weights<> weights;
   const float epsilon;

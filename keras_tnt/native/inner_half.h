@@ -1,6 +1,14 @@
-// TNT's inner transformer with what is multiplied in bfloat16, for an even number of channels in a
-// head and in all layers. As in inner_transformer.h, which says what is defined before, words lie
-// along the lanes; two channels, or two words, make a pair.
+// Forward pass of TNT's inner (word) transformer block with bfloat16 multiplications and float32
+// accumulation, norms, softmax, GELU and residuals; inference only, for AVX512-BF16.
+//
+//   words (patches, words, dim) -> (patches, words, dim): x += MHSA(LN(x)); x += MLP(LN(x))
+//
+// The layout is channel-major: the words of a patch fill the SIMD lanes, and a channel of all words
+// is one or a few vectors. All layers of a patch run before the next patch, so that its activations
+// stay in the L1 cache. For VDPBF16PS, two adjacent channels form a pair (the K dimension of the
+// dense layers and of Q K^T), or two adjacent words (the K dimension of P V). The head dimension
+// and the hidden dimension of the MLP must be even. The compile-time constants are those of
+// inner_transformer.h.
 #pragma once
 #include "half.h"
 #include "inner_transformer.h"
@@ -8,19 +16,20 @@
 namespace half {
 namespace {
 
-// Two channels of all words of a patch.
+// A pair of adjacent channels in bfloat16, of all words of a patch.
 struct Channels {
   Vec part[parts];
   Pair word(int i) const { return reinterpret_cast<const Pair*>(this)[i]; }
 };
 
+// Rounds `count` channels to count / 2 pairs.
 template <int count>
 inline void round(const Channel* x, Channels* y) {
   for (int c = 0; c < count / 2; ++c)
     for (int p = 0; p < parts; ++p) y[c].part[p] = pairs(x[2 * c].part[p], x[2 * c + 1].part[p]);
 }
 
-// A kernel (inputs, outputs) as (inputs / 2, outputs) pairs.
+// A dense kernel, float32 (inputs, outputs), rounded to (inputs / 2, outputs) bfloat16 pairs.
 template <int inputs, int outputs>
 struct Kernel {
   Pair at[inputs / 2][outputs];
@@ -35,6 +44,8 @@ struct Kernel {
   }
 };
 
+// y = x kernel + bias. Register blocking: up to 24 accumulators, for a block of outputs and all
+// words; kernel pairs are broadcast.
 template <int inputs, int outputs>
 inline void dense(const Channels* x, const Kernel<inputs, outputs>& kernel, const float* bias,
                   Channel* y) {
@@ -54,7 +65,11 @@ inline void dense(const Channels* x, const Kernel<inputs, outputs>& kernel, cons
   }
 }
 
-// Queries along the lanes; keys one after another, values of two words at a time.
+// Multi-head self-attention: qkv (3 dim, words) to y (dim, words), channel-major. Queries fill the
+// lanes, so that the softmax over keys needs no horizontal reduction. Two-pass softmax: the first
+// pass stores the scores of all keys and finds their maximum, the second exponentiates (base 2,
+// with log2(e) folded into the scale) and accumulates P V, two keys at a time. The division by the
+// sum comes last (deferred normalization).
 inline void attend(const Channel* qkv, Channel* y) {
   const float scale = 1.44269504 / std::sqrt(double(head_dim));
   Channels query[dim / 2], key[dim / 2];
@@ -91,7 +106,8 @@ inline void attend(const Channel* qkv, Channel* y) {
     }
 }
 
-// What inner_forward.h says, but that every branch is computed.
+// Rounds the kernels once, and computes patches [first, last) of `in` to `out`. The arguments for
+// drop path are ignored: both branches are computed.
 class Forward {
  public:
   Forward(const Weights<>& weights, float epsilon)

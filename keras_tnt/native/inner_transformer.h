@@ -1,9 +1,16 @@
-// TNT's inner transformer without a detour through memory: a patch's words stay in the first cache
-// from the first norm to the last residual. Words lie along the vector's lanes, so that norms,
-// softmax and products alike are sums of whole vectors.
+// Forward pass of TNT's inner (word) transformer block in float32, fully fused:
 //
-// Defined before this text: WORDS, DIM, HEADS, HIDDEN and ACROSS_WORDS, whether norms run over all
-// words of a patch.
+//   words (patches, words, dim) -> (patches, words, dim): x += MHSA(LN(x)); x += MLP(LN(x))
+//
+// All layers of a patch run before the next patch, so that its activations stay on the stack, in
+// the L1 cache. The layout is channel-major: a patch is transposed to (dim, words), so that its
+// words fill the SIMD lanes and a channel of all words is one or a few vectors. Dense layers then
+// broadcast kernel elements, and the softmax needs no horizontal reduction, nor do the norms,
+// except where they include all words. Drop path skips whole branches.
+//
+// Compile-time constants, set by -D: WORDS (a multiple of the lanes), DIM, HEADS, HIDDEN (MLP) and
+// ACROSS_WORDS, 1 if the layer norms normalize over all words and channels of a patch, 0 if over
+// the channels of each word.
 #pragma once
 #include "vectors.h"
 #include "weights.h"
@@ -14,7 +21,7 @@ constexpr int words = WORDS, dim = DIM, heads = HEADS, hidden = HIDDEN;
 constexpr bool across_words = ACROSS_WORDS;
 constexpr int head_dim = dim / heads, parts = words / lanes;
 
-// One channel of all words of a patch.
+// One channel of all words of a patch: a vector of `words` floats.
 struct Channel {
   Vec part[parts];
   float word(int i) const { return reinterpret_cast<const float*>(this)[i]; }
@@ -25,7 +32,9 @@ constexpr int divisor(int outputs, int most) {
   return most <= 1 ? 1 : outputs % most == 0 ? most : divisor(outputs, most - 1);
 }
 
-// y = x kernel + bias, for kernel (inputs, outputs); `block` outputs at a time stay in registers.
+// y (outputs, words) = kernel^T x + bias, for x (inputs, words) and a row-major kernel (inputs,
+// outputs). Register blocking: up to 12 accumulators, for `block` outputs and all words; kernel
+// elements are broadcast.
 template <int inputs, int outputs>
 inline void dense(const Channel* x, const float* kernel, const float* bias, Channel* y) {
   constexpr int block = divisor(outputs, 12 / parts);
@@ -43,7 +52,7 @@ inline void dense(const Channel* x, const float* kernel, const float* bias, Chan
   }
 }
 
-// Sums over channels become means over all that is normalised together.
+// Turns sums over channels into the means of the layer norm, over channels or channels and words.
 inline void average(Vec* sum) {
   if (across_words) {
     float total = 0.0f;
@@ -55,7 +64,7 @@ inline void average(Vec* sum) {
   }
 }
 
-// A norm's first half. y: x less its mean; inverse: one over its deviation.
+// First half of a layer norm, in two passes: y = x - mean, inverse = 1 / sqrt(variance + epsilon).
 inline void center(const Channel* x, float epsilon, Channel* y, Vec* inverse) {
   Vec mean[parts] = {}, variance[parts] = {};
   for (int c = 0; c < dim; ++c)
@@ -71,7 +80,7 @@ inline void center(const Channel* x, float epsilon, Channel* y, Vec* inverse) {
     for (int i = 0; i < lanes; ++i) inverse[p][i] = 1.0f / std::sqrt(variance[p][i] + epsilon);
 }
 
-// gamma and beta: (dim, words).
+// y = LN(x), for x and y (dim, words); gamma and beta are (dim, words), too.
 inline void layer_norm(const Channel* x, const float* gamma, const float* beta, float epsilon,
                        Channel* y) {
   Vec inverse[parts];
@@ -83,7 +92,10 @@ inline void layer_norm(const Channel* x, const float* gamma, const float* beta, 
     }
 }
 
-// Queries along the lanes, keys one after another: the softmax runs over whole vectors.
+// Multi-head self-attention: qkv (3 dim, words) to y (dim, words). Queries fill the lanes, and keys
+// are broadcast one by one, so that the softmax over keys needs no horizontal reduction. Two-pass
+// softmax: the first pass stores the scores of all keys and finds their maximum, the second
+// exponentiates and accumulates P V. The division by the sum comes last (deferred normalization).
 inline void attend(const Channel* qkv, Channel* y) {
   const float scale = 1.0 / std::sqrt(double(head_dim));
   for (int head = 0; head < heads; ++head) {
@@ -108,16 +120,18 @@ inline void attend(const Channel* qkv, Channel* y) {
   }
 }
 
+// Residual: x += branch, (dim, words).
 inline void add(const Channel* branch, Channel* x) {
   for (int c = 0; c < dim; ++c)
     for (int p = 0; p < parts; ++p) x[c].part[p] += branch[c].part[p];
 }
 
+// Transposes (words, dim) to channels, (dim, words).
 inline void read(const float* from, Channel* x) {
   transpose(from, dim, words, dim, reinterpret_cast<float*>(x), words);
 }
 
-// to: (words, count)
+// Transposes `count` channels to `to`, (words, count).
 inline void write(const Channel* x, int count, float* to) {
   transpose(reinterpret_cast<const float*>(x), words, count, words, to, count);
 }
@@ -127,9 +141,8 @@ inline void scale(float factor, Channel* x) {
     for (int p = 0; p < parts; ++p) x[c].part[p] *= factor;
 }
 
-// Transforms the patches from `first` to before `last`; in and out are (patches, words, dim). keep:
-// (2, patches), what the branches of attention and MLP are multiplied by, which are not computed
-// where it is 0; null: all ones.
+// Computes patches [first, last); in and out are (patches, words, dim). keep: drop-path multipliers
+// (2, patches) of the attention and MLP branches, which are skipped where it is 0; null: all ones.
 void transform(const float* in, float* out, const Weights<>& weights, float epsilon, int64_t first,
                int64_t last, const float* keep = nullptr, int64_t patches = 0) {
   for (int64_t patch = first; patch < last; ++patch) {

@@ -1,31 +1,37 @@
-// The gradient of the inner transformer, patch by patch in the first caches. Nothing of the forward
-// pass is kept but its input: what is needed of it is computed again.
+// Backward pass of TNT's inner (word) transformer block in float32, fully fused like the forward
+// pass: in and dout (patches, words, dim) to din (patches, words, dim) and the gradients of all
+// weights. The forward pass saves nothing but its input; each patch recomputes its activations
+// (rematerialization), on the stack and in the L1 cache.
 //
-// Defined before this text: inner_transformer.h.
+// Weight gradients accumulate in rows of `sums_size` floats, one row per task, and `add_up` reduces
+// the rows in order, so that results are deterministic for a given number of rows.
+//
+// Include inner_transformer.h first: the compile-time constants and the channel-major layout, with
+// the words of a patch in the SIMD lanes, are the same.
 #include "space.h"
 
 namespace {
 
-// How many numbers each weight has, in the order of `Weights`.
+// Number of elements of each weight, in the order of `Weights`.
 constexpr int64_t weight_sizes[weight_count] = {
     dim * words, dim * words, dim * 3 * dim, 3 * dim, dim * dim,    dim,
     dim * words, dim * words, dim * hidden,  hidden,  hidden * dim, dim,
 };
 
-// Where the gradient of weight `i` begins among those of all, which stand one behind another, each
-// from a whole line of memory on.
+// Offset of the gradient of weight `i` in a row of gradients, aligned to a cache line.
 constexpr int64_t sum_at(int i) {
   return i == 0 ? 0 : sum_at(i - 1) + round_up(weight_sizes[i - 1], Space::aligned);
 }
 constexpr int64_t sums_size = sum_at(weight_count);
 
+// Returns pointers to the gradients in a row of `sums_size` floats.
 inline Weights<float> sums_in(float* row) {
   float* pointers[weight_count];
   for (int i = 0; i < weight_count; ++i) pointers[i] = row + sum_at(i);
   return as_weights(pointers);
 }
 
-// The gradients of the weights from rows of sums.
+// Reduces `count` rows of partial gradients (count, sums_size) to the gradients of the weights.
 void add_up(const float* rows, int64_t count, float* const* gradients) {
   for (int i = 0; i < weight_count; ++i) {
     std::copy_n(rows + sum_at(i), weight_sizes[i], gradients[i]);
@@ -35,7 +41,8 @@ void add_up(const float* rows, int64_t count, float* const* gradients) {
   }
 }
 
-// Kernels as (outputs, inputs), by which gradients go back.
+// Transposed kernels (outputs, inputs), so that dx = dy kernel^T is a call of `dense` with a bias
+// of zeros.
 struct Transposed {
   float qkv[3 * dim * dim], projection[dim * dim], fc1[hidden * dim], fc2[dim * hidden];
   float zeros[hidden > 3 * dim ? hidden : 3 * dim] = {};
@@ -48,10 +55,12 @@ struct Transposed {
   }
 };
 
-// kernel += x^T dy and bias += the sum of dy, over the words.
+// kernel (inputs, outputs) += x dy^T and bias (outputs,) += row sums of dy, for x (inputs, words)
+// and dy (outputs, words): the weight gradient of a dense layer. Outputs fill the lanes; register
+// blocking over inputs.
 template <int inputs, int outputs>
 inline void dense_gradient(const Channel* x, const Channel* dy, float* kernel, float* bias) {
-  // The last vector of a row ends with it, and may share outputs with the one before.
+  // The last vector of a row ends with it, and may overlap the one before instead of being masked.
   constexpr int width = std::min(outputs, lanes), vectors = (outputs + lanes - 1) / lanes;
   constexpr int block = divisor(inputs, 12 / vectors);
   const auto at = [](int j) { return std::min(j * lanes, outputs - width); };
@@ -75,7 +84,7 @@ inline void dense_gradient(const Channel* x, const Channel* dy, float* kernel, f
   }
 }
 
-// A norm's input centred and divided by its deviation, and one over the deviation.
+// Saved statistics of a layer norm: hat = (x - mean) / std, (dim, words), and inverse = 1 / std.
 struct Normed {
   Channel hat[dim];
   Vec inverse[parts];
@@ -86,6 +95,7 @@ struct Normed {
       for (int p = 0; p < parts; ++p) hat[c].part[p] *= inverse[p];
   }
 
+  // y = hat * gamma + beta
   void output(const float* gamma, const float* beta, Channel* y) const {
     for (int c = 0; c < dim; ++c)
       for (int p = 0; p < parts; ++p) {
@@ -94,7 +104,8 @@ struct Normed {
       }
   }
 
-  // dx += the gradient by the norm's input, for dy by its output, which is overwritten.
+  // Layer norm backward: adds to dx the gradient with respect to the input, given dy, that of the
+  // output, which is overwritten. Accumulates into dgamma and dbeta, (dim, words).
   void gradient(Channel* dy, const float* gamma, float* dgamma, float* dbeta, Channel* dx) const {
     Vec mean[parts] = {}, product[parts] = {};
     for (int c = 0; c < dim; ++c)
@@ -115,14 +126,17 @@ struct Normed {
   }
 };
 
-// dqkv for dy, the gradient by the result of `attend`.
+// Attention backward: dqkv (3 dim, words), given dy (dim, words), the gradient with respect to the
+// output of `attend`. Recomputes the softmax P; dS = P * (dP - sum over keys of P * dP) * scale.
+// dQ is computed with queries in the lanes; then P and dS are transposed, so that dK and dV are
+// computed with keys in the lanes.
 inline void attend_gradient(const Channel* qkv, const Channel* dy, Channel* dqkv) {
   const float scale = 1.0 / std::sqrt(double(head_dim));
   for (int head = 0; head < heads; ++head) {
     const int at = head * head_dim;
     const Channel *query = qkv + at, *key = query + dim, *value = key + dim;
     Channel *dquery = dqkv + at, *dkey = dquery + dim, *dvalue = dkey + dim;
-    Channel weight[words], dscore[words];  // of each key, queries along the lanes
+    Channel weight[words], dscore[words];  // P and dS: (keys, queries), queries in the lanes
     for (int p = 0; p < parts; ++p) {
       Vec most = all(-INFINITY), total = {}, mean = {};
       for (int k = 0; k < words; ++k) {
@@ -150,7 +164,7 @@ inline void attend_gradient(const Channel* qkv, const Channel* dy, Channel* dqkv
       }
       for (int c = 0; c < head_dim; ++c) dquery[c].part[p] = sum[c];
     }
-    Channel weight_of[words], dscore_of[words];  // of each query, keys along the lanes
+    Channel weight_of[words], dscore_of[words];  // (queries, keys), keys in the lanes
     write(weight, words, reinterpret_cast<float*>(weight_of));
     write(dscore, words, reinterpret_cast<float*>(dscore_of));
     for (int p = 0; p < parts; ++p) {
@@ -168,9 +182,9 @@ inline void attend_gradient(const Channel* qkv, const Channel* dy, Channel* dqkv
   }
 }
 
-// For the patches from `first` to before `last`: din, the gradient by `in` for dout by the result,
-// and the weights' gradients, added to what stands there. keep: (2, patches), by what the branches
-// of attention and MLP were multiplied; a branch of 0 is not computed; null: all ones.
+// Backward pass for patches [first, last): writes din, given dout, and accumulates the gradients of
+// the weights into `sums`. in, dout and din are (patches, words, dim). keep: drop-path multipliers
+// (2, patches) of the attention and MLP branches; a branch with 0 is skipped; null: all ones.
 void transform_gradient(const float* in, const float* dout, float* din, const Weights<>& weights,
                         const Transposed& back, const Weights<float>& sums, const float* keep,
                         int64_t patches, float epsilon, int64_t first, int64_t last) {

@@ -1,8 +1,8 @@
-"""The parts of TNT's block as operations of JAX.
+"""The C++ kernels as JAX primitives: `forward`, `tangent` (its JVP) and `gradient` (its VJP).
 
-They are primitives of their own, so that each program takes the C++ where it can: one that is
-compiled for a single CPU of this process has the custom call; one for another device or several,
-one that is exported, a `vmap`, a derivative forwards or of a derivative have the plain operations.
+Custom primitives decide at lowering: a program for a single CPU device of this process contains the
+XLA custom call. The reference implementation (`plain`) takes its place for other or several
+devices, in exported programs, under `vmap`, and for forward-mode and higher-order derivatives.
 """
 
 import functools
@@ -17,7 +17,7 @@ from keras_tnt.native import plain, xla_library
 
 
 def make(sizes: native.Sizes):
-    """The function that `runtimes.operator` describes; None where there is no library for it."""
+    """Returns the function that `runtimes.operator` documents, or `None` without a library."""
     library = xla_library.load(sizes, "-isystem", jax.ffi.include_dir())
     if library is None:
         return None
@@ -28,20 +28,21 @@ def make(sizes: native.Sizes):
         operands = [x, *weights]
         if keep is not None:
             operands.append(jax.lax.stop_gradient(keep))
-        # Within a mesh gradients are summed over devices, each in its own way.
+        # Under a mesh, the sharding decides how each gradient is reduced over devices. JAX's own
+        # operations handle that; the primitives do not.
         run = forward.bind if jax.sharding.get_abstract_mesh().empty else plain_forward
         return run(*operands, sizes=sizes, epsilon=epsilon)[0]
 
     return call
 
 
-# === The plain operations ===
+# === Reference implementations ===
 #
-# Each takes what its primitive does. Operands are x, the weights and, if there is one, `keep`.
+# Each has the signature of its primitive. Operands are x, the weights and, optionally, `keep`.
 
 
 def plain_forward(*operands, sizes, epsilon):
-    """What x becomes, and in the place of what the C++ keeps, zeros."""
+    """Returns the output, and zeros for the activations that the C++ kernel saves."""
     count = xla_library.inputs_count(sizes)
     (x, *weights), keep = operands[:count], operands[count:]
     result = plain.compute(x, weights, keep[0] if keep else None, sizes, epsilon)
@@ -49,7 +50,7 @@ def plain_forward(*operands, sizes, epsilon):
 
 
 def plain_tangent(*kept_operands_and_tangents, sizes, epsilon):
-    """The tangent of the result, for those of the operands; what was kept stands in front."""
+    """Returns the output tangent (JVP), given saved activations, operands and their tangents."""
     _, operands, tangents = split(kept_operands_and_tangents, sizes)
 
     def result(*operands):
@@ -59,7 +60,7 @@ def plain_tangent(*kept_operands_and_tangents, sizes, epsilon):
 
 
 def plain_gradient(dx, *kept_and_operands, sizes, epsilon):
-    """The gradients by x and by the weights."""
+    """Returns the gradients with respect to x and the weights (VJP), given that of the output."""
     operands = kept_and_operands[xla_library.kept_count(sizes) :]
 
     def result(*operands):
@@ -69,6 +70,7 @@ def plain_gradient(dx, *kept_and_operands, sizes, epsilon):
 
 
 def split(kept_operands_and_tangents, sizes):
+    """Splits the arguments of `tangent` into saved activations, operands and tangents."""
     count = xla_library.kept_count(sizes)
     kept, both = kept_operands_and_tangents[:count], kept_operands_and_tangents[count:]
     half = len(both) // 2
@@ -79,7 +81,13 @@ def split(kept_operands_and_tangents, sizes):
 
 
 def primitive(name, function, multiple_results=True):
-    """A primitive that is a plain function, until it is told better."""
+    """Creates a primitive whose lowering, batching and JVP are those of a reference function.
+
+    Args:
+        name: name of the primitive, without the prefix.
+        function: the reference implementation.
+        multiple_results: whether it returns a sequence. Defaults to `True`.
+    """
     new = Primitive(f"keras_tnt_{name}")
     new.multiple_results = multiple_results
 
@@ -96,7 +104,7 @@ def primitive(name, function, multiple_results=True):
         return jax.jvp(functools.partial(function, **settings), tuple(primals), tangents)
 
     def run(*args, **settings):
-        with jax.disable_jit(False):  # in which this would call itself
+        with jax.disable_jit(False):  # Without jit, `compiled` would call this function again.
             return compiled(*args, **settings)
 
     new.def_impl(run)
@@ -107,7 +115,13 @@ def primitive(name, function, multiple_results=True):
 
 
 def on_a_cpu(new, which, function):
-    """Let a primitive be a custom call in programs for a single CPU of this process."""
+    """Registers the custom call as a primitive's lowering for a single CPU of this process.
+
+    Args:
+        new: the primitive.
+        which: index of its custom call in `xla_library.targets`.
+        function: the reference implementation, the fallback for all other programs.
+    """
     plain_lowering = mlir.lower_fun(function, multiple_results=True)
 
     def lower(ctx, *operands, sizes, epsilon):
@@ -156,6 +170,7 @@ def _(_, *kept_and_operands, sizes, **__):
 
 
 def differentiate_forward(primals, tangents, sizes, epsilon):
+    """Applies the JVP rule of `forward`: binds `tangent`, which is linear in the tangents."""
     settings = {"sizes": sizes, "epsilon": epsilon}
     result, *kept = forward.bind(*primals, **settings)
     tangents = map(ad.instantiate_zeros, tangents)
@@ -164,6 +179,7 @@ def differentiate_forward(primals, tangents, sizes, epsilon):
 
 
 def transpose_tangent(dx, *args, sizes, epsilon):
+    """Applies the transpose rule of `tangent`: binds `gradient`, the C++ backward pass."""
     kept, operands, tangents = split(args, sizes)
     if type(dx) is ad.Zero:
         found = [ad.Zero(operand.aval) for operand in operands]

@@ -1,5 +1,6 @@
-// The inner transformer for XLA's custom calls: what xla.cpp, compiled once for all sizes, finds here
-// by name.
+// Kernel library of the inner (word) transformer block for XLA: words (patches, words, dim) to the
+// same shape, and the backward pass. It is compiled for each `InnerSizes` and exports one function
+// table, `kernel`, which xla.cpp, the XLA binding that is compiled once, calls by name.
 #include "inner_forward.h"
 #include "inner_transformer_gradient.h"
 #include "kernel.h"

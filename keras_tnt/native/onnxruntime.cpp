@@ -1,13 +1,17 @@
-// ONNX Runtime's custom operator `InnerTransformer`: words and the weights to words, epsilon an
-// attribute.
+// ONNX Runtime custom operator `InnerTransformer`, the inner (word) transformer block in float32:
+// words (batch, patches, words, dim) and the 12 tensors of `Weights` to words of the same shape.
+// Attribute: epsilon. Tasks of 16 patches run on ONNX Runtime's intra-op thread pool. The kernel,
+// inner_forward.h, is included on the command line.
 //
-// Its package for Python brings no headers. What is needed of its C interface stands here; that
-// promises never to move a function's place, nor a field of a custom operator.
+// ONNX Runtime's Python package has no headers, so the part of its C API that is needed is declared
+// here. The C ABI guarantees that functions keep their index in the function table, and fields of
+// OrtCustomOp their order.
 #include <algorithm>
 #include <cstddef>
 
 namespace {
 
+// Indices of functions in OrtApi.
 enum Place {
   CreateStatus = 0,
   CreateCustomOpDomain = 26,
@@ -27,8 +31,9 @@ enum Place {
   KernelContext_ParallelFor = 274,
 };
 
-using Status = void*;  // null where a call succeeded
+using Status = void*;  // OrtStatus*: null on success
 
+// OrtApi, as an array of function pointers.
 struct Api {
   void* functions[275];
 
@@ -43,19 +48,21 @@ struct Api {
   }
 };
 
-// Leaves the function with the status of what failed.
+// Returns the status of a failed call from the enclosing function.
 #define TRY(...) \
   if (Status status = (__VA_ARGS__)) return status
 
-constexpr uint32_t api_version = 17;  // the first that has KernelContext_ParallelFor
+constexpr uint32_t api_version = 17;  // the first version with KernelContext_ParallelFor
 constexpr size_t inputs = 1 + weight_count, patches_at_once = 16, words_rank = 4;
 constexpr int float32 = 1, required = 0;
 
+// State of a node of the graph.
 struct Kernel {
   const Api* api;
   float epsilon;
 };
 
+// One call of the operator; `run` computes the part of at most `patches_at_once` patches.
 struct Task {
   const float* in[inputs];
   float* out;
@@ -70,7 +77,8 @@ struct Task {
   }
 };
 
-// Reads a tensor's shape, which must be of float32 and of this rank. A graph may bring any.
+// Reads the shape of a float32 tensor of this rank. Graphs are untrusted, so type and rank are
+// checked.
 Status read_shape(const Api& api, void* tensor, size_t rank, int64_t* shape) {
   if (!tensor) return api.error("InnerTransformer misses an input.");
   void* info = nullptr;
@@ -86,6 +94,7 @@ Status read_shape(const Api& api, void* tensor, size_t rank, int64_t* shape) {
   return status;
 }
 
+// KernelComputeV2: validates the inputs, allocates the output and runs the block in parallel.
 Status compute(void* data, void* context) {
   const Kernel& kernel = *static_cast<Kernel*>(data);
   const Api& api = *kernel.api;
@@ -122,6 +131,7 @@ Status compute(void* data, void* context) {
   return api.call(KernelContext_ParallelFor, context, &Task::run, parts, size_t{0}, &task);
 }
 
+// CreateKernelV2: reads the attribute epsilon.
 Status create(const void*, const Api* api, const void* info, void** made) {
   float epsilon = 0;
   TRY(api->call(KernelInfoGetAttribute_float, info, "epsilon", &epsilon));
@@ -129,13 +139,14 @@ Status create(const void*, const Api* api, const void* info, void** made) {
   return nullptr;
 }
 
-// What has a second version that can fail is not called by its first.
+// OrtCustomOp of API version 16. The V1 callbacks are null: ONNX Runtime calls the V2 ones, which
+// can return an error.
 struct Operator {
-  uint32_t version = 16;  // the fields that stand here
+  uint32_t version = 16;  // API version whose fields are declared here
   void* (*create_v1)(const Operator*, const Api*, const void*) = nullptr;
   const char* (*name)(const Operator*) = [](const Operator*) { return "InnerTransformer"; };
   const char* (*provider)(const Operator*) = [](const Operator*) -> const char* {
-    return nullptr;  // the CPU
+    return nullptr;  // CPUExecutionProvider
   };
   int (*input_type)(const Operator*, size_t) = [](const Operator*, size_t) { return float32; };
   size_t (*input_count)(const Operator*) = [](const Operator*) { return inputs; };
@@ -145,8 +156,8 @@ struct Operator {
   void (*destroy)(void*) = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   int (*input_kind)(const Operator*, size_t) = [](const Operator*, size_t) { return required; };
   int (*output_kind)(const Operator*, size_t) = [](const Operator*, size_t) { return required; };
-  int (*memory)(const Operator*, size_t) = [](const Operator*, size_t) { return 0; };  // any
-  int (*variadic[4])(const Operator*) = {};  // for inputs and outputs of any number
+  int (*memory)(const Operator*, size_t) = [](const Operator*, size_t) { return 0; };  // default
+  int (*variadic[4])(const Operator*) = {};  // unused: no variadic inputs or outputs
   Status (*create)(const void*, const Api*, const void*, void**) = ::create;
   Status (*compute)(void*, void*) = ::compute;
 } inner_transformer;
@@ -157,14 +168,15 @@ struct ApiBase {
 
 }  // namespace
 
-// The operator's domain in the options that it is registered with next.
+// The domain of the operator; runtimes.py sets it before it registers the library in session
+// options.
 extern "C" {
 const char* domain = "keras_tnt";
 }
 
 extern "C" Status RegisterCustomOps(void* options, const ApiBase* base) {
   const Api* api = base->get(api_version);
-  if (!api) return nullptr;  // too old: the operator stays unknown, which is what will be said
+  if (!api) return nullptr;  // Too old: loading a graph with the unknown operator then fails.
   void* created = nullptr;
   TRY(api->call(CreateCustomOpDomain, domain, &created));
   TRY(api->call(CustomOpDomain_Add, created, &inner_transformer));

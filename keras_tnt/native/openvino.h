@@ -1,4 +1,7 @@
-// What OpenVINO's operations share. They take words, tokens or patches, and weights that are constants.
+// Base class and helpers of the OpenVINO operations (openvino_*.cpp): shape inference and
+// validation of inputs, conversion between bfloat16 and float32 tensors, parallel_for on TBB, and
+// the registration in OpenVINO's ONNX frontend. Inputs are an activation tensor and weights, which
+// are constants of the graph.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -16,7 +19,7 @@
 
 namespace {
 
-// A tensor's numbers in float32, which are the tensor itself or a copy that is held here.
+// A float32 view of a tensor: its own memory, or a converted copy of a bfloat16 tensor.
 class Numbers {
  public:
   explicit Numbers(const ov::Tensor& tensor) {
@@ -35,8 +38,7 @@ class Numbers {
   const float* first;
 };
 
-// Calls compute(pointers to all inputs, where the result goes) with float32, of tensors of float32 or
-// bfloat16.
+// Calls compute(inputs, output) with float32 pointers, for tensors of float32 or bfloat16.
 template <typename Compute>
 bool in_float32(ov::TensorVector& outputs, const ov::TensorVector& inputs, Compute compute) {
   const std::vector<Numbers> numbers(inputs.begin(), inputs.end());
@@ -52,23 +54,25 @@ bool in_float32(ov::TensorVector& outputs, const ov::TensorVector& inputs, Compu
   return true;
 }
 
-// Calls part(i) for each i, in the threads that OpenVINO computes in.
+// parallel_for: calls part(i) for i in [0, parts) in the current TBB arena, OpenVINO's threads.
 template <typename Part>
 void share(int64_t parts, Part part) {
   tbb::parallel_for(int64_t{0}, parts, part);
 }
 
-// The same, for what wants a pool; and one after another.
+// The same with the signature of `outer::Parallel`; the pool is unused.
 inline void share_with(void*, int64_t parts, void (*part)(void*, int64_t), void* data) {
   share(parts, [=](int64_t i) { part(data, i); });
 }
 
+// Serial for, with the signature of `outer::Parallel`.
 inline void in_turn(void*, int64_t parts, void (*part)(void*, int64_t), void* data) {
   for (int64_t i = 0; i < parts; ++i) part(data, i);
 }
 
-// What is made of constants by whoever needs it first; the others wait, so that it must not be made by
-// tasks, among which one that waits might be.
+// Lazily initialized value, such as packed kernels: the first caller makes it, and the others wait.
+// It must not be made by parallel tasks: a waiting thread could be the one expected to run them
+// (deadlock).
 template <typename Made>
 class Once {
  public:
@@ -85,26 +89,26 @@ class Once {
 
 }  // namespace
 
-// Throws what OpenVINO reports unless a tensor of a graph, which may come from anyone, is as an
-// operation takes it.
+// Validates an input: throws OpenVINO's exception unless `condition` holds. Graphs are untrusted.
 #define REQUIRE(condition, what) OPENVINO_ASSERT(condition, "keras_tnt's operation takes ", what, ".")
 
-// An operation, which is a class Self of its own. Its attributes are epsilon and, if it has a name, a
-// whole number. The result has the shape of the first input unless `result` says otherwise.
+// CRTP base class of an operation Self. Its attributes are epsilon and, if Self::attribute names
+// it, an integer, `number`. The output has the shape of the first input unless `result` is
+// overridden.
 template <typename Self>
 class Operation : public ov::op::Op {
  public:
-  static constexpr const char* attribute = nullptr;  // the number's name
+  static constexpr const char* attribute = nullptr;  // name of the integer attribute, if any
   static constexpr size_t optional_inputs = 0;
 
-  // Of the first input's shape and those of the weights behind it.
+  // Returns the output shape, given the shapes of all inputs.
   virtual ov::Shape result(const std::vector<ov::Shape>& shapes) const { return shapes[0]; }
 
-  // The rank of the first input, and which shapes the weights must have.
+  // The rank of the first input, and the expected shapes of the weights.
   virtual size_t rank() const = 0;
   virtual std::vector<WeightShape> expected(const std::vector<ov::Shape>& shapes) const = 0;
 
-  // Requires what is not a weight's shape.
+  // Validates everything but the shapes of the weights.
   virtual void check(const std::vector<ov::Shape>&) const {}
 
   void validate_and_infer_types() override {
@@ -117,7 +121,7 @@ class Operation : public ov::op::Op {
     ov::PartialShape first = get_input_partial_shape(0);
     REQUIRE(first.rank().is_static() && size_t(first.rank().get_length()) == rank(),
             "a first tensor of another rank");
-    std::vector<ov::Shape> shapes(1, ov::Shape(rank(), 0));  // with what is known of the first
+    std::vector<ov::Shape> shapes(1, ov::Shape(rank(), 0));  // 0 for a dynamic axis
     for (size_t axis = 0; axis < rank(); ++axis)
       if (first[axis].is_static()) shapes[0][axis] = first[axis].get_length();
     REQUIRE(first[rank() - 1].is_static(), "a last axis of known size");
@@ -174,7 +178,8 @@ class Operation : public ov::op::Op {
     });
   }
 
-  // From the first input and the weights behind it, of these shapes, to the result.
+  // Computes the output from float32 inputs of these shapes, in the order of the operation's
+  // inputs.
   virtual void compute(const std::vector<ov::Shape>& shapes, const float* const* pointers,
                        float* out) const = 0;
 
@@ -193,12 +198,14 @@ class Operation : public ov::op::Op {
   }
 };
 
-// The domain, in an ONNX file, of the operation that is added to a core next. No file can know it.
+// The ONNX domain of the operation; runtimes.py sets it before it adds the library to a core. It
+// has a random part, so that untrusted ONNX files cannot name the operation.
 extern "C" {
 const char* domain = "keras_tnt";
 }
 
-// The library's operation, which no file of OpenVINO's may name: its opset is DOMAIN.
+// Exports the operation to the ONNX frontend alone, with no ov::OpExtension, so that OpenVINO IR
+// files cannot name it. DOMAIN, its opset, is the name of its sizes.
 #define EXTENSION(Name)                                        \
   OPENVINO_CREATE_EXTENSIONS((std::vector<ov::Extension::Ptr>{ \
       std::make_shared<ov::frontend::onnx::OpExtension<Name>>(#Name, domain)}))

@@ -1,5 +1,6 @@
-// OpenVINO's extension with the operation `InnerTransformer`: words and the weights to words, epsilon
-// an attribute.
+// OpenVINO extension with the operation `InnerTransformer`, the inner (word) transformer block:
+// words (batch, patches, words, dim) and the 12 tensors of `Weights` to words of the same shape.
+// Attribute: epsilon. Tasks of 16 patches run on OpenVINO's TBB threads.
 #include "inner_forward.h"
 #include "openvino.h"
 

@@ -1,5 +1,6 @@
-// OpenVINO's extension with the operation `OuterTransformer`, in bfloat16: tokens and the weights to
-// tokens; epsilon and the number of heads are attributes.
+// OpenVINO extension with the operation `OuterTransformer`, the outer (patch) transformer block
+// with bfloat16 GEMMs: tokens (batch, tokens, dim) and the 12 tensors of `Weights` to tokens of the
+// same shape. Attributes: epsilon and heads. The kernels are constants, packed at the first call.
 #include "openvino.h"
 #include "outer_half.h"
 

@@ -1,6 +1,8 @@
-// OpenVINO's extension with the operation `WordsToPatches`, in bfloat16: the words of each patch side
-// by side and the weights to patches; or, where tokens follow, which is their sum with the patches, of
-// which `prefix` stand before. epsilon and prefix are attributes.
+// OpenVINO extension with the operation `WordsToPatches`, the word-to-patch projection with a
+// bfloat16 GEMM: words (batch, patches, inputs), concatenated per patch, and the 6 tensors of
+// `PatchWeights` to (batch, patches, dim). With a last, optional input, tokens (batch, prefix +
+// patches, dim), the result is their sum with the patches; the first `prefix` tokens are copied.
+// Attributes: epsilon and prefix. The kernel is a constant, packed at the first call.
 #include "openvino.h"
 #include "patches_half.h"
 

@@ -1,5 +1,14 @@
-// The transformer among the patches with what is multiplied in bfloat16, forward alone. Sums, norms,
-// softmax, GELU and the tokens themselves are float32's.
+// Forward pass of the outer (patch) transformer block of TNT and DeiT with bfloat16 GEMMs and
+// float32 accumulation, norms, softmax, GELU and residuals; inference only, for AVX512-BF16.
+//
+//   tokens (images, tokens, dim) -> (images, tokens, dim): x += MHSA(LN(x)); x += MLP(LN(x))
+//
+// Kernels are packed to bfloat16 B panels once. Three steps, in which biases, GELU, residuals and
+// rounding are GEMM epilogues: `project` (layer norm and QKV GEMM on a block of rows), `attend`
+// (one head of one image) and `finish` (output projection, residual, layer norm and MLP on a block
+// of rows). If the images divide evenly among the threads, or are at least eight times as many,
+// each task runs all steps of one image, in one core's caches; otherwise each step is parallel over
+// row blocks, or heads. Either way, results do not depend on the number of threads.
 #pragma once
 #include "half_product.h"
 #include "outer_transformer.h"
@@ -7,7 +16,7 @@
 namespace outer {
 namespace {
 
-// Kernels in bfloat16, packed to be multiplied with.
+// The four dense kernels as packed bfloat16 B panels.
 struct HalfKernels {
   Space space;
   HalfPanels qkv, projection, fc1, fc2;
@@ -22,13 +31,15 @@ struct HalfKernels {
   }
 };
 
+// y = LN(x) rounded to bfloat16, (rows, n).
 inline void layer_norm(const float* x, int64_t rows, int64_t n, const float* gamma,
                        const float* beta, float epsilon, Half* y) {
   normalize(x, rows, n, gamma, beta, epsilon,
             [=](Vec value, int64_t at, auto count) { store_half(value, y + at, count); });
 }
 
-// The steps of the forward pass on rows of a batch.
+// The steps of the forward pass on rows of a batch, with bfloat16 buffers for query, key and value,
+// (rows, 3 dim), and the attention output, (rows, dim).
 struct HalfSteps {
   const Sizes s;
   const Weights<> w;
@@ -44,7 +55,7 @@ struct HalfSteps {
         qkv(take_half(space, s.rows() * 3 * s.dim)),
         mixed(take_half(space, s.rows() * s.dim)) {}
 
-  // From tokens to query, key and value, of so many rows from the first on.
+  // Layer norm and QKV GEMM of rows [first, first + rows).
   void project(const float* in, int64_t first, int64_t rows) {
     const int64_t d = s.dim;
     Space space;
@@ -58,7 +69,10 @@ struct HalfSteps {
         });
   }
 
-  // The attention of a head of an image.
+  // Attention of one head of one image, number = image * heads + head. For each tile of query rows,
+  // the scores (tile_rows, tokens) of all keys stay in the cache: the epilogue of Q K^T finds the
+  // row maxima, then the scores are exponentiated (base 2, with log2(e) folded into the scale) and
+  // rounded to bfloat16; the epilogue of P V divides by the row sums (deferred normalization).
   void attend(int64_t number) {
     const int64_t d = s.head_dim(), t = s.tokens, width = 3 * s.dim, row = score_row(s);
     const int64_t image = number / s.heads, head = number % s.heads;
@@ -69,7 +83,7 @@ struct HalfSteps {
     values.pack(query + 2 * s.dim, width);
     float* scores = space.take(tile_rows * row);
     Half* weights = take_half(space, tile_rows * row);
-    const float scale = 1.44269504 / std::sqrt(double(d));  // of powers of two
+    const float scale = 1.44269504 / std::sqrt(double(d));  // log2(e) / sqrt(head_dim)
     for (int64_t first = 0; first < t; first += tile_rows) {
       const int64_t rows = std::min(tile_rows, t - first);
       Vec most[tile_rows];
@@ -101,7 +115,7 @@ struct HalfSteps {
     }
   }
 
-  // From the attention's result to the tokens that come out.
+  // Output projection, residual, layer norm and MLP of rows [first, first + rows), to `out`.
   void finish(const float* in, int64_t first, int64_t rows, float* out) {
     const int64_t d = s.dim, h = s.hidden;
     Space space;
@@ -119,7 +133,7 @@ struct HalfSteps {
   }
 
  private:
-  // to = from + a b + bias
+  // GEMM with residual: to = from + a b + bias, (rows, n).
   void add_product(const Half* a, int64_t a_row, HalfPanels b, int64_t rows, const float* bias,
                    const float* from, float* to) {
     half_product(
@@ -137,8 +151,8 @@ struct HalfSteps {
   }
 };
 
-// Calls what(first, count) for the part of that number of so many parts of n rows, which begin with a
-// tile; not where none is left for it.
+// Splits n rows into `parts` ranges of about equal length that begin at multiples of tile_rows, and
+// calls what(first, count) for range `number`, unless it is empty.
 template <typename What>
 inline void part_of(int64_t n, int64_t parts, int64_t number, What what) {
   const auto start = [=](int64_t i) {
@@ -148,13 +162,13 @@ inline void part_of(int64_t n, int64_t parts, int64_t number, What what) {
   if (const int64_t count = start(number + 1) - start(number)) what(start(number), count);
 }
 
-constexpr int64_t half_rows = 8 * tile_rows;  // that are computed together
+constexpr int64_t half_rows = 8 * tile_rows;  // rows of a task, at most, but for rounding to tiles
 
-// tokens (images, tokens, dim) to `out` of the same shape. Numbers do not depend on the threads.
+// Computes the block, tokens `in` (images, tokens, dim) to `out` of the same shape.
 inline void transform(const Sizes& s, Parallel parallel, int64_t threads, const float* in,
                       const Weights<>& w, const HalfKernels& kernels, float* out) {
   if (s.images % threads == 0 || s.images >= 8 * threads)
-    return parallel(s.images, [&](int64_t image) {  // all steps of an image in the same caches
+    return parallel(s.images, [&](int64_t image) {  // all steps of an image on one core
       const int64_t numbers = s.tokens * s.dim, parts = parts_of(s.tokens, half_rows);
       const float* from = in + image * numbers;
       Sizes one = s;

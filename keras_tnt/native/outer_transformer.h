@@ -1,9 +1,16 @@
-// The transformer among the patches, TNT's outer one and DeiT's block, as it is trained: forward and
-// backward in products that keep to their part of the caches, with norms, GELU and residuals done
-// while their rows are there. The forward pass keeps what it multiplied, five times the tokens and
-// the MLP's hidden numbers; norms and the softmax are computed again.
+// Forward pass of the outer (patch) transformer block of TNT and DeiT in float32, for training:
 //
-// Work is cut into parts that do not depend on the number of threads, nor do the sums.
+//   tokens (images, tokens, dim) -> (images, tokens, dim): x += MHSA(LN(x)); x += MLP(LN(x))
+//
+// Cache-blocked GEMMs with B panels that are packed once, on blocks of at most 16 * tile_rows rows;
+// norms, GELU and residuals run while these rows are in the cache. Three parallel phases: layer
+// norm and QKV GEMM (row blocks); attention (heads); output projection, residual, layer norm and
+// MLP (row blocks). Drop path skips whole branches of an image.
+//
+// Saved for the backward pass, 5 dim + hidden floats per token: query, key and value, the attention
+// output, the tokens after the attention residual, and the MLP's pre-activations. Norms and softmax
+// are recomputed. Work partitioning and summation order do not depend on the number of threads, so
+// that results are deterministic.
 #pragma once
 #include "product.h"
 #include "weights.h"
@@ -11,7 +18,8 @@
 namespace outer {
 namespace {
 
-// Calls part(data, i) for each i from 0 to before `parts`, on whatever threads there are.
+// parallel_for: calls part(i) for i in [0, parts) on a runtime's thread pool, through a C function
+// pointer that each binding provides.
 struct Parallel {
   void (*run)(void* pool, int64_t parts, void (*part)(void* data, int64_t i), void* data);
   void* pool;
@@ -30,8 +38,8 @@ struct Sizes {
   int64_t head_dim() const { return dim / heads; }
 };
 
-// What the branches of attention, 0, and MLP, 1, of an image are multiplied by, (2, images); a branch
-// of 0 is not computed. Null: all ones.
+// Drop-path multipliers (2, images) of the attention (0) and MLP (1) branches; a branch with 0 is
+// skipped. Null: all ones.
 struct Factors {
   const float* at;
   int64_t images;
@@ -41,8 +49,9 @@ struct Factors {
   }
 };
 
-// What the forward pass keeps, for all rows: query, key and value, the attention's result, the
-// tokens between attention and MLP, the MLP's hidden numbers before GELU.
+// Views of the saved activations of all rows, one after another: qkv (rows, 3 dim), attention
+// output (rows, dim), tokens after the attention residual (rows, dim), MLP pre-activations
+// (rows, hidden).
 template <typename Number>
 struct Kept {
   Number *qkv, *mixed, *middle, *wide;
@@ -54,7 +63,8 @@ struct Kept {
         wide(middle + s.rows() * s.dim) {}
 };
 
-// Calls what(column, lanes or fewer) for the columns of a row.
+// Calls what(column, count) for each vector of a row of n floats. count is a compile-time constant,
+// `lanes`, except for the tail.
 template <typename What>
 inline void along(int64_t n, What what) {
   int64_t c = 0;
@@ -62,7 +72,7 @@ inline void along(int64_t n, What what) {
   if (c < n) what(c, n - c);
 }
 
-// x, and `other` behind its first numbers.
+// Masks the tail: replaces all lanes from `count` on by `other`.
 template <typename Count>
 inline Vec cut(Vec x, Count count, float other) {
   if (count == lanes) return x;
@@ -70,6 +80,7 @@ inline Vec cut(Vec x, Count count, float other) {
   return x;
 }
 
+// Horizontal reduction of a vector, as a binary tree.
 template <typename Combine>
 inline float fold(Vec x, Combine combine) {
   float parts[lanes];
@@ -79,11 +90,12 @@ inline float fold(Vec x, Combine combine) {
   return parts[0];
 }
 
+// Horizontal sum.
 inline float total(Vec x) {
   return fold(x, [](float a, float b) { return a + b; });
 }
 
-// A row's mean, and one over its deviation.
+// Layer norm statistics of a row, in two passes: mean, and inverse = 1 / sqrt(variance + epsilon).
 struct Moments {
   float mean, inverse;
 
@@ -99,7 +111,8 @@ struct Moments {
   }
 };
 
-// Calls take(numbers, where they are among those of x, how many) with normalised rows.
+// Layer norm of x (rows, n) with an epilogue: calls take(values, offset in x, count) for each
+// vector.
 template <typename Take>
 inline void normalize(const float* x, int64_t rows, int64_t n, const float* gamma,
                       const float* beta, float epsilon, Take take) {
@@ -112,6 +125,7 @@ inline void normalize(const float* x, int64_t rows, int64_t n, const float* gamm
   }
 }
 
+// y = LN(x), (rows, n).
 inline void layer_norm(const float* x, int64_t rows, int64_t n, const float* gamma,
                        const float* beta, float epsilon, float* y) {
   normalize(x, rows, n, gamma, beta, epsilon,
@@ -130,7 +144,7 @@ inline void scale(const float* x, float factor, int64_t n, float* y) {
   along(n, [&](int64_t c, int64_t count) { store(load(x + c, count) * factor, y + c, count); });
 }
 
-// Rows of one image that are computed together.
+// Row block: at most `most` consecutive tokens of one image, the unit of work of the row phases.
 struct Block {
   int64_t image, first, rows;
 
@@ -145,7 +159,7 @@ struct Block {
   }
 };
 
-// The softmax of the first n of scores times `scale`, in place; zeros behind, to the end of the row.
+// In-place softmax of scale * scores over the first n of `row` elements; the rest become zeros.
 inline void softmax(float* scores, int64_t n, int64_t row, float scale) {
   const int64_t end = round_up(n, lanes), last = end - lanes, count = n - last;
   store(cut(load(scores + last), count, -INFINITY), scores + last);
@@ -163,9 +177,9 @@ inline void softmax(float* scores, int64_t n, int64_t row, float scale) {
   std::fill(scores + end, scores + row, 0.0f);
 }
 
-// Queries, keys and values of one head of one image.
+// Query, key and value (tokens, head_dim) of one head of one image, number = image * heads + head.
 struct Head {
-  int64_t image, at;  // and where its first number is, in rows of query, key and value
+  int64_t image, at;  // at: offset of the query in qkv (rows, 3 dim)
   Matrix query, key, value;
 
   Head(const Sizes& s, const float* qkv, int64_t number)
@@ -175,16 +189,17 @@ struct Head {
     value = key.from(0, s.dim);
   }
 
-  // The same head in rows of tokens.
+  // Offset of the head in a tensor (rows, dim), such as the attention output.
   int64_t in_tokens(const Sizes& s, int64_t number) const {
     return image * s.tokens * s.dim + number % s.heads * s.head_dim();
   }
 };
 
-// Rows of scores end with whole panels.
+// Row stride of attention scores: the tokens, padded to whole B panels.
 inline int64_t score_row(const Sizes& s) { return round_up(s.tokens, tile_columns); }
 
-// scores (rows, score_row): the softmax of query key^T / sqrt(head_dim), zeros behind the tokens.
+// scores (rows, score_row) = softmax(query key^T / sqrt(head_dim)), with zeros after the tokens.
+// keys: the packed transpose, (head_dim, score_row).
 inline void attention(const Sizes& s, Matrix query, int64_t rows, Panels keys, const float* zeros,
                       float* scores) {
   const int64_t row = score_row(s);
@@ -193,6 +208,8 @@ inline void attention(const Sizes& s, Matrix query, int64_t rows, Panels keys, c
   for (int64_t i = 0; i < rows; ++i) softmax(scores + i * row, s.tokens, row, scale);
 }
 
+// Attention of one head of one image, a row block of queries at a time: scores of all keys, softmax
+// and P V while the block's scores (rows, score_row) are in the cache. mixed: (rows, dim).
 inline void attend(const Sizes& s, const float* qkv, int64_t number, float* mixed) {
   const Head head(s, qkv, number);
   const int64_t d = s.head_dim(), t = s.tokens, row = score_row(s), most = std::min(Block::most, t);
@@ -211,7 +228,7 @@ inline void attend(const Sizes& s, const float* qkv, int64_t number, float* mixe
   }
 }
 
-// Kernels, packed to be multiplied with, and where they come from.
+// The four dense kernels as packed B panels, or their transposes, for dx = dy kernel^T.
 class Packed {
  public:
   Panels qkv, projection, fc1, fc2;
@@ -235,8 +252,8 @@ class Packed {
   }
 };
 
-// tokens (images, tokens, dim) to `out` of the same shape, and to what `Kept` says. keep: of
-// `Factors`.
+// Computes the block, tokens `in` (images, tokens, dim) to `out` of the same shape, and the saved
+// activations `kept`. keep: drop-path multipliers (2, images), or null; see `Factors`.
 inline void transform(const Sizes& s, Parallel parallel, const float* in, const Weights<>& w,
                       const float* keep, float* out, Kept<float> kept) {
   const int64_t d = s.dim, h = s.hidden, most = std::min(Block::most, s.tokens);
@@ -247,7 +264,7 @@ inline void transform(const Sizes& s, Parallel parallel, const float* in, const 
   parallel(Block::count(s), [&](int64_t number) {
     const Block block(s, number);
     float* qkv = kept.qkv + block.first * 3 * d;
-    if (factor(0, block.image) == 0) {  // what is kept is defined all the same
+    if (factor(0, block.image) == 0) {  // a skipped branch leaves no uninitialized output
       std::fill_n(qkv, block.rows * 3 * d, 0.0f);
       std::fill_n(kept.mixed + block.first * d, block.rows * d, 0.0f);
       return;

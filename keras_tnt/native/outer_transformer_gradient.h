@@ -1,12 +1,21 @@
-// The gradient of the outer transformer, from what its forward pass kept.
+// Backward pass of the outer (patch) transformer block of TNT and DeiT in float32: in, dout and the
+// saved activations, (images, tokens, ...), to din (images, tokens, dim) and the gradients of all
+// weights. Layer norms and the softmax are recomputed.
+//
+// Cache-blocked GEMMs in four parallel phases: MLP and output projection (row blocks); attention
+// (heads); QKV and the first layer norm (row blocks); the weight gradients x^T dy of the four dense
+// layers (tiles of the kernels). Images whose branch drop path removed are skipped. The gradients
+// of the norms accumulate per row block and are reduced in order; work partitioning and summation
+// order do not depend on the number of threads, so that results are deterministic.
 #pragma once
 #include "outer_transformer.h"
 
 namespace outer {
 namespace {
 
-// dx += the gradient of a norm by its input x, for dy by its result; to gamma and beta are added
-// their gradients. normed: the norm's result, for the product behind it.
+// Layer norm backward on (rows, n): adds to dx the gradient with respect to x, given dy, that of
+// the output. Accumulates into dgamma and dbeta, (n,), and recomputes the output `normed`, which
+// the weight gradient of the next dense layer needs.
 inline void layer_norm_gradient(const float* x, const float* dy, int64_t rows, int64_t n,
                                 const float* gamma, const float* beta, float epsilon,
                                 float* normed, float* dx, float* dgamma, float* dbeta) {
@@ -31,7 +40,8 @@ inline void layer_norm_gradient(const float* x, const float* dy, int64_t rows, i
   }
 }
 
-// The gradients of a norm's scale and offset, of each block for itself.
+// Partial sums of dgamma and dbeta of a layer norm, (blocks, 2, n): each row block has its own, so
+// that no atomics are needed and the reduction has a fixed order.
 class NormSums {
  public:
   NormSums(int64_t blocks, int64_t n, Space& space)
@@ -54,7 +64,9 @@ class NormSums {
   float* const at;
 };
 
-// dqkv of one head, for dmixed by the result of `attend`.
+// Attention backward of one head of one image: dqkv, given dmixed, the gradient with respect to the
+// output of `attend`. For each row block of queries: recompute P, dP = dmixed V^T,
+// dS = P * (dP - row sum of P * dP) * scale, dQ = dS K, dK += dS^T Q and dV += P^T dmixed.
 inline void attend_gradient(const Sizes& s, const float* qkv, const float* dmixed, int64_t number,
                             float* dqkv) {
   const Head head(s, qkv, number);
@@ -98,22 +110,25 @@ inline void attend_gradient(const Sizes& s, const float* qkv, const float* dmixe
   }
 }
 
-// The gradient of a dense layer's weights: of its inputs and of the gradient by its results.
+// Weight gradient of a dense layer: kernel (inputs, outputs) = x^T dy and bias (outputs,) = column
+// sums of dy, for x (rows, inputs) and dy (rows, outputs). The kernel is split into tiles, the
+// parallel tasks; each sums over all rows of the batch in K-blocks of `at_once`.
 struct DenseGradient {
   const float *x, *dy;
   int64_t inputs, outputs;
-  int branch;  // of which images may be skipped
+  int branch;  // 0 or 1: images that drop path skips in this branch do not contribute
   float *kernel, *bias;
-  int64_t most_inputs = 28 * tile_rows;  // of a part
+  int64_t most_inputs = 28 * tile_rows;  // height of a tile
 
-  static constexpr int64_t most_outputs = 12 * tile_columns;
-  static constexpr int64_t at_once = depth / 2;  // of the rows
+  static constexpr int64_t most_outputs = 12 * tile_columns;  // width of a tile
+  static constexpr int64_t at_once = depth / 2;  // K-block: rows of dy that are packed at a time
 
   int64_t parts_down() const { return parts_of(inputs, most_inputs); }
   int64_t parts_across() const { return parts_of(outputs, most_outputs); }
   int64_t parts() const { return parts_down() * parts_across(); }
 
-  // Computes a part of the kernel, and with the topmost of those that share columns their biases.
+  // Computes tile `number` of the kernel gradient; the topmost tile of a column also computes its
+  // bias gradient, from the packed panels.
   void compute(const Sizes& s, const Factors& factor, int64_t number) const {
     const int64_t across = number / parts_down(), down = number % parts_down();
     const int64_t i = down * most_inputs, j = across * most_outputs, t = s.tokens;
@@ -142,8 +157,8 @@ struct DenseGradient {
   }
 };
 
-// din, the gradient by `in` for dout by the result, and the gradients of the weights. keep: as
-// `transform` had it.
+// Backward pass of the block: writes din and the gradients of the weights `sums`, given dout. keep:
+// the drop-path multipliers that `transform` was given; kept: what it saved.
 inline void transform_gradient(const Sizes& s, Parallel parallel, const float* in,
                                const float* dout, const Weights<>& w, const float* keep,
                                Kept<const float> kept, float* din,
@@ -155,7 +170,7 @@ inline void transform_gradient(const Sizes& s, Parallel parallel, const float* i
   const Packed kernels(s, w, true, parallel, space);
   float *normed_attention = space.take(n * d), *normed_mlp = space.take(n * d);
   float *active = space.take(n * h), *dwide = space.take(n * h);
-  float *dmlp = space.take(n * d), *dattention = space.take(n * d);  // by the branches' results
+  float *dmlp = space.take(n * d), *dattention = space.take(n * d);  // of the branches' outputs
   float *dmixed = space.take(n * d), *dqkv = space.take(n * 3 * d);
   float* dmiddle = space.take(n * d);
   const NormSums of_attention(blocks, d, space), of_mlp(blocks, d, space);

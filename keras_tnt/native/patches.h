@@ -1,5 +1,11 @@
-// All words of a patch, normalised, projected and normalised again, as it is trained: what TNT adds to
-// its patches. The forward pass keeps what it projected.
+// Forward and backward pass of TNT's word-to-patch projection in float32, for training:
+//
+//   words (images, tokens, inputs) -> (images, tokens, dim): LN(dense(LN(x)))
+//
+// where `tokens` are patches, and `inputs` = words * word dim are the concatenated words of a
+// patch. Row blocks are the parallel tasks: layer norms and a cache-blocked GEMM, whose B panels
+// are packed once, run while the rows are in the cache. The output of the dense layer is saved for
+// the backward pass, which recomputes the norms. Results do not depend on the number of threads.
 #pragma once
 #include "outer_transformer_gradient.h"
 
@@ -13,11 +19,13 @@ struct Sizes {
   int64_t images, tokens, inputs, dim;
   float epsilon;
 
-  // As the parts of the outer transformer take them.
+  // The same sizes for the helpers that the outer transformer block shares: row blocks,
+  // DenseGradient.
   outer::Sizes outer() const { return {images, tokens, dim, 1, inputs, epsilon}; }
 };
 
-// words (images, tokens, inputs) to `out` and `kept`, each (images, tokens, dim).
+// Computes `in` (images, tokens, inputs) to `out` and the saved dense output `kept`, each
+// (images, tokens, dim).
 inline void project(const Sizes& s, Parallel parallel, const float* in, const PatchWeights<>& w,
                     float* out, float* kept) {
   Space space;
@@ -36,7 +44,8 @@ inline void project(const Sizes& s, Parallel parallel, const float* in, const Pa
   });
 }
 
-// din, the gradient by `in` for dout by the result, and the gradients of the weights.
+// Backward pass: writes din (images, tokens, inputs) and the gradients of the weights `sums`, given
+// dout (images, tokens, dim).
 inline void project_gradient(const Sizes& s, Parallel parallel, const float* in, const float* dout,
                              const PatchWeights<>& w, const float* kept, float* din,
                              const PatchWeights<float>& sums) {
@@ -68,7 +77,7 @@ inline void project_gradient(const Sizes& s, Parallel parallel, const float* in,
 
   words.add_up(sums.words_gamma, sums.words_beta);
   patches.add_up(sums.patches_gamma, sums.patches_beta);
-  // There is nothing beside it to keep other threads busy: smaller parts than elsewhere.
+  // This layer is the only work of its phase, so its tiles are smaller, to occupy all threads.
   const outer::DenseGradient layer = {normed,      dprojected, s.inputs,      s.dim, 0,
                                       sums.kernel, sums.bias,  7 * tile_rows};
   parallel(layer.parts(),

@@ -1,4 +1,12 @@
-// All words of a patch, normalised, projected in bfloat16 and normalised again, forward alone.
+// Forward pass of TNT's word-to-patch projection with a bfloat16 GEMM and float32 accumulation and
+// norms; inference only, for AVX512-BF16.
+//
+//   words (images, tokens, inputs) -> (images, tokens, dim): LN(dense(LN(x)))
+//
+// optionally with the residual that follows in TNT, the sum with the tokens of the outer
+// transformer, (images, prefix + tokens, dim). `inputs` = words * word dim must be even. The kernel
+// is packed once to bfloat16 B panels; row ranges are the parallel tasks, and stay in the cache
+// between the norms.
 #pragma once
 #include "outer_half.h"
 #include "patches.h"
@@ -6,7 +14,7 @@
 namespace patches {
 namespace {
 
-// The kernel in bfloat16, packed to be multiplied with.
+// The dense kernel as packed bfloat16 B panels.
 struct HalfKernel {
   Space space;
   HalfPanels panels;
@@ -17,8 +25,9 @@ struct HalfKernel {
   }
 };
 
-// words (images, tokens, inputs) to `out`, (images, tokens, dim); or, with tokens of which `prefix`
-// stand before those of the patches, to their sum with the patches, (images, prefix + tokens, dim).
+// Computes `in` (images, tokens, inputs) to `out`, (images, tokens, dim). If `tokens`
+// (images, prefix + tokens, dim) is given, the result is added to it, except for the first `prefix`
+// (class) tokens, which are copied; `out` then has the shape of `tokens`.
 inline void project(const Sizes& s, Parallel parallel, int64_t threads, const float* in,
                     const PatchWeights<>& w, const HalfKernel& kernel, float* out,
                     const float* tokens = nullptr, int64_t prefix = 0) {

@@ -1,7 +1,7 @@
-"""The parts of TNT's block in the operations of Keras's backend, on the weights of the C++.
+"""Reference implementation in `keras.ops`, which defines the expected results of the C++ kernels.
 
-It is what the C++ is the same as. Programs that hold the C++ fall back on it where there is none:
-on another device, in a file that leaves the process, for derivatives of derivatives.
+It is also the fallback of programs that contain a kernel wherever the kernel is not available: on
+another device, in an exported program, under `vmap`, and for higher-order derivatives.
 """
 
 from keras import ops
@@ -10,19 +10,19 @@ from keras_tnt.native import PatchWeights, Weights
 
 
 def compute(x, weights, keep, sizes, epsilon):
-    """What `native.Sizes` of any kind say: `transformer`, or `patches`, which takes no `keep`."""
+    """Runs `transformer` or, for `native.PatchSizes`, `patches`, which has no `keep`."""
     if sizes.weights is PatchWeights:
         return patches(x, weights, epsilon)
     return transformer(x, weights, keep, sizes, epsilon)
 
 
 def patches(x, weights, epsilon):
-    """All words of a patch, normalised, projected and normalised (TNT, equations 5 and 6).
+    """Computes the word-to-patch projection, norm-dense-norm (TNT, equations 5 and 6).
 
     Args:
-        x: `(batch, patches, inputs)`, the words of a patch side by side.
+        x: concatenated words of each patch, `(batch, patches, inputs)`.
         weights: `native.PatchWeights`.
-        epsilon: of the norms.
+        epsilon: epsilon of the layer norms.
 
     Returns:
         `(batch, patches, dim)`.
@@ -34,15 +34,15 @@ def patches(x, weights, epsilon):
 
 
 def transformer(x, weights, keep, sizes, epsilon):
-    """The transformer among the words of each patch, or among the tokens (TNT, equations 2 to 8).
+    """Computes an inner (word) or outer (patch) transformer block (TNT, equations 2 to 8).
 
     Args:
-        x: `(batch, patches, words, dim)` or `(batch, tokens, dim)`.
+        x: words `(batch, patches, words, dim)` or tokens `(batch, tokens, dim)`.
         weights: `native.Weights`.
-        keep: `(2, batch, patches)` or `(2, batch)`, what the branches of attention and MLP are
-            multiplied by; None: all ones.
+        keep: drop-path multipliers of the attention and MLP branches, `(2, batch, patches)` or
+            `(2, batch)`. If `None`, all ones.
         sizes: `native.InnerSizes` or `native.OuterSizes`.
-        epsilon: of the norms.
+        epsilon: epsilon of the layer norms.
 
     Returns:
         Words or tokens of the same shape.
@@ -59,22 +59,24 @@ def transformer(x, weights, keep, sizes, epsilon):
 
 
 def normalize(x, gamma, beta, axes, epsilon):
+    """Applies layer norm over `axes`; gamma and beta are `(dim, words)` or `(dim,)`."""
     x = x - ops.mean(x, axis=axes, keepdims=True)
     variance = ops.mean(ops.square(x), axis=axes, keepdims=True)
     return x * ops.rsqrt(variance + epsilon) * as_rows(gamma) + as_rows(beta)
 
 
 def as_rows(weight):
-    """(dim, words) to (words, dim); (dim,) as it is."""
+    """Transposes a norm's weight `(dim, words)` to `(words, dim)`; `(dim,)` stays as it is."""
     return weight if len(weight.shape) == 1 else ops.transpose(weight)
 
 
 def dense(x, kernel, bias):
+    """Returns `x @ kernel + bias`, `(..., inputs)` to `(..., outputs)`."""
     return ops.matmul(x, kernel) + bias
 
 
 def attend(qkv, heads):
-    """Query, key and value `(..., tokens, 3 * dim)` to `(..., tokens, dim)`."""
+    """Computes multi-head attention, qkv `(..., tokens, 3 * dim)` to `(..., tokens, dim)`."""
     *lead, dim = ops.shape(qkv)
     head_dim = dim // (3 * heads)
     qkv = ops.reshape(qkv, (*lead, 3, heads, head_dim))

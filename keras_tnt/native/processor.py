@@ -1,11 +1,11 @@
-"""What the processor of this machine can do."""
+"""CPU feature detection: the instruction set extensions of this machine."""
 
 import functools
 import platform
 import subprocess
 import warnings
 
-# The instructions that multiply bfloat16, by the names that Linux and macOS have for them.
+# CPU flags of the instructions that multiply in bfloat16, as Linux and macOS name them.
 BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16", "FEAT_BF16"})
 
 CPUINFO = "/proc/cpuinfo"
@@ -13,7 +13,7 @@ CPUINFO = "/proc/cpuinfo"
 
 @functools.cache
 def features() -> frozenset[str]:
-    """Names of the instructions that the system tells of; none where it does not tell."""
+    """Returns the CPU flags that Linux or macOS reports; empty if they cannot be determined."""
     try:
         if platform.system() == "Darwin":
             command = ["sysctl", "hw.optional.arm"]
@@ -33,7 +33,7 @@ def features() -> frozenset[str]:
 
 
 def takes_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16; warns where it does not, or is not known to."""
+    """Returns whether the CPU multiplies in bfloat16, and warns if it is not known to."""
     if features() & BFLOAT16:
         return True
     warnings.warn(
@@ -45,8 +45,9 @@ def takes_bfloat16() -> bool:
 
 
 def has_pairs() -> bool:
-    """Whether what is here in bfloat16 is the best for the processor.
+    """Returns whether the bfloat16 kernels of this package are the fastest choice for the CPU.
 
-    AMX multiplies tiles, several times as fast; libraries know it, and the C++ here does not.
+    They use AVX512-BF16. Where the CPU also has AMX, which multiplies tiles and is several times as
+    fast, libraries such as oneDNN are the better choice, as the kernels here do not use it.
     """
     return "avx512_bf16" in features() and "amx_bf16" not in features()

@@ -1,7 +1,9 @@
-"""How each runtime calls what is in C++, and what of them promises nothing.
+"""Bindings of the C++ kernels, and of cached programs, to each runtime.
 
-Interfaces that a runtime may change in any release are used here alone. A release that is not in
-`SEEN`, or one that fails, means another, slower way and a warning, never an error.
+This module and those that it imports on demand (`jax_operator`, `tensorflow_operator`,
+`torch_operator`, `torch_program`) use interfaces that a runtime may change in any release. If a
+release is not among the tested versions in `SEEN`, or an interface fails, the result is a slower
+fallback and a warning, never an error.
 """
 
 import contextlib
@@ -19,13 +21,13 @@ from collections.abc import Callable, Iterator
 from keras_tnt import native
 from keras_tnt.native import cache, processor
 
-# The releases with which the tests of this package passed.
+# Tested versions of the runtimes. Comments name the interfaces that may change.
 SEEN = {
-    "jax": ("0.10",),  # custom calls of typed buffers, from headers in the package
-    "onnxruntime": ("1.31",),  # the table of its C functions
+    "jax": ("0.10",),  # XLA's FFI headers in the package
+    "onnxruntime": ("1.31",),  # the function table of its C API
     "openvino": ("2026.4",),  # headers and libraries in the package
     "tensorflow": ("2.21",),  # XLA's headers in the package, and the operation XlaCallModule
-    "torch": ("2.13",),  # Inductor's and Dynamo's settings
+    "torch": ("2.13",),  # settings of Inductor and Dynamo
 }
 
 _imported_in = os.getpid()
@@ -33,13 +35,14 @@ _lock = threading.RLock()
 
 
 def refuse_fork(started_in: int = _imported_in) -> None:
-    """Refuse to compute in a forked process, where the runtimes' threads are missing.
+    """Raises an error in a forked process, where the runtimes' worker threads are missing.
 
     Args:
-        started_in: number of the process that started the threads.
+        started_in: id of the process that started the threads. Defaults to the process that
+            imported this module.
 
     Raises:
-        RuntimeError: instead of waiting for those threads for ever.
+        RuntimeError: in another process, which would otherwise wait for those threads forever.
     """
     if os.getpid() != started_in:
         raise RuntimeError(
@@ -50,7 +53,7 @@ def refuse_fork(started_in: int = _imported_in) -> None:
 
 
 def is_seen(package: str) -> bool:
-    """Whether an imported package is of a release in `SEEN`; warns where it is not."""
+    """Returns whether an imported package has a tested version, and warns if it has not."""
     version = sys.modules[package].__version__
     if ".".join(version.split(".")[:2]) in SEEN[package]:
         return True
@@ -62,15 +65,26 @@ def is_seen(package: str) -> bool:
 
 
 def operator(backend: str, sizes: native.Sizes) -> Callable | None:
-    """What is there in C++ as an operation of a backend of Keras.
+    """Returns a C++ kernel as a differentiable operation of a Keras backend.
+
+    Args:
+        backend: "jax", "tensorflow" or "torch".
+        sizes: the kernel and its sizes.
 
     Returns:
-        A function (x, weights, epsilon, keep=None) to what x becomes, which has a gradient; None,
-        with a warning, where it cannot be had. x are words `(batch, patches, words, dim)`, tokens
-        `(batch, tokens, dim)` or the words of each patch side by side, `(batch, patches, inputs)`,
-        in float32; the weights `native.Weights` or, of the last, `native.PatchWeights`. `keep`, for
-        the first two, `(2, batch, patches)` or `(2, batch)`, is what the branches of attention and
-        MLP are multiplied by, and has no gradient.
+        A function `(x, weights, epsilon, keep=None)`, or `None`, with a warning, if the kernel is
+        not available. All tensors are float32:
+
+        - For `native.InnerSizes`, x are words `(batch, patches, words, dim)` and weights are
+          `native.Weights`; the result has the shape of x.
+        - For `native.OuterSizes`, x are tokens `(batch, tokens, dim)` and weights are
+          `native.Weights`; the result has the shape of x.
+        - For `native.PatchSizes`, x are the concatenated words of each patch,
+          `(batch, patches, inputs)`, and weights are `native.PatchWeights`; the result is
+          `(batch, patches, dim)`.
+
+        `keep`, for the first two, are the drop-path multipliers of the attention and MLP branches,
+        `(2, batch, patches)` or `(2, batch)`; they have no gradient.
     """
     with _lock:
         return _operator(backend, sizes)
@@ -83,29 +97,29 @@ def _operator(backend, sizes):
         return None
     try:
         return make[backend](sizes)
-    except Exception as error:  # of whatever kind a changed interface raises
+    except Exception as error:  # A changed interface may raise anything.
         native.warn_slower(f"{backend} refused it: {error}")
         return None
 
 
 def runs_here(backend: str, x, training: bool) -> bool:
-    """Whether what a backend is about to compute, or to compile, is for a CPU of this process.
+    """Returns whether a computation, eager or being traced, is for a CPU of this process.
 
-    A program that may leave the process, to a file or another machine, must not call what is in
-    C++: it would run nowhere else.
+    A program that may leave the process, to a file or another machine, must not contain the C++
+    kernels: it would run nowhere else.
 
     Args:
-        backend: of Keras.
-        x: the tensor, which may be one of a program that is being made.
-        training: whether it is for training.
+        backend: name of the Keras backend.
+        x: an input tensor, which may be symbolic.
+        training: whether the computation is for training.
 
     Returns:
-        False also where it cannot be told, and where the backend takes no operator of ours.
+        `False` also if it cannot be determined, or the backend has no C++ kernels.
     """
     ask = {"jax": _jax_runs_here, "tensorflow": _tensorflow_runs_here, "torch": _torch_runs_here}
     try:
         return backend in ask and ask[backend](x, training)
-    except Exception as error:  # of whatever kind a changed interface raises
+    except Exception as error:  # A changed interface may raise anything.
         native.warn_slower(f"{backend} does not say for whom a program is made: {error}")
         return False
 
@@ -113,7 +127,7 @@ def runs_here(backend: str, x, training: bool) -> bool:
 def _jax_runs_here(x, training):
     import jax
 
-    # What is compiled for other devices or exported, the operator itself sees to.
+    # When lowered for another device, or exported, the operator falls back by itself.
     return jax.default_backend() == "cpu"
 
 
@@ -122,11 +136,11 @@ _stays_here = contextvars.ContextVar("stays_here", default=False)
 
 @contextlib.contextmanager
 def local_program() -> Iterator[None]:
-    """Within the context, what TensorFlow traces is a program that nobody saves.
+    """Returns a context in which TensorFlow traces programs that are never saved.
 
-    TensorFlow does not say whether a `tf.function` will be saved, with `training=True` or without,
-    compiled by XLA or not. So C++ is part of those that are known to stay in this process: those of
-    Keras's `fit`, `evaluate` and `predict`, and what is traced within this context.
+    TensorFlow does not know during tracing whether a `tf.function` will be saved. So only functions
+    that are known to stay in this process contain C++ kernels: those of Keras's `fit`, `evaluate`
+    and `predict`, and those traced in this context.
     """
     token = _stays_here.set(True)
     try:
@@ -149,7 +163,7 @@ def _tensorflow_runs_here(x, training):
     return training or control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
-# The functions that `fit`, `evaluate` and `predict` run, which Keras leaves out of what it saves.
+# The functions that `fit`, `evaluate` and `predict` trace, which Keras never saves.
 KERAS_FUNCTIONS = {
     "one_step_on_data",
     "one_step_on_data_distributed",
@@ -160,17 +174,17 @@ BRANCHES = {"CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph"}
 
 
 def _is_of_keras(graph):
-    """Whether a graph, but for its branches and loops, is one of Keras's trainer."""
+    """Returns whether a graph, or the one around its branches and loops, is of Keras's trainer."""
     while type(graph).__name__ in BRANCHES:
         graph = graph.outer_graph
     if graph.name not in KERAS_FUNCTIONS:
         return False
-    # A replica of a mirrored step is traced in a thread, which has no frame of Keras's.
+    # MirroredStrategy traces each replica in a thread, whose stack has no frame of Keras.
     if type(threading.current_thread()).__name__ == "_MirroredReplicaThread":
         return True
     import keras
 
-    trainer = keras.Model.make_train_function.__module__  # where Keras defines them
+    trainer = keras.Model.make_train_function.__module__  # the module of KERAS_FUNCTIONS
     frame = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__") != trainer:
         frame = frame.f_back
@@ -197,10 +211,10 @@ def _torch_runs_here(x, training):
 
 
 def torch_random_number() -> int | None:
-    """Returns a number from torch's random state, which `torch.utils.checkpoint` restores.
+    """Returns a random number of torch's generator, whose state `torch.utils.checkpoint` restores.
 
     Returns:
-        `None` within a transformation of `torch.func`, where numbers have no value.
+        `None` inside a transform of `torch.func`, where tensors have no concrete value.
     """
     import torch
 
@@ -210,16 +224,16 @@ def torch_random_number() -> int | None:
 
 
 def is_in_torch_backward() -> bool:
-    """Returns whether torch is in a backward pass, in which forward passes are recomputations."""
+    """Returns whether torch runs a backward pass; forward passes in it are recomputations."""
     import torch
 
-    # Private, as is all of it: torch.utils.checkpoint itself asks in this way.
+    # torch has no public interface for this; torch.utils.checkpoint uses the same private one.
     find = getattr(torch._C, "_current_graph_task_id", None)
     return find is not None and find() != -1
 
 
 def torch_rank() -> int:
-    """Returns the rank of this process in `torch.distributed`; 0 where there is none."""
+    """Returns the rank of this process in `torch.distributed`, or 0 if it is not initialized."""
     from torch import distributed
 
     if not distributed.is_available() or not distributed.is_initialized():
@@ -231,18 +245,21 @@ def torch_rank() -> int:
 
 
 def jax_operator(sizes):
+    """Imports `native.jax_operator` and returns its operation, or `None`; see `operator`."""
     from keras_tnt.native import jax_operator
 
     return jax_operator.make(sizes)
 
 
 def tensorflow_operator(sizes):
+    """Imports `native.tensorflow_operator` and returns its operation, or `None`; see `operator`."""
     from keras_tnt.native import tensorflow_operator
 
     return tensorflow_operator.make(sizes)
 
 
 def torch_operator(sizes):
+    """Imports `native.torch_operator` and returns its operation, or `None`; see `operator`."""
     from keras_tnt.native import torch_operator
 
     return torch_operator.make(sizes)
@@ -251,33 +268,39 @@ def torch_operator(sizes):
 def inductor_program(
     model, network: Callable, image_shape: tuple, precision: str, export: Callable
 ) -> Callable:
-    """What Inductor makes of a network for batches of any size, or made in another process.
+    """Compiles a network with Inductor for any batch size, or loads the cached program.
 
     Args:
-        model: a Keras model.
-        network: computes what the model does, in this precision.
-        image_shape: of the images, without the batch.
-        precision: in which the network multiplies.
-        export: gives a function of `torch.compile`, not called before, and a batch of two images.
+        model: a Keras model, whose weights and config identify the cached program.
+        network: function that computes the model in this precision.
+        image_shape: shape of an image, without the batch axis.
+        precision: dtype of the matrix products, such as "float32" or "bfloat16".
+        export: function that returns a new function of `torch.compile` and a batch of two images.
+
+    Returns:
+        A function from a batch of images to the model's outputs.
     """
     if not is_seen("torch"):
         return export()[0]
     if os.environ.get("CXX"):
-        native.defined(*native.compiler())  # Inductor would wait for one that does not answer
+        native.defined(*native.compiler())  # This has a timeout; Inductor's own check has none.
     from keras_tnt.native import torch_program
 
     return torch_program.make(model, network, image_shape, precision, export)
 
 
 def jax_program(function: Callable, *args) -> Callable:
-    """What `jax.jit` made, compiled for these arguments, or found as another process compiled it.
+    """Compiles a jitted function for these arguments, or loads the cached program.
 
-    Programs for one CPU are kept in the folder of caches, by what they compute, release of JAX,
-    settings of XLA and instructions of the processor.
+    Programs for a single CPU device are cached on disk by their StableHLO, JAX version, XLA flags
+    and CPU features.
 
     Args:
-        function: of `jax.jit`.
-        *args: what it is to be called with, or what is like it.
+        function: a function of `jax.jit`.
+        *args: arguments, or their shapes and dtypes (`jax.ShapeDtypeStruct`).
+
+    Returns:
+        The compiled program, or `function` itself on other devices or an untested version of JAX.
     """
     import jax
     from jax.experimental import serialize_executable
@@ -292,51 +315,51 @@ def jax_program(function: Callable, *args) -> Callable:
     settings = [jax.__version__, os.environ.get("XLA_FLAGS", ""), platform.machine(), *instructions]
     name = hashlib.sha256("\0".join([lowered.as_text(), *settings]).encode()).hexdigest()[:32]
     path = os.path.join(native.cache_folder(), f"jax-{name}.bin")
-    with contextlib.suppress(Exception):  # there is none, it is damaged, or not taken any more
+    with contextlib.suppress(Exception):  # The entry is missing, damaged, or incompatible.
         data = cache.read(path)
         if data is not None:
             return serialize_executable.deserialize_and_load(*pickle.loads(data))
     compiled = lowered.compile()
-    with contextlib.suppress(Exception):  # no place for it, or a program that cannot be kept
+    with contextlib.suppress(Exception):  # The cache or the program does not support it.
         cache.write(path, pickle.dumps(serialize_executable.serialize(compiled)))
     return compiled
 
 
 def register_in_onnxruntime(options, sizes: native.InnerSizes, domain: str) -> bool:
-    """Register the C++ as the operator `InnerTransformer` of a domain.
+    """Registers the inner kernel as the ONNX Runtime custom operator `InnerTransformer`.
 
     Args:
         options: an `onnxruntime.SessionOptions`.
-        sizes: of the inner transformer.
-        domain: of the operator, new to these options.
+        sizes: sizes of the inner transformer.
+        domain: ONNX domain of the operator, new to these options.
 
     Returns:
-        Whether it could be done; if not, with a warning.
+        Whether the operator was registered. If not, a warning says why.
     """
     with _lock:
         library = native.library("onnxruntime.cpp", sizes) if is_seen("onnxruntime") else None
         if library is None:
             return False
-        name = domain.encode()  # which has to live while it is registered
+        name = domain.encode()  # must stay alive during the registration
         try:
             ctypes.c_char_p.in_dll(library, "domain").value = name
             options.register_custom_ops_library(library._name)
-        except Exception as error:  # of whatever kind a changed interface raises
+        except Exception as error:  # A changed interface may raise anything.
             native.warn_slower(f"ONNX Runtime refused it: {error}")
             return False
         return True
 
 
 def extend_openvino(core, sizes: native.Sizes, domain: str) -> bool:
-    """Add the C++ as an operation of a domain, which `export.onnx_runtime.KINDS` names.
+    """Registers a kernel as an OpenVINO operation, with the name in `export.onnx_runtime.KINDS`.
 
     Args:
         core: an `openvino.Core`.
-        sizes: of an inner transformer, or `half` of another part.
-        domain: of the operation.
+        sizes: `InnerSizes`, or `OuterSizes` or `PatchSizes` with `half`.
+        domain: ONNX domain of the operation.
 
     Returns:
-        Whether it could be done; if not, with a warning.
+        Whether the operation was registered. If not, a warning says why.
     """
     with _lock:
         if not is_seen("openvino"):
@@ -352,10 +375,10 @@ def extend_openvino(core, sizes: native.Sizes, domain: str) -> bool:
             inner = sizes if sizes.part == "inner" else None
             library = native.library(f"openvino_{sizes.part}.cpp", inner, *settings)
             if library is not None:
-                name = domain.encode()  # which has to live while it is added
+                name = domain.encode()  # must stay alive during the registration
                 ctypes.c_char_p.in_dll(library, "domain").value = name
                 core.add_extension(library._name)
-        except Exception as error:  # of whatever kind a changed interface raises
+        except Exception as error:  # A changed interface may raise anything.
             native.warn_slower(f"OpenVINO refused it: {error}")
             return False
         return library is not None

@@ -1,4 +1,8 @@
-// Memory to write on, used again from call to call: the system takes long to hand out new pages.
+// Workspace arena: uninitialized float32 scratch buffers, aligned to a cache line and reused from
+// call to call, which avoids page faults on freshly mapped memory. Freed blocks go to a free list
+// that all threads of the process share. Allocation is best fit: it takes the smallest free block
+// that is large enough, unless more than half of it would be wasted. Also defines the integer
+// helpers `parts_of` (ceiling division) and `round_up`.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,15 +13,15 @@
 
 namespace {
 
-// How many parts of at most `most` there are of n.
+// Ceiling division: the number of blocks of at most `most` items that cover n.
 constexpr int64_t parts_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return parts_of(n, to) * to; }
 
-// Hands out memory until its end, when others may have it.
+// RAII workspace: buffers are valid until the destructor returns them to the free list.
 class Space {
  public:
-  static constexpr int64_t aligned = 16;  // numbers, a line of memory, with which all begins
+  static constexpr int64_t aligned = 16;  // alignment in floats: a cache line of 64 bytes
 
   Space() = default;
   Space(const Space&) = delete;
@@ -29,7 +33,7 @@ class Space {
     for (auto& block : taken) idle().insert(std::move(block));
   }
 
-  // So many numbers, whatever stands there.
+  // Allocates `size` uninitialized floats.
   float* take(int64_t size) {
     const int64_t lines = std::max<int64_t>(parts_of(size, aligned), 1);
     {
@@ -52,14 +56,14 @@ class Space {
   struct alignas(64) Line {
     float numbers[aligned];
   };
-  using Blocks = std::multimap<int64_t, std::unique_ptr<Line[]>>;  // by their lines
+  using Blocks = std::multimap<int64_t, std::unique_ptr<Line[]>>;  // keyed by size in cache lines
 
   float* keep(Blocks::node_type block) {
     taken.push_back(std::move(block));
     return taken.back().mapped()[0].numbers;
   }
 
-  // Both are never destroyed: threads may compute while the process ends.
+  // Both are leaked on purpose: threads may still compute while static destructors run.
   static std::mutex& guard() {
     static auto& it = *new std::mutex;
     return it;

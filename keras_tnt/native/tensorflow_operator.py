@@ -1,6 +1,6 @@
-"""The parts of TNT's block as operations of TensorFlow: XLA's custom calls.
+"""The C++ kernels as TensorFlow operations: XLA custom calls in functions with `jit_compile=True`.
 
-XLA compiles what is around them if it compiles the program, and the calls alone if it does not.
+In a program that is compiled with XLA, the call is part of it; otherwise XLA compiles it alone.
 """
 
 import functools
@@ -13,13 +13,13 @@ from keras_tnt.native import plain, xla_library
 
 
 def make(sizes: native.Sizes):
-    """The function that `runtimes.operator` describes; None where there is no library for it."""
+    """Returns the function that `runtimes.operator` documents, or `None` without a library."""
     settings = "-isystem", tf.sysconfig.get_include(), "-DREGISTER", *tf.sysconfig.get_link_flags()
     if xla_library.load(sizes, *settings) is None:
         return None
 
     def call(x, weights, epsilon, keep=None):
-        # Of variables a function with a gradient of its own would have to tell.
+        # For variables, tf.custom_gradient requires a gradient function with another signature.
         rest = [tf.convert_to_tensor(weight) for weight in weights]
         if keep is not None:
             rest.append(tf.stop_gradient(keep))
@@ -30,7 +30,7 @@ def make(sizes: native.Sizes):
 
 @functools.cache
 def forward(sizes, epsilon):
-    """The function from words or tokens, the weights and `keep` to words or tokens."""
+    """Returns the compiled forward pass, a function of x, the weights and, optionally, `keep`."""
     target, _ = xla_library.targets(sizes)
 
     @tf.custom_gradient
@@ -43,19 +43,20 @@ def forward(sizes, epsilon):
         shape = operands[0].shape
         shapes = [tf.TensorShape(x) for x in (sizes.result(shape), *sizes.kept(shape))]
         result, *kept = custom_call(target, operands, operands[0], shapes, sizes, epsilon)
-        # By integers TensorFlow does not differentiate.
+        # Bitcast the saved activations to integers, which TensorFlow does not differentiate.
         kept = [tf.bitcast(x, tf.int32) for x in kept]
         return result, back
 
-    # TensorFlow compiles its gradient alike.
+    # The gradient of a function with jit_compile is compiled, too.
     return tf.function(run, jit_compile=True, autograph=False)
 
 
 @functools.cache
 def gradient(sizes, epsilon):
-    """The function to the gradients by words or tokens and by the weights.
+    """Returns the compiled backward pass: gradients with respect to x and the weights.
 
-    It takes what the result is propagated back of, what the forward pass kept, and its operands.
+    Its arguments are the gradient of the output, the saved activations, and the operands of the
+    forward pass. It is itself differentiable, by the reference implementation.
     """
     _, target = xla_library.targets(sizes)
     count, inputs_count = xla_library.kept_count(sizes), xla_library.inputs_count(sizes)
@@ -90,15 +91,15 @@ def gradient(sizes, epsilon):
 
 
 def custom_call(target, operands, x, shapes, sizes, epsilon):
-    """A custom call of xla.cpp as an operation; the numbers of images and patches may be unknown.
+    """Builds an XLA custom call of xla.cpp; the batch and patch axes may have unknown sizes.
 
     Args:
-        target: its name.
-        operands: what xla.cpp says.
-        x: that of the operands which is words or tokens.
-        shapes: of the results; what is unknown of them is that axis of x.
+        target: name of the custom call.
+        operands: its operands, in the order that xla.cpp documents.
+        x: the operand that holds words or tokens.
+        shapes: shapes of the results; a size that is unknown is that of the same axis of x.
         sizes: `native.Sizes`.
-        epsilon: of the norms.
+        epsilon: epsilon of the layer norms.
 
     Returns:
         A list of the results.
@@ -115,7 +116,7 @@ def custom_call(target, operands, x, shapes, sizes, epsilon):
         settings.append(
             f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value} : i64"
         )
-    # TensorFlow refines the shapes of a program that JAX would have made for any.
+    # This attribute, which JAX sets for polymorphic shapes, makes TensorFlow refine the shapes.
     module = f"""
       module attributes {{jax.uses_shape_polymorphism = true}} {{
         func.func public @main({typed(arguments)}) -> ({results}) {{
@@ -140,10 +141,15 @@ def custom_call(target, operands, x, shapes, sizes, epsilon):
 
 
 def shapes_told(x, x_type, shapes):
-    """How a program is told the shapes of results, where those of its arguments are unknown.
+    """Returns StableHLO that computes the shapes of results from the dynamic shape of x.
+
+    Args:
+        x: name of the value.
+        x_type: its tensor type.
+        shapes: shapes of the results; an unknown size is that of the same axis of x.
 
     Returns:
-        Lines of the program, and a dict from its values that hold a result's shape to their types.
+        Lines of the program, and a dict from the values that hold a result's shape to their types.
     """
     lines, told = [], {}
     for i, shape in enumerate(shapes):
@@ -170,9 +176,11 @@ def shapes_told(x, x_type, shapes):
 
 
 def tensor_type(shape):
+    """Returns the StableHLO type of a float32 tensor, such as `tensor<?x16x24xf32>`."""
     sizes = ("?" if size is None else str(size) for size in shape)
     return f"tensor<{'x'.join([*sizes, 'f32'])}>"
 
 
 def typed(values):
+    """Returns a StableHLO argument list, `name: type, ...`, for a dict from names to types."""
     return ", ".join(map(": ".join, values.items()))

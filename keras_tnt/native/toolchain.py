@@ -1,26 +1,26 @@
-"""The machine's C++ compiler as a process that may be absent, fail, or never end."""
+"""Runs the machine's C++ compiler with a timeout; it may be missing, fail, or hang."""
 
 import os
 import shlex
 import signal
 import subprocess
 
-# Seconds that a compiler may take, to describe itself and to compile one library.
+# Timeouts in seconds: for printing predefined macros, and for compiling one library.
 PROBE_SECONDS, COMPILE_SECONDS = 20, 600
 
-# Commands that were stopped for taking too long, which are not waited for again.
+# Error messages of compilers that timed out, which are not tried again.
 _stopped = {}
 
 
 class CompilerError(RuntimeError):
-    """The compiler could not be started, failed, or was stopped."""
+    """Error of a compiler that could not be started, failed, or timed out."""
 
 
 def command() -> list[str]:
-    """Returns the command that the environment variable CXX names; `c++` if it names none.
+    """Returns the command of the environment variable CXX, or `c++` if it is not set.
 
     Raises:
-        CompilerError: if it is not a command.
+        CompilerError: if CXX cannot be parsed, for example for unbalanced quotes.
     """
     value = os.environ.get("CXX", "")
     try:
@@ -33,14 +33,14 @@ def command() -> list[str]:
 
 
 def execute(arguments: list[str], seconds: float) -> str:
-    """Runs a compiler and returns what it prints.
+    """Runs a compiler and returns its standard output.
 
     Args:
-        arguments: the command.
-        seconds: after which the compiler and the processes that it started are ended.
+        arguments: the command and its arguments.
+        seconds: timeout, after which the compiler and its child processes are killed.
 
     Raises:
-        CompilerError: if it cannot be started, fails, or takes longer.
+        CompilerError: if the compiler cannot be started, fails, or times out.
     """
     name = arguments[0]
     if name in _stopped:
@@ -77,10 +77,10 @@ def execute(arguments: list[str], seconds: float) -> str:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a process and those of its session, which may hold its pipes open."""
+    """Kills a process and its process group, whose other members may hold its pipes open."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (AttributeError, OSError):  # on Windows, or it has ended
+    except (AttributeError, OSError):  # Windows has no killpg; or the process has ended.
         process.kill()
     for pipe in (process.stdout, process.stderr):
         pipe.close()

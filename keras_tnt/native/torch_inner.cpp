@@ -1,5 +1,6 @@
-// The functions that torch's operators of the inner transformer call, on as many threads as torch is
-// told to use.
+// C entry points of the inner (word) transformer block for torch_operator.py (ctypes): words
+// (patches, words, dim) to the same shape, and the backward pass. OpenMP with static scheduling
+// over patches, on torch.get_num_threads() threads.
 #include "inner_forward.h"
 #include "inner_transformer_gradient.h"
 
@@ -11,8 +12,9 @@ extern "C" void forward(const float* in, const float* const* pointers, const flo
     run(in, out, patch, patch + 1, keep, patches);
 }
 
-// gradients: pointers to where the gradients of the weights go. Each thread has its own patches and
-// its own sums, so that equal calls give equal gradients.
+// gradients: output tensors for the gradients of the weights. Each thread has a fixed range of
+// patches and a row of partial sums, so that results are deterministic for a given number of
+// threads.
 extern "C" void gradient(const float* in, const float* dout, const float* const* pointers,
                          const float* keep, float*, float* din, float* const* gradients,
                          int64_t patches, float epsilon, int threads) {

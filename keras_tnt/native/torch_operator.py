@@ -1,4 +1,7 @@
-"""The parts of TNT's block as operations of torch; sizes are read off their tensors."""
+"""The C++ kernels as custom operators of torch, `keras_tnt::compute` and its gradient.
+
+The operators read sizes off their tensors and call the libraries of torch_*.cpp through ctypes.
+"""
 
 import ctypes
 import functools
@@ -10,7 +13,7 @@ from keras_tnt.native import plain
 
 
 def make(sizes: native.Sizes):
-    """The function that `runtimes.operator` describes; None where there is no library for it."""
+    """Returns the function that `runtimes.operator` documents, or `None` without a library."""
     if library_of(sizes) is None:
         return None
     heads, across_words = getattr(sizes, "heads", 1), getattr(sizes, "across_words", False)
@@ -23,7 +26,7 @@ def make(sizes: native.Sizes):
 
 @functools.cache
 def library_of(sizes):
-    """The library with the functions `forward` and `gradient`, as this file calls them."""
+    """Loads the library with the functions `forward` and `gradient`, and sets their C types."""
     inner = sizes.part == "inner"
     library = native.library(f"torch_{sizes.part}.cpp", sizes if inner else None, "-fopenmp")
     if library is not None:
@@ -38,6 +41,7 @@ def library_of(sizes):
 
 
 def sizes_of(x, weights, heads, across_words, half):
+    """Returns the `native.Sizes` that the operator's arguments determine."""
     if len(weights) == len(native.PatchWeights._fields):
         return native.PatchSizes(native.PatchWeights(*weights).bias.numel(), half)
     hidden = native.Weights(*weights).fc1_bias.numel()
@@ -47,10 +51,18 @@ def sizes_of(x, weights, heads, across_words, half):
 
 
 def check(sizes, x, weights, keep, kept=(), gradient=None):
-    """Refuse tensors that the C++ does not take: a program may bring any.
+    """Validates tensors before their pointers go to C++; an untrusted program may pass any.
+
+    Args:
+        sizes: `native.Sizes` that determine the expected shapes.
+        x: words or tokens.
+        weights: tensors in the order of `sizes.weights`.
+        keep: drop-path multipliers, or `None`.
+        kept: saved activations, if `gradient` is given. Defaults to none.
+        gradient: gradient of the output. Defaults to `None`, in the forward pass.
 
     Raises:
-        ValueError: if a tensor has another shape, type or device than the sizes say.
+        ValueError: if a tensor has an unexpected shape, dtype or device.
     """
     shape = tuple(x.shape)
     factors = (2, *shape[: 2 if sizes.part == "inner" else 1])
@@ -72,21 +84,23 @@ def check(sizes, x, weights, keep, kept=(), gradient=None):
 
 
 def numbers_of(x, sizes, epsilon):
-    """What the C++ is told in numbers: sizes, epsilon, and how many threads to use."""
+    """Returns the scalar arguments of the C++ functions: sizes, epsilon and number of threads."""
     return *sizes.numbers(x.shape), epsilon, torch.get_num_threads()
 
 
 def side_by_side(x, weights, keep):
-    """The same tensors with their numbers one after another, and pointers to the weights."""
+    """Returns contiguous x, weights and `keep`, and an array of pointers to the weights."""
     weights = [weight.contiguous() for weight in weights]
     return x.contiguous(), weights, keep if keep is None else keep.contiguous(), pointers(weights)
 
 
 def pointers(tensors):
+    """Returns a C array of the data pointers of tensors, which must stay alive."""
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def address(tensor):
+    """Returns the data pointer of a tensor, or `None` (null) for `None`."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -100,7 +114,7 @@ def run(
     across_words: bool,
     half: bool,
 ) -> list[torch.Tensor]:
-    """What x becomes, and what the gradient needs beside it."""
+    """Runs a forward kernel; returns the output and the saved activations."""
     sizes = sizes_of(x, weights, heads, across_words, half)
     check(sizes, x, weights, keep)
     x, weights, keep, to_weights = side_by_side(x, weights, keep)
@@ -125,6 +139,7 @@ def run_gradient(
     across_words: bool,
     half: bool,
 ) -> list[torch.Tensor]:
+    """Runs a backward kernel; returns the gradients with respect to x and the weights."""
     sizes = sizes_of(x, weights, heads, across_words, half)
     check(sizes, x, weights, keep, kept, gradient)
     x, weights, keep, to_weights = side_by_side(x, weights, keep)
@@ -151,9 +166,10 @@ def _(x, weights, keep, kept, gradient, heads, epsilon, across_words, half):
 
 @torch.enable_grad()
 def plain_gradient(x, weights, keep, kept, gradient, heads, epsilon, across_words, half):
-    """What `run_gradient` gives, in operations that can be differentiated again."""
+    """Returns the result of `run_gradient` by differentiable operations, for double backward."""
     sizes = sizes_of(x, weights, heads, across_words, half)
-    # Of x as it came the weights of a block that is applied twice would be found once more.
+    # Use views, not the tensors themselves: where a block is applied twice, x depends on the same
+    # weights, and their gradients through x would be counted again.
     inputs = [
         y.view_as(y) if y.requires_grad else y.detach().requires_grad_() for y in (x, *weights)
     ]
@@ -162,19 +178,21 @@ def plain_gradient(x, weights, keep, kept, gradient, heads, epsilon, across_word
 
 
 def remember(ctx, inputs, output):
+    """Saves tensors for `backward`; torch calls it `setup_context`."""
     x, weights, keep, *ctx.settings = inputs
     ctx.count = len(weights)
-    ctx.set_materialize_grads(False)  # there is none by what is kept
+    ctx.set_materialize_grads(False)  # Saved activations have no gradient.
     ctx.save_for_backward(x, keep, *weights, *output[1:])
 
 
 def is_batched(tensor):
-    """Whether a tensor is one of several that a `vmap`, the older one too, computes at once."""
+    """Returns whether a tensor is batched by `torch.func.vmap` or the legacy vmap of autograd."""
     kinds = torch._C._functorch
     return kinds.is_batchedtensor(tensor) or kinds.is_legacy_batchedtensor(tensor)
 
 
 def backward(ctx, gradients):
+    """Computes gradients in C++, or by the reference for bfloat16, vmap and double backward."""
     x, keep, *rest = ctx.saved_tensors
     count = ctx.count
     in_plain = torch.is_grad_enabled() or is_batched(gradients[0]) or ctx.settings[-1]

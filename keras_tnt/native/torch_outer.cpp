@@ -1,4 +1,6 @@
-// The functions that torch's operators of the outer transformer call.
+// C entry points of the outer (patch) transformer block in float32 for torch_operator.py (ctypes):
+// tokens (images, tokens, dim) to the same shape and the saved activations
+// (images, tokens, 5 dim + hidden), and the backward pass.
 #include "openmp.h"
 #include "outer_transformer_gradient.h"
 

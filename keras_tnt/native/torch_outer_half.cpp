@@ -1,4 +1,6 @@
-// The function that torch's operator of the outer transformer in bfloat16 calls.
+// C entry point of the outer (patch) transformer block with bfloat16 GEMMs for torch_operator.py
+// (ctypes): float32 tokens (images, tokens, dim) to the same shape, inference only. The kernels are
+// packed in each call. The unnamed parameters are `keep` and `kept` of the float32 entry point.
 #include "openmp.h"
 #include "outer_half.h"
 

@@ -1,4 +1,6 @@
-// The functions that torch's operators from words to patches call. No branch of theirs is skipped.
+// C entry points of the word-to-patch projection in float32 for torch_operator.py (ctypes): words
+// (images, tokens, inputs) to (images, tokens, dim) and the saved dense output of the same shape,
+// and the backward pass. There is no drop path; the `keep` argument is unused.
 #include "openmp.h"
 #include "patches.h"
 

@@ -1,4 +1,7 @@
-// The function that torch's operator from words to patches in bfloat16 calls.
+// C entry point of the word-to-patch projection with a bfloat16 GEMM for torch_operator.py
+// (ctypes): float32 words (images, tokens, inputs) to (images, tokens, dim), inference only. The
+// kernel is packed in each call. The unnamed parameters are `keep` and `kept` of the float32 entry
+// point.
 #include "openmp.h"
 #include "patches_half.h"
 

@@ -1,10 +1,10 @@
-"""Inductor's programs for a CPU, called as they are and kept between processes.
+"""On-disk cache of CPU programs that Inductor compiled, called without Dynamo's guards.
 
-What Inductor writes is a Python module with a function `call`, and tensors that the module holds:
-the weights, some of them packed for oneDNN. Dynamo calls it behind guards, of which one compiles
-another program for a single image. Here it is called without them, and kept as the module's source
-and its tensors, which its own cache does not do with packed ones. What is found is tried against
-the model before it is used.
+Inductor generates a Python module with a function `call`, and constants: the weights, some of them
+prepacked for oneDNN. Dynamo calls it behind guards, one of which recompiles for a batch of one;
+here `call` is used directly. The module's source and its constants are cached in a safetensors
+file; Inductor's own cache does not support prepacked weights. A cached program is checked against
+the model's outputs before it is used.
 """
 
 import contextlib
@@ -29,19 +29,20 @@ from keras_tnt import native
 from keras_tnt.files import replacing
 from keras_tnt.native import cache, processor
 
-# So many programs and bytes of them at once; those used longest ago make room.
+# Limits of the cache, in programs and in bytes; the least recently used ones are evicted.
 KEPT, KEPT_BYTES = 8, 4 * 2**30
 FILES = "torch-*.safetensors"
-# By how much of the spread a program may differ from the model.
+# Tolerances of `agrees`: maximum absolute difference between program and model, relative to the
+# standard deviation of the model's outputs plus 1e-3 of their maximum magnitude.
 TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2
 
 
 def make(
     model: keras.Model, network: Callable, image_shape: tuple, precision: str, export: Callable
 ) -> Callable:
-    """What `runtimes.inductor_program` describes."""
-    # Inductor fails to pack int8, and chooses oneDNN for products of an unknown size: so even a
-    # batch of one stays unknown.
+    """Compiles or loads a program; see `runtimes.inductor_program` for the arguments."""
+    # Inductor fails to prepack int8 weights. It chooses oneDNN for GEMMs of dynamic size, so the
+    # batch axis stays dynamic even for a batch of one.
     packed = all(keras.backend.is_float_dtype(weight.dtype) for weight in model.weights)
     if not packed or keras.ops.zeros(()).device.type != "cpu":
         return compile_program(export, packed)[0]
@@ -61,34 +62,36 @@ def make(
 
 
 class Program:
-    """What Inductor wrote.
+    """A program that Inductor generated.
 
     Args:
-        module: that has `call`, a function of a list: the batch's size and the images.
-        path: of its source.
+        module: the generated module, whose `call` takes a list: the batch size and the images.
+        path: path of its source.
         constants: its tensors by name.
-        structure: of the model's outputs.
+        structure: nested structure of the model's outputs.
     """
 
     def __init__(self, module, path: str, constants: dict, structure):
+        """Stores the module and what `keep` needs to cache it."""
         self.module, self.path, self.constants, self.structure = module, path, constants, structure
 
     def __call__(self, images):
+        """Returns the model's outputs for images `(batch, *image_shape)`."""
         outputs = self.module.call([images.shape[0], images.contiguous()])
         return keras.tree.pack_sequence_as(self.structure, list(outputs))
 
 
 def compile_program(export: Callable, packed: bool, structure=None):
-    """Compile for batches of any size.
+    """Compiles a network for any batch size.
 
     Args:
-        export: gives a function of `torch.compile`, not called before, and a batch of two images.
-        packed: whether to pack the weights, as constants of the program.
-        structure: of the outputs, with anything as leaves, where a `Program` is wanted.
+        export: function that returns a new function of `torch.compile` and a batch of two images.
+        packed: whether to freeze the weights, as prepacked constants of the program.
+        structure: nested structure of the outputs. Defaults to `None`: return no `Program`.
 
     Returns:
-        The function, compiled, and what Inductor wrote for it as a `Program`: None where none is
-        wanted, or Inductor's module is not as it is known here.
+        The compiled function, and its `Program`. The latter is `None` without `structure`, or if
+        the generated module is not of the expected form.
     """
     function, images = export()
     with (
@@ -96,11 +99,11 @@ def compile_program(export: Callable, packed: bool, structure=None):
         symbols.patch(backed_size_oblivious=True),
         recording() as written,
     ):
-        torch._dynamo.maybe_mark_dynamic(images, 0)  # to the program, whatever batch comes first
+        torch._dynamo.maybe_mark_dynamic(images, 0)  # Do not specialize for the first batch size.
         expected = function(images)
     if structure is None:
         return function, None
-    with contextlib.suppress(Exception):  # of whatever kind another module raises
+    with contextlib.suppress(Exception):  # A module of another form may raise anything.
         ((module, path, constants),) = written
         program = Program(module, path, constants, structure)
         pairs = zip(*map(keras.tree.flatten, (program(images), expected)), strict=True)
@@ -111,7 +114,7 @@ def compile_program(export: Callable, packed: bool, structure=None):
 
 @contextlib.contextmanager
 def recording() -> Iterator[list]:
-    """Within the context, what Inductor writes is noted: modules, their paths and constants."""
+    """Returns a context that records the modules Inductor loads, their paths and constants."""
     written, load = [], PyCodeCache.__dict__["load_by_key_path"]
 
     def record(cls, key, path, linemap=None, attrs=None):
@@ -127,17 +130,26 @@ def recording() -> Iterator[list]:
 
 
 def path_of(model: keras.Model, image_shape: tuple, precision: str) -> str | None:
-    """Where the program of a model with its weights is kept; None if it cannot be told apart."""
+    """Returns the cache path of a model's program, or `None` if the model cannot be identified.
+
+    The file name is a hash of the model's config and weights, versions, CPU features, number of
+    threads, settings of Inductor and this package's sources.
+
+    Args:
+        model: a Keras model.
+        image_shape: shape of an image, without the batch axis.
+        precision: dtype of the matrix products.
+    """
     instructions = sorted(processor.features())
     if not instructions:
         return None
     try:
         network = model.to_json()
-    except Exception:  # of whatever kind a user's layer raises
+    except Exception:  # A user's layer may raise anything.
         return None
     sources = [*native.FOLDER.glob("*"), *(native.FOLDER.parent / "layers").glob("*.py")]
     environment = {k: v for k, v in os.environ.items() if k.startswith("TORCHINDUCTOR_")}
-    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # which Inductor itself sets
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # Inductor itself sets it.
     settings = {
         "releases": [torch.__version__, keras.__version__],
         "machine": [platform.machine(), *instructions, torch.get_num_threads()],
@@ -147,21 +159,21 @@ def path_of(model: keras.Model, image_shape: tuple, precision: str) -> str | Non
         "sources": [path.read_text("utf-8") for path in sorted(sources) if path.is_file()],
     }
     digest = hashlib.sha256(json.dumps([network, settings]).encode())
-    for variable in model.weights:  # and not the states of random layers
+    for variable in model.weights:  # without the states of seed generators
         digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).view("uint8"))
     name = FILES.replace("*", digest.hexdigest()[:32])
     return os.path.join(native.cache_folder(), name)
 
 
 def keep(program: Program, path: str) -> None:
-    """Write a program, unless it cannot be kept."""
-    with contextlib.suppress(Exception):  # no place for it, or tensors of other kinds
+    """Writes a program to the cache, if possible, and evicts the least recently used ones."""
+    with contextlib.suppress(Exception):  # The cache is not writable, or a tensor not supported.
         tensors, layouts = {}, {}
         for name, tensor in program.constants.items():
             plain = tensor.to_dense() if tensor.is_mkldnn else tensor
             layouts[name] = [tensor.is_mkldnn, list(plain.shape), list(plain.stride())]
             for axis, stride in enumerate(plain.stride()):
-                plain = plain if stride else plain.narrow(axis, 0, 1)  # the rest repeats it
+                plain = plain if stride else plain.narrow(axis, 0, 1)  # Undo broadcasting.
             tensors[name] = plain.clone(memory_format=torch.contiguous_format)
         source = Path(program.path).read_text("utf-8")
         metadata = {"source": source, "layouts": json.dumps(layouts)}
@@ -178,9 +190,9 @@ def keep(program: Program, path: str) -> None:
 
 
 def find(path: str, structure) -> Program | None:
-    """The program that another process kept, if there is one and it is whole."""
-    with contextlib.suppress(Exception):  # damaged, or not taken any more
-        if not cache.is_regular(path):  # a FIFO would be waited for
+    """Loads a cached program, or returns `None` if it is missing, damaged or incompatible."""
+    with contextlib.suppress(Exception):  # A damaged file may raise anything.
+        if not cache.is_regular(path):  # Opening a FIFO would block.
             return None
         with safe_open(path, "pt") as file:
             told = file.metadata()
@@ -197,15 +209,16 @@ def find(path: str, structure) -> Program | None:
 
 
 def instructions_that_work() -> list[str]:
-    """The kinds of vectors that Inductor can compile for, the best first."""
+    """Returns the vector ISAs that Inductor's probe found to work, the best first."""
     return [str(kind) for kind in cpu_vec_isa.valid_vec_isa_list()]
 
 
 def take_for_working(instructions: list[str]) -> None:
-    """Spare Inductor a second of processes that try what another process found to work.
+    """Seeds Inductor's probe of vector ISAs with a cached result, which saves about a second.
 
     Args:
-        instructions: what `instructions_that_work` gave that process, on a processor of the same.
+        instructions: the result of `instructions_that_work` in another process, on a CPU with the
+            same features.
     """
     with config.patch({"cpp.vec_isa_ok": True}):
         if instructions_that_work() != instructions:
@@ -213,23 +226,23 @@ def take_for_working(instructions: list[str]) -> None:
 
 
 def unpacked(tensor, packed, shape, strides):
-    """A tensor of the strides that the program takes it to have, packed for oneDNN if it was."""
+    """Restores a constant's shape and strides, and prepacks it for oneDNN if it was packed."""
     laid_out = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
     tensor = laid_out.copy_(tensor).expand(shape)
     return torch.ops.mkldnn._reorder_linear_weight(tensor) if packed else tensor
 
 
 def agrees(program: Callable, images, expected, precision: str) -> bool:
-    """Whether a program predicts for the first of some images, alone and among all, what it should.
+    """Returns whether a program's outputs match the model's, for a batch of one and of several.
 
     Args:
-        program: to be tried.
-        images: of any contents.
-        expected: what the model predicts for the first.
-        precision: in which the program multiplies.
+        program: the program to check.
+        images: a batch of images, `(batch, *image_shape)`.
+        expected: the model's outputs for the first image.
+        precision: dtype of the matrix products, which determines the tolerance.
     """
     tolerance = TOLERANCE if precision in ("float32", "float64") else TOLERANCE_OF_HALF
-    with contextlib.suppress(Exception):  # of whatever kind a program raises that does not fit
+    with contextlib.suppress(Exception):  # A program that does not fit may raise anything.
         for given in (images[:1], images):
             pairs = zip(*map(keras.tree.flatten, (program(given), expected)), strict=True)
             for found, wanted in pairs:
@@ -242,7 +255,7 @@ def agrees(program: Callable, images, expected, precision: str) -> bool:
 
 
 def checksum(told: dict, tensors: dict) -> str:
-    """Of what a file holds: its metadata, and its tensors with their names, types and shapes."""
+    """Returns the SHA-256 of a file's metadata and of its tensors, names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name in ("source", "layouts", "instructions"):
         digest.update(json.dumps([name, told[name]]).encode())

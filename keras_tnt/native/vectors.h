@@ -1,4 +1,7 @@
-// What is computed on whole vectors of the processor: the largest of two, e^x, GELU, transposes.
+// SIMD primitives on one vector register of float32 (`lanes`: 16 with AVX-512, 8 with AVX, else 4):
+// loads and stores with a tail count, max, exp, exact (erf-based) GELU with its derivative, and
+// in-register transposes. Written with the vector extensions of GCC and Clang instead of
+// intrinsics.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,10 +19,11 @@ constexpr int lanes = 8;
 constexpr int lanes = 4;
 #endif
 
-// GCC's and Clang's vectors: operators work on all lanes, and a number among them on each.
+// Vector extensions of GCC and Clang: operators are elementwise, and a scalar operand is broadcast.
 typedef float Vec __attribute__((vector_size(4 * lanes)));
 typedef int32_t Bits __attribute__((vector_size(4 * lanes)));
 
+// Broadcasts x to all lanes (`set1`).
 inline Vec all(float x) { return x - Vec{}; }
 
 inline Vec load(const float* from) {
@@ -30,7 +34,7 @@ inline Vec load(const float* from) {
 
 inline void store(Vec x, float* to) { std::memcpy(to, &x, sizeof x); }
 
-// The first numbers of a vector, zeros behind them.
+// Loads the first `count` lanes and fills the tail with zeros.
 inline Vec load(const float* from, int64_t count) {
   if (count == lanes) return load(from);
   Vec x = {};
@@ -43,14 +47,14 @@ inline void store(Vec x, float* to, int64_t count) {
   std::memcpy(to, &x, count * sizeof *to);
 }
 
-// The larger of the two; y where either is NaN.
+// Elementwise max; returns y where either is NaN, as MAXPS does.
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 
-// e^x for x <= 0, within 2 units in the last place: e^x = 2^n e^r with |r| <= ln(2) / 2, and
-// Taylor's polynomial for e^r.
+// e^x for x <= 0, to 2 ulp, clamped at e^-87. Cody-Waite range reduction: e^x = 2^n e^r with
+// |r| <= ln(2) / 2 and ln(2) split into two floats, then the Taylor polynomial of degree 7 for e^r.
 inline Vec exp(Vec x) {
   x = larger(all(-87.0f), x);
-  const Vec shift = all(12582912.0f);  // 1.5 * 2^23: added and taken off, it rounds
+  const Vec shift = all(12582912.0f);  // Adding and subtracting 1.5 * 2^23 rounds to an integer.
   const Vec shifted = x * 1.44269504f + shift, n = shifted - shift;
   const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   Vec y = r * (1.0f / 5040) + 1.0f / 720;
@@ -63,8 +67,9 @@ inline Vec exp(Vec x) {
   return (Vec)((Bits)y + ((Bits)shifted << 23));
 }
 
-// Phi(-s) for s >= 0, within 5e-8 of its value before rounding: e^(-s^2 / 2) t P(u) with a polynomial
-// P that coefficients.py, beside this file, derives.
+// Phi(-s), the lower tail of the standard normal distribution, for s >= 0, to a relative error of
+// 5e-8 before rounding: e^(-s^2 / 2) t P(u), with a polynomial P of degree 8 that coefficients.py
+// fits.
 inline Vec normal_tail(Vec s) {
   constexpr float shift = 2.9f;
   const Vec t = 1.0f / (s + shift), u = 1.0f - 2.0f * shift * t;
@@ -79,20 +84,21 @@ inline Vec normal_tail(Vec s) {
   return t * y * exp(s * s * -0.5f);
 }
 
-// x Phi(x) = max(x, 0) - s Phi(-s) with s = |x|.
+// Exact GELU: x Phi(x) = max(x, 0) - s Phi(-s) with s = |x|.
 inline Vec gelu(Vec x) {
   const Vec s = larger(x, -x);
   return larger(x, Vec{}) - s * normal_tail(s);
 }
 
-// The derivative of GELU, Phi(x) + x phi(x); x itself becomes GELU of x.
+// Returns the derivative of GELU, Phi(x) + x phi(x), and replaces x by GELU(x).
 inline Vec gelu_gradient(Vec& x) {
   const Vec value = x, s = larger(value, -value), tail = normal_tail(s);
   x = larger(value, Vec{}) - s * tail;
   return (value > 0.0f ? 1.0f - tail : tail) + value * exp(s * s * -0.5f) * 0.398942280f;
 }
 
-// Exchanges the upper of each two runs of `step` lanes of a for the lower of b.
+// Butterfly step of the transpose: in each group of 2 * `step` lanes, swaps the upper half of a
+// with the lower half of b.
 template <int step, int... lane>
 inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, lane...>) {
   const Vec x = a, y = b;
@@ -105,6 +111,7 @@ inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, lane...>) {
 #endif
 }
 
+// Transposes a (lanes, lanes) block in registers, in log2(lanes) butterfly steps.
 template <int step = lanes / 2>
 inline void transpose(Vec (&rows)[lanes]) {
 #pragma GCC unroll 16
@@ -114,7 +121,7 @@ inline void transpose(Vec (&rows)[lanes]) {
   if constexpr (step > 1) transpose<step / 2>(rows);
 }
 
-// to[j * to_row + i] = from[i * from_row + j] for i < rows, j < columns.
+// Blocked transpose: to[j * to_row + i] = from[i * from_row + j] for i < rows, j < columns.
 inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
                       int64_t to_row) {
   if (rows < lanes || columns < lanes) {
@@ -124,7 +131,7 @@ inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t
   }
   for (int64_t i = 0; i < rows; i += lanes)
     for (int64_t j = 0; j < columns; j += lanes) {
-      // The last ones end with the matrix, over what was written before.
+      // The last blocks end with the matrix, and overlap the ones before instead of masking a tail.
       const int64_t top = std::min(i, rows - lanes), left = std::min(j, columns - lanes);
       Vec block[lanes];
 #pragma GCC unroll 16

@@ -1,8 +1,18 @@
-// XLA's custom calls, for JAX and TensorFlow. Operands are words `(..., words, dim)`, tokens `(batch,
-// tokens, dim)` or the words of each patch side by side, `(batch, patches, inputs)`; the weights in the
-// order of `Weights` or `PatchWeights`; and, if a branch may be skipped, `keep`. In the gradient's calls
-// what is to be propagated back, and what the forward pass kept, stand in front. Those of the inner
-// transformer are kernels of one size each, which the attribute `kernel` names.
+// XLA custom calls (FFI handlers on the CPU) of TNT's kernels, for JAX and TensorFlow: the inner
+// (word) transformer block, the outer (patch) block and the word-to-patch projection, forward and
+// backward in float32, and forward only with bfloat16 GEMMs.
+//
+// Operands of a forward call: words (..., words, dim), tokens (batch, tokens, dim) or concatenated
+// words (batch, patches, inputs), in float32; the weights in the order of `Weights` or
+// `PatchWeights`; for the blocks an optional last operand, `keep`, the drop-path multipliers (2,
+// batch, patches) or (2, batch). Results: the output and, for training the outer block and the
+// projection, the saved activations. A backward call has the gradient of the output and the saved
+// activations, if any, in front of the same operands, and returns the gradients of the input and of
+// all weights.
+//
+// The inner block is specialized for its sizes at compile time: the attribute `kernel` names one of
+// the libraries of kernel.cpp that were registered by `keras_tnt_add_kernel`. The others read their
+// sizes off the operands and attributes.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -31,13 +41,15 @@ using Numbers = ffi::Buffer<ffi::F32>;
 static std::mutex guard;
 static std::map<std::string, const Kernel*, std::less<>> kernels;
 
+// Registers the function table of a library of kernel.cpp under the name of its sizes.
 extern "C" void keras_tnt_add_kernel(const char* name, const Kernel* kernel) {
   std::lock_guard<std::mutex> lock(guard);
   kernels[name] = kernel;
 }
 
-// Calls part(i) for each i from 0 to before `parts`. Whoever is free takes the next; the calling
-// thread too, so that it waits for none that no one has begun.
+// parallel_for with dynamic scheduling: calls part(i) for i in [0, parts) on XLA's intra-op thread
+// pool. The calling thread takes items, too, so that it never waits for one that has not started:
+// the pool's threads may all be busy, or waiting in custom calls themselves.
 template <typename Part>
 static void share(ffi::ThreadPool pool, int64_t parts, Part part) {
   struct Work {
@@ -58,20 +70,22 @@ static void share(ffi::ThreadPool pool, int64_t parts, Part part) {
   while (work->done.load() < parts) std::this_thread::yield();
 }
 
-// Programs come from other processes, too, and hold whatever shapes: each is compared before a pointer
-// is used.
+// Programs may come from other processes or files, so all shapes are validated before a pointer is
+// used.
 static ffi::Error refuse(const std::string& what) {
   return ffi::Error::InvalidArgument("keras_tnt's custom call was given " + what + ".");
 }
 
-// Leaves the function with the error of what failed.
+// Returns the error of a failed call from the enclosing function.
 #define TRY(...) \
   if (ffi::Error error = (__VA_ARGS__); error.failure()) return error
 
 #define REFUSE_UNLESS(condition, what) \
   if (!(condition)) return refuse(what)
 
-// Fills in pointers to the weights, and `keep`: null where every branch is computed.
+// Validates the shapes of the weights and fills in pointers to them, and to the drop-path
+// multipliers `keep` of `keep_size` elements: null if the operand is absent. keep_size 0: it must
+// be absent.
 template <size_t count>
 static ffi::Error read_weights(ffi::RemainingArgs rest,
                                const std::array<WeightShape, count>& shapes, size_t keep_size,
@@ -94,7 +108,7 @@ static ffi::Error read_weights(ffi::RemainingArgs rest,
   return ffi::Error::Success();
 }
 
-// Fills in pointers to where the gradients of the weights go.
+// Validates the results that receive the gradients of the weights, and fills in pointers to them.
 template <size_t count>
 static ffi::Error read_gradients(ffi::RemainingRets rest,
                                  const std::array<WeightShape, count>& shapes,
@@ -115,7 +129,7 @@ static bool same_size(Numbers a, Numbers b) { return a.element_count() == b.elem
 
 // === The inner transformer ===
 
-// What both calls are given, but for the words.
+// Operands that the forward and the backward call share, validated.
 struct Call {
   const Kernel* kernel;
   std::array<WeightShape, weight_count> shapes;
@@ -155,8 +169,8 @@ static ffi::Error run(ffi::ThreadPool pool, std::string_view name, float epsilon
   return ffi::Error::Success();
 }
 
-// The weights' gradients are summed in rows that do not depend on the threads, and so equal calls
-// give equal sums.
+// The gradients of the weights accumulate in at most 64 rows, one per task, whatever the number of
+// threads, and are reduced in order: results are deterministic.
 static ffi::Error run_gradient(ffi::ThreadPool pool, std::string_view name, float epsilon,
                                Numbers dout, Numbers in, ffi::RemainingArgs rest,
                                ffi::Result<Numbers> din, ffi::RemainingRets gradients) {
@@ -180,10 +194,12 @@ static ffi::Error run_gradient(ffi::ThreadPool pool, std::string_view name, floa
 
 // === The outer transformer ===
 
+// parallel_for with the signature of `outer::Parallel`.
 static void share_with(void* pool, int64_t parts, void (*part)(void*, int64_t), void* data) {
   share(*static_cast<ffi::ThreadPool*>(pool), parts, [=](int64_t i) { part(data, i); });
 }
 
+// As `Call`, for tokens (images, tokens, dim).
 struct OuterCall {
   outer::Sizes sizes;
   std::array<WeightShape, weight_count> shapes;
@@ -210,8 +226,9 @@ struct OuterCall {
   }
 };
 
-// What making a program took, hundreds of MiB, is given back before its first step takes as much. A
-// program is known by the shape of its tokens.
+// Returns the memory that XLA compilation freed, hundreds of MiB, to the system (malloc_trim)
+// before the first step of a program, to lower the peak RSS. A program is identified by the shape
+// of its tokens.
 static void give_back_before_first_step([[maybe_unused]] Numbers tokens) {
 #ifdef __GLIBC__
   static auto& seen = *new std::set<std::vector<int64_t>>;
@@ -267,6 +284,7 @@ static ffi::Error run_outer_half(ffi::ThreadPool pool, int64_t heads, float epsi
 
 // === From words to patches ===
 
+// As `Call`, for concatenated words (images, patches, inputs).
 struct PatchesCall {
   static constexpr size_t count = count_of<PatchWeights>;
   patches::Sizes sizes;
@@ -339,7 +357,8 @@ static ffi::Error run_patches_half(ffi::ThreadPool pool, float epsilon, Numbers 
 #define INNER() CALL().Attr<std::string_view>("kernel").Attr<float>("epsilon")
 #define OUTER() CALL().Attr<int64_t>("heads").Attr<float>("epsilon")
 #define PATCHES() CALL().Attr<float>("epsilon")
-// Operands and results. Where the forward pass keeps something it is one more of either.
+// Operands and results. Saved activations are one more result of the forward pass, and one more
+// operand of the backward pass.
 #define FORWARD() Arg<Numbers>().RemainingArgs().Ret<Numbers>()
 #define GRADIENT() Arg<Numbers>().Arg<Numbers>().RemainingArgs().Ret<Numbers>().RemainingRets()
 

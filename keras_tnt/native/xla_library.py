@@ -1,4 +1,7 @@
-"""The C++ of XLA's custom calls: one library, and to it a kernel of each inner transformer."""
+"""Loads the library of XLA custom calls (xla.cpp), and registers inner kernels (kernel.cpp) in it.
+
+`jax_operator` and `tensorflow_operator` share it.
+"""
 
 import ctypes
 
@@ -6,36 +9,38 @@ from keras_tnt import native
 
 
 def targets(sizes: native.Sizes) -> tuple[str, str | None]:
-    """What xla.cpp calls its functions, and a framework the custom calls: forward and gradient.
+    """Returns the names of the XLA custom calls of the forward and the backward pass.
 
-    Where there is none for the gradient, it is computed in plain operations.
+    They are also the names of the functions in xla.cpp. The bfloat16 kernels have no backward pass:
+    `None`, so that the gradient is that of the reference implementation.
     """
     name = f"keras_tnt_{sizes.part}"
     return name, None if sizes.half else f"{name}_gradient"
 
 
 def kept_count(sizes: native.Sizes) -> int:
-    """How many operands of the gradient are what the forward pass kept."""
+    """Returns the number of saved activations, operands of the backward pass."""
     return len(sizes.kept((1, 1, 1)))
 
 
 def inputs_count(sizes: native.Sizes) -> int:
-    """How many operands of the forward pass have a gradient: x and the weights."""
+    """Returns the number of differentiable operands of the forward pass: x and the weights."""
     return 1 + len(sizes.weights._fields)
 
 
 def load(sizes: native.Sizes, *settings: str) -> ctypes.CDLL | None:
-    """The library of the custom calls, which from now on finds the kernel of an inner transformer.
+    """Loads the library of custom calls and, for an inner transformer, registers its kernel.
 
     Args:
-        sizes: of what is computed.
-        settings: arguments for the compiler: where a framework has XLA's headers, and the like.
+        sizes: the kernel that is needed.
+        *settings: arguments for the compiler, such as the include directory of XLA's headers.
 
     Returns:
-        The library; None, with a warning, where it cannot be had.
+        The library. If it cannot be compiled or loaded, `None`, with a warning.
 
     Raises:
-        AttributeError: if the compiler knows no instructions for what is computed.
+        AttributeError: if the library lacks a custom call, because the compiler does not target
+            AVX512-BF16.
     """
     library = native.library("xla.cpp", None, *settings)
     if library is None:
