@@ -13,7 +13,7 @@ FIRST = 10  # first updates, ignored because the moving average is still noisy
 
 
 def find_learning_rate(run, training_batches):
-    """Trains with exponentially growing learning rates until the loss diverges, and suggests a rate.
+    """Trains with exponentially growing learning rates until the loss diverges; suggests a rate.
 
     It suggests a tenth of the rate with the lowest smoothed loss, where the loss falls steeply, at
     a safe distance from divergence. The first `FIRST` updates are ignored, because their average is
