@@ -39,7 +39,7 @@ class Predictions:
 
     @property
     def right(self):
-        """Whether the top-1 prediction is correct, booleans (n,)."""
+        """Correctness of the top-1 predictions, booleans (n,)."""
         return self.classes[:, 0] == self.labels
 
 

@@ -76,7 +76,7 @@ def webdataset(config, held_out):
 
 
 def read_member(shard, offset, size):
-    """Returns the bytes of a member; opens the file anew, so that threads share nothing."""
+    """Returns the bytes of a member; reopens the shard, so that threads share no descriptor."""
     file = os.open(shard, os.O_RDONLY)
     try:
         data = os.pread(file, size, offset)
