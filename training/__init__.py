@@ -1,1 +1,1 @@
-"""The trainer: `train.py`, `evaluate.py` and the modules that they use."""
+"""Trainer: `train.py`, `evaluate.py` and the modules that they use."""

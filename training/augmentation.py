@@ -1,9 +1,9 @@
-"""What happens to an image before it reaches the model, op by op, in plain TensorFlow.
+"""Image augmentation in TensorFlow ops, from decoding to the model's input.
 
-Images are uint8 (height, width, 3) throughout. Each random op is a pure function of its seed, so
-that an image's augmentation depends on (seed, epoch, place in the epoch) and on nothing else.
-The ops equal Pillow's of the same name to within 1 of 255: the published recipes were trained on
-Pillow's pixels, through timm 0.3.2 and DeiT's `augment.py`.
+Images are uint8 (height, width, 3). Each random op is a pure function of its seed, so that an
+image's augmentation depends only on (seed, epoch, position in the epoch). The ops match Pillow's of
+the same name to within 1 of 255, because the published recipes were trained on Pillow's pixels,
+through timm 0.3.2 and DeiT's `augment.py`.
 """
 
 import math
@@ -22,7 +22,17 @@ from keras_tnt.export.image import (
 
 
 def resize(image, size, bicubic=True):
-    """Resizes with antialiasing, as Pillow does; bilinear unless `bicubic`, a bool or a tensor."""
+    """Resizes with antialiasing, as Pillow does.
+
+    Args:
+        image: (height, width, channels), any numeric dtype.
+        size: (height, width) of the result.
+        bicubic: Whether to interpolate bicubically, else bilinearly; a bool or a scalar tensor.
+            Defaults to `True`.
+
+    Returns:
+        uint8 (*size, channels).
+    """
     image = choose(
         bicubic,
         lambda: tf.image.resize(image, size, method="bicubic", antialias=True),
@@ -32,11 +42,14 @@ def resize(image, size, bicubic=True):
 
 
 def cut(image, choose_box):
-    """Cuts a part out of an image, or of the bytes of one, which are decoded just there.
+    """Crops an image; of encoded bytes only the crop is decoded.
 
     Args:
-        image: uint8 (height, width, 3), or bytes.
-        choose_box: function from (height, width) to int32 (top, left, height, width).
+        image: uint8 (height, width, 3), or encoded bytes, a string tensor.
+        choose_box: Function from (height, width) to int32 (top, left, height, width).
+
+    Returns:
+        uint8 (height, width, 3).
     """
     if image.dtype == tf.string:
         return decode_and_crop(image, choose_box)
@@ -45,14 +58,15 @@ def cut(image, choose_box):
 
 
 def inception_box(shape, seed, min_area, ratio=(3 / 4, 4 / 3), attempts=10):
-    """A box of random area and aspect, the first of some draws that fits (Inception's crop).
+    """Draws a box of random area and aspect ratio (Inception's random resized crop).
 
     Args:
         shape: (height, width).
-        seed: integer tensor (2,).
-        min_area: smallest share of the image's area.
-        ratio: smallest and largest width over height.
-        attempts: draws before the middle of the image, as large as `ratio` lets, is taken.
+        seed: Integer tensor (2,).
+        min_area: Smallest share of the image's area.
+        ratio: Smallest and largest aspect ratio, width over height. Defaults to (3/4, 4/3).
+        attempts: Number of draws, of which the first that fits is used; if none does, the largest
+            center crop within `ratio`. Defaults to 10.
 
     Returns:
         int32 (top, left, height, width).
@@ -76,15 +90,16 @@ def inception_box(shape, seed, min_area, ratio=(3 / 4, 4 / 3), attempts=10):
 
 
 def simple_random_crop(image, seed, size, padding=4):
-    """Resizes an image to cover `size`, pads it by reflection, and crops it at a random place.
+    """Resizes an image to cover `size`, pads it by reflection, and crops it at a random position.
 
-    This is DeiT III's simple random crop (SRC), which keeps the aspect ratio and most of the image.
+    This is DeiT III's simple random crop (SRC), which preserves the aspect ratio and most of the
+    image.
 
     Args:
         image: uint8 (height, width, 3).
-        seed: integer tensor (2,).
+        seed: Integer tensor (2,).
         size: (height, width) of the result.
-        padding: pixels added to each side. Defaults to DeiT's 4.
+        padding: Pixels added to each side. Defaults to DeiT's 4.
 
     Returns:
         uint8 (*size, 3).
@@ -101,13 +116,13 @@ def simple_random_crop(image, seed, size, padding=4):
 
 
 def evaluation_image(image, crop, size):
-    """The middle of an image, as the published results were measured.
+    """Resizes and center-crops an image, as the published results were measured.
 
-    The image is resized so that `crop` of the shorter side is what `size` shows, and cut.
+    The image is resized so that `size` covers the share `crop` of its shorter side.
 
     Args:
-        image: uint8 (height, width, 3), or bytes.
-        crop: share of the side, in (0, 1].
+        image: uint8 (height, width, 3), or encoded bytes.
+        crop: Share of the side, in (0, 1].
         size: (height, width) of the result.
 
     Returns:
@@ -121,14 +136,14 @@ def evaluation_image(image, crop, size):
 
 
 def training_image(image, seed, config, size, fill):
-    """Crops, flips and augments an image as the configuration says.
+    """Crops, flips and augments an image as configured.
 
     Args:
-        image: uint8 (height, width, 3), or bytes.
+        image: uint8 (height, width, 3), or encoded bytes.
         seed: int64 (2,).
-        config: a `training.configuration.Config`.
+        config: A `training.configuration.Config`.
         size: (height, width) of the result.
-        fill: colour that geometric ops fill in with.
+        fill: Color that geometric ops fill in.
 
     Returns:
         uint8 (*size, 3).
@@ -162,7 +177,16 @@ def training_image(image, seed, config, size, fill):
 
 
 def shift(image, seed, reach):
-    """Move an image by up to `reach` pixels each way; black fills in."""
+    """Translates an image by a random offset of up to `reach` pixels along each axis.
+
+    Args:
+        image: uint8 (height, width, 3).
+        seed: Integer tensor (2,).
+        reach: Largest offset in pixels.
+
+    Returns:
+        uint8 of the same shape, black where the image moved away.
+    """
     height, width, channels = image.shape
     padded = tf.pad(image, [[reach, reach], [reach, reach], [0, 0]])
     offset = tf.random.stateless_uniform([2], seed, 0, 2 * reach + 1, tf.int32)
@@ -176,8 +200,8 @@ def color_jitter(image, seed, strength):
 
     Args:
         image: uint8 (height, width, 3).
-        seed: integer tensor (2,).
-        strength: each factor is drawn from 1 - strength, at least 0, to 1 + strength.
+        seed: Integer tensor (2,).
+        strength: Each factor is drawn from [max(0, 1 - strength), 1 + strength].
     """
     seeds = tf.random.experimental.stateless_split(seed, 2)
     factors = tf.random.stateless_uniform([3], seeds[0], max(0.0, 1 - strength), 1 + strength)
@@ -194,11 +218,11 @@ def color_jitter(image, seed, strength):
 def three_augment(image, seed):
     """Applies one of grayscale, solarization and Gaussian blur (DeiT III's 3-Augment).
 
-    Each has the probability 1/3. The color jitter that follows in DeiT III is `color_jitter`.
+    Each has probability 1/3. The color jitter that follows in DeiT III is `color_jitter`.
 
     Args:
         image: uint8 (height, width, 3).
-        seed: integer tensor (2,).
+        seed: Integer tensor (2,).
     """
     seeds = tf.random.experimental.stateless_split(seed, 2)
     chosen = tf.random.stateless_uniform([], seeds[0], 0, 3, tf.int32)
@@ -215,14 +239,19 @@ def three_augment(image, seed):
 
 
 def draw_bicubic(interpolation, seed):
-    """Returns whether to interpolate bicubically: a bool, or for "random" a tensor of even odds."""
+    """Returns whether to interpolate bicubically, a bool, or for "random" a tensor with even odds.
+
+    Args:
+        interpolation: "bicubic", "bilinear" or "random".
+        seed: Integer tensor (2,), for "random".
+    """
     if interpolation == "random":
         return tf.random.stateless_uniform([], seed) < 0.5
     return interpolation == "bicubic"
 
 
 def choose(condition, if_true, if_false):
-    """Returns `tf.cond`'s result; a Python bool leaves the other branch out of the graph."""
+    """Returns `tf.cond`'s result; for a Python bool only the chosen branch is traced."""
     if isinstance(condition, bool):
         return if_true() if condition else if_false()
     return tf.cond(condition, if_true, if_false)
@@ -231,31 +260,43 @@ def choose(condition, if_true, if_false):
 # === Pillow's ops ===
 
 MAX_BLUR = 2.0  # largest radius of 3-Augment's Gaussian blur
-BOX_PASSES = 3  # box blurs that Pillow approximates a Gaussian blur by
+BOX_PASSES = 3  # number of box blurs that Pillow approximates a Gaussian blur by
 
 
 def blend(degenerate, image, factor):
-    """`factor` of the image and the rest of `degenerate`, cut to whole numbers in [0, 255]."""
+    """Extrapolates from a degenerate image through the image, as Pillow's `Image.blend`.
+
+    Args:
+        degenerate: Image at `factor` 0.
+        image: Image at `factor` 1, (height, width, 3).
+        factor: Number or scalar tensor.
+
+    Returns:
+        uint8 (height, width, 3), clipped to [0, 255] and truncated.
+    """
     degenerate, image = tf.cast(degenerate, tf.float32), tf.cast(image, tf.float32)
     return tf.cast(tf.clip_by_value(degenerate + factor * (image - degenerate), 0, 255), tf.uint8)
 
 
 def color(image, factor):
+    """Changes saturation: 0 is grayscale, 1 the image."""
     return blend(grey(image), image, factor)
 
 
 def contrast(image, factor):
-    # float64, for the sum over a large image has more digits than float32.
+    """Changes contrast: 0 is a uniform gray of the mean luminance, 1 the image."""
+    # float64, because the sum over a large image exceeds float32's precision.
     mean = tf.floor(tf.reduce_mean(tf.cast(grey(image), tf.float64)) + 0.5)
     return blend(tf.fill(tf.shape(image), tf.cast(mean, tf.float32)), image, factor)
 
 
 def brightness(image, factor):
+    """Changes brightness: 0 is black, 1 the image."""
     return blend(tf.zeros_like(image), image, factor)
 
 
 def sharpness(image, factor):
-    """Against a 3x3 smoothed image, whose border stays as it is."""
+    """Changes sharpness: 0 is the image smoothed by a 3x3 filter inside its border, 1 the image."""
     kernel = tf.constant([[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]]) / 13
     kernel = tf.tile(tf.reshape(kernel, (3, 3, 1, 1)), [1, 1, 3, 1])
     pixels = tf.cast(image, tf.float32)[None]
@@ -268,35 +309,41 @@ def sharpness(image, factor):
 
 
 def invert(image):
+    """Inverts each channel: 255 - image."""
     return 255 - image
 
 
 def posterize(image, bits):
-    """Keeps the highest `bits` bits of each channel; of 0 bits the image is black."""
-    # Not by shifts: a shift of a uint8 by 8 bits is undefined.
+    """Truncates each channel to its highest `bits` bits; 0 bits give a black image."""
+    # Not by shifting the image: a shift of a uint8 by 8 bits is undefined.
     unit = tf.bitwise.left_shift(1, 8 - bits)
     return tf.cast(tf.cast(image, tf.int32) // unit * unit, tf.uint8)
 
 
 def solarize(image, threshold):
-    """Invert what reaches `threshold`, 0 to 256."""
+    """Inverts values of at least `threshold`, 0 to 256."""
     return tf.where(tf.cast(image, tf.int32) < threshold, image, 255 - image)
 
 
 def solarize_add(image, addition):
-    """Add to what is below 128."""
+    """Adds to values below 128, saturating at 255."""
     pixels = tf.cast(image, tf.int32)
     return tf.where(image < 128, tf.cast(tf.minimum(pixels + addition, 255), tf.uint8), image)
 
 
 def look_up(image, tables):
-    """Each channel's pixels replaced by its table's values: tables (3, 256)."""
+    """Applies a lookup table to each channel.
+
+    Args:
+        image: uint8 (height, width, 3).
+        tables: Three integer tensors (256,).
+    """
     channels = [tf.gather(tables[c], tf.cast(image[..., c], tf.int32)) for c in range(3)]
     return tf.cast(tf.stack(channels, axis=-1), tf.uint8)
 
 
 def autocontrast(image):
-    """Stretch each channel to the whole range, in Pillow's double precision."""
+    """Stretches each channel to [0, 255], in Pillow's double precision."""
 
     def table(channel):
         low, high = (tf.cast(f(channel), tf.float64) for f in (tf.reduce_min, tf.reduce_max))
@@ -309,7 +356,7 @@ def autocontrast(image):
 
 
 def equalize(image):
-    """Spread each channel's values so that all are about as frequent."""
+    """Equalizes the histogram of each channel."""
 
     def table(channel):
         values = tf.reshape(tf.cast(channel, tf.int32), [-1])
@@ -324,15 +371,16 @@ def equalize(image):
 
 
 def gaussian_blur(image, radius, max_radius=MAX_BLUR):
-    """Blurs by three box blurs along each axis, each rounded to 8 bits, as Pillow does.
+    """Approximates a Gaussian blur by three box blurs along each axis, as Pillow does.
 
-    The boxes have fractional ends, so that their variances sum to `radius` squared (Gwosdek et al.,
-    "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering").
+    Each box blur is rounded to 8 bits. The boxes have fractional ends, so that their variances sum
+    to `radius` squared (Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by
+    Extended Box Filtering").
 
     Args:
         image: uint8 (height, width, 3).
-        radius: standard deviation in pixels, in (0, max_radius]; a number or a tensor.
-        max_radius: bounds the number of taps.
+        radius: Standard deviation in pixels, in (0, max_radius]; a number or a scalar tensor.
+        max_radius: Upper bound of `radius`, which sets the number of taps. Defaults to 2.
     """
     variance = tf.cast(radius, tf.float32) ** 2 / BOX_PASSES  # of one box
     whole = tf.floor((tf.sqrt(12 * variance + 1) - 1) / 2)  # pixels to each side that count fully
@@ -352,7 +400,7 @@ def gaussian_blur(image, radius, max_radius=MAX_BLUR):
                 weight * (padded[:, i : i + size] if axis else padded[i : i + size])
                 for i, weight in enumerate(weights)
             ]
-            # Halves go down: Pillow's fixed-point weights are cut off, never rounded up.
+            # Halves are rounded down, because Pillow's fixed-point weights are truncated.
             pixels = tf.floor(tf.add_n(taps) + 0.4999)
     return tf.cast(pixels, tf.uint8)
 
@@ -360,17 +408,17 @@ def gaussian_blur(image, radius, max_radius=MAX_BLUR):
 def affine(image, matrix, fill, bicubic=False):
     """Takes the pixel at (x, y) from (a x + b y + c, d x + e y + f), as Pillow's AFFINE does.
 
-    Pillow interpolates between pixels of the image, whose edge it replicates, and cuts the result
-    to whole numbers; where the source lies outside the image it writes `fill`, unblended. The
-    source is found in float64, for at the image's edge a rounding error decides between the two.
+    Pillow interpolates between pixels of the image, replicates its edge, and truncates the result
+    to integers. Outside of the image it writes `fill`, without blending. Source positions are
+    computed in float64, because at the image's edge a rounding error decides between the two.
 
     Args:
         image: uint8 (height, width, 3).
-        matrix: a to f, numbers or scalar tensors, for pixels whose centers lie at halves. An axis
-            whose row of it is the numbers of the identity is not interpolated.
-        fill: color of what lies outside.
-        bicubic: whether to interpolate bicubically (Keys' kernel with a = -1), else bilinearly; a
-            bool or a scalar tensor.
+        matrix: a to f, numbers or scalar tensors, for pixel centers at half-integers. An axis whose
+            row equals the identity's, as Python numbers, is not interpolated.
+        fill: Color outside of the image.
+        bicubic: Whether to interpolate bicubically (Keys' kernel with a = -1), else bilinearly; a
+            bool or a scalar tensor. Defaults to `False`.
     """
     height, width, _ = image.shape
     a, b, c, d, e, f = (double(value) for value in matrix)
@@ -382,7 +430,7 @@ def affine(image, matrix, fill, bicubic=False):
     beyond_left = tf.cast(source_x - 0.5 - left, tf.float32)[..., None]
     below_top = tf.cast(source_y - 0.5 - top, tf.float32)[..., None]
     left, top = tf.cast(left, tf.int32), tf.cast(top, tf.int32)
-    # A pixel's channels as one integer: gathering numbers is faster than gathering slices.
+    # A pixel's channels are packed into one integer: gathering scalars is faster than slices.
     packed = tf.reshape(tf.bitcast(tf.pad(image, [[0, 0], [0, 0], [0, 1]]), tf.int32), [-1])
 
     def pixels(row, column):
@@ -406,12 +454,12 @@ def affine(image, matrix, fill, bicubic=False):
 
 
 def double(value):
-    """Returns a number or tensor as float64; `tf.cast` would make float32 of a number first."""
+    """Returns a number or tensor as float64; `tf.cast` would convert a number to float32 first."""
     return tf.cast(value, tf.float64) if tf.is_tensor(value) else tf.constant(value, tf.float64)
 
 
 def identical(values, numbers):
-    """Returns whether values are these numbers, and none of them a tensor."""
+    """Returns whether `values` equals `numbers` and contains no tensor."""
     return not any(tf.is_tensor(value) for value in values) and tuple(values) == numbers
 
 
@@ -419,8 +467,8 @@ def interpolate(taps, distance):
     """Interpolates between one, two (linear) or four (cubic) neighbors.
 
     Args:
-        taps: neighbors along an axis, of which the first, or of four the second, lies at 0.
-        distance: where to interpolate, in [0, 1).
+        taps: Neighbors along an axis. Position 0 is the first, or of four the second.
+        distance: Position, in [0, 1).
     """
     if len(taps) == 1:
         return taps[0]
@@ -434,10 +482,17 @@ def interpolate(taps, distance):
 
 
 def rotate(image, degrees, fill, bicubic=False):
-    """Rotates counter-clockwise about the middle."""
+    """Rotates an image counterclockwise about its center.
+
+    Args:
+        image: uint8 (height, width, 3).
+        degrees: Angle, a number or a scalar tensor.
+        fill: Color outside of the image.
+        bicubic: As in `affine`. Defaults to `False`.
+    """
     height, width, _ = image.shape
     angle = -double(degrees) * (math.pi / 180)
-    # Pillow rounds to 15 digits, so that a right angle's cosine is 0.
+    # Pillow rounds to 15 decimals, so that the cosine of a right angle is 0.
     cosine, sine = (tf.round(value * 1e15) / 1e15 for value in (tf.cos(angle), tf.sin(angle)))
     x, y = width / 2, height / 2
     matrix = (
@@ -448,27 +503,32 @@ def rotate(image, degrees, fill, bicubic=False):
 
 
 def shear_x(image, factor, fill, bicubic=False):
+    """Shears an image horizontally: takes x from x + factor * y."""
     return affine(image, (1, double(factor), 0, 0, 1, 0), fill, bicubic)
 
 
 def shear_y(image, factor, fill, bicubic=False):
+    """Shears an image vertically: takes y from y + factor * x."""
     return affine(image, (1, 0, 0, double(factor), 1, 0), fill, bicubic)
 
 
 def translate_x(image, share, fill, bicubic=False):
+    """Translates an image horizontally: takes x from x + share * width."""
     return affine(image, (1, 0, double(share) * image.shape[1], 0, 1, 0), fill, bicubic)
 
 
 def translate_y(image, share, fill, bicubic=False):
+    """Translates an image vertically: takes y from y + share * height."""
     return affine(image, (1, 0, 0, 0, 1, double(share) * image.shape[0]), fill, bicubic)
 
 
 def whole_number(value):
+    """Returns a float tensor rounded down, as int32."""
     return tf.cast(tf.floor(value), tf.int32)
 
 
-# Each op at magnitude m in [0, 1] and sign s, with `fill` for what moves in: those that timm 0.3.2
-# calls `_RAND_INCREASING_TRANSFORMS` (timm/data/auto_augment.py, lines 558 to 575).
+# Each op at magnitude m in [0, 1] and sign s: `_RAND_INCREASING_TRANSFORMS` of timm 0.3.2
+# (timm/data/auto_augment.py, lines 558 to 575).
 RANDAUGMENT = (
     lambda x, m, s, fill, cubic: autocontrast(x),
     lambda x, m, s, fill, cubic: equalize(x),
@@ -502,12 +562,14 @@ def randaugment(
 
     Args:
         image: uint8 (height, width, 3).
-        seed: integer tensor (2,).
-        fill: color of what moves in.
-        interpolation: of geometric ops: bilinear, bicubic, or random, drawn for each op.
-        layers: ops an image, drawn with replacement.
-        magnitude, deviation: mean and standard deviation of the magnitude, which is cut to [0, 10].
-        probability: with which a drawn op is applied.
+        seed: Integer tensor (2,).
+        fill: Color that geometric ops fill in.
+        interpolation: Of geometric ops: "bilinear", "bicubic", or "random", drawn for each op.
+            Defaults to "bicubic".
+        layers: Number of ops per image, drawn with replacement. Defaults to 2.
+        magnitude: Mean of the magnitude, which is clipped to [0, 10]. Defaults to 9.
+        deviation: Standard deviation of the magnitude. Defaults to 0.5.
+        probability: Probability with which a drawn op is applied. Defaults to 0.5.
     """
     seeds = tf.random.experimental.stateless_split(seed, 4)
     ops = tf.random.stateless_uniform([layers], seeds[0], 0, len(RANDAUGMENT), tf.int32)
@@ -534,7 +596,18 @@ def randaugment(
 
 
 def erasing_box(seed, probability, size, area=(0.02, 1 / 3), ratio=0.3):
-    """Where random erasing (arXiv 1708.04896) erases: (top, bottom, left, right), or zeros."""
+    """Draws the box of random erasing (arXiv 1708.04896).
+
+    Args:
+        seed: Integer tensor (2,).
+        probability: Probability of erasing.
+        size: (height, width) of the image.
+        area: Smallest and largest share of the image's area. Defaults to (0.02, 1/3).
+        ratio: Smallest aspect ratio, of which the largest is the inverse. Defaults to 0.3.
+
+    Returns:
+        int32 (top, bottom, left, right), zeros if nothing is erased.
+    """
     seeds = tf.random.experimental.stateless_split(seed, 2)
     draws = tf.random.stateless_uniform([4, 10], seeds[0])
     height, width = size
@@ -552,7 +625,15 @@ def erasing_box(seed, probability, size, area=(0.02, 1 / 3), ratio=0.3):
 
 
 def box_mask(boxes, size):
-    """Which pixels lie in boxes (..., 4) of top, bottom, left, right: (..., height, width, 1)."""
+    """Returns a mask of the pixels inside of boxes.
+
+    Args:
+        boxes: Integers (..., 4): top, bottom, left, right.
+        size: (height, width).
+
+    Returns:
+        Booleans (..., height, width, 1).
+    """
     top, bottom, left, right = (boxes[..., i, None, None] for i in range(4))
     rows, columns = tf.range(size[0])[:, None], tf.range(size[1])[None, :]
     mask = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
@@ -560,12 +641,12 @@ def box_mask(boxes, size):
 
 
 def mix(x, kept):
-    """Mixes the rows of each group in pairs: row i with the last but i, as timm does.
+    """Mixes the rows of each group in pairs: row i with the i-th from the end, as timm does.
 
     Args:
-        x: float (batch, ...): groups of an equal number of rows, one after the other.
-        kept: float (groups, ...): share of a row that it keeps, the rest being its partner's. It
-            is broadcast over the rows of a group.
+        x: float (batch, ...), consecutive groups of equal size.
+        kept: float (groups, ...), lambda of mixup: the weight of the row itself, its partner's
+            being 1 - kept. It is broadcast over the rows of a group.
     """
     grouped = tf.reshape(x, (kept.shape[0], -1, *x.shape[1:]))
     kept = kept[:, None]

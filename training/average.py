@@ -1,8 +1,11 @@
-"""Average checkpoints of a run: python training/average.py --run=runs/x --last=5, or --best=3, or
-files: python training/average.py --run=runs/x runs/x/checkpoints/step_*.safetensors
+"""Averages checkpoints of a run (model soup), and writes the result into the run's directory.
 
-Writes averaged.keras, averaged.weights.h5 and averaged.json into the run. A run keeps the last
---keep checkpoints, that of its best evaluation, and under --keep_best=N those of the best N.
+    python training/average.py --run=runs/x --last=5
+    python training/average.py --run=runs/x --best=3
+    python training/average.py --run=runs/x runs/x/checkpoints/step_*.safetensors
+
+Writes averaged.keras, averaged.weights.h5 and averaged.json. A run retains the last --keep
+checkpoints, that of its best evaluation, and with --keep_best=N those of the best N.
 """
 
 import json
@@ -25,6 +28,7 @@ NAME = "averaged"
 
 
 def main(arguments):
+    """Averages as the flags say, and prints the result as text or JSON."""
     commands.say_backend(BACKEND)
     asked = flags.FLAGS
     for name in ("weights", "checkpoint", "report"):
@@ -55,26 +59,26 @@ def main(arguments):
 
 
 def average(run, last=None, best=None, files=(), ema=False, evaluate_with=None, progress=False):
-    """Averages the weights of checkpoints, moving statistics among them, in float64.
+    """Averages the weights of checkpoints, moving statistics included, in float64.
 
     Args:
-        run: Directory of the run, which says what model it is, and gets the result.
-        last: Number of the last checkpoints to average.
-        best: Number of the checkpoints of the best evaluations to average.
-        files: Paths to average in their place: checkpoints of the trainer, `.keras` or
-            `.weights.h5` files.
+        run: Directory of the run, which defines the model and receives the result.
+        last: Number of the last checkpoints to average. Defaults to `None`.
+        best: Number of the checkpoints of the best evaluations to average. Defaults to `None`.
+        files: Paths to average instead: checkpoints of the trainer, `.keras` or `.weights.h5`
+            files. Defaults to none.
         ema: Whether to average the moving averages of the weights (`--ema`) in the checkpoints.
-        evaluate_with: Fields of a `training.configuration.Config` under which to evaluate the
-            result on the held-out images; an empty dict for the run's own. If `None`, it is not
-            evaluated.
-        progress: Whether to print how far the evaluation is.
+            Defaults to `False`.
+        evaluate_with: Dict of `training.configuration.Config` fields with which to evaluate the
+            result on the held-out images; empty for the run's own. If `None`, it is not evaluated.
+        progress: Whether to print the progress of the evaluation. Defaults to `False`.
 
     Returns:
         A dict, as in `averaged.json`: `checkpoints`, `steps`, `ema`, `results` (`None` if not
         evaluated), `files`.
 
     Raises:
-        ValueError: If there are not as many checkpoints, or one is damaged or of another model.
+        ValueError: If there are fewer checkpoints, or one is damaged or of another model.
     """
     if not run:
         raise ValueError("give --run, the directory of the run that gets the average")
@@ -84,7 +88,7 @@ def average(run, last=None, best=None, files=(), ema=False, evaluate_with=None, 
     from training import models
 
     plain = models.build_plain(config, record["classes"], record.get("label_names"))
-    # The older result is no longer that of averaged.json.
+    # An older averaged.json is removed first, because it does not describe the new weights.
     described = Path(run) / f"{NAME}.json"
     values, steps = average_files(paths, plain, ema)
     for variable in plain.weights:
@@ -106,14 +110,22 @@ def average(run, last=None, best=None, files=(), ema=False, evaluate_with=None, 
     return result
 
 
-# === Which ones ===
+# === Selection ===
 
 
 def choose(run, last, best, files, ema):
     """Returns the paths to average.
 
+    Args:
+        run: Directory of the run, a `Path`.
+        last: Number of last checkpoints, or `None`.
+        best: Number of best checkpoints, or `None`.
+        files: List of paths.
+        ema: Whether checkpoints are ranked by the accuracy of the moving average.
+
     Raises:
-        ValueError: If it is not said which, or there are fewer.
+        ValueError: If not exactly one of `last`, `best` and `files` is given, or there are fewer
+            checkpoints.
     """
     asked = [
         name for name, value in (("--last", last), ("--best", best), ("files", files or None))
@@ -141,7 +153,15 @@ def last_checkpoints(run):
 
 
 def best_checkpoints(run, ema):
-    """Returns the paths of the checkpoints of a run's best evaluations, best first."""
+    """Returns the paths of the checkpoints of a run's best evaluations, best first.
+
+    Args:
+        run: Directory of the run, a `Path`.
+        ema: Whether to rank by the accuracy of the moving average.
+
+    Raises:
+        ValueError: If a checkpoint records no such accuracy.
+    """
     directory = run / "checkpoints"
     names = checkpoint.Checkpoints(directory, {}, keep=1).names()
     names = [name for name in names if checkpoint.RANKED.fullmatch(name)]
@@ -160,7 +180,7 @@ def best_checkpoints(run, ema):
 
 
 def available(run):
-    """Returns what a run has to average, and how it would have more."""
+    """Returns a message that lists a run's checkpoints, and how to retain more."""
     steps = [checkpoint.step_of(path) for path in last_checkpoints(run)]
     names = checkpoint.Checkpoints(run / "checkpoints", {}, keep=1).names()
     ranked = [int(found[1]) for name in names if (found := checkpoint.RANKED.fullmatch(name))]
@@ -175,14 +195,15 @@ def available(run):
 
 
 def listed(numbers):
+    """Returns numbers as sorted, comma-separated text, "none" if there are none."""
     return ", ".join(map(str, sorted(numbers))) or "none"
 
 
 def check_files(files):
-    """Returns the paths of files that were named.
+    """Returns the paths of the given files.
 
     Raises:
-        ValueError: If one is no file of weights, does not exist, or is named twice.
+        ValueError: If one is not a weight file, does not exist, or is given twice.
     """
     paths, seen = [Path(file) for file in files], set()
     for path in paths:
@@ -199,19 +220,22 @@ def check_files(files):
     return paths
 
 
-# === Their mean ===
+# === Averaging ===
 
 
 def average_files(paths, model, ema):
-    """Returns (mean weights by path, steps) of files, added in float64 in their order.
+    """Averages weight files in float64, in the given order.
 
     Args:
-        paths: Files of weights.
-        model: `keras.Model` that they are weights of; its own are used as scratch space.
-        ema: Whether to take moving averages of weights where a checkpoint has them.
+        paths: Paths of the files.
+        model: `keras.Model` of the same architecture; its weights are overwritten.
+        ema: Whether to use the moving averages of the trainable weights.
+
+    Returns:
+        (mean weights by path, steps).
 
     Raises:
-        ValueError: If a file is damaged, or holds other weights, or values that are not finite.
+        ValueError: If a file is damaged, holds other weights, or values that are not finite.
     """
     sums, steps, first = {}, [], {}
     for path in paths:
@@ -239,8 +263,14 @@ def average_files(paths, model, ema):
 def read_weights(path, model, ema):
     """Returns (weights by path, step or `None`) of a file.
 
+    Args:
+        path: Path of the file.
+        model: `keras.Model` of the same architecture, which may be overwritten.
+        ema: Whether to use the moving averages of the trainable weights.
+
     Raises:
-        ValueError: If it is damaged, or holds weights of another model.
+        ValueError: If it is damaged, holds weights of another model, or, with `ema`, no moving
+            averages.
     """
     if path.suffix == ".safetensors":
         tensors, notes = checkpoint.read(path)
@@ -279,7 +309,7 @@ def read_keras_weights(path, model):
 
 
 def check_same(path, weights, model):
-    """Raises a ValueError if weights are not those of a model."""
+    """Raises a ValueError if the names and shapes of weights are not those of a model."""
     shapes = {variable.path: tuple(variable.shape) for variable in model.weights}
     found = {name: value.shape for name, value in weights.items()}
     different = [name for name in shapes if found.get(name) != shapes[name]]
@@ -293,6 +323,7 @@ def check_same(path, weights, model):
 
 
 def define_flags():
+    """Defines the flags of this command, in addition to those of evaluate.py."""
     flags.DEFINE_integer("last", None, "average the last N checkpoints")
     flags.DEFINE_integer("best", None, "average the checkpoints of the best N evaluations")
     flags.DEFINE_bool("ema", False, "average the moving averages of the weights")

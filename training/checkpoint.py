@@ -1,9 +1,9 @@
-"""All that a run needs to go on, in one file that is whole or not there.
+"""Checkpoints: the full training state in one file, written atomically, with a checksum.
 
-A file holds the tensors by name and, in its header, the step, what the loop has to remember, and a
-checksum over all of it. One that cannot be read is set aside, and the one before counts. Anything
-that has the name of a checkpoint and is no readable file (a directory, a FIFO, a link to an absent
-disk) is a damaged checkpoint: it never counts as none.
+A file holds the tensors by name and, in its header, the step, the loop's notes (JSON) and a
+checksum over all of it. An unreadable checkpoint is set aside, and the one before it is used.
+Anything that has the name of a checkpoint but is not a readable file (a directory, a FIFO, a link
+to an unmounted disk) counts as a damaged checkpoint, never as a missing one.
 """
 
 import contextlib
@@ -31,18 +31,20 @@ RANKED = re.compile(r"best_(\d+)\.safetensors")
 
 
 class CorruptCheckpoint(ValueError):
-    """A checkpoint file that cannot be read whole."""
+    """Raised when a checkpoint file is unreadable or incomplete."""
 
 
 class NoneReadable(ValueError):
-    """All checkpoints of a run are damaged."""
+    """Raised when all checkpoints of a run are damaged."""
 
 
 def step_of(path):
+    """Returns the step in the name of a checkpoint file."""
     return int(PATTERN.fullmatch(path.name).group(1))
 
 
 def checksum(tensors, notes):
+    """Returns a CRC-32 of the notes and all tensors, as text."""
     total = zlib.crc32(notes.encode())
     for name in sorted(tensors):
         total = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view("uint8"), total)
@@ -50,19 +52,21 @@ def checksum(tensors, notes):
 
 
 class Checkpoints:
-    """A run's checkpoints, written by a thread while training continues.
+    """Checkpoints of a run, written by a background thread while training continues.
 
-    One write is in flight at a time. An error of a write is raised by the next `save` or `wait`.
+    At most one write is in flight. Its error is raised by the next `save` or `wait`.
 
     Args:
-        directory: where they are stored.
-        variables: dict from name to `tf.Variable`: the state.
-        keep: number of checkpoints to keep.
-        background: whether `save` returns before the file is written.
-        keep_best: number of checkpoints of the best evaluations to keep in addition.
+        directory: Directory of the checkpoints.
+        variables: Dict from name to `tf.Variable`: the state.
+        keep: Number of last checkpoints to retain.
+        background: Whether `save` returns before the file is written. Defaults to `False`.
+        keep_best: Number of checkpoints of the best evaluations to retain in addition. Defaults to
+            0.
     """
 
     def __init__(self, directory, variables, keep, background=False, keep_best=0):
+        """Stores the arguments; the directory is created by the first write."""
         self.directory = Path(directory)
         self.variables = variables
         self.keep = keep
@@ -72,19 +76,19 @@ class Checkpoints:
         self._error = None
 
     def paths(self):
-        """Returns all that is named like a checkpoint, newest first.
+        """Returns the paths of everything that is named like a checkpoint, newest first.
 
         Raises:
-            NoneReadable: if the directory cannot be listed.
+            NoneReadable: If the directory cannot be listed.
         """
         found = [self.directory / name for name in self.names() if PATTERN.fullmatch(name)]
         return sorted(found, key=step_of, reverse=True)
 
     def names(self):
-        """Returns the names in the directory; none where there is no directory.
+        """Returns the names in the directory; an empty list if it does not exist.
 
         Raises:
-            NoneReadable: if there is something that cannot be listed.
+            NoneReadable: If it exists and cannot be listed.
         """
         try:
             return sorted(os.listdir(self.directory)) if regular.exists(self.directory) else []
@@ -95,33 +99,33 @@ class Checkpoints:
             ) from error
 
     def step(self):
-        """Returns the newest file's step; -1 without any."""
+        """Returns the step of the newest checkpoint, -1 if there is none."""
         return max(map(step_of, self.paths()), default=-1)
 
     def save(self, step, notes, best=False):
-        """Writes the state after `step` updates.
+        """Saves the state after `step` updates.
 
-        Only the copy to host memory is made before it returns, if `background` is set and no
-        earlier write is in flight.
+        With `background`, it returns after the copy to host memory, once an earlier write has
+        finished.
 
         Args:
-            step: integer.
-            notes: what else to remember, for JSON; `healthy` is the last step with a good loss,
-                `ranked` are [accuracy, step] of the best evaluations.
-            best: whether to keep a copy as `best.safetensors`.
+            step: Updates made.
+            notes: Dict of additional state, JSON-serializable; `healthy` is the last step with a
+                good loss, `ranked` a list of [accuracy, step] of the best evaluations.
+            best: Whether to save a copy as `best.safetensors`. Defaults to `False`.
 
         Raises:
-            OSError: if this write fails, or, with `background`, the one before did.
+            OSError: If this write fails or, with `background`, the previous one did.
         """
         self.wait()
-        # `numpy` may be a view of a buffer that the next update overwrites.
+        # Copied, because `numpy()` may return a view of a buffer that the next update overwrites.
         tensors = {name: np.array(v.numpy()) for name, v in self.variables.items()}
         told, healthy = json.dumps({"step": step, **notes}), notes["healthy"]
         ranked = [each for _, each in notes.get("ranked", [])] if self.keep_best else []
         if not self.background:
             self._write(step, tensors, told, healthy, best, ranked)
             return
-        # Not a daemon: the interpreter waits for the write, however the run ends.
+        # Not a daemon thread, so that the interpreter waits for the write when it exits.
         self._writer = threading.Thread(
             target=self._write_in_background,
             args=(step, tensors, told, healthy, best, ranked),
@@ -130,10 +134,10 @@ class Checkpoints:
         self._writer.start()
 
     def wait(self):
-        """Waits for the write in flight.
+        """Blocks until the write in flight has finished.
 
         Raises:
-            OSError: or whatever the write raised.
+            OSError: Or any other exception of the write.
         """
         writer, self._writer = self._writer, None
         if writer:
@@ -161,14 +165,15 @@ class Checkpoints:
         if self.keep_best:
             self._write_ranked(step, data, ranked)
         self._replace(self.directory / NAME.format(step), data)
-        # After a step that was left out the weights may be bad since an earlier one: all are kept.
+        # After a skipped step no loss confirms the weights, which may be bad since an earlier step:
+        # nothing is deleted.
         if healthy >= step - 1:
             for old in self.paths()[self.keep :]:
                 if is_file_or_link(old):
                     old.unlink()
 
     def _write_ranked(self, step, data, ranked):
-        """Writes the checkpoint of one of the best evaluations, and removes what no longer is."""
+        """Writes a best checkpoint, and deletes those that are no longer ranked."""
         if step in ranked:
             self._replace(self.directory / RANKED_NAME.format(step), data)
         for name in filter(RANKED.fullmatch, self.names()):
@@ -177,23 +182,23 @@ class Checkpoints:
                 old.unlink()
 
     def _replace(self, path, data):
-        """Writes a file in place of whatever has its name."""
+        """Writes a file atomically, replacing whatever has its name."""
         if regular.exists(path) and not is_file_or_link(path):
             regular.aside(path)
         write_atomically(path, data)
 
     def restore(self, chief=True):
-        """Fills the variables from the newest checkpoint that can be read.
+        """Restores the variables from the newest readable checkpoint.
 
         Args:
-            chief: whether this process sets aside what cannot be read.
+            chief: Whether this process sets unreadable checkpoints aside. Defaults to `True`.
 
         Returns:
-            The notes, with `step`; None where no checkpoint was ever written.
+            The notes, with `step`; `None` if no checkpoint was ever written.
 
         Raises:
-            NoneReadable: if there are files, and all of them are damaged.
-            ValueError: if a file is whole and does not hold this model's state.
+            NoneReadable: If there are checkpoints, and all of them are damaged.
+            ValueError: If a file is intact but does not match this model's state.
         """
         damaged = {}
         for path in self.paths():
@@ -214,10 +219,10 @@ class Checkpoints:
         return None
 
     def restore_step(self, step):
-        """Fills the variables from the checkpoint of a step; returns its notes.
+        """Restores the variables from the checkpoint of a step; returns its notes.
 
         Raises:
-            ValueError: if it cannot be read, or does not hold this model's state.
+            ValueError: If it is unreadable or does not match this model's state.
         """
         path = self.directory / NAME.format(step)
         tensors, notes = read(path)
@@ -225,7 +230,15 @@ class Checkpoints:
         return notes
 
     def fill(self, tensors, path):
-        """Assign a file's tensors to the variables."""
+        """Assigns a file's tensors to the variables, after checking all names and shapes.
+
+        Args:
+            tensors: Dict from name to array.
+            path: Path of the file, for messages.
+
+        Raises:
+            ValueError: If a tensor is missing or has another shape.
+        """
         different = [
             name
             for name, variable in self.variables.items()
@@ -241,7 +254,7 @@ class Checkpoints:
             variable.assign(tensors[name])
 
     def told(self, names):
-        """What there is when no checkpoint can be read, and what can be done."""
+        """Returns the message for a run without a readable checkpoint, with the remedies."""
         best = self.directory / "best.safetensors"
         ways = ["--start_afresh to begin at step 0"]
         with contextlib.suppress(CorruptCheckpoint):
@@ -256,7 +269,12 @@ class Checkpoints:
         )
 
     def set_aside(self, after=None):
-        """Moves the checkpoints after a step to a directory next to theirs; None: all, and best."""
+        """Moves checkpoints to a new directory next to theirs.
+
+        Args:
+            after: Step after which checkpoints are moved. If `None`, the whole directory is moved,
+                the best checkpoints included.
+        """
         self.wait()
         number = 1
         while os.path.lexists(aside := self.directory.with_name(f"checkpoints_set_aside_{number}")):
@@ -271,10 +289,10 @@ class Checkpoints:
 
 
 def read(path):
-    """(tensors by name, notes) of a checkpoint file.
+    """Returns (tensors by name, notes) of a checkpoint file.
 
     Raises:
-        CorruptCheckpoint: if it is not whole.
+        CorruptCheckpoint: If it is unreadable or its checksum is wrong.
     """
     try:
         regular.check_regular(path)
@@ -290,14 +308,14 @@ def read(path):
 
 
 def load_best(model, run):
-    """Give a model the weights of its run's best evaluation.
+    """Loads the weights of a run's best evaluation into a model.
 
     Args:
-        model: `keras.Model`, filled in place once all of the file is checked.
-        run: the run's directory.
+        model: `keras.Model`; its weights are assigned after the whole file is checked.
+        run: Directory of the run.
 
     Raises:
-        ValueError: if there is no such file, or it is damaged, or holds no weights of this model.
+        ValueError: If the file does not exist, is damaged, or does not match the model.
     """
     path = Path(run) / "checkpoints" / "best.safetensors"
     if not regular.exists(path):
@@ -307,18 +325,18 @@ def load_best(model, run):
 
 
 def is_file_or_link(path):
-    """Returns whether a name is that of a regular file, or of a link, which can be replaced."""
+    """Returns whether a path is a regular file or a link, which can be replaced."""
     mode = os.lstat(path).st_mode
     return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
 
 
 def read_metrics(path):
-    """Returns the reports of a `metrics.jsonl`, dicts with a `step`.
+    """Returns the reports in a `metrics.jsonl`, a list of dicts with `step`.
 
-    A last line that was cut off while it was written is left out.
+    A last line that was truncated while it was written is dropped.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: If the file is damaged.
     """
     try:
         content = regular.read_regular(path, MAX_METRICS_BYTES)

@@ -1,4 +1,4 @@
-"""How the trainer's commands begin and end: flags, --help, and errors in one line."""
+"""Entry point of the trainer's commands: flag parsing, `--help` and one-line errors."""
 
 import difflib
 import logging
@@ -12,12 +12,12 @@ HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
 
 
 def run(main):
-    """Run a command and exit with its status.
+    """Runs a command and exits with its status.
 
     Args:
-        main: function of the arguments that are no flags, to the exit status. What it raises is
-            told in one line: ValueError, for what was asked, with status 2; ImportError, OSError
-            and RuntimeError, for what happened, with status 1.
+        main: Function from the positional arguments to the exit status. Its exceptions are printed
+            as one line: ValueError (invalid request) exits with status 2; ImportError, OSError and
+            RuntimeError (failures) exit with status 1.
     """
 
     def guarded(arguments):
@@ -31,7 +31,7 @@ def run(main):
         except (ImportError, OSError, RuntimeError) as error:
             return fail(error, 1)
 
-    # As keras_tnt.text.escape_unencodable_output, before Keras is imported.
+    # Same as keras_tnt.text.escape_unencodable_output, which would import Keras.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -39,12 +39,16 @@ def run(main):
 
 
 def parse(arguments):
-    """absl's flags, with --help and misspelt flags answered as other commands do."""
+    """Parses absl flags; handles `--help` and suggests the nearest flag for an unknown one.
+
+    Returns:
+        The positional arguments, the name of the program first.
+    """
     if HELP & set(arguments[1:]):
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
         positional = flags.FLAGS(arguments)
-        for name in flags.FLAGS:  # A shell expands no `--workdir=~/runs`.
+        for name in flags.FLAGS:  # A shell does not expand `~` in `--workdir=~/runs`.
             flag = flags.FLAGS[name]
             if isinstance(flag.value, str) and flag.value.startswith("~"):
                 flag.value = os.path.expanduser(flag.value)
@@ -56,7 +60,7 @@ def parse(arguments):
         sys.exit(fail(error, 2))
 
 
-# What other trainers call our flags.
+# Flags of timm, DeiT and other trainers, mapped to ours.
 HABITS = {
     "arch": "model",
     "model_name": "model",
@@ -112,7 +116,7 @@ HABITS = {
 
 
 def nearest(name, names):
-    """Returns a sentence that offers the flags most like one that does not exist."""
+    """Returns a sentence that suggests the flags closest to an unknown one."""
     wanted = name.lower().replace("-", "_").removeprefix("no_")
     wanted = HABITS.get(wanted, wanted)
     found = [wanted] if wanted in names else difflib.get_close_matches(wanted, names, n=3)
@@ -122,28 +126,28 @@ def nearest(name, names):
 
 
 def fail(error, status):
-    """Say what went wrong; returns the exit status."""
-    # As keras_tnt.text.printable, which would import Keras before a wrong flag is told.
+    """Prints an error to standard error; returns the exit status."""
+    # Same as keras_tnt.text.printable, which would import Keras before the error is printed.
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error))
     print(f"error: {text}", file=sys.stderr)
     return status
 
 
 def quiet_libraries():
-    """Keeps deprecation warnings of libraries, which no user can act on, from between the lines."""
+    """Silences deprecation warnings of libraries, on which a user cannot act."""
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
 def refuse_arguments(arguments):
-    """Raise a ValueError if a command that takes flags alone was given anything else."""
+    """Raises a ValueError if a command without positional arguments is given any."""
     if arguments:
         raise ValueError(f"this command takes flags alone; what is {arguments[0]!r}?")
 
 
 def say_backend(asked):
-    """Say in a line that the trainer is TensorFlow's, if KERAS_BACKEND asked for another."""
+    """Warns if KERAS_BACKEND names another backend than the trainer's, TensorFlow."""
     if asked != "tensorflow":
         print(
             f"KERAS_BACKEND={asked} is left aside: the trainer is TensorFlow's. What it trains "

@@ -1,7 +1,6 @@
-"""`--config`: a file with values under the flags' names, YAML or JSON; and the one of a run.
+"""Reads and writes configuration files: `--config` and a run's `config.yaml`, as YAML or JSON.
 
-YAML is read by the rules of version 1.2, where `1e-3` is a number and `on` is text, unlike in
-PyYAML's 1.1.
+YAML follows version 1.2, where `1e-3` is a number and `on` is text, unlike PyYAML's 1.1.
 """
 
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 from training import commands
 
 MAX_BYTES = 2**20
-# What asks for something once, and is no property of a run.
+# One-time requests, which are not properties of a run.
 ONCE = ("config", "change", "extend", "start_afresh", "find_learning_rate")
 FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan")
 # (tag, pattern, first characters) of the core schema of YAML 1.2.
@@ -27,18 +26,18 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 def read(path, kinds):
-    """Returns the values of a file.
+    """Returns the validated values of a configuration file.
 
     Args:
-        path: A `.yaml`, `.yml` or `.json` file, a run's `config.json` among them.
-        kinds: Dict from the names that there are to the types of their values.
+        path: A `.yaml`, `.yml` or `.json` file, or a run's `config.json`.
+        kinds: Dict from each valid name to the type of its value.
 
     Raises:
-        ValueError: If it is no such file, or a name or a value in it is wrong.
+        ValueError: If it is not such a file, or a name or value in it is invalid.
         OSError: If it cannot be read.
     """
     values = parse(path)
-    if isinstance(values.get("config"), dict):  # what a run recorded
+    if isinstance(values.get("config"), dict):  # a run's config.json
         values = {name: value for name, value in values["config"].items() if name not in ONCE}
     checked = {}
     for name, value in values.items():
@@ -54,13 +53,13 @@ def read(path, kinds):
 
 
 def parse(path):
-    """Returns the mapping that a file holds.
+    """Returns the mapping stored in a file.
 
     Raises:
-        ValueError: If it holds something else.
+        ValueError: If the file does not hold a mapping, is malformed, or does not exist.
         OSError: If it cannot be read.
     """
-    from training import regular  # which imports Keras
+    from training import regular  # imports Keras, so not at the top of the module
 
     path = os.path.expanduser(path)
     suffix = Path(path).suffix.lower()
@@ -85,6 +84,8 @@ def parse(path):
 
 
 def parse_json(text):
+    """Returns the value of a JSON text; duplicate keys raise a ValueError."""
+
     def unique(pairs):
         check_unique([name for name, _ in pairs])
         return dict(pairs)
@@ -93,7 +94,7 @@ def parse_json(text):
 
 
 def check_unique(names):
-    """Raises a ValueError if a name comes twice."""
+    """Raises a ValueError if a name occurs twice."""
     seen = set()
     for name in names:
         if name in seen:
@@ -102,6 +103,7 @@ def check_unique(names):
 
 
 def parse_yaml(text):
+    """Returns the value of a YAML text, {} for an empty one; errors are ValueErrors."""
     yaml, loader = load_yaml(), make_loader()
     try:
         values = yaml.load(text, Loader=loader)  # a SafeLoader
@@ -111,6 +113,11 @@ def parse_yaml(text):
 
 
 def load_yaml():
+    """Returns the module `yaml`.
+
+    Raises:
+        ImportError: If PyYAML is not installed; the message names the extra.
+    """
     try:
         import yaml
     except ImportError as error:
@@ -119,7 +126,10 @@ def load_yaml():
 
 
 def make_loader():
-    """Returns a loader of plain data by YAML 1.2, without aliases and names that come twice."""
+    """Returns a `yaml.SafeLoader` for YAML 1.2 that rejects aliases and duplicate keys.
+
+    Aliases are rejected because nested ones expand exponentially.
+    """
     yaml = load_yaml()
 
     class Loader(yaml.SafeLoader):
@@ -144,10 +154,16 @@ def make_loader():
 
 
 def convert(path, name, value, kind):
-    """Returns a value as its flag has it.
+    """Returns a value converted to the type of its flag.
+
+    Args:
+        path: Path of the file, for messages.
+        name: Name of the flag.
+        value: Value as parsed.
+        kind: Type of the flag: bool, int, float or str.
 
     Raises:
-        ValueError: If it is of another type.
+        ValueError: If the value has another type.
     """
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < 2**1000 else math.inf
@@ -167,21 +183,22 @@ def convert(path, name, value, kind):
 
 
 def short(value):
+    """Returns `repr(value)`, truncated to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
 
 
 def to_yaml(values, header):
-    """Returns a file's text that `read` makes the same values of.
+    """Returns YAML text that `read` parses into the same values.
 
     Args:
-        values: Dict from name to value; what asks for something once is left out.
-        header: Lines of a comment.
+        values: Dict from name to value. One-time requests (`ONCE`) are left out.
+        header: Lines of the leading comment.
     """
     yaml = load_yaml()
 
     class Dumper(yaml.SafeDumper):
-        """Quotes what either version of YAML takes for something else than text."""
+        """Dumper that quotes strings that YAML 1.1 or 1.2 would not read as text."""
 
     for kind, pattern, first in SCALARS:
         Dumper.add_implicit_resolver(

@@ -1,7 +1,6 @@
-"""Everything that a run can be told, in one table: default, help, and the flag made from them.
+"""Training configuration: one table of fields, from which defaults, help texts and flags are made.
 
-A value is a flag's if one was given, else that in the file of `--config`, else the recipe's, else
-the default here.
+Precedence, highest first: a flag, the `--config` file, the recipe, the default in this table.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 LOSSES = ("cross_entropy", "bce")
 # The names of `keras_tnt.Distiller`'s `teacher_preprocessing`; "none" is an earlier name of "same".
 TEACHER_PREPROCESSING = ("auto", "same", "pixels", "unit", "tf", "torch", "caffe", "none")
-# Arguments of a builder that have a flag of their own, or that the trainer sets.
+# Arguments of a builder that have a separate flag, or that the trainer sets.
 SET_BY_FLAGS = {
     "classes": "--classes",
     "class_names": "",
@@ -44,26 +43,26 @@ COMMUNICATION = ("auto", "ring", "nccl")
 
 
 def option(default, help, choices=None, may_change=False, change=""):
-    """A field of `Config`.
+    """Returns a dataclass field of `Config`.
 
     Args:
-        default: its value where neither flag nor recipe says otherwise; its type is the flag's.
-        help: the flag's help.
-        choices: the allowed values.
-        may_change: whether a run may be gone on with under another value.
-        change: the flag under which it may; "": none.
+        default: Value if no flag, file or recipe sets one; its type is the flag's type.
+        help: Help text of the flag.
+        choices: Allowed values. If `None`, any value of the type.
+        may_change: Whether a run may be resumed with another value. Defaults to `False`.
+        change: Name of the flag that permits resuming with another value. Defaults to "", no flag.
     """
     metadata = {"help": help, "choices": choices, "may_change": may_change, "change": change}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Fields that may be paths, in which `~` is the home directory.
+# Fields that may be paths, in which `~` is expanded.
 PATHS = ("workdir", "config", "data_dir", "weights", "teacher", "model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What defines a run; the field's help is its documentation."""
+    """Configuration of a run; each field is documented by its help text."""
 
     recipe: str = option(
         "digits",
@@ -332,6 +331,11 @@ class Config:
     )
 
     def __post_init__(self):
+        """Expands `~` in paths and validates all fields.
+
+        Raises:
+            ValueError: If a value, or a combination of values, is invalid.
+        """
         for name in PATHS:
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for field in dataclasses.fields(self):
@@ -385,7 +389,7 @@ class Config:
 
     @property
     def total_epochs(self):
-        """Epochs of the whole run, those of the cooldown among them."""
+        """Number of epochs of the whole run, cooldown included."""
         return self.epochs + self.cooldown_epochs
 
 
@@ -393,10 +397,10 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def model_arguments(config):
-    """Returns the dict that `--model_args` is.
+    """Returns `--model_args` as a dict.
 
     Raises:
-        ValueError: if it is no JSON object, or sets what another flag sets.
+        ValueError: If it is not a JSON object, or sets an argument that has its own flag.
     """
     if not config.model_args:
         return {}
@@ -419,10 +423,10 @@ def model_arguments(config):
 
 
 def profile_steps(config):
-    """Returns the first and last update of `--profile_steps`, counted from 1; `None` for none.
+    """Returns the first and last update of `--profile_steps`, counted from 1, or `None` if unset.
 
     Raises:
-        ValueError: if it is no such pair.
+        ValueError: If it is not such a pair.
     """
     if not config.profile_steps:
         return None
@@ -437,7 +441,7 @@ def profile_steps(config):
 
 
 def warnings(config):
-    """Returns a sentence for each value that can be and is hardly meant."""
+    """Returns a warning for each value that is valid but probably a mistake."""
     found = []
     if config.warmup_epochs >= config.epochs:
         found.append(
@@ -449,24 +453,24 @@ def warnings(config):
 
 
 def make(recipe=None, **values):
-    """The configuration of a recipe with some values changed.
+    """Returns the configuration of a recipe with some fields overridden.
 
     Args:
-        recipe: its name; None: the one for images of one's own, or for digits.
-        values: any fields of `Config`. Those of the file `config` count where neither they nor
-            `recipe` are given.
+        recipe: Name of the recipe. If `None`, the `recipe` of the file `config`; without one
+            "finetune" for the data sets folder, table and tfds, else "digits".
+        **values: Fields of `Config`. Those in the file that `config` names are used where neither
+            `values` nor `recipe` sets them.
 
     Returns:
         A `Config`.
 
     Raises:
-        ValueError: for an unknown recipe or field, or a value that cannot be.
-        OSError: if the file `config` cannot be read.
+        ValueError: If the recipe or a field does not exist, or a value is invalid.
+        OSError: If the file `config` cannot be read.
 
     Example:
-
-    >>> make("digits", epochs=3, workdir="/tmp/run").epochs
-    3
+        >>> make("digits", epochs=3, workdir="/tmp/run").epochs
+        3
     """
     unknown = sorted(set(values) - set(FIELDS))
     if unknown:
@@ -484,7 +488,7 @@ def make(recipe=None, **values):
 
 
 def with_file(values):
-    """Returns values with those of the file that their `config` names, which they override."""
+    """Returns `values` merged with those in the file that `config` names; `values` win."""
     path = values.get("config")
     if not path:
         return values
@@ -493,7 +497,13 @@ def with_file(values):
 
 
 def define_flags(names=tuple(FIELDS)):
-    """Define flags for fields; unset ones are None, so that the recipe's value counts."""
+    """Defines absl flags for fields.
+
+    Unset flags are `None`, so that the file's or the recipe's value is used.
+
+    Args:
+        names: Fields to define flags for. Defaults to all.
+    """
     for name in names:
         field = FIELDS[name]
         help, choices, default = field.metadata["help"], field.metadata["choices"], field.default
@@ -512,14 +522,24 @@ def define_flags(names=tuple(FIELDS)):
 
 
 def from_flags(values):
-    """The configuration that absl's parsed flags ask for."""
+    """Returns the configuration given by parsed flags, after importing `--plugins`.
+
+    Args:
+        values: An `absl.flags.FlagValues`.
+    """
     given = {name: values[name].value for name in FIELDS if values[name].value is not None}
     load_plugins(with_file(given).get("plugins"))
     return make(**given)
 
 
 def load_plugins(modules):
-    """Import the modules of `--plugins` before anything is looked up by name."""
+    """Imports the modules of `--plugins`, which register models, data sets and optimizers.
+
+    Call it before anything is looked up by name.
+
+    Args:
+        modules: Comma-separated module names.
+    """
     if modules:
         from keras_tnt import registry
 
@@ -527,14 +547,14 @@ def load_plugins(modules):
 
 
 def differences(config, recorded):
-    """What separates a configuration from a recorded one.
+    """Compares a configuration with a recorded one.
 
     Args:
-        config: a `Config`.
-        recorded: dict of the fields of another.
+        config: A `Config`.
+        recorded: Dict of the recorded fields. Missing fields have their defaults.
 
     Returns:
-        Dict from name to (recorded, given), without the values that may change.
+        Dict from field name to (recorded, given), without the fields that may change freely.
     """
     old = {name: recorded.get(name, field.default) for name, field in FIELDS.items()}
     return {
@@ -545,7 +565,13 @@ def differences(config, recorded):
 
 
 def change_flag(name, old, new):
-    """The flag under which a run may be gone on with after a change of a value; "": none."""
+    """Returns the flag that permits resuming a run with a changed value, or "" if none does.
+
+    Args:
+        name: Field of `Config`.
+        old: Recorded value.
+        new: Given value.
+    """
     if name in ("epochs", "cooldown_epochs") and new < old:
         return ""
     return FIELDS[name].metadata["change"]

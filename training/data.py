@@ -1,9 +1,9 @@
-"""From a data set to batches: which image stands where, and what it goes through on its way.
+"""Input pipeline: from a data set to batches.
 
-The order is a pure function of (seed, epoch), an image's augmentation one of (seed, epoch, place in
-the epoch): a run goes on in the middle of an epoch by starting there, and however many workers and
-devices there are, they see the same global batches (of a streamed source: each worker its own). A
-tf.data service with several workers shows each image once, in whatever order they answer.
+The order is a pure function of (seed, epoch), and an image's augmentation one of (seed, epoch,
+position in the epoch). So a run resumes within an epoch by starting there, and any number of
+workers and devices sees the same global batches. Exceptions: of a streamed source each worker has
+its own order, and a tf.data service with several workers shows each image once, in no fixed order.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ import tensorflow as tf
 from training import augmentation, keras_cv_augmentation
 from training.sources import Streamed, records
 
-# How many items of a streamed source are shuffled at once.
+# Size of the shuffle buffer of a streamed source, in images.
 SHUFFLE_BUFFER = 8192
-# The least number of images that are read and augmented at once.
+# Minimum number of images that are read and augmented in parallel.
 READ_AHEAD = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerShare:
-    """What part of each global batch this process feeds: its worker's columns of it.
+    """Part of each global batch that this process loads: its worker's columns.
 
     Args:
-        index: number of this process's worker, counted from 0.
-        workers: how many workers feed the devices together.
-        replicas: number of devices of all workers.
+        index: Index of this process's worker, counted from 0.
+        workers: Number of workers.
+        replicas: Number of devices of all workers.
     """
 
     index: int
@@ -39,19 +39,21 @@ class WorkerShare:
     replicas: int
 
     def columns(self, batch_size):
+        """Returns this worker's columns of a global batch, a slice."""
         width = batch_size // self.workers
         return slice(self.index * width, (self.index + 1) * width)
 
 
 class UnreadableImages:
-    """The images that could not be read: named once, counted, and no more than so many.
+    """Counter of unreadable images, which logs each once and fails if their share exceeds a limit.
 
     Args:
-        source: the `Indexed` or `Streamed` that they are of.
-        largest_share: the largest share of its images that may be unreadable, in [0, 1].
+        source: The `Indexed` or `Streamed` source.
+        largest_share: Largest share of its images that may be unreadable, in [0, 1].
     """
 
     def __init__(self, source, largest_share):
+        """Lists the source's record files, to find a damaged one."""
         self.files = sorted({file for file, _, _ in source.stretches})
         self.size = source.size
         self.limit = int(source.size * largest_share)
@@ -59,6 +61,7 @@ class UnreadableImages:
         self.lock = threading.Lock()
 
     def add(self, name):
+        """Counts an image by its name, bytes, and logs it the first time."""
         name = name.decode(errors="replace")
         with self.lock:
             new = name not in self.names
@@ -71,12 +74,13 @@ class UnreadableImages:
     def count(self, batch):
         """Counts the unreadable images of a batch, in the trainer's own process.
 
-        The function is declared stateless, since a stateful one anywhere in a pipeline makes
-        tf.data run all of it synchronously under op determinism. What it records are names in a
-        set, which no order and no repetition changes.
+        The `numpy_function` is declared stateless, because under op determinism one stateful
+        function makes tf.data run the whole pipeline synchronously. This is safe: it adds names to
+        a set, which depends neither on order nor on repetition.
 
         Args:
-            batch: a dict of tensors with `unreadable`, the names of the unreadable images and "".
+            batch: Dict of tensors with `unreadable`, string (batch,): the names of the unreadable
+                images, "" for the others.
 
         Returns:
             The batch without `unreadable`.
@@ -93,7 +97,11 @@ class UnreadableImages:
         return {**counted, "weight": tf.ensure_shape(weight, batch["weight"].shape)}
 
     def check(self, count=None):
-        """Raise a ValueError if there are too many: `count`, or those that this process found."""
+        """Raises a ValueError if too many images are unreadable.
+
+        Args:
+            count: Number of unreadable images. If `None`, those that this process found.
+        """
         count = len(self.names) if count is None else count
         if count > self.limit:
             raise ValueError(
@@ -103,7 +111,7 @@ class UnreadableImages:
 
     @contextlib.contextmanager
     def reading(self):
-        """Turn what TensorFlow says of damaged or wrong records into a ValueError of one line."""
+        """Converts TensorFlow's errors about damaged records to ValueErrors."""
         try:
             yield
         except tf.errors.DataLossError as error:
@@ -117,10 +125,16 @@ class UnreadableImages:
 
 
 def training_order(config, size, steps, epoch):
-    """Indices of an epoch's images, (steps, batch_size).
+    """Returns the indices of an epoch's images, integers (steps, batch_size).
 
-    Under repeated augmentation a batch holds all of its images once, then all of them again, and
-    an epoch shows so many fewer of them.
+    With repeated augmentation a batch holds each of its distinct images `repeats` times, so an
+    epoch shows fewer distinct images.
+
+    Args:
+        config: A `training.configuration.Config`.
+        size: Number of images.
+        steps: Updates per epoch.
+        epoch: Counted from 0.
     """
     shuffled = np.random.default_rng([config.seed, epoch]).permutation(size)
     distinct = -(-config.batch_size // config.repeats)
@@ -129,7 +143,10 @@ def training_order(config, size, steps, epoch):
 
 
 def evaluation_order(batch_size, size):
-    """Indices of all images in order, (steps, batch_size); -1 fills the last row."""
+    """Returns the indices of all images in order, integers (steps, batch_size).
+
+    The last row is padded with -1.
+    """
     steps = -(-size // batch_size)
     order = np.full(steps * batch_size, -1)
     order[:size] = np.arange(size)
@@ -137,22 +154,22 @@ def evaluation_order(batch_size, size):
 
 
 def training_batches(source, config, size, fill, epoch, first_step, steps, share, unreadable):
-    """An epoch's batches from `first_step` on, one a replica at a time.
+    """Returns an epoch's batches from `first_step` on, each for one replica.
 
     Args:
-        source: an `Indexed` or `Streamed` source.
-        config: a `training.configuration.Config`.
-        size: (height, width) that the model takes.
-        fill: colour that geometric augmentation fills in with.
-        epoch: counted from 0.
-        first_step: updates of this epoch that are done.
-        steps: updates an epoch.
-        share: a `WorkerShare`.
-        unreadable: an `UnreadableImages`.
+        source: An `Indexed` or `Streamed` source.
+        config: A `training.configuration.Config`.
+        size: (height, width) of the model's input.
+        fill: Color that geometric augmentation fills in.
+        epoch: Counted from 0.
+        first_step: Updates of this epoch made before.
+        steps: Updates per epoch.
+        share: A `WorkerShare`.
+        unreadable: An `UnreadableImages`.
 
     Returns:
-        A `tf.data.Dataset` of dicts: `image` uint8 (from KerasCV float32), `label`, `weight` (0 for
-        what could not be read), `erase` (where random erasing erases).
+        A `tf.data.Dataset` of dicts: `image` uint8 (float32 with KerasCV), `label`, `weight` (0 for
+        unreadable images) and `erase`, the box of random erasing, int32 (batch, 4).
     """
     base = int(np.random.SeedSequence([config.seed, epoch, 1]).generate_state(1)[0] >> 1)
     local = config.batch_size // share.workers
@@ -192,11 +209,18 @@ def training_batches(source, config, size, fill, epoch, first_step, steps, share
 
 
 def evaluation_batches(source, config, size, share, unreadable):
-    """Every image once, filled up with images of weight 0 to whole batches.
+    """Returns batches of every image once; padding to whole batches has weight 0.
+
+    Args:
+        source: An `Indexed` or `Streamed` source.
+        config: A `training.configuration.Config`.
+        size: (height, width) of the model's input.
+        share: A `WorkerShare`.
+        unreadable: An `UnreadableImages`.
 
     Returns:
-        A `tf.data.Dataset` of dicts: `image` uint8, `label`, `weight`, and `place`, an image's
-        number in the data set; what only fills a batch has none that an image has.
+        A `tf.data.Dataset` of dicts: `image` uint8, `label`, `weight`, and `place`, the image's
+        position in the data set, -1 for padding.
     """
 
     def transform(image, place):
@@ -220,7 +244,14 @@ def evaluation_batches(source, config, size, share, unreadable):
 
 
 def repeat_within(items, distinct, repeats, size):
-    """Groups of `distinct` items, each `repeats` times, the first `size` of them."""
+    """Implements repeated augmentation of a streamed source.
+
+    Args:
+        items: A `tf.data.Dataset` of tuples.
+        distinct: Number of distinct items per group.
+        repeats: Number of copies of each.
+        size: Number of items per group in the result; the group is truncated to it.
+    """
 
     def repeated(*group):
         return tf.data.Dataset.from_tensor_slices(
@@ -231,7 +262,13 @@ def repeat_within(items, distinct, repeats, size):
 
 
 def in_order(source, order, places):
-    """(name, image, label, place, whether it counts) of indices; -1 does not count."""
+    """Returns a dataset of (name, image, label, place, counts) for the given indices.
+
+    Args:
+        source: An `Indexed` source.
+        order: Indices of images, -1 for padding, for which `counts` is false.
+        places: Positions, in the shape of `order`.
+    """
 
     def item(index, place):
         return (*source.item(tf.maximum(index, 0)), place, index >= 0)
@@ -241,24 +278,34 @@ def in_order(source, order, places):
 
 
 def batches(items, source, transform, config, share, unreadable, service=""):
-    """Batches for one replica each of what `transform(image, place)` makes of the items.
+    """Reads, transforms and batches items, for one replica each.
 
     Args:
-        service: address of a tf.data service whose workers divide the items among themselves.
+        items: A `tf.data.Dataset` of (name, image, label, place, counts).
+        source: An `Indexed` or `Streamed` source.
+        transform: Function from (image, place) to a dict of tensors.
+        config: A `training.configuration.Config`.
+        share: A `WorkerShare`.
+        unreadable: An `UnreadableImages`.
+        service: Address of a tf.data service whose workers divide the items among themselves.
+            Defaults to "", no service.
+
+    Returns:
+        A `tf.data.Dataset` of dicts.
     """
 
     def finish(name, image, label, place, counts):
         image = source.read(image) if source.read else image
         weight = tf.cast(counts, tf.float32)
-        if label.shape.rank == 1:  # several right labels, or none: then it cannot be judged
+        if label.shape.rank == 1:  # multi-label; an image without any label does not count
             weight *= tf.reduce_max(label)
         return {**transform(image, place), "label": label, "weight": weight}
 
     if source.read is None:
         dataset = items.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     else:
-        # Not AUTOTUNE, and threads of its own: tf.data's shared ones are no more than the cores,
-        # all of which may wait for files of a network.
+        # A private thread pool of fixed size: tf.data's shared pool has one thread per core, all of
+        # which may be waiting for files on a network.
         count = images_in_flight()
         dataset = items.interleave(
             lambda *item: image_or_black(item, finish),
@@ -282,9 +329,12 @@ def batches(items, source, transform, config, share, unreadable, service=""):
 def image_or_black(item, finish):
     """Returns a dataset of one element: the image, or a black one of weight 0 if it is unreadable.
 
-    Nothing in it is stateful: under op determinism, tf.data runs an `interleave` one element at a
-    time if its function holds a stateful operation, and `from_tensors` counts as one, where
-    `from_tensor_slices` does not.
+    It contains no stateful op: under op determinism tf.data runs an `interleave` sequentially if
+    its function holds one. `from_tensors` counts as stateful, `from_tensor_slices` does not.
+
+    Args:
+        item: (name, image, label, place, counts).
+        finish: Function from these to a dict of tensors.
     """
 
     def readable(name, image, label, place, counts):
@@ -306,5 +356,5 @@ def image_or_black(item, finish):
 
 
 def images_in_flight():
-    """Returns how many images are read and augmented at once, at most: it grows with the cores."""
+    """Returns how many images are read and augmented in parallel; it grows with the cores."""
     return max(READ_AHEAD, 2 * (os.cpu_count() or 1))

@@ -1,9 +1,9 @@
-"""The main job: train tnt_digits, look at it, export it, and compare the three runtimes.
+"""End-to-end demo: trains tnt_digits, plots results, exports it, and compares three runtimes.
 
     make demo
 
-Everything lies in runs/demo and savedmodels/tnt_digits afterwards; summary.json tells what and how
-well. Started again it goes on where it was.
+Results are in runs/demo and savedmodels/tnt_digits; summary.json lists the files, accuracies and
+speeds. The same command resumes an interrupted training.
 """
 
 import argparse
@@ -34,19 +34,20 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 WORKDIR = ROOT / "runs" / "demo"
 EXPORTS = ROOT / "savedmodels" / "tnt_digits"
-BATCH = 60  # images a call, when runtimes are timed
+BATCH = 60  # images per call when runtimes are timed
 ROUNDS = 7
 EXPLORED = 4  # misclassified digits on the page, at most
 TARGET = 0.97  # accuracy that the recipe is expected to reach
 
 
 def main():
+    """Runs the demo."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    # A process of its own: tf.distribute wants the devices before anything else touches them.
+    # In a separate process, because tf.distribute must configure devices before their first use.
     train = [sys.executable, str(ROOT / "training" / "train.py"), "--recipe=digits"]
     status = subprocess.run([*train, f"--workdir={WORKDIR}"]).returncode
     if status:
-        sys.exit(status)  # train.py has said why
+        sys.exit(status)  # train.py has printed the error
     _, (images, labels) = sources.digits()
     model = keras.models.load_model(WORKDIR / "final.keras")
 
@@ -92,7 +93,7 @@ def main():
 
 
 def open_saved_model(path):
-    """The SavedModel's `serving_default`, on arrays; Keras has no part in it."""
+    """Loads a SavedModel without Keras; returns a function on arrays."""
     import tensorflow as tf
 
     served = tf.saved_model.load(str(path))
@@ -105,7 +106,7 @@ def open_saved_model(path):
 
 
 def open_onnx(path):
-    """The ONNX file in ONNX Runtime, on arrays."""
+    """Loads an ONNX file in ONNX Runtime; returns a function on arrays."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -113,7 +114,12 @@ def open_onnx(path):
 
 
 def compare(runtimes, images):
-    """Probabilities from each runtime, and its images/s: medians of rounds taken in turn."""
+    """Returns each runtime's probabilities and images/s, the median of interleaved rounds.
+
+    Args:
+        runtimes: Dict from name to a function from a batch to probabilities.
+        images: float32 (n, height, width, 3).
+    """
     batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     seconds = {name: [] for name in runtimes}
     probabilities = {}
@@ -130,19 +136,19 @@ def compare(runtimes, images):
 
 
 def first_correct(probabilities, labels):
-    """Index of a held-out digit, an 8, that the model reads rightly: its words are worth a look."""
+    """Returns the index of the first held-out 8 that the model classifies correctly."""
     read = np.argmax(probabilities["keras"], axis=-1)
     return int(np.argmax((read == labels) & (labels == 8)))
 
 
 def draw_curves(metrics, path):
-    """Loss, learning rate and held-out accuracy over the epochs."""
+    """Plots loss, learning rate and held-out accuracy over the epochs."""
     reports = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return pictures.curves(reports, path, target=TARGET, title="Held-out digits")
 
 
 def draw_digits(images, labels, probabilities, path):
-    """Held-out digits with what the model reads: every mistake first, then the least certain."""
+    """Plots held-out digits with predictions: errors first, then the least confident."""
     read, certainty = np.argmax(probabilities, axis=-1), np.max(probabilities, axis=-1)
     order = np.lexsort((certainty, read == labels))[:40]
     figure, grid = plt.subplots(4, 10, figsize=(11, 5.2), layout="constrained")
@@ -162,7 +168,7 @@ def draw_digits(images, labels, probabilities, path):
 
 
 def explore_digits(model, images, labels, probabilities, path):
-    """A page of what the model sees in digits that it misreads, and in some that it reads."""
+    """Writes an interactive page on misclassified digits and two correct ones."""
     read, certainty = np.argmax(probabilities, axis=-1), np.max(probabilities, axis=-1)
     misread = [i for i in np.argsort(certainty) if read[i] != labels[i]]
     chosen = misread[:EXPLORED] + [int(np.argmax((labels == d) & (read == d))) for d in (3, 8)]
@@ -172,12 +178,14 @@ def explore_digits(model, images, labels, probabilities, path):
 
 
 def save(figure, path):
+    """Saves and closes a figure; returns the path."""
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 
 
 def report(summary, images):
+    """Prints accuracy and speed of each runtime, and the files."""
     names = {"keras": "Keras", "saved_model": "SavedModel", "onnx": "ONNX Runtime"}
     print(f"\n{'runtime':<14}{'accuracy':>10}{'images/s':>12}   ({images} held-out digits)")
     for key, name in names.items():

@@ -1,7 +1,10 @@
-"""Evaluate a model: python training/evaluate.py --run=runs/train, or --model=tnt_small
---weights=imagenet --dataset=imagenet2012 --data_dir=...
+r"""Evaluates a model on the held-out images, and prints top-1, top-5 and the loss.
 
-Prints top-1, top-5 and loss on the held-out images, each of them counted once.
+    python training/evaluate.py --run=runs/train
+    python training/evaluate.py --model=tnt_small --weights=imagenet \
+        --dataset=imagenet2012 --data_dir=...
+
+Each image is counted exactly once, on any number of devices.
 """
 
 import dataclasses
@@ -50,6 +53,7 @@ flags.DEFINE_bool("json", False, "print the result as one JSON object, and nothi
 
 
 def main(arguments):
+    """Evaluates as the flags say, and prints the result as text or JSON."""
     commands.refuse_arguments(arguments)
     commands.say_backend(BACKEND)
     given = {n: flags.FLAGS[n].value for n in SHARED if flags.FLAGS[n].value is not None}
@@ -68,19 +72,25 @@ def main(arguments):
 
 
 def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, report=None):
-    """Top-1, top-5 and loss of a model.
+    """Returns top-1, top-5 and the loss of a model on the held-out images.
 
     Args:
-        given: fields of a `training.configuration.Config` that differ from the run's, or from
-            the defaults.
-        run: directory of a run.
-        weights: what to evaluate in place of a run's weights.
-        checkpoint: which of a run's weights: "final", "final_ema", "best" or "averaged".
-        progress: whether to print how far it is.
-        report: a directory for pictures and tables of the answers.
+        given: Dict of `training.configuration.Config` fields that override those of the run, or the
+            defaults if `run` is `None`.
+        run: Directory of a run. Defaults to `None`.
+        weights: Weights to evaluate instead of the run's. Defaults to `None`.
+        checkpoint: Which of a run's weights to load: "final", "final_ema", "best" or "averaged".
+            Defaults to "final".
+        progress: Whether to print progress. Defaults to `False`.
+        report: Directory for tables and pictures of the predictions. If `None`, none are written.
 
     Returns:
-        A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, `corrupt`.
+        A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, `corrupt`, and
+        `calibration_error` in the chief if `report` is given.
+
+    Raises:
+        ValueError: If neither `run` nor `weights` is given, if the model does not match the data
+            set, or if too many images are unreadable.
     """
     run, weights, report = (path and os.path.expanduser(path) for path in (run, weights, report))
     config = make_config(given, run)
@@ -126,7 +136,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, 
 
 
 def make_config(given, run):
-    """The run's configuration, or the defaults, with what is given."""
+    """Returns the run's configuration, or the defaults, overridden by the given fields."""
     values = {"dataset": "digits", "weights": ""}
     if run:
         recorded = read_record(run)
@@ -142,7 +152,11 @@ def make_config(given, run):
 
 
 def read_record(run):
-    """What a run's `config.json` holds."""
+    """Returns the contents of a run's `config.json`.
+
+    Raises:
+        ValueError: If the directory holds no run.
+    """
     from training import workdir
 
     recorded = workdir.read_config(run)
@@ -152,7 +166,7 @@ def read_record(run):
 
 
 def reporting(step, steps):
-    """`step`, which says now and then how far it is."""
+    """Wraps an evaluation step so that it prints progress about ten times."""
     done = 0
 
     def reported(batch):

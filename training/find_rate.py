@@ -1,4 +1,4 @@
-"""`--find_learning_rate`: the loss over a ramp of learning rates, and a rate that it names."""
+"""Learning-rate finder (`--find_learning_rate`): trains over a ramp of rates and suggests one."""
 
 import math
 
@@ -9,25 +9,25 @@ from training import pictures, step_functions
 
 LOWEST, HIGHEST, UPDATES = 1e-6, 10.0, 100
 SMOOTHING = 0.9
-FIRST = 10  # updates after which the average is one of several
+FIRST = 10  # first updates, ignored because the moving average is still noisy
 
 
 def find_learning_rate(run, training_batches):
-    """Train on the first images at higher and higher rates, until the loss blows up.
+    """Trains with exponentially growing learning rates until the loss diverges; suggests a rate.
 
-    A tenth of the rate at which the smoothed loss was lowest is named: the loss falls steeply
-    there, and it is far enough from where training breaks. The first of the updates are not asked:
-    what one batch lost by chance is not what a rate does.
+    It suggests a tenth of the rate with the lowest smoothed loss, where the loss falls steeply, at
+    a safe distance from divergence. The first `FIRST` updates are ignored, because their average is
+    dominated by the noise of single batches.
 
     Args:
-        run: a `training.loop.Run`, whose model is of no use afterwards.
-        training_batches: function (epoch, first step) to a `tf.data.Dataset`.
+        run: A `training.loop.Run`, whose model must not be used afterwards.
+        training_batches: Function from (epoch, first step) to a `tf.data.Dataset`.
 
     Returns:
         A dict: `learning_rate`, `files`.
 
     Raises:
-        ValueError: if the loss never fell.
+        ValueError: If the loss never decreased.
     """
     rates = np.geomspace(LOWEST, HIGHEST, UPDATES)
     losses, smooth, average = [], [], 0.0
@@ -62,7 +62,7 @@ def find_learning_rate(run, training_batches):
 
 
 def batches(run, training_batches):
-    """So many batches, of as many epochs as it takes."""
+    """Yields `UPDATES` distributed batches, over as many epochs as needed."""
     taken = 0
     for epoch in range(UPDATES):
         dataset = run.strategy.distribute_datasets_from_function(

@@ -1,9 +1,9 @@
-"""KerasCV's RandAugment, cutout, mixup and cutmix, as functions of a seed.
+"""KerasCV's RandAugment, cutout, mixup and cutmix as functions of a seed.
 
-KerasCV's layers draw from TensorFlow's global generator, which has no place for a run to go on
-from and which determinism forbids. Here they are made and traced while `tf.random` draws from a
-seed instead: an image's augmentation is a function of the image's seed, and a batch's mixing one of
-its images' seeds, as everywhere in the trainer.
+KerasCV's layers draw from TensorFlow's global generator, whose state is not checkpointed and which
+op determinism forbids. Here they are built and traced while `tf.random` is patched to draw from a
+seed, as everywhere in the trainer: the image's seed for augmentation, the sum of the images' seeds
+for mixing.
 """
 
 import contextlib
@@ -14,20 +14,20 @@ import tensorflow as tf
 
 @functools.cache
 def image_augmentation(randaugment, erasing):
-    """A function (image, seed) to the image after RandAugment and cutout.
+    """Builds the function that applies RandAugment and cutout to an image.
 
-    It is kept, for to trace it takes as long as an epoch of a small data set.
+    It is cached, because tracing takes as long as an epoch of a small data set.
 
     Args:
-        randaugment: whether to apply RandAugment.
-        erasing: probability of cutout.
+        randaugment: Whether to apply RandAugment.
+        erasing: Probability of cutout.
 
     Returns:
-        A function of uint8 (height, width, 3) and an integer tensor (2,) to float32 of the same
+        Function from uint8 (height, width, 3) and an integer tensor (2,) to float32 of the same
         shape, in [0, 255].
 
     Raises:
-        ImportError: if KerasCV is not installed.
+        ImportError: If KerasCV is not installed.
     """
     layers = import_layers()
 
@@ -49,15 +49,16 @@ def image_augmentation(randaugment, erasing):
 
 
 def batch_mixing(mixup, cutmix, classes):
-    """A function on batches: mixup or cutmix, with even odds where both are asked for.
+    """Builds the function that applies mixup or cutmix to a batch, with even odds if both are on.
 
     Args:
-        mixup, cutmix: alpha of each; 0: none.
-        classes: number of classes.
+        mixup: Alpha of mixup; 0 turns it off.
+        cutmix: Alpha of cutmix; 0 turns it off.
+        classes: Number of classes.
 
     Returns:
-        A function from a batch with `image`, `label` and `seed` (batch, 2) to one with soft labels
-        (batch, classes) and without seeds.
+        Function from a batch with `image`, `label` and `seed` (batch, 2) to one with soft labels
+        (batch, classes) and without `seed`.
     """
     layers = import_layers()
 
@@ -78,7 +79,11 @@ def batch_mixing(mixup, cutmix, classes):
 
 
 def import_layers():
-    """KerasCV's layers."""
+    """Returns `keras_cv.layers`.
+
+    Raises:
+        ImportError: If KerasCV is not installed; the message names the extra.
+    """
     try:
         import keras_cv
     except ImportError as error:
@@ -89,37 +94,43 @@ def import_layers():
 
 
 class SeededDraws:
-    """Stands in for a `tf.random.Generator`: the n-th draw is a function of the seed and n.
+    """Replacement of a `tf.random.Generator`, whose n-th draw is a function of the seed and n.
 
     Args:
-        seed: integer tensor (2,).
+        seed: Integer tensor (2,).
     """
 
     def __init__(self, seed):
+        """Starts the count of draws at 0."""
         self.seed = seed
         self.drawn = 0
 
     def next_seed(self):
+        """Returns the seed of the next draw, an integer tensor (2,)."""
         self.drawn += 1
         return tf.random.experimental.stateless_fold_in(self.seed, self.drawn)
 
     def uniform(self, shape, minval=0, maxval=None, dtype=tf.float32, seed=None, name=None):
+        """Returns a draw of `tf.random.uniform`; `seed` and `name` are ignored."""
         maxval = 1 if maxval is None else maxval
         return tf.random.stateless_uniform(shape, self.next_seed(), minval, maxval, dtype)
 
     def normal(self, shape, mean=0.0, stddev=1.0, dtype=tf.float32, seed=None, name=None):
+        """Returns a draw of `tf.random.normal`; `seed` and `name` are ignored."""
         return tf.random.stateless_normal(shape, self.next_seed(), mean, stddev, dtype)
 
     def gamma(self, shape, alpha, beta=None, dtype=tf.float32, seed=None, name=None):
+        """Returns a draw of `tf.random.gamma`; `seed` and `name` are ignored."""
         return tf.random.stateless_gamma(shape, self.next_seed(), alpha, beta, dtype)
 
     def shuffle(self, value, seed=None, name=None):
+        """Returns a draw of `tf.random.shuffle`; `seed` and `name` are ignored."""
         return tf.random.experimental.stateless_shuffle(value, self.next_seed())
 
 
 @contextlib.contextmanager
 def draws_from(seed):
-    """Let `tf.random` draw from a seed, for the layers that are made and traced meanwhile."""
+    """Patches `tf.random` to draw from a seed within the context."""
     draws = SeededDraws(seed)
     replaced = {name: getattr(draws, name) for name in ("uniform", "normal", "gamma", "shuffle")}
     replaced["get_global_generator"] = lambda: draws

@@ -1,19 +1,19 @@
-"""Experiment trackers by name: `--logger`'s table.
+"""Experiment trackers by name: the table of `--logger`.
 
-A row is a function from (the configuration, the tracker's id of the run or `None`) to an object:
+A row is a function from (configuration, the tracker's run id or `None`) to an object with:
 
-- `run_id`: what the tracker calls the run; stored in the run's directory and given back when the
-  run is resumed, so that one run is one run there, too.
-- `log(step, values)`: takes a report, numbers by name, after `step` updates.
-- `finish(results)`: takes the results, numbers by name, or `None` if the run ends before its last
-  step (a signal, an error) and may be resumed.
+- `run_id`: the tracker's id of the run. It is stored in the run's directory and passed back when
+  the run is resumed, so that a resumed run is one run in the tracker too.
+- `log(step, values)`: receives a report, a dict of numbers, after `step` updates.
+- `finish(results)`: receives the results, a dict of numbers, or `None` if the run ends before its
+  last step (a signal, an error) and may be resumed.
 
-A module that `--plugins=` names adds a row of its own:
+A module that `--plugins=` names adds a row:
 
     register_logger("mine", lambda config, run_id: Mine(config.workdir, run_id))
 
-Only the first process of a run logs. The calls are made by a thread, in order. What a tracker
-raises becomes one warning and never ends the run.
+Only the chief logs. The calls are made by a thread, in order. An exception of a tracker becomes one
+warning and never ends the run.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ from training import regular
 
 IDS = "loggers.json"
 MAX_IDS_BYTES = 2**20
-MAX_FAILURES = 3  # in a row, after which a logger gets no more reports
-FINISH_SECONDS = 60.0  # for the last reports, at the end of a run
-# The largest batches that MLflow's tracking server takes.
+MAX_FAILURES = 3  # consecutive failures after which a logger receives no more reports
+FINISH_SECONDS = 60.0  # timeout for the last reports at the end of a run
+# Limits of MLflow's tracking server per batch and value.
 MLFLOW_PARAMS = 100
 MLFLOW_METRICS = 1000
 MLFLOW_VALUE = 6000  # characters
@@ -46,12 +46,12 @@ MLFLOW_VALUE = 6000  # characters
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A logger that can be chosen.
+    """Row of the table of loggers.
 
     Args:
-        factory: function from (`training.configuration.Config`, run id or `None`) to a logger.
-        package: module that it needs; "" for none.
-        extra: extra of keras-tnt that brings the package.
+        factory: Function from (`training.configuration.Config`, run id or `None`) to a logger.
+        package: Module that it needs. Defaults to "", none.
+        extra: Extra of keras-tnt that installs the package. Defaults to "".
     """
 
     factory: Callable
@@ -60,15 +60,15 @@ class Row:
 
 
 def register_logger(name, factory):
-    """Adds a logger under a name that `--logger` takes.
+    """Adds a logger to the table.
 
     Args:
-        name: String without a comma.
+        name: Value of `--logger`, a string without commas.
         factory: Function from (`training.configuration.Config`, run id or `None`) to an object
             with `run_id`, `log(step, values)` and `finish(results)`.
 
     Raises:
-        ValueError: If the name is taken, or cannot be one.
+        ValueError: If the name is invalid or taken.
     """
     if not name or name != name.strip() or "," in name:
         raise ValueError(f"A logger's name must be text without commas. Received: {name!r}")
@@ -78,15 +78,18 @@ def register_logger(name, factory):
 
 
 def names_of(config):
-    """Returns the names in `--logger`, each once."""
+    """Returns the distinct names in `--logger`."""
     return list(dict.fromkeys(filter(None, map(str.strip, config.logger.split(",")))))
 
 
 def check(config):
-    """Checks that every logger of a configuration exists, and its package is installed.
+    """Checks that every logger of a configuration exists and that its package is installed.
+
+    Args:
+        config: A `training.configuration.Config`.
 
     Raises:
-        ValueError: If there is no logger of a name.
+        ValueError: If there is no logger of a name; the message suggests the nearest ones.
         ImportError: If a package is missing.
     """
     for name in names_of(config):
@@ -104,10 +107,14 @@ def check(config):
 
 
 def import_package(name, row):
-    """Returns the imported package of a row.
+    """Imports and returns the package of a row.
+
+    Args:
+        name: Name of the logger, for messages.
+        row: Its `Row`.
 
     Raises:
-        ImportError: That names the extra.
+        ImportError: If it is missing; the message names the extra.
     """
     try:
         return importlib.import_module(row.package)
@@ -119,9 +126,9 @@ def import_package(name, row):
 
 
 class Loggers:
-    """The loggers of a run, none of which can end it or hold it up.
+    """Loggers of a run, none of which can end or delay it.
 
-    Each runs in a thread, so that a tracker that does not answer delays no update.
+    Each runs in a thread, so that an unresponsive tracker delays no update.
 
     Args:
         config: A `training.configuration.Config`.
@@ -129,22 +136,23 @@ class Loggers:
     """
 
     def __init__(self, config, active):
+        """Reads `--logger`; the threads are created by `start`."""
         self.config = config
         self.names = names_of(config) if active else []
         self.workers = []
 
     def start(self):
-        """Starts the loggers, each with the id that it gave the run before, if it did."""
+        """Starts the loggers, each with its run id of the resumed run, if there is one."""
         if self.names:
             ids = RunIds(Path(self.config.workdir) / IDS)
             self.workers = [LoggerThread(name, self.config, ids) for name in self.names]
 
     def log(self, step, values):
-        """Hands a report to every logger.
+        """Sends a report to every logger.
 
         Args:
             step: Updates made.
-            values: Dict from name to value; what is no number is left out.
+            values: Dict from name to value; values that are not numbers are dropped.
         """
         if self.workers:
             values = numbers_of(values)
@@ -152,10 +160,10 @@ class Loggers:
             worker.put("log", step, values)
 
     def finish(self, results=None):
-        """Ends the loggers, and waits for them for `FINISH_SECONDS`.
+        """Ends the loggers, and waits for them for up to `FINISH_SECONDS`.
 
         Args:
-            results: Dict of the run's results. If `None`, it did not reach its last step.
+            results: Dict of the run's results. If `None`, the run did not reach its last step.
         """
         workers, self.workers = self.workers, []
         results = None if results is None else numbers_of(results)
@@ -167,18 +175,19 @@ class Loggers:
 
 
 class LoggerThread:
-    """A logger, whose calls a thread makes one after the other.
+    """Thread that makes the calls to one logger, in order.
 
     Args:
-        name: Its row.
+        name: Name of the logger.
         config: A `training.configuration.Config`.
-        ids: `RunIds`.
+        ids: A `RunIds`.
     """
 
     def __init__(self, name, config, ids):
+        """Starts the thread, a daemon."""
         self.name = name
         self.calls = queue.SimpleQueue()
-        self.failures = 0  # in a row
+        self.failures = 0  # consecutive
         self.warned = False
         self.thread = threading.Thread(
             target=self._run, args=(config, ids), name=f"logger {name}", daemon=True
@@ -186,10 +195,11 @@ class LoggerThread:
         self.thread.start()
 
     def put(self, method, *arguments):
+        """Enqueues a call of a method of the logger."""
         self.calls.put((method, arguments))
 
     def end(self, seconds):
-        """Waits until the calls are made, for at most `seconds`."""
+        """Waits for up to `seconds` until all enqueued calls are made."""
         self.calls.put(None)
         self.thread.join(seconds)
         if self.thread.is_alive() and not self.warned:
@@ -205,7 +215,7 @@ class LoggerThread:
                 self._attempt(operator.methodcaller(method, *arguments), logger)
 
     def _attempt(self, function, *arguments):
-        """Returns what a function returns; the first exception becomes a warning."""
+        """Returns the result of a function; its first exception becomes a warning."""
         try:
             result = function(*arguments)
         except (Exception, SystemExit) as error:
@@ -223,21 +233,24 @@ class LoggerThread:
 
 
 class RunIds:
-    """What the loggers call a run, in a file of its directory.
+    """Run ids of the loggers, stored in a JSON file.
 
     Args:
         path: Path of the file.
     """
 
     def __init__(self, path):
+        """Reads the file."""
         self.path = path
         self.lock = threading.Lock()
         self.ids = self.read()
 
     def get(self, name):
+        """Returns the run id of a logger, or `None`."""
         return self.ids.get(name)
 
     def put(self, name, run_id):
+        """Stores the run id of a logger; `None` is ignored."""
         if run_id is None or self.ids.get(name) == str(run_id):
             return
         with self.lock:
@@ -245,6 +258,7 @@ class RunIds:
             write_atomically(self.path, json.dumps(self.ids, indent=2))
 
     def read(self):
+        """Returns the ids by logger; warns and returns none if the file is damaged."""
         try:
             if not regular.exists(self.path):
                 return {}
@@ -258,11 +272,12 @@ class RunIds:
 
 
 def warn(text):
+    """Prints a warning to standard error."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def numbers_of(values):
-    """Returns the entries of a dict that are numbers, as Python's int and float."""
+    """Returns the numeric entries of a dict, as Python's int and float."""
     return {
         name: int(value) if isinstance(value, numbers.Integral) else float(value)
         for name, value in values.items()
@@ -274,14 +289,15 @@ def numbers_of(values):
 
 
 class WandbLogger:
-    """A run of Weights & Biases; WANDB_PROJECT, WANDB_MODE and the like are its own settings.
+    """Weights & Biases run; it is configured by WANDB_PROJECT, WANDB_MODE and its other variables.
 
     Args:
         config: A `training.configuration.Config`.
-        run_id: Id of the run to continue. If `None`, a new one.
+        run_id: Id of the run to resume. If `None`, a new run is created.
     """
 
     def __init__(self, config, run_id):
+        """Creates or resumes the run."""
         wandb = import_package("wandb", LOGGERS["wandb"])
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "keras_tnt",
@@ -293,15 +309,17 @@ class WandbLogger:
             allow_val_change=True,
         )
         self.run_id = self.run.id
-        # W&B drops what comes with a smaller step than before, as after a rollback: the step is a
-        # metric, and the axis of all others.
+        # W&B drops reports with a smaller step than before, as after a rollback, so the step is
+        # logged as a metric, which is the x-axis of all others.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def log(self, step, values):
+        """Logs a report."""
         self.run.log({"step": step, **values})
 
     def finish(self, results):
+        """Writes the results to the run's summary and ends it; `None` marks it failed."""
         if results is not None:
             self.run.summary.update({f"final_{name}": value for name, value in results.items()})
         self.run.finish(exit_code=0 if results is not None else 1)
@@ -311,16 +329,17 @@ class WandbLogger:
 
 
 class MLflowLogger:
-    """A run of MLflow, in the store of MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
+    """MLflow run, in the store of MLFLOW_TRACKING_URI and the experiment of MLFLOW_EXPERIMENT_NAME.
 
     Args:
         config: A `training.configuration.Config`.
-        run_id: Id of the run to continue. If `None`, or if the store does not know it, a new one.
+        run_id: Id of the run to resume. If `None`, a new run is created.
     """
 
     def __init__(self, config, run_id):
+        """Creates or resumes the run."""
         if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("file:"):
-            # MLflow 3.7 and later refuse their file store unless it is asked for once more.
+            # MLflow 3.7 and later reject their file store without this opt-in.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         mlflow = import_package("mlflow", LOGGERS["mlflow"])
         self.entities = importlib.import_module("mlflow.entities")
@@ -345,6 +364,7 @@ class MLflowLogger:
         return run
 
     def log(self, step, values):
+        """Logs the finite values of a report, in batches."""
         now = int(1000 * time.time())
         metrics = [
             self.entities.Metric(name, float(value), now, step)
@@ -355,6 +375,7 @@ class MLflowLogger:
             self.client.log_batch(self.run_id, metrics=metrics[first : first + MLFLOW_METRICS])
 
     def finish(self, results):
+        """Logs the results and ends the run; `None` marks it killed."""
         if results is not None:
             step = int(results.get("step", 0))
             self.log(step, {f"final_{name}": value for name, value in results.items()})
@@ -362,7 +383,7 @@ class MLflowLogger:
 
 
 def run_name(config):
-    """Returns what a tracker's page shows: the name of the run's directory."""
+    """Returns the run's display name: the name of its directory."""
     return os.path.basename(os.path.abspath(config.workdir)) or config.model
 
 

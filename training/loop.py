@@ -1,4 +1,4 @@
-"""The training loop: one for every model, data set and strategy."""
+"""Training loop: one for every model, data set and strategy."""
 
 import contextlib
 import dataclasses
@@ -38,9 +38,9 @@ from training.checkpoint import Checkpoints, NoneReadable, read
 from training.find_rate import find_learning_rate
 from training.watchdog import Watchdog, starting
 
-PICTURES = 16  # of the first training images in TensorBoard
-EVALUATION_LOOK = 20  # batches of an evaluation between which workers ask each other for signals
-# What a collective says when its other end is gone.
+PICTURES = 16  # number of the first training images shown in TensorBoard
+EVALUATION_LOOK = 20  # evaluation batches between two exchanges of signals among workers
+# Errors raised by a collective when a peer dies.
 LOST_WORKER = (
     tf.errors.UnavailableError,
     tf.errors.AbortedError,
@@ -51,28 +51,29 @@ LOST_WORKER = (
 
 
 class Stopped(Exception):
-    """The run was told to end before its last step; a checkpoint is written.
+    """Raised when a signal ends the run before its last step, after a checkpoint is written.
 
     Args:
-        step: the step it reached.
-        signal: number of the signal that told it.
+        step: Step that the run reached.
+        signal: Number of the signal.
     """
 
     def __init__(self, step, signal):
+        """Builds the message from the step."""
         super().__init__(f"stopped at step {step}; the same command goes on from there")
         self.signal = signal
 
 
 class Interrupted(Exception):
-    """An evaluation that a signal ended."""
+    """Raised when a signal ends an evaluation."""
 
 
 class Decision(typing.NamedTuple):
-    """What the workers decided together in an update.
+    """Decision of all workers in an update.
 
     Args:
-        stop: whether one of them was told to end.
-        due: whether the chief's clock says that a checkpoint is due.
+        stop: Whether a worker received a signal to stop.
+        due: Whether a checkpoint is due by the chief's clock.
     """
 
     stop: bool
@@ -80,19 +81,20 @@ class Decision(typing.NamedTuple):
 
 
 def train(config):
-    """Train as a configuration says, or go on with the run in its directory.
+    """Trains as configured, or resumes the run in its directory.
 
     Args:
-        config: a `training.configuration.Config`.
+        config: A `training.configuration.Config`.
 
     Returns:
-        A dict: `accuracy`, `top5_accuracy` and `loss` on the held-out images, `step`, `files`.
+        A dict: `accuracy`, `top5_accuracy` and `evaluation_loss` on the held-out images, `step`,
+        `files`.
 
     Raises:
-        ValueError: for what cannot be, before any long work.
-        Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
-        OSError: if the disk is full; the last checkpoint is whole.
-        RuntimeError: if the loss blew up more than `max_rollbacks` times, or another worker died.
+        ValueError: If the configuration is invalid; raised before any expensive work.
+        Stopped: After SIGTERM or Ctrl-C, with a checkpoint written.
+        OSError: If the disk is full; the last checkpoint is intact.
+        RuntimeError: If the loss diverged more than `max_rollbacks` times, or another worker died.
     """
     models.custom_arguments(config, models.find_builder(config.model))
     optimizers.find_optimizer(config.optimizer)
@@ -128,7 +130,16 @@ def train(config):
 
 
 def train_held(config, strategy, share):
-    """Train in a directory that no other trainer writes to."""
+    """Trains in a directory that this process has locked.
+
+    Args:
+        config: A `training.configuration.Config`.
+        strategy: A `tf.distribute.Strategy`.
+        share: A `training.data.WorkerShare`.
+
+    Returns:
+        The results, as `train` returns them.
+    """
     changes = workdir.check_config(config)
     training_source, held_out = sources.open_sources(config)
     classes, names = config.classes or training_source.classes, training_source.label_names
@@ -148,7 +159,7 @@ def train_held(config, strategy, share):
     run = Run(
         config, strategy, share, model, optimizer, teacher, steps, classes, names, held_out.size
     )
-    # What is recorded is what was asked for, 0 for the model's own crop among it.
+    # A copy, because config.json records the requested values, such as 0 for the model's crop.
     images = dataclasses.replace(config, crop=models.crop_share(config, model))
     results = None
     try:
@@ -172,11 +183,23 @@ def check_batch(config, strategy):
 
 
 class Run:
-    """A run under way: the state that the loop's parts share.
+    """State of a run, shared by the parts of the loop.
 
-    Whatever decides what comes next (a checkpoint, a rollback, an evaluation, the end) is decided
-    at the same step by all workers: by the step's number, by values that are reduced over them, or
-    by the chief's vote.
+    Every decision (a checkpoint, a rollback, an evaluation, the end) is taken at the same step by
+    all workers: it depends on the step number, on values reduced over the workers, or on the
+    chief's vote.
+
+    Args:
+        config: A `training.configuration.Config`.
+        strategy: A `tf.distribute.Strategy`.
+        share: A `training.data.WorkerShare`.
+        model: The `keras.Model`, on pixels.
+        optimizer: A `training.optimization.Optimizer`.
+        teacher: Function from pixels to a teacher's logits, or `None`.
+        steps: Updates per epoch.
+        classes: Number of classes.
+        label_names: Class names, or `None`.
+        evaluation_images: Number of held-out images, to estimate the time left. Defaults to 0.
     """
 
     def __init__(
@@ -192,6 +215,7 @@ class Run:
         label_names,
         evaluation_images=0,
     ):
+        """Builds the step functions, the reporter, the checkpoints and the watchdog."""
         self.config = config
         self.strategy = strategy
         self.model = model
@@ -230,12 +254,12 @@ class Run:
             keep_best=config.keep_best,
         )
         self.profiler = profiling.Profiler(config, self.total, self.chief, self.reporter.say)
-        # "healthy" is the last step whose loss was: the weights that it was computed of are good.
+        # `healthy`: last step with a good loss, so that the weights before its update are good.
         self.notes = {"skipped": [], "rollbacks": 0, "healthy": -1, "best": -1.0, "results": {}}
-        self.step = 0  # updates that the state is after
+        self.step = 0  # updates made
         self.pending = []  # (step, loss, gradient norm) since the last report
-        self.counted = -1  # the last step whose overflow is in notes["skipped_in_a_row"]
-        self.told_to_end = 0  # the number of the signal
+        self.counted = -1  # last step counted in notes["skipped_in_a_row"]
+        self.told_to_end = 0  # number of the signal received, 0 for none
         self.watchdog = Watchdog(
             self.on_signal,
             self.save_at_end,
@@ -245,14 +269,17 @@ class Run:
         )
 
     def go(self, training_batches, evaluation_batches, held_out, corrupt, changes):
-        """Run to the end and write the results.
+        """Runs to the end and writes the results.
 
         Args:
-            training_batches: function (epoch, first step) to a `tf.data.Dataset`.
-            evaluation_batches: function to one.
-            held_out: the source of the latter.
-            corrupt: `data.UnreadableImages` of both.
-            changes: what is changed in a run that is gone on with, of `workdir.check_config`.
+            training_batches: Function from (epoch, first step) to a `tf.data.Dataset`.
+            evaluation_batches: Function that returns a `tf.data.Dataset` of the held-out images.
+            held_out: Source of the held-out images.
+            corrupt: Tuple of `data.UnreadableImages`: training and held-out.
+            changes: Changed fields of a resumed run, as `workdir.check_config` returns them.
+
+        Returns:
+            A dict of results; with `--find_learning_rate` that of `find_learning_rate`.
         """
         self.corrupt = corrupt
         if self.config.find_learning_rate:
@@ -279,7 +306,11 @@ class Run:
         self.told_to_end = number
 
     def start(self, changes):
-        """Begins the run, or resumes it; returns the step."""
+        """Starts or resumes the run; returns the step.
+
+        Raises:
+            ValueError: If the directory holds reports of a run but no checkpoint.
+        """
         step = self.restore(afresh=self.config.start_afresh)
         if step is None and self.reporter.lines and not self.config.start_afresh:
             raise ValueError(
@@ -308,7 +339,14 @@ class Run:
         return step or 0
 
     def epoch(self, step, training_batches, evaluation_batches, report_steps):
-        """Go on to the end of the epoch, or back to a checkpoint; returns the step reached."""
+        """Trains to the end of the epoch, unless a rollback or early stopping ends it sooner.
+
+        Returns:
+            The step reached; after a rollback, that of the checkpoint.
+
+        Raises:
+            Stopped: If a worker received a signal.
+        """
         self.step = step
         epoch, first = divmod(step, self.steps)
         with self.watchdog.during("input"):
@@ -345,7 +383,10 @@ class Run:
     # === Updates ===
 
     def execution_length(self, step, report_steps):
-        """Returns how many updates to make before anything else has to be done."""
+        """Returns the number of updates to run in one execution.
+
+        An execution ends where a report, a checkpoint, a skipped batch or a trace is due.
+        """
         most = self.config.steps_per_execution
         if most == 1 or step == 0 or step in self.notes["skipped"]:
             return 1
@@ -358,8 +399,8 @@ class Run:
     def execute(self, batches, step, count):
         """Trains on the next batches; returns a `Decision`."""
         began = time.perf_counter()
-        # One update of several is made by the same graph, so that a resumed run, whose executions
-        # may end elsewhere, has the same bits.
+        # A single update uses the same graph as several, so that a resumed run, whose executions
+        # may end at other steps, is bit-identical.
         several = self.config.steps_per_execution > 1 and step not in {0, *self.notes["skipped"]}
         if several:
             with self.watchdog.during("update"), self.corrupt[0].reading():
@@ -381,7 +422,7 @@ class Run:
         return decision
 
     def update(self, batch, step):
-        """Trains on a batch; returns the `Decision` of all workers."""
+        """Trains on one batch; returns the `Decision` of all workers."""
         if step in self.notes["skipped"]:
             return Decision(False, False)
         arguments = float(step), self.learning_rate(step), self.votes(step), self.mixing(step)
@@ -391,7 +432,7 @@ class Run:
         return self.decision(votes)
 
     def update_several(self, batches, step, count):
-        """Trains on `count` batches in one execution; returns the `Decision` of all workers."""
+        """Trains on `count` batches in one execution; returns a `Decision`."""
         steps = range(step, step + count)
         rates = tf.constant([self.learning_rate(each) for each in steps])
         mixings = tf.stack([tf.constant(self.mixing(each)) for each in steps])
@@ -404,33 +445,41 @@ class Run:
         return self.decision(votes)
 
     def wait_for_update(self):
-        """Waits until the devices have made the last update."""
+        """Blocks until the devices have finished the last update."""
         for _, loss, _ in self.pending[-1:]:
             float(loss)
 
     def learning_rate(self, step):
+        """Returns the learning rate of update `step`, without layer decay."""
         return optimization.learning_rate(self.config, step, self.steps)
 
     def mixing(self, step):
+        """Returns the mixup and cutmix parameters of update `step`: float32 (groups, 5)."""
         return step_functions.draw_mixing(
             self.config, step, self.size, step // self.steps, self.groups
         )
 
     def votes(self, step):
-        """Returns this worker's part of a `Decision`; the clock that counts is the chief's."""
+        """Returns this worker's votes for `Decision`: [stop, due], 0.0 or 1.0 each.
+
+        Only the chief votes on `due`, because clocks differ between workers.
+        """
         clock = self.chief and not self.config.checkpoint_steps and self.checkpoint_due(step)
         return [float(self.told_to_end > 0), float(clock)]
 
     def decision(self, votes):
-        """Returns the `Decision` of votes that are summed over the workers."""
-        if self.workers == 1:  # what this process knows after the update counts
+        """Returns the `Decision` for votes summed over the workers."""
+        if self.workers == 1:  # `execute` decides after the update instead
             return Decision(False, False)
         return Decision(*(bool(vote > 0) for vote in votes.numpy()))
 
-    # === Looking ===
+    # === Inspection ===
 
     def looks(self, step, report_steps, decision):
-        """Returns whether losses, norms and unreadable images are looked at after a step."""
+        """Returns whether to inspect losses, gradient norms and unreadable images after a step.
+
+        Inspection waits for the devices, so it is not done after every update.
+        """
         limit = self.skip_limit()
         return (
             decision.stop
@@ -441,9 +490,14 @@ class Run:
         )
 
     def bad_steps(self):
-        """Returns the steps since the last report whose loss is a NaN or has blown up."""
+        """Returns the steps since the last report with a NaN or diverged loss.
+
+        A non-finite gradient norm counts too, except with float16, whose loss scaling expects
+        overflows.
+        """
         self.pending = [(step, float(loss), float(norm)) for step, loss, norm in self.pending]
-        # A guess costs log(classes); float16 may overflow a gradient, never the loss.
+        # Uniform predictions have a loss of log(classes), a diverged one is several times that.
+        # With float16 a gradient may overflow, but never the loss.
         limit = 4 * np.log(self.classes) + 4
         scaling = self.optimizer.scaling
         return [
@@ -453,7 +507,10 @@ class Run:
         ]
 
     def healthy(self):
-        """Returns whether no worker has a bad loss since the last report."""
+        """Returns whether all losses since the last report are good on all workers.
+
+        Sets `self.bad` to a list of the first bad step of any worker, empty if there is none.
+        """
         first = min(self.bad_steps(), default=self.total)
         first = int(strategies.of_each_worker(self.strategy, [first]).min())
         self.bad = [first] if first < self.total else []
@@ -462,7 +519,7 @@ class Run:
         return not self.bad
 
     def skip_limit(self):
-        """Returns how many updates in a row float16 may skip; 0: any number."""
+        """Returns how many consecutive updates float16 may skip; 0 if unlimited."""
         return self.config.max_skipped_updates if self.optimizer.scaling else 0
 
     def count_skipped(self):
@@ -483,9 +540,11 @@ class Run:
             )
 
     def loss_scale(self):
+        """Returns the float16 loss scale, or `None` in other precisions."""
         return float(self.optimizer.scale[0].numpy()) if self.optimizer.scaling else None
 
     def report(self, step):
+        """Reports the mean loss, learning rate and gradient norm since the last report."""
         losses = [loss for _, loss, _ in self.pending]
         norms = [norm for _, _, norm in self.pending]
         rate = self.learning_rate(step - 1)
@@ -504,10 +563,13 @@ class Run:
             )
 
     def evaluate_or_stop(self, step, evaluation_batches):
-        """Evaluates, unless a signal comes: then the evaluation comes first when the run resumes.
+        """Evaluates; after a signal, records that the evaluation is due when the run resumes.
 
         Returns:
-            Whether it was the best yet.
+            Whether the accuracy is the best so far.
+
+        Raises:
+            Stopped: If a worker received a signal.
         """
         try:
             return self.evaluate(step, evaluation_batches)
@@ -518,12 +580,16 @@ class Run:
             raise Stopped(step, self.told_to_end or signal.SIGTERM) from None
 
     def evaluate_and_save(self, step, evaluation_batches):
-        """Makes up for an evaluation that a signal ended."""
+        """Runs the evaluation that a signal interrupted, and saves."""
         del self.notes["evaluation_due"]
         self.save(step, self.evaluate_or_stop(step, evaluation_batches))
 
     def evaluate(self, step, evaluation_batches):
-        """Evaluate the weights, and their average; returns whether it was the best yet."""
+        """Evaluates the weights and, if there is one, their moving average.
+
+        Returns:
+            Whether the better of the two accuracies is the best so far.
+        """
         began = time.perf_counter()
         results = self.evaluate_once(evaluation_batches)
         if self.optimizer.averages:
@@ -545,15 +611,23 @@ class Run:
         return best
 
     def is_ranked(self, step):
-        """Returns whether the evaluation after a step is one of the best `--keep_best`."""
+        """Returns whether the evaluation after a step is among the best `--keep_best`."""
         return step in [each for _, each in self.notes.get("ranked", [])]
 
     def stale(self):
-        """Whether so many evaluations brought nothing better that the run ends early."""
+        """Returns whether to stop early.
+
+        That is so once the last `--early_stopping` evaluations brought no better accuracy.
+        """
         limit = self.config.early_stopping
         return bool(limit) and self.notes.get("evaluations_since_best", 0) >= limit
 
     def evaluate_once(self, evaluation_batches):
+        """Evaluates the current weights; returns the results of `step_functions.evaluate`.
+
+        Raises:
+            Interrupted: If a worker received a signal.
+        """
         done = itertools.count()
 
         def step(batch):
@@ -566,7 +640,12 @@ class Run:
         return results
 
     def before_evaluation(self, done):
-        """Raises `Interrupted` if a worker was told to end; `done` batches are evaluated."""
+        """Raises `Interrupted` if a worker received a signal; called before each evaluation batch.
+
+        Args:
+            done: Batches evaluated. Several workers exchange signals every `EVALUATION_LOOK` of
+                them.
+        """
         self.watchdog.tick()
         if self.workers == 1:
             told = bool(self.told_to_end)
@@ -578,38 +657,48 @@ class Run:
             raise Interrupted
 
     def check_images(self):
-        """Raises a ValueError, in all workers, if too many images cannot be read."""
+        """Raises a ValueError, in all workers, if too many images are unreadable."""
         if self.workers == 1:
             for corrupt in self.corrupt:
                 corrupt.check()
             return
-        # Threads of the pipeline add names meanwhile.
+        # Copied, because threads of the input pipeline add names concurrently.
         names = [frozenset(corrupt.names) for corrupt in self.corrupt]
         counts = strategies.of_each_worker(self.strategy, [len(each) for each in names])
         for corrupt, mine, count in zip(self.corrupt, names, counts.T, strict=True):
-            if count.sum() > corrupt.limit:  # workers may have met the same images
+            if count.sum() > corrupt.limit:  # an upper bound: workers may share unreadable images
                 digests = [name_digest(name) for name in mine]
                 digests += [0] * (int(count.max()) - len(digests))
                 found = strategies.of_each_worker(self.strategy, digests)
                 corrupt.check(len(np.setdiff1d(found, [0])))
 
-    # === Keeping ===
+    # === Checkpoints ===
 
     def checkpoint_due(self, step):
+        """Returns whether a checkpoint is due, by steps or by minutes."""
         if self.config.checkpoint_steps:
             return step % self.config.checkpoint_steps == 0
         return time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
 
     def save(self, step, best=False):
+        """Saves a checkpoint from the chief.
+
+        Args:
+            step: Updates made.
+            best: Whether it is the best evaluation so far. Defaults to `False`.
+        """
         if self.chief:
             self.checkpoints.save(step, self.notes, best)
         self.saved_at = time.monotonic()
 
     def save_at_end(self, between_updates):
-        """Writes a last checkpoint while the main thread waits; returns its step, or `None`.
+        """Writes a last checkpoint from the watchdog's thread while the main thread is blocked.
 
         Args:
-            between_updates: whether the state is that between two updates.
+            between_updates: Whether the state is consistent, not in the middle of an update.
+
+        Returns:
+            Its step, or `None` if none could be written.
         """
         if self.chief and between_updates and not self.bad_steps():
             self.checkpoints.wait()
@@ -621,17 +710,17 @@ class Run:
         return self.step if self.checkpoints.step() == self.step else None
 
     def restore(self, afresh=False):
-        """Fills the state from the last good checkpoint of the chief.
+        """Restores the state from the chief's last good checkpoint.
 
         Args:
-            afresh: whether to set all checkpoints aside if none can be read.
+            afresh: Whether to set all checkpoints aside if none is readable. Defaults to `False`.
 
         Returns:
-            Its step, None without any.
+            Step of the checkpoint, or `None` if there is none.
         """
         notes = self.restore_chief(afresh) if self.chief else None
         if self.workers > 1:
-            # The others read what the chief has written and found to be whole, and nothing else.
+            # The others restore exactly the checkpoint that the chief found readable.
             mine = -1 if notes is None else notes["step"]
             step = int(strategies.of_each_worker(self.strategy, [mine])[0, 0])
             if not self.chief and step >= 0:
@@ -648,7 +737,11 @@ class Run:
         return step
 
     def restore_chief(self, afresh):
-        """Fills the chief's state; returns the notes, None without a checkpoint."""
+        """Restores the chief's state; returns the notes, or `None` without a checkpoint.
+
+        Args:
+            afresh: Whether to set all checkpoints aside if none is readable.
+        """
         self.checkpoints.wait()
         try:
             return self.checkpoints.restore()
@@ -659,7 +752,14 @@ class Run:
             return None
 
     def roll_back(self, step):
-        """Go back to the last checkpoint and skip the first batch that did harm."""
+        """Restores the last checkpoint and marks the first bad batch as skipped.
+
+        Returns:
+            Step of the checkpoint.
+
+        Raises:
+            RuntimeError: After `max_rollbacks` rollbacks.
+        """
         bad, rollbacks = self.bad[0], self.notes["rollbacks"] + 1
         loss, norm = next((loss, norm) for s, loss, norm in self.pending if s == bad)
         reason = f"the loss of step {bad} was {loss:.4g}, its gradient norm {norm:.4g}"
@@ -678,7 +778,7 @@ class Run:
         return step
 
     def weights_digest(self):
-        """Returns a checksum of the weights that are trained."""
+        """Returns a CRC-32 of the trainable weights."""
         total = 0
         for variable in self.optimizer.variables:
             total = zlib.crc32(
@@ -696,7 +796,11 @@ class Run:
             )
 
     def finish(self, step, evaluation_batches, held_out):
-        """Write the trained model and say where everything lies."""
+        """Writes the final weights, the report and `results.json`.
+
+        Returns:
+            The results, as `train` returns them.
+        """
         files = {}
         self.check_weights_changed(step)
         if self.chief:
@@ -704,7 +808,7 @@ class Run:
                 self.save(step)
             self.checkpoints.wait()
         if self.stale():
-            strategies.total(self.strategy, 1)  # the chief's last checkpoint is written
+            strategies.total(self.strategy, 1)  # barrier: the chief has written its checkpoint
             step = self.take_best(step)
         results = dict(self.notes["results"])
         averaged = results.get("ema_accuracy", -1.0) > results["accuracy"]
@@ -726,7 +830,10 @@ class Run:
         return {**results, "step": step, "files": files}
 
     def write_report(self, step, evaluation_batches, held_out, results):
-        """Pictures and tables of the better weights' answers; returns the files."""
+        """Writes tables and pictures of the predictions; returns the files.
+
+        The current weights are used; `finish` swaps in their moving average if it is more accurate.
+        """
         with self.corrupt[1].reading():
             found = predictions.predict(
                 self.strategy, self.model, evaluation_batches(), held_out.size
@@ -747,7 +854,11 @@ class Run:
         return files
 
     def take_best(self, last):
-        """Put the best weights in place of the last; returns their step."""
+        """Replaces the weights with those of the best evaluation; returns their step.
+
+        Args:
+            last: Step at which the run ended.
+        """
         path = self.checkpoints.directory / "best.safetensors"
         tensors, notes = read(path)
         self.checkpoints.fill(tensors, path)
@@ -760,11 +871,11 @@ class Run:
 
 
 def read_picture(path):
-    """A PNG as a batch of one for TensorBoard."""
+    """Returns a PNG as a batch of one, uint8 (1, height, width, 3), for TensorBoard."""
     return tf.io.decode_png(tf.io.read_file(path), channels=3)[None]
 
 
 def name_digest(name):
-    """Returns a positive number of 63 bits that stands for a name."""
+    """Returns a positive 63-bit hash of a name."""
     digest = hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 1) | 1

@@ -1,4 +1,4 @@
-"""The models that the trainer can build, by name, and their logits."""
+"""Builds, loads and saves the trainer's models."""
 
 import dataclasses
 import difflib
@@ -38,15 +38,25 @@ TNT_DIGITS = {
 
 
 def tnt_digits(classes=10, name="tnt_digits", **architecture):
-    """A TNT sized for 32x32 images: 16 patches of 16 words."""
+    """Builds a TNT for 32x32 images: 16 patches of 16 words.
+
+    Args:
+        classes: Number of classes. Defaults to 10.
+        name: Name of the model. Defaults to "tnt_digits".
+        **architecture: Arguments of `keras_tnt.TNT` that override `TNT_DIGITS`.
+    """
     return keras_tnt.TNT(classes=classes, name=name, **(TNT_DIGITS | architecture))
 
 
 def find_builder(name, flag="--model"):
-    """The function that builds the model of a name.
+    """Returns the function that builds the model of a name.
+
+    Args:
+        name: "tnt_digits", a family or a variant of keras_tnt.
+        flag: Flag that is named in the error. Defaults to "--model".
 
     Raises:
-        ValueError: naming the nearest if there is none.
+        ValueError: If there is no such model; the message suggests the nearest names.
     """
     if name == "tnt_digits":
         return tnt_digits
@@ -57,18 +67,21 @@ def find_builder(name, flag="--model"):
 
 
 def build(config, classes, label_names=None, fresh_heads=True):
-    """The model of a configuration, on pixels in [0, 255], in its precision.
+    """Builds the model of a configuration, on pixels in [0, 255], in its precision.
 
     Args:
-        config: a `training.configuration.Config`.
-        classes: number of classes.
-        label_names: names of a data set's classes, which the model keeps if it has as many. It
-            knows ImageNet's by itself.
-        fresh_heads: whether heads start afresh where `--weights` have other classes; if not, such
-            weights are refused.
+        config: A `training.configuration.Config`.
+        classes: Number of classes.
+        label_names: Class names of the data set, which are stored in the model if there are
+            `classes` of them. Defaults to `None`. ImageNet's names are built in.
+        fresh_heads: Whether to initialize the heads randomly if `--weights` has another number of
+            classes; if `False`, such weights raise an error. Defaults to `True`.
 
     Returns:
         A `keras.Model`.
+
+    Raises:
+        ValueError: If arguments or weights do not fit the model.
     """
     builder = find_builder(config.model)
     arguments = custom_arguments(config, builder)
@@ -110,10 +123,14 @@ def build(config, classes, label_names=None, fresh_heads=True):
 
 
 def custom_arguments(config, builder):
-    """Returns the arguments of `--model_args`, each known to the builder.
+    """Returns the arguments in `--model_args`, lists converted to tuples.
+
+    Args:
+        config: A `training.configuration.Config`.
+        builder: Function that builds the model.
 
     Raises:
-        ValueError: naming the nearest arguments if the builder has no such one.
+        ValueError: If the builder has no such argument; the message suggests the nearest ones.
     """
     arguments = configuration.model_arguments(config)
     known = inspect.signature(builder).parameters
@@ -135,7 +152,7 @@ def custom_arguments(config, builder):
 
 
 def naming_model_args(builder, config):
-    """Returns the builder; what values of `--model_args` are wrong for names the flag."""
+    """Wraps a builder so that its errors name `--model_args`."""
     if not config.model_args:
         return builder
 
@@ -151,16 +168,16 @@ def naming_model_args(builder, config):
 
 
 def has_public_weights(builder):
-    """Whether a builder begins with public weights where nothing else is said."""
+    """Returns whether a builder's `weights` default to "imagenet"."""
     weights = inspect.signature(builder).parameters.get("weights")
     return weights is not None and weights.default == "imagenet"
 
 
 def freeze(config, model):
-    """Let stand still what `--freeze` names.
+    """Freezes the layers selected by `--freeze`.
 
     Raises:
-        ValueError: for what is no part of the model.
+        ValueError: If the model has no such part.
     """
     if not config.freeze:
         return
@@ -172,7 +189,18 @@ def freeze(config, model):
 
 
 def load(config, classes, run, weights, checkpoint):
-    """The model to evaluate: of a `.keras` file, of a run, or built and filled with weights."""
+    """Loads the model to evaluate.
+
+    Args:
+        config: A `training.configuration.Config`.
+        classes: Number of classes.
+        run: Directory of a run, used if `weights` is empty.
+        weights: A `.keras` file, which is loaded as a model, or weights for the configured model.
+        checkpoint: Which of the run's weights to load: "final", "final_ema", "best" or "averaged".
+
+    Raises:
+        ValueError: If a file does not exist, or its weights do not fit the model.
+    """
     if weights and weights.endswith(".keras"):
         if not os.path.isfile(weights):
             raise ValueError(f"--weights: there is no file {weights!r}")
@@ -194,7 +222,15 @@ def load(config, classes, run, weights, checkpoint):
 
 
 def take_all_but_heads(model, donor):
-    """Copy the weights of a model of other classes; returns the paths of those that were left."""
+    """Copies all weights but the heads' from a model with other classes.
+
+    Args:
+        model: `keras.Model` to fill.
+        donor: `keras.Model` to copy from.
+
+    Returns:
+        Sorted paths of the head variables, which are unchanged.
+    """
     values = {v.path: v for v in donor.weights}
     heads = {v.path for head in keras_tnt.anatomy(model).heads for v in head.weights}
     for variable in model.weights:
@@ -204,7 +240,11 @@ def take_all_but_heads(model, donor):
 
 
 def file_of_run(weights):
-    """The trained model of a run, where `--weights` names a run's directory; else `weights`."""
+    """Returns the path of `final.keras` if `--weights` names a run's directory, else `weights`.
+
+    Raises:
+        ValueError: If the directory has no `final.keras`.
+    """
     if not os.path.isdir(weights):
         return weights
     path = os.path.join(weights, "final.keras")
@@ -214,7 +254,11 @@ def file_of_run(weights):
 
 
 def classes_of(weights):
-    """The number of classes that weights have; None if they, or no weights, do not tell."""
+    """Returns the number of classes of weights, or `None` if unknown or without weights.
+
+    Args:
+        weights: "imagenet", a file, a hub repository, or `None`.
+    """
     if weights is None or weights == "imagenet":
         return weights and IMAGENET_CLASSES
     try:
@@ -224,7 +268,15 @@ def classes_of(weights):
 
 
 def build_teacher(config, student):
-    """The teacher as a function from the student's images to logits; None without one."""
+    """Builds the teacher: a function from the student's images to logits.
+
+    Args:
+        config: A `training.configuration.Config`.
+        student: The `keras.Model` to train.
+
+    Returns:
+        A `keras_tnt.teacher.Teacher`, or `None` without distillation.
+    """
     if config.distill == "none":
         return None
     if config.teacher.endswith(".keras"):
@@ -250,44 +302,62 @@ def rematerialize(layer):
 
 
 def logits_model(model):
-    """The same layers up to the heads: logits of the class head, and of the distillation head."""
+    """Returns a model with the same layers that outputs the logits of each head.
+
+    The class head is the first, the distillation head, if any, the second.
+    """
     heads = keras_tnt.anatomy(model).heads
     return keras.Model(model.inputs, [head.output for head in heads])
 
 
 def normalisation(model):
-    """(scale, offset) that a model puts its pixels through, three values each."""
+    """Yields (scale, offset) of a model's input normalization, float32 (3,) each."""
     image = keras_tnt.anatomy(model).image
     values = scale_and_offset(image.mean, image.std, 3)
     return (np.broadcast_to(value.astype("float32"), 3) for value in values)
 
 
 def pixels(model, normalised):
-    """What a model's normalisation makes `normalised` of."""
+    """Inverts a model's input normalization.
+
+    Args:
+        model: The `keras.Model`.
+        normalised: Normalized values (..., 3).
+
+    Returns:
+        Pixels (..., 3) that the model normalizes to these values.
+    """
     scale, offset = normalisation(model)
     return (normalised - offset) / scale
 
 
 def mean_colour(model):
-    """The colour that a model's normalisation takes to zero, in whole numbers."""
+    """Returns the color that a model's input normalization maps to zero.
+
+    Returns:
+        Three integers in [0, 255].
+    """
     scale, offset = normalisation(model)
-    # A hair up: 127.5, which is 127.4999 in float32, goes to 128.
+    # Rounded up slightly: 127.5, which is 127.4999 in float32, becomes 128.
     return tuple(int(round(value + 1e-3)) for value in (-offset / scale).tolist())
 
 
 def crop_share(config, model):
-    """The share of the resized image's side that evaluation shows."""
+    """Returns the share of the resized image's side that the evaluation crop covers."""
     return config.crop or keras_tnt.anatomy(model).image.crop
 
 
 def image_size(model):
-    """(height, width) that a model takes."""
+    """Returns the model's input (height, width)."""
     image = keras_tnt.anatomy(model).image
     return image.height, image.width
 
 
 def state(model):
-    """Every variable of a model by a name that holds in any process: weights, statistics, seeds."""
+    """Returns all variables of a model, by names that are stable across processes.
+
+    These are weights and moving statistics ("model/<path>") and seeds ("seed/<index>").
+    """
     named = {f"model/{v.path}": v.value for v in model.weights}
     weights = {id(v) for v in model.weights}
     seeds = [v for v in model.variables if id(v) not in weights]
@@ -295,7 +365,15 @@ def state(model):
 
 
 def save_final(model, config, classes, label_names, workdir, name="final"):
-    """Write `<name>.keras` and `<name>.weights.h5`, float32 whatever the training's precision.
+    """Writes `<name>.keras` and `<name>.weights.h5`, in float32 for every training precision.
+
+    Args:
+        model: The trained `keras.Model`.
+        config: A `training.configuration.Config`.
+        classes: Number of classes.
+        label_names: Class names, or `None`.
+        workdir: Directory to write to.
+        name: Stem of the file names. Defaults to "final".
 
     Returns:
         Dict from file name to path.
@@ -308,30 +386,48 @@ def save_final(model, config, classes, label_names, workdir, name="final"):
 
 
 def build_plain(config, classes, label_names):
-    """Returns the model of a configuration in float32, with random weights, to be filled."""
+    """Builds the model of a configuration in float32, with random weights.
+
+    Args:
+        config: A `training.configuration.Config`.
+        classes: Number of classes.
+        label_names: Class names, or `None`.
+    """
     unadorned = dataclasses.replace(config, precision="float32", weights="", remat=False)
     return build(unadorned, classes, label_names)
 
 
 def write_model(plain, workdir, name):
-    """Writes `<name>.keras` and `<name>.weights.h5`, each atomically; returns paths by name."""
+    """Writes `<name>.keras` and `<name>.weights.h5` atomically.
+
+    Args:
+        plain: `keras.Model` in float32.
+        workdir: Directory to write to.
+        name: Stem of the file names.
+
+    Returns:
+        Dict from file name to path.
+    """
     files = {suffix: os.path.join(workdir, name + suffix) for suffix in KERAS_FILES}
     with replacing(files[".keras"]) as temporary:
         plain.save(temporary)
-        # A .keras file holds the file of weights, written in memory. HDF5 itself, writing to a disk
-        # that is full, ends the process.
+        # The weight file is extracted from the .keras file, where Keras wrote it in memory: HDF5
+        # aborts the process if it writes to a full disk.
         with zipfile.ZipFile(temporary) as archive:
             weights = archive.read("model.weights.h5")
     write_atomically(files[".weights.h5"], weights)
     return {os.path.basename(path): path for path in files.values()}
 
 
-# Dense bfloat16 or tensor-core float16 peaks by the makers' data sheets, TFLOP/s.
+# Dense bfloat16 or tensor-core float16 peak throughput by the vendors' data sheets, in TFLOP/s.
 PEAKS = {"V100": 125, "T4": 65, "A100": 312, "L4": 121, "H100": 989, "H200": 989, "B200": 2250}
 
 
 def peak_tflops(config):
-    """A device's peak: what was given, what is known of this GPU, or 0."""
+    """Returns the peak throughput of a device in TFLOP/s.
+
+    It is `--peak_tflops`, that of a known GPU outside of float32, or 0 if unknown.
+    """
     if config.peak_tflops:
         return config.peak_tflops
     gpus = tf.config.list_physical_devices("GPU")
@@ -342,7 +438,10 @@ def peak_tflops(config):
 
 
 def forward_flops(model):
-    """Floating-point operations of a forward pass on one image: its matrix products."""
+    """Returns the floating-point operations of a forward pass on one image.
+
+    Matrix products and convolutions are counted, a multiply-add as two operations.
+    """
     signature = tf.TensorSpec((1, *model.input_shape[1:]), tf.float32)
     function = tf.function(lambda x: model(x, training=False), autograph=False)
     graph = function.get_concrete_function(signature).graph

@@ -1,8 +1,8 @@
-"""An optimizer across replicas, the learning rate of each update, and the weights' average.
+"""Learning-rate schedule, and an optimizer for replicas with clipping, EMA and loss scaling.
 
-Keras's `apply` reduces gradients after clipping them and knows no rate of its own for a layer; here
-the gradients are summed over the replicas first, so that any number of devices takes the step that
-one would.
+Keras's `apply` all-reduces gradients after clipping them, and has no per-layer learning rates. Here
+gradients are summed over the replicas first, so that the update does not depend on the number of
+devices.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from training import optimizers
 
 
 def learning_rate(config, step, steps_per_epoch):
-    """Returns the rate of update `step`: linear warm-up, then the schedule.
+    """Returns the learning rate of update `step`: linear warm-up, then the schedule.
 
-    One value an update, or, under `schedule_per_epoch`, one an epoch, as timm 0.3.2 sets it.
+    The rate changes every update or, with `schedule_per_epoch`, every epoch, as in timm 0.3.2.
 
     Args:
-        config: a `training.configuration.Config`.
-        step: updates made before.
-        steps_per_epoch: updates an epoch.
+        config: A `training.configuration.Config`.
+        step: Updates made before.
+        steps_per_epoch: Updates per epoch.
 
     Returns:
         A float.
@@ -41,36 +41,40 @@ def learning_rate(config, step, steps_per_epoch):
 
 
 def cosine(config, peak, epoch):
+    """Returns the rate of a cosine decay from `peak` to `min_learning_rate`."""
     end = min(config.min_learning_rate, peak)
     return end + (peak - end) * (1 + math.cos(math.pi * min(epoch / config.epochs, 1))) / 2
 
 
 def linear(config, peak, epoch):
+    """Returns the rate of a linear decay from `peak` to `min_learning_rate`."""
     end = min(config.min_learning_rate, peak)
     return end + (peak - end) * max(1 - epoch / config.epochs, 0)
 
 
 def step(config, peak, epoch):
+    """Returns the rate of a step decay: times `step_factor` every `step_epochs`."""
     return peak * config.step_factor ** (epoch // config.step_epochs)
 
 
 def constant(config, peak, epoch):
+    """Returns `peak`."""
     return peak
 
 
-# From (configuration, peak, epochs that are done, a float) to a rate.
+# Functions from (configuration, peak rate, fractional epoch) to a learning rate.
 SCHEDULES = {"cosine": cosine, "linear": linear, "step": step, "constant": constant}
 
 
 def ema_decay(config, step):
-    """Returns the decay of the moving average in update `step`.
+    """Returns the decay of the exponential moving average in update `step`.
 
-    Under `ema_warmup` that of timm's ModelEmaV3: 0 in the first update, then
+    With `ema_warmup` it is that of timm's ModelEmaV3: 0 in the first update, then
     1 - (1 + step)^(-2/3), at most `ema`.
 
     Args:
-        config: a `training.configuration.Config`.
-        step: updates made before, float tensor.
+        config: A `training.configuration.Config`.
+        step: Updates made before, float tensor.
     """
     if not config.ema_warmup:
         return config.ema
@@ -78,18 +82,20 @@ def ema_decay(config, step):
 
 
 class Optimizer:
-    """A rule of `training.optimizers` with the papers' groups, clipping, EMA and loss scaling.
+    """Optimizer with weight-decay groups, layer decay, clipping, EMA and dynamic loss scaling.
 
-    Make it in the strategy's scope and call `apply` in a replica.
+    The update rule is one of `training.optimizers`. Create it in the strategy's scope and call
+    `apply` in replica context.
 
     Args:
-        model: the `keras.Model` to train.
-        config: a `training.configuration.Config`.
+        model: The `keras.Model` to train.
+        config: A `training.configuration.Config`.
     """
 
     growth_steps = 2000
 
     def __init__(self, model, config):
+        """Creates the variables: moments, moving averages, loss scale."""
         self.config = config
         self.variables = [v.value for v in model.trainable_variables]
         self.names = [v.path for v in model.trainable_variables]
@@ -102,11 +108,11 @@ class Optimizer:
         for average, variable in zip(self.averages, averaged, strict=True):
             average.assign(variable.numpy())
         self.scaling = config.precision == "float16"
-        # Loss scale, and updates since it last changed.
+        # Loss scale, and number of updates since it last changed.
         self.scale = [tf.Variable(2.0**15, trainable=False), tf.Variable(0.0, trainable=False)]
 
     def state(self):
-        """Everything to save, by name."""
+        """Returns all variables to checkpoint, by name."""
         named = {f"optimizer/{name}": variable for name, variable in self.rule.others.items()}
         for name, slots in zip(self.names, self.rule.slots, strict=True):
             named |= {f"{slot}/{name}": variable for slot, variable in slots.items()}
@@ -118,7 +124,7 @@ class Optimizer:
 
     @contextlib.contextmanager
     def averaged(self):
-        """Within the context, the model's weights are their moving average."""
+        """Swaps the moving averages into the model within the context."""
         weights = [v.numpy() for v in self.variables]
         for variable, average in zip(self.variables, self.averages, strict=True):
             variable.assign(average.numpy())
@@ -129,25 +135,30 @@ class Optimizer:
                 variable.assign(value)
 
     def loss_scale(self):
+        """Returns the float16 loss scale, a tensor, or 1.0 in other precisions."""
         return tf.convert_to_tensor(self.scale[0]) if self.scaling else 1.0
 
     def is_kept(self, norm):
-        """Returns whether an update of this gradient norm is kept: a boolean, or `None` for any.
+        """Returns whether to apply an update: a boolean tensor, or `None` if always.
 
-        A float16 overflow is no fault: that update is left out and the scale halved.
+        With float16 an update whose gradients overflow is skipped and the loss scale halved, which
+        is part of dynamic loss scaling and not an error.
+
+        Args:
+            norm: Global norm of the gradients.
         """
         return tf.math.is_finite(norm) if self.scaling else None
 
     def apply(self, gradients, step, rate):
-        """Sum the gradients over the replicas and update all variables.
+        """All-reduces the gradients and updates all variables.
 
         Args:
-            gradients: of the (scaled) loss, this replica's share of it.
-            step: updates made before, float tensor.
-            rate: learning rate, float tensor.
+            gradients: Gradients of the scaled loss: this replica's part of the sum.
+            step: Updates made before, float tensor.
+            rate: Learning rate, float tensor.
 
         Returns:
-            The gradients' global norm before clipping.
+            Global norm of the gradients before clipping.
         """
         replica = tf.distribute.get_replica_context()
         gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)

@@ -1,10 +1,9 @@
-"""The optimizers by name: `--optimizer`'s table.
+"""Optimizers by name: the table of `--optimizer`.
 
-A row is a function from (the trainable variables, the configuration) to a rule, made in the
-strategy's scope. A rule says what an update does to one variable; the sum over the replicas,
-clipping, the rate of each layer, which variables decay, float16's left-out updates and the moving
-average are the trainer's, in `training/optimization.py`. Any Keras optimizer is a rule by
-`KerasRule`:
+A row is a function from (trainable variables, configuration) to an update rule, called in the
+strategy's scope. A rule updates one variable. The rest is done by `training/optimization.py`: sum
+over the replicas, clipping, per-layer learning rates, selection of the variables with weight decay,
+skipped updates of float16, and the moving average. `KerasRule` makes a rule of any Keras optimizer:
 
     register_optimizer("adamax", lambda variables, config: KerasRule(Adamax(), variables))
 """
@@ -16,16 +15,17 @@ import tensorflow as tf
 
 
 class AdamW:
-    """AdamW (arXiv 1711.05101), epsilon added behind the bias correction.
+    """AdamW (arXiv 1711.05101), with epsilon added after the bias correction, as in PyTorch.
 
     Args:
-        variables: trainable `keras.Variable`s.
-        config: a `training.configuration.Config`.
+        variables: Trainable `keras.Variable`s.
+        config: A `training.configuration.Config`.
     """
 
     epsilon = 1e-8
 
     def __init__(self, variables, config):
+        """Creates the first and second moments of each variable."""
         self.betas = config.beta_1, config.beta_2
         self.means = [zeros_like(v) for v in variables]
         self.squares = [zeros_like(v) for v in variables]
@@ -34,6 +34,16 @@ class AdamW:
         self.counters, self.others = (), {}
 
     def update(self, i, variable, gradient, count, rate, decay):
+        """Updates variable `i` and its moments.
+
+        Args:
+            i: Index of the variable.
+            variable: The `tf.Variable`.
+            gradient: Its gradient, clipped and summed over the replicas.
+            count: Updates made, this one included, float tensor.
+            rate: Learning rate, layer decay included.
+            decay: Weight decay, 0 for variables without.
+        """
         beta_1, beta_2 = self.betas
         mean = beta_1 * self.means[i] + (1 - beta_1) * gradient
         square = beta_2 * self.squares[i] + (1 - beta_2) * tf.square(gradient)
@@ -46,20 +56,21 @@ class AdamW:
 
 
 class KerasRule:
-    """A Keras optimizer as a rule: decoupled weight decay, as its `apply` has it, and its step.
+    """Update rule of a Keras optimizer: decoupled weight decay, then the optimizer's step.
 
     Args:
-        optimizer: a new `keras.optimizers.Optimizer`. Its own learning rate, weight decay,
-            clipping and moving average are not used.
-        variables: trainable `keras.Variable`s.
+        optimizer: A new `keras.optimizers.Optimizer`. Its learning rate, weight decay, clipping and
+            moving average are not used.
+        variables: Trainable `keras.Variable`s.
 
     Attributes:
-        slots: a dict for each variable, from name to the `tf.Variable` that belongs to it.
-        counters: variables that hold how many updates were made before.
-        others: what else the optimizer keeps, by name.
+        slots: A dict for each variable, from name to the `tf.Variable` of that slot.
+        counters: Variables that count updates.
+        others: Other variables of the optimizer, by name.
     """
 
     def __init__(self, optimizer, variables):
+        """Builds the optimizer and assigns its variables to slots by their names."""
         optimizer.build(variables)
         self.optimizer = optimizer
         self.counters = (optimizer.iterations.value,)
@@ -74,12 +85,14 @@ class KerasRule:
                 self.others[kept.name] = kept.value
 
     def update(self, i, variable, gradient, count, rate, decay):
+        """Updates variable `i`; see `AdamW.update` for the arguments."""
         if decay:
             variable.assign(variable - rate * decay * variable)
         self.optimizer.update_step(gradient, variable, rate)
 
 
 def zeros_like(variable):
+    """Returns a non-trainable `tf.Variable` of zeros in a variable's shape and dtype."""
     return tf.Variable(tf.zeros(variable.shape, variable.dtype), trainable=False)
 
 
@@ -87,19 +100,22 @@ def zeros_like(variable):
 
 
 def sgd(variables, config):
+    """Returns SGD with Nesterov momentum."""
     return KerasRule(keras.optimizers.SGD(momentum=config.momentum, nesterov=True), variables)
 
 
 def lion(variables, config):
+    """Returns Lion (arXiv 2302.06675)."""
     return KerasRule(keras.optimizers.Lion(beta_1=config.beta_1, beta_2=config.beta_2), variables)
 
 
 def lamb(variables, config):
+    """Returns LAMB (arXiv 1904.00962)."""
     return KerasRule(keras.optimizers.Lamb(beta_1=config.beta_1, beta_2=config.beta_2), variables)
 
 
 def muon(variables, config):
-    """Matrices of the blocks by Muon; embeddings, tables, heads and vectors by AdamW."""
+    """Returns Muon for the blocks' matrices, AdamW for embeddings, tables, heads and vectors."""
     betas = {"adam_beta_1": config.beta_1, "adam_beta_2": config.beta_2}
     outside = {"exclude_layers": ["head", "position", "token", "table"]}
     optimizer = keras.optimizers.Muon(momentum=config.momentum, **betas, **outside)
@@ -107,8 +123,8 @@ def muon(variables, config):
 
 
 OPTIMIZERS = {
-    # Keras's AdamW adds epsilon before the bias correction and decays in a step of its own: other
-    # updates than those of PyTorch's, with which the published models were trained.
+    # Keras's AdamW adds epsilon before the bias correction and decays in a separate step, unlike
+    # PyTorch's, with which the published models were trained.
     "adamw": AdamW,
     "sgd": sgd,
     "lion": lion,
@@ -118,14 +134,14 @@ OPTIMIZERS = {
 
 
 def register_optimizer(name, make):
-    """Add a row to the table.
+    """Adds an optimizer to the table.
 
     Args:
-        name: what `--optimizer` calls it.
-        make: function from (trainable variables, configuration) to a rule.
+        name: Value of `--optimizer`.
+        make: Function from (trainable variables, configuration) to a rule.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: If the name is taken.
     """
     if OPTIMIZERS.get(name, make) is not make:
         raise ValueError(f"There is an optimizer {name!r} already.")
@@ -133,10 +149,10 @@ def register_optimizer(name, make):
 
 
 def find_optimizer(name):
-    """The function that makes the rule of a name.
+    """Returns the function that creates the rule of a name.
 
     Raises:
-        ValueError: with the nearest names, if there is none.
+        ValueError: If there is none; the message suggests the nearest names.
     """
     if name not in OPTIMIZERS:
         near = " or ".join(difflib.get_close_matches(name, OPTIMIZERS))

@@ -1,10 +1,10 @@
-"""Pictures of a run: confusion matrix, most certain mistakes, learning curves, rate search."""
+"""Plots of a run: confusion matrix, most confident errors, learning curves, rate finder."""
 
 import numpy as np
 
 from keras_tnt import figures
 
-# At most NAMED classes have a row each, with a name and counts in its cells.
+# Up to NAMED classes, each has a labeled row with counts in its cells.
 NAMED = 30
 CELL = 0.45  # inches
 PAIRS = 25
@@ -14,12 +14,12 @@ SHADE = "Blues"
 
 
 def confusion(matrix, names, path):
-    """Draws the confusion matrix and the pairs of classes that are most often confused.
+    """Plots the confusion matrix and the pairs of classes that are confused most often.
 
     Args:
-        matrix: integers (n, n), a row for each true class, a column for each predicted one.
-        names: of the n classes.
-        path: of the PNG.
+        matrix: Integers (n, n), rows the true classes, columns the predicted ones.
+        names: Names of the n classes.
+        path: Path of the PNG.
     """
     plt = pyplot()
     number = len(names)
@@ -45,7 +45,7 @@ def confusion(matrix, names, path):
 
 
 def confusion_of_few(axes, matrix, names):
-    """Draws every class with its name and its counts."""
+    """Plots a confusion matrix with the names of all classes and all counts."""
     number = len(names)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(share, cmap=SHADE, norm=square_root(1), interpolation="nearest")
@@ -71,14 +71,14 @@ def confusion_of_few(axes, matrix, names):
 
 
 def square_root(most):
-    """A norm that lets a class that is seldom confused show next to the diagonal."""
+    """Returns a square-root color norm, which makes rare confusions visible."""
     from matplotlib.colors import PowerNorm
 
     return PowerNorm(0.5, 0, most)
 
 
 def ink_on(color):
-    """Black or white, whichever has the larger contrast on an RGB color (WCAG's luminance)."""
+    """Returns black or white, whichever contrasts more with an RGB color (WCAG luminance)."""
     parts = np.array(color[:3])
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ (0.2126, 0.7152, 0.0722))
@@ -86,7 +86,7 @@ def ink_on(color):
 
 
 def confusion_of_many(axes, matrix):
-    """Draws wrong predictions only, those of neighboring classes added up."""
+    """Plots wrong predictions only, summed over blocks of neighboring classes."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import NullLocator
 
@@ -113,7 +113,7 @@ def confusion_of_many(axes, matrix):
 
 
 def most_often(axes, matrix, names):
-    """Draws the pairs of classes that were confused most often, as bars."""
+    """Plots the pairs of classes that are confused most often, as bars."""
     apart = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-apart, axis=None, kind="stable")[:PAIRS]
     pairs = [divmod(int(place), len(names)) for place in order if apart.flat[place]]
@@ -134,12 +134,13 @@ def most_often(axes, matrix, names):
 
 
 def mistakes(shown, wrong, total, path):
-    """Draws the most certain wrong predictions.
+    """Plots the most confident errors.
 
     Args:
-        shown: (uint8 image, the predicted class, the true one, its probability) of each.
-        wrong, total: numbers of wrong predictions and of images.
-        path: of the PNG.
+        shown: List of (uint8 image, predicted class, true class, probability).
+        wrong: Number of wrong predictions.
+        total: Number of images.
+        path: Path of the PNG.
     """
     plt = pyplot()
     if not shown:
@@ -172,20 +173,23 @@ def mistakes(shown, wrong, total, path):
 
 
 def grid_columns(count):
-    """The number of columns, at most MOST_COLUMNS, that leaves the fewest empty places."""
+    """Returns the number of columns, at most `MOST_COLUMNS`, with the fewest empty cells."""
     if count <= MOST_COLUMNS - 1:
         return count
     return min(range(MOST_COLUMNS, 3, -1), key=lambda columns: -count % columns)
 
 
 def curves(reports, path, target=None, title="Held-out images"):
-    """Draws loss, learning rate and held-out accuracy over the epochs.
+    """Plots loss, learning rate and held-out accuracy over the epochs.
 
     Args:
-        reports: the lines of `metrics.jsonl`, as dicts.
-        path: of the picture.
-        target: an accuracy from 0 to 1 to compare with, drawn as a labeled line.
-        title: of the accuracies.
+        reports: Lines of `metrics.jsonl`, as dicts.
+        path: Path of the picture.
+        target: Accuracy in [0, 1] that is drawn as a labeled line. Defaults to `None`.
+        title: Title of the plot of accuracies. Defaults to "Held-out images".
+
+    Returns:
+        The path.
     """
     plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
@@ -218,7 +222,15 @@ def curves(reports, path, target=None, title="Held-out images"):
 
 
 def learning_rates(rates, losses, smooth, chosen, path):
-    """Draws the loss over a ramp of learning rates, and the rate that is chosen."""
+    """Plots the loss over a ramp of learning rates, and the suggested rate.
+
+    Args:
+        rates: Learning rates.
+        losses: Loss at each rate.
+        smooth: Smoothed losses.
+        chosen: Suggested learning rate.
+        path: Path of the picture.
+    """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(rates, losses, color="0.8", lw=1, label="loss of each update")
@@ -233,7 +245,7 @@ def learning_rates(rates, losses, smooth, chosen, path):
 
 
 def shortened(name, longest):
-    """Returns a name of at most `longest` characters: of a longer one its start and its end."""
+    """Returns a drawable name of at most `longest` characters, its middle elided if needed."""
     if len(name) > longest:
         end = longest // 2
         name = f"{name[: longest - end - 1].rstrip()}…{name[-end:].lstrip()}"
@@ -241,6 +253,11 @@ def shortened(name, longest):
 
 
 def pyplot():
+    """Returns `matplotlib.pyplot` with the Agg backend.
+
+    Raises:
+        ImportError: If matplotlib is not installed; the message names the extra.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -252,5 +269,6 @@ def pyplot():
 
 
 def save(figure, path):
+    """Saves and closes a figure."""
     figures.save(figure, path, dpi=110)
     pyplot().close(figure)

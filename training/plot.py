@@ -1,4 +1,7 @@
-"""Compares runs in one picture: python training/plot.py RUN... --output=comparison.png"""
+"""Plots the curves of several runs in one picture.
+
+python training/plot.py RUN... --output=comparison.png
+"""
 
 import sys
 from pathlib import Path
@@ -11,7 +14,7 @@ from training import commands  # noqa: E402
 
 flags.DEFINE_string("output", "runs/comparison.png", "where the picture goes")
 
-# What to draw, by panel: (title, keys of metrics.jsonl).
+# Panels: (title, keys of metrics.jsonl).
 PANELS = (
     ("training loss", ("loss",)),
     ("held-out accuracy", ("accuracy", "ema_accuracy")),
@@ -21,17 +24,17 @@ PANELS = (
 
 
 def plot(runs, output):
-    """Draws the curves of runs.
+    """Plots loss, accuracy, learning rate and speed of runs.
 
     Args:
-        runs: directories with a `metrics.jsonl`.
-        output: path of the picture.
+        runs: Directories with a `metrics.jsonl`.
+        output: Path of the picture.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: if a directory holds no run.
+        ValueError: If a directory holds no run.
     """
     from training import regular
     from training.checkpoint import read_metrics
@@ -73,6 +76,7 @@ def plot(runs, output):
 
 
 def main(runs):
+    """Plots the runs given as arguments, and prints the path of the picture."""
     if not runs:
         raise ValueError("name one or more directories of runs")
     print(plot(runs, flags.FLAGS.output))

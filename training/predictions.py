@@ -1,4 +1,4 @@
-"""What a model answers to each held-out image, and what that says: tables and pictures."""
+"""Predictions on the held-out images, and tables and pictures of them."""
 
 import csv
 import dataclasses
@@ -20,14 +20,15 @@ BINS = 15
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """Answers to n images, in the order of the data set.
+    """Predictions for n images, in the order of the data set.
 
     Args:
-        labels: integers (n,).
-        classes: integers (n, top): the likeliest classes, the likeliest first.
-        probabilities: float32 (n, top): theirs.
-        readable: bools (n,): whether the image could be read; its answer does not count otherwise.
-        mistakes: the most certain wrong answers: (place, uint8 image), the most certain first.
+        labels: Integers (n,).
+        classes: Integers (n, top): the most probable classes, in descending order.
+        probabilities: float32 (n, top): their probabilities.
+        readable: Booleans (n,): whether the image was readable; if not, its prediction does not
+            count.
+        mistakes: The most confident errors: a list of (place, uint8 image), most confident first.
     """
 
     labels: np.ndarray
@@ -38,18 +39,24 @@ class Predictions:
 
     @property
     def right(self):
+        """Correctness of the top-1 predictions, booleans (n,)."""
         return self.classes[:, 0] == self.labels
 
 
 def predict(strategy, model, dataset, size, mistakes=24):
-    """Answers to the images of `data.evaluation_batches`: every worker learns those of all.
+    """Returns the predictions for the images of `data.evaluation_batches`.
+
+    Every worker must call it, and receives the predictions for the images of all workers.
 
     Args:
-        strategy: a `tf.distribute.Strategy`.
-        model: the `keras.Model`, on pixels.
-        dataset: a `tf.data.Dataset` of batches for one replica each: this worker's share.
-        size: number of images of all workers.
-        mistakes: how many of the most certain wrong answers to keep the pictures of.
+        strategy: A `tf.distribute.Strategy`.
+        model: The `keras.Model`, on pixels.
+        dataset: A `tf.data.Dataset` of batches for one replica each, this worker's part.
+        size: Number of images of all workers.
+        mistakes: Number of the most confident errors whose images are included. Defaults to 24.
+
+    Returns:
+        A `Predictions`.
     """
     logits_model = models.logits_model(model)
 
@@ -81,12 +88,21 @@ def predict(strategy, model, dataset, size, mistakes=24):
 
 
 def on_host(strategy, value):
-    """This worker's rows of a value that each replica has some of."""
+    """Returns this worker's rows of a per-replica value, concatenated."""
     return np.concatenate([x.numpy() for x in strategy.experimental_local_results(value)])
 
 
 def wrong(place, labels, classes, probabilities, weight, images):
-    """(probability, place, uint8 image) of each wrong answer of a batch."""
+    """Returns the wrong predictions of a batch, a list of (probability, place, uint8 image).
+
+    Args:
+        place: Integers (batch,), positions in the data set.
+        labels: Integers (batch,).
+        classes: Integers (batch, top).
+        probabilities: float32 (batch, top).
+        weight: float32 (batch,), 0 for images that do not count.
+        images: (batch, height, width, channels).
+    """
     return [
         (float(probabilities[i, 0]), int(place[i]), images[i].astype("uint8"))
         for i in np.flatnonzero((classes[:, 0] != labels) & (weight > 0))
@@ -94,17 +110,17 @@ def wrong(place, labels, classes, probabilities, weight, images):
 
 
 def surest_mistakes(mistakes, number):
-    """The most certain of some mistakes, the most certain first."""
+    """Returns the `number` most confident of some errors, most confident first."""
     return sorted(mistakes, key=lambda each: (-each[0], each[1]))[:number]
 
 
 def gather_mistakes(strategy, mistakes, number, shape):
-    """The most certain mistakes of all workers, as `surest_mistakes` gives them.
+    """Returns the most confident errors of all workers, in the form of `surest_mistakes`.
 
     Args:
-        strategy: a `tf.distribute.Strategy`.
-        mistakes: this worker's, of `surest_mistakes`.
-        number: how many are wanted.
+        strategy: A `tf.distribute.Strategy`.
+        mistakes: This worker's errors, from `surest_mistakes`.
+        number: Maximum number of errors.
         shape: (height, width, channels) of an image.
     """
     none = (-1.0, -1, np.zeros(shape))
@@ -115,7 +131,7 @@ def gather_mistakes(strategy, mistakes, number, shape):
         return [*(mistakes if first else ()), *[none] * number][:number]
 
     columns = []
-    # Not every collective takes bytes.
+    # Images are gathered as int32, because not every collective supports uint8.
     for i, kind in enumerate((np.float32, np.int64, np.int32)):
         local = strategy.experimental_distribute_values_from_function(
             lambda context, i=i, kind=kind: tf.constant(
@@ -132,7 +148,7 @@ def gather_mistakes(strategy, mistakes, number, shape):
 
 
 def image_names(source):
-    """The names of a source's images, in its order."""
+    """Returns the names of a source's images, in its order."""
     if isinstance(source, Streamed):
         names = source.stream(None, 0, 1).map(lambda name, *rest: name)
     else:
@@ -141,14 +157,15 @@ def image_names(source):
 
 
 def calibration_error(certainty, right):
-    """The expected calibration error (arXiv 1706.04599, equation 5) over bins of equal width.
+    """Returns the expected calibration error (arXiv 1706.04599, equation 5).
 
     Args:
-        certainty: (n,) in [0, 1], the probability of each answer.
-        right: bools (n,).
+        certainty: (n,) in [0, 1], the probability of each prediction.
+        right: Booleans (n,).
 
     Returns:
-        Mean distance between certainty and accuracy, in [0, 1].
+        Absolute difference between confidence and accuracy, averaged over bins of equal width that
+        are weighted by their counts, in [0, 1].
     """
     bins = np.minimum((certainty * BINS).astype(int), BINS - 1)
     sums = np.bincount(bins, certainty - right, BINS)
@@ -156,18 +173,24 @@ def calibration_error(certainty, right):
 
 
 def confusion_matrix(labels, classes, number):
-    """How often a class (row) was taken for another (column)."""
+    """Returns the confusion matrix: counts (number, number), rows the true classes.
+
+    Args:
+        labels: Integers (n,).
+        classes: Predicted classes, integers (n,).
+        number: Number of classes.
+    """
     return np.bincount(labels * number + classes, minlength=number**2).reshape(number, number)
 
 
 def write_report(predictions, source, model, directory):
-    """Write `predictions.csv`, `classes.csv`, `confusion.png` and `mistakes.png`.
+    """Writes `predictions.csv`, `classes.csv`, `confusion.png` and `mistakes.png`.
 
     Args:
-        predictions: a `Predictions`.
-        source: the `Indexed` or `Streamed` that they answer.
-        model: the model that gave them; it knows its classes' names, or they are numbers.
-        directory: made if it does not exist.
+        predictions: A `Predictions`.
+        source: The `Indexed` or `Streamed` source of the images.
+        model: The model that made them. Its class names are used, else the source's, else numbers.
+        directory: Directory to write to, created if it does not exist.
 
     Returns:
         (calibration error, dict from file name to path).
@@ -227,6 +250,7 @@ def write_report(predictions, source, model, directory):
 
 
 def write_table(path, header, rows):
+    """Writes a CSV file atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_atomically(path, text.getvalue())

@@ -1,4 +1,4 @@
-"""`--profile_steps`: a TensorBoard trace of some updates, by TensorFlow's profiler."""
+"""`--profile_steps`: writes a TensorBoard trace of some updates with TensorFlow's profiler."""
 
 import contextlib
 import sys
@@ -10,19 +10,20 @@ from training import configuration
 
 
 class Profiler:
-    """Traces a stretch of updates into `tensorboard/plugins/profile`; once in a process.
+    """Profiler of a range of updates; it writes `tensorboard/plugins/profile` once per process.
 
     Args:
         config: A `training.configuration.Config`.
-        total: Updates of the run.
+        total: Number of updates of the run.
         active: Whether this process traces.
-        say: Function that prints a line.
+        say: Function that prints a line. Defaults to `print`.
 
     Raises:
-        ValueError: If the run has fewer updates.
+        ValueError: If the run has fewer updates than `--profile_steps`.
     """
 
     def __init__(self, config, total, active, say=print):
+        """Reads `--profile_steps`; tracing starts in `updates`."""
         self.steps = configuration.profile_steps(config)
         if self.steps and self.steps[1] > total:
             raise ValueError(f"--profile_steps={config.profile_steps}: the run has {total} updates")
@@ -30,22 +31,22 @@ class Profiler:
         self.say = say
         self.directory = Path(config.workdir) / "tensorboard"
         self.tracing = False
-        self.made = []  # steps at which traced executions ended
+        self.made = []  # final steps of the traced executions
 
     def ends(self, step):
-        """Returns the steps after `step` at which an execution of several updates has to end."""
+        """Returns the steps after `step` at which an execution of several updates must end."""
         if not self.steps:
             return []
         return [end for end in (self.steps[0] - 1, self.steps[1]) if end > step]
 
     @contextlib.contextmanager
     def updates(self, step, count, wait):
-        """Traces, if they are asked for, the updates within the context.
+        """Traces the updates within the context, if `--profile_steps` includes them.
 
         Args:
             step: Updates made before.
             count: Number of updates.
-            wait: Function that waits until the devices have made them.
+            wait: Function that blocks until the devices have finished them.
         """
         if self.active and not self.tracing and self.steps[0] <= step + 1 <= self.steps[1]:
             self.tracing = self.attempt(tf.profiler.experimental.start, str(self.directory))
@@ -61,7 +62,7 @@ class Profiler:
             self.close()
 
     def close(self):
-        """Writes the trace, of as many updates as were made."""
+        """Stops tracing and writes the trace of the updates made so far."""
         if self.tracing:
             self.tracing = self.active = False
             if self.attempt(tf.profiler.experimental.stop) and self.made:
@@ -71,7 +72,7 @@ class Profiler:
                 )
 
     def attempt(self, function, *arguments):
-        """Returns whether a function of the profiler succeeded; if not, it is a warning."""
+        """Calls a profiler function; returns whether it succeeded, and warns if not."""
         try:
             function(*arguments)
         except (tf.errors.OpError, OSError, RuntimeError) as error:

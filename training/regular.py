@@ -1,4 +1,4 @@
-"""Reading of files at names where something else than a file may be: links, devices, FIFOs."""
+"""Safe access to paths that may not be regular files: links, devices, FIFOs."""
 
 import os
 
@@ -6,10 +6,10 @@ from keras_tnt import files
 
 
 def exists(path):
-    """Returns whether anything has this name, be it a link to nothing or a device.
+    """Returns whether a path exists, without following links: a dangling link exists.
 
     Raises:
-        OSError: if the file system does not say, for instance because the disk is absent.
+        OSError: If the file system cannot tell, for example because a disk is unmounted.
     """
     try:
         os.lstat(path)
@@ -19,10 +19,10 @@ def exists(path):
 
 
 def check_regular(path):
-    """Checks that a name is that of a regular file that can be read, without waiting for a FIFO.
+    """Checks that a path is a readable regular file, without blocking on a FIFO.
 
     Raises:
-        OSError: if it is not. Its message says what the name is of.
+        OSError: If it is not; the message says what it is.
     """
     try:
         files.open_regular(path).close()
@@ -31,10 +31,10 @@ def check_regular(path):
 
 
 def read_regular(path, max_bytes):
-    """Returns the bytes of a regular file of at most `max_bytes`.
+    """Returns the contents of a regular file of at most `max_bytes`, as bytes.
 
     Raises:
-        OSError: if it cannot be read, or the name is of something else.
+        OSError: If it is unreadable, too large, or not a regular file.
     """
     try:
         return files.read_regular(path, max_bytes)
@@ -43,7 +43,15 @@ def read_regular(path, max_bytes):
 
 
 def aside(path, suffix=".corrupt"):
-    """Renames whatever has a name, to a free name next to it; returns the new path."""
+    """Renames a path to an unused name next to it.
+
+    Args:
+        path: A `Path`.
+        suffix: Suffix of the new name. Defaults to ".corrupt".
+
+    Returns:
+        The new path.
+    """
     number, free = 1, path.with_suffix(suffix)
     while os.path.lexists(free):
         number += 1

@@ -1,4 +1,4 @@
-"""What a run reports on its way: metrics.jsonl, TensorBoard events, lines, a progress bar."""
+"""Progress reports: metrics.jsonl, TensorBoard events, log lines and a progress bar."""
 
 import errno
 import json
@@ -17,15 +17,16 @@ from training.checkpoint import MAX_METRICS_BYTES, read_metrics
 
 
 class Reporter:
-    """Writes reports, from one process of a run.
+    """Writer of a run's reports, active in one process.
 
     Args:
-        config: a `training.configuration.Config`.
-        total_steps, steps_per_epoch: updates of the run and of an epoch.
-        replicas: number of devices.
-        active: whether this process reports.
-        peak_images: images per second at which a device would be at its peak; 0: unknown.
-        evaluation_images: images of an evaluation, for the time left before the first one.
+        config: A `training.configuration.Config`.
+        total_steps: Updates of the run.
+        steps_per_epoch: Updates per epoch.
+        replicas: Number of devices.
+        active: Whether this process reports.
+        peak_images: Images per second of a device at its peak throughput. Defaults to 0, unknown.
+        evaluation_images: Images per evaluation, to estimate the time left. Defaults to 0.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Reporter:
         peak_images=0.0,
         evaluation_images=0,
     ):
+        """Reads the existing metrics.jsonl and opens the TensorBoard writer."""
         self.config = config
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
@@ -58,13 +60,13 @@ class Reporter:
         self.restart()
 
     def restart(self):
-        """Begins a new stretch of time."""
+        """Resets the timers of the current reporting interval."""
         self.began = time.perf_counter()
         self.waited = 0.0
         self.steps = 0
 
     def executed(self, steps):
-        """Counts updates; the first of a process, which compiles, are left out of the times."""
+        """Counts updates; a process's first execution, which compiles, is not timed."""
         if self.compiled:
             self.steps += steps
         else:
@@ -74,12 +76,12 @@ class Reporter:
             self.bar.update(steps)
 
     def go_on_from(self, step):
-        """Removes the reports of steps that will be run again, and what a kill left of a line."""
+        """Drops reports after `step`, which will be repeated, and a line truncated by a kill."""
         self.restart()
         self.lines = [line for line in self.lines if line["step"] <= step]
         if self.active and regular.exists(self.path):
             content = "".join(json.dumps(line) + "\n" for line in self.lines)
-            # A link is replaced, so that nothing is appended to a file outside of the run.
+            # A link is replaced by a file, so that nothing is appended outside of the directory.
             changed = regular.read_regular(self.path, MAX_METRICS_BYTES) != content.encode()
             if changed or os.path.islink(self.path):
                 write_atomically(self.path, content)
@@ -101,18 +103,19 @@ class Reporter:
             )
 
     def close_bar(self):
+        """Closes the progress bar, if there is one."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
     def training(self, step, loss, learning_rate, **extra):
-        """Reports on the steps since the last report.
+        """Reports on the updates since the last report.
 
         Args:
-            step: updates made.
-            loss: their mean loss.
-            learning_rate: of the last of them.
-            extra: more values, None for those that are not known.
+            step: Updates made.
+            loss: Their mean loss.
+            learning_rate: Learning rate of the last of them.
+            **extra: Additional values; `None` values are dropped.
         """
         extra = {name: value for name, value in extra.items() if value is not None}
         seconds = max(time.perf_counter() - self.began, 1e-9)
@@ -120,7 +123,7 @@ class Reporter:
         values, shown = {}, ""
         if self.steps:
             waiting = self.waited / seconds
-            # Over all reports, for the first updates of an epoch wait until the pipeline is full.
+            # Averaged over all reports, because an epoch's first updates wait for the pipeline.
             self.seconds_of_updates += seconds
             self.timed_updates += self.steps
             left = (self.total_steps - step) * self.seconds_of_updates / self.timed_updates
@@ -160,10 +163,11 @@ class Reporter:
         return due + (total % every > 0)
 
     def seconds_of_evaluation(self, speed):
-        """Returns how long the last evaluation took, or an estimate from the speed of training.
+        """Returns the duration of the last evaluation, or an estimate from the training speed.
 
         Args:
-            speed: of training, in images per second: three forward passes for each image.
+            speed: Training speed in images per second; an update costs three forward passes per
+                image.
         """
         if self.evaluation_seconds is not None:
             return self.evaluation_seconds
@@ -174,9 +178,10 @@ class Reporter:
         """Reports on an evaluation.
 
         Args:
-            step: updates made.
-            results: a dict of accuracy, top5_accuracy, loss and images.
-            seconds: how long it took.
+            step: Updates made.
+            results: Dict of `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, and those of
+                the moving average.
+            seconds: Duration of the evaluation. If `None`, the previous one is used for estimates.
         """
         self.evaluation_seconds = self.evaluation_seconds if seconds is None else seconds
         self.write(step, **results)
@@ -188,13 +193,18 @@ class Reporter:
         self.restart()
 
     def begin(self):
-        """Writes the configuration as text, next to what TensorBoard shows of the run."""
+        """Writes the configuration to TensorBoard as a table."""
         rows = [f"| {name} | {value} |" for name, value in vars(self.config).items()]
         table = "\n".join(["| flag | value |", "|---|---|", *rows])
         self.to_board(0, lambda: tf.summary.text("configuration", table))
 
     def pictures(self, step, images):
-        """Shows batches of pictures, dict from name to values in [0, 255], in TensorBoard."""
+        """Writes images to TensorBoard.
+
+        Args:
+            step: Updates made.
+            images: Dict from name to a batch (n, height, width, 3) in [0, 255].
+        """
 
         def draw():
             for name, batch in images.items():
@@ -204,7 +214,11 @@ class Reporter:
         self.to_board(step, draw)
 
     def to_board(self, step, write):
-        """Lets `write` write to TensorBoard, if there is one."""
+        """Calls `write` with the TensorBoard writer as the default, if there is one.
+
+        Raises:
+            OSError: If the disk is full.
+        """
         if not self.board:
             return
         try:
@@ -216,7 +230,7 @@ class Reporter:
             raise OSError(errno.ENOSPC, reason, str(self.path.parent)) from error
 
     def write(self, step, **values):
-        """Appends a report to metrics.jsonl and to TensorBoard's events."""
+        """Writes a report to metrics.jsonl, TensorBoard and the loggers."""
         if not self.active:
             return
 
@@ -231,6 +245,7 @@ class Reporter:
         self.loggers.log(step, {name: value for name, value in line.items() if name != "step"})
 
     def say(self, text):
+        """Prints a line above the progress bar, from the active process."""
         if self.active and self.bar is not None:
             self.bar.write(text, file=sys.stdout)
         elif self.active:
@@ -238,14 +253,14 @@ class Reporter:
 
 
 def append_line(path, line):
-    """Appends a line to a file: all of it, or, if the disk is full, nothing.
+    """Appends a line to a file: all of it or, if the disk is full, nothing.
 
     Raises:
-        OSError: with the path.
+        OSError: If the write fails; the error names the path.
     """
     data = (line + "\n").encode()
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    # Neither is on Windows.
+    # Windows has neither flag.
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     descriptor = os.open(path, flags, 0o644)
     try:
@@ -263,14 +278,14 @@ def append_line(path, line):
 
 
 def rate_text(number):
-    """Returns a number with decimals where it is small: 1,234 and 31.4 and 0.52."""
+    """Returns a number as text, with decimals if it is small: 1,234 and 31.4 and 0.52."""
     return (
         f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
     )
 
 
 def health_text(values):
-    """Returns what a progress line shows of gradients, loss scale and memory."""
+    """Returns gradient norm, loss scale, skipped updates and memory for a log line."""
     parts = []
     if "gradient_norm" in values:
         parts.append(f"gradient norm {values['gradient_norm']:.3g}")
@@ -284,9 +299,9 @@ def health_text(values):
 
 
 def device_memory():
-    """Returns the peak memory in bytes of this process's fullest device; None if unknown.
+    """Returns the largest peak memory of this process's GPUs in bytes, or `None` if unknown.
 
-    A CPU has no memory to itself: there it is the peak resident memory of the process.
+    Without GPUs it is the process's peak resident memory.
     """
     gpus = tf.config.list_logical_devices("GPU")
     if gpus:
@@ -301,6 +316,6 @@ def device_memory():
 
 
 def finite_mean(numbers):
-    """Returns the mean of those that are finite; None without any."""
+    """Returns the mean of the finite numbers, or `None` if there are none."""
     finite = [number for number in numbers if math.isfinite(number)]
     return sum(finite) / len(finite) if finite else None

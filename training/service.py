@@ -1,21 +1,21 @@
-"""Whether a tf.data service answers: asked before the first step, and when images do not come."""
+"""Health check of a tf.data service, before the first step and when images do not arrive."""
 
 import re
 import socket
 import time
 
-PROBE_SECONDS = 20.0  # within which a service has to answer before the first step
-TRY_SECONDS = 3.0  # for one question
+PROBE_SECONDS = 20.0  # timeout of a service before the first step
+TRY_SECONDS = 3.0  # timeout of one request
 ADDRESS = re.compile(r"grpc://(\[[^\]/]+\]|[^/:\[\]]+):(\d+)")
 DISPATCHER = "/tensorflow.data.DispatcherService/"
 
 
 class NoAnswer(OSError):
-    """A tf.data service that does not answer."""
+    """Raised when a tf.data service does not answer."""
 
 
 def check_address(address):
-    """Raises a ValueError if this is no address of a tf.data service."""
+    """Raises a ValueError if an address is not of the form grpc://host:port."""
     found = ADDRESS.fullmatch(address)
     if not found or not 0 < int(found[2]) < 65536:
         raise ValueError(
@@ -25,15 +25,15 @@ def check_address(address):
 
 
 def wait_for(address, seconds=PROBE_SECONDS):
-    """Waits until a service can make images.
+    """Blocks until a service is ready.
 
     Args:
         address: grpc://host:port of its dispatcher.
-        seconds: how long to wait.
+        seconds: Timeout. Defaults to 20.
 
     Raises:
-        ValueError: if the address is not one.
-        NoAnswer: if there is no dispatcher, or it has no workers that answer.
+        ValueError: If the address is malformed.
+        NoAnswer: If there is no dispatcher, or none of its workers answers.
     """
     check_address(address)
     end = time.monotonic() + seconds
@@ -50,10 +50,13 @@ def wait_for(address, seconds=PROBE_SECONDS):
 
 
 def probe(address):
-    """Asks a service's dispatcher for its workers, and whether one of them can be reached.
+    """Asks a service's dispatcher for its workers, and checks that one of them accepts connections.
+
+    Args:
+        address: grpc://host:port of the dispatcher.
 
     Raises:
-        NoAnswer: if not.
+        NoAnswer: If the dispatcher or all workers are unreachable.
     """
     import grpc
 
@@ -71,9 +74,9 @@ def probe(address):
 
 
 def worker_addresses(reply):
-    """Returns the addresses in a `GetWorkersResponse`, as bytes of the protocol buffer.
+    """Returns the worker addresses in a serialized `GetWorkersResponse`.
 
-    TensorFlow's wheels have no Python class of this message. It is a list (field 1) of workers,
+    TensorFlow's wheels contain no Python class of this message. It is a list (field 1) of workers,
     whose address is their field 1.
     """
     return [
@@ -86,7 +89,7 @@ def worker_addresses(reply):
 
 
 def fields(message):
-    """Yields (number, bytes) of the fields of a protocol buffer that have a length."""
+    """Yields (number, bytes) of the length-delimited fields of a serialized protocol buffer."""
     place = 0
 
     def varint():
@@ -113,7 +116,7 @@ def fields(message):
 
 
 def listens(address):
-    """Returns whether something accepts connections at host:port."""
+    """Returns whether a server accepts connections at host:port."""
     host, _, port = address.removeprefix("grpc://").rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=TRY_SECONDS):

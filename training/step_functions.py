@@ -1,4 +1,4 @@
-"""One update: mix, forward, backward, reduce, apply; and one evaluation batch."""
+"""Training step (mix, forward, backward, all-reduce, apply) and evaluation step."""
 
 import math
 
@@ -12,12 +12,12 @@ from training import augmentation, models
 
 
 def cross_entropy(logits, targets):
-    """Of each sample."""
+    """Returns the softmax cross-entropy of each sample, float32 (batch,)."""
     return tf.nn.softmax_cross_entropy_with_logits(targets, tf.cast(logits, tf.float32))
 
 
 def binary_cross_entropy(logits, targets):
-    """Returns the mean over the classes, for each sample, every class with a share being present.
+    """Returns the binary cross-entropy of each sample, the mean over classes, float32 (batch,).
 
     A mixed image shows both of its classes: targets above 0 count as 1, as in DeiT III.
     """
@@ -26,38 +26,45 @@ def binary_cross_entropy(logits, targets):
     return tf.reduce_mean(each, axis=-1)
 
 
-# From (logits, soft labels) to the loss of each sample, by `--loss`.
+# `--loss`: functions from (logits, soft labels) to the loss of each sample.
 LOSSES = {"cross_entropy": cross_entropy, "bce": binary_cross_entropy}
 
 
 def soft_labels(labels, classes, smoothing):
-    """One-hot labels, or soft ones as they are, with `smoothing` spread over all classes."""
+    """Returns float targets (batch, classes) with label smoothing.
+
+    Args:
+        labels: Integers (batch,), or soft labels (batch, classes), which are not one-hot encoded.
+        classes: Number of classes.
+        smoothing: Total weight that is spread evenly over all classes.
+    """
     targets = tf.one_hot(labels, classes) if labels.shape.rank == 1 else labels
     return targets * (1 - smoothing) + smoothing / classes
 
 
-MIX_GROUPS = 8  # processes, one a GPU, that TNT was trained by
+MIX_GROUPS = 8  # processes of TNT's published training, one per GPU
 
 
 def mixes(config):
-    """Returns whether the step itself mixes images."""
+    """Returns whether the training step applies mixup or cutmix."""
     return bool(config.mixup or config.cutmix) and config.augmentation == "builtin"
 
 
 def count_groups(config, replicas):
-    """Returns how many groups a global batch is divided into, for mixing and erasing.
+    """Returns the number of groups that a global batch is divided into for mixing and erasing.
 
-    A group is what a process of the published training mixed: its images share one draw of mixup or
-    cutmix and are paired within it. Groups are consecutive images of the global batch and lie whole
-    on a device, so that the same groups give the same training on any number of devices.
+    A group corresponds to the batch of one process in the published training: its images share one
+    draw of mixup or cutmix and are paired within it. Groups are consecutive images of the global
+    batch and are never split over devices, so that the same groups give the same training on any
+    number of devices.
 
     Args:
-        config: a `training.configuration.Config`. With `mix_groups=0` there are 8 groups where
-            batch, devices and accumulation allow it, else the next number that they do.
-        replicas: number of devices that share the batch.
+        config: A `training.configuration.Config`. With `mix_groups=0` there are 8 groups if batch,
+            devices and accumulation allow it, else the next valid number.
+        replicas: Number of devices that share the batch.
 
     Raises:
-        ValueError: if devices, accumulation and groups do not divide the batch.
+        ValueError: If devices, accumulation and groups do not divide the batch.
     """
     size, parts = config.batch_size, replicas * config.accumulation
     together = 2 if mixes(config) else 1
@@ -77,25 +84,26 @@ def count_groups(config, replicas):
                 f"{', '.join(map(str, valid))}, or 0 to choose one of them"
             )
         return config.mix_groups
-    # As many powers of 2 as 8 has: then most numbers of devices choose the same groups.
+    # Prefer multiples of the largest power of 2 up to 8, so that most device counts choose the
+    # same groups.
     unit = math.gcd(MIX_GROUPS, units)
     valid = [n for n in valid if n % unit == 0]
     return next((n for n in valid if n >= MIX_GROUPS), valid[-1])
 
 
 def draw_mixing(config, step, size, epoch, groups):
-    """Draws what mixup or cutmix does to each group of a batch, from (seed, step, group) alone.
+    """Draws the mixup or cutmix parameters of each group, as a function of (seed, step, group).
 
     Args:
-        config: a `training.configuration.Config`.
-        step: updates made before.
+        config: A `training.configuration.Config`.
+        step: Updates made before.
         size: (height, width) of the images.
-        epoch: counted from 0.
-        groups: number of groups, of `count_groups`.
+        epoch: Counted from 0.
+        groups: Number of groups, from `count_groups`.
 
     Returns:
-        float32 (groups, 5): the share of an image that mixup keeps, and the box (top, bottom, left,
-        right) in which cutmix shows the partner.
+        float32 (groups, 5): lambda of mixup, the weight of the image itself, and the box (top,
+        bottom, left, right) that cutmix fills with the partner's pixels.
     """
     mixing = np.tile(np.float32([1, 0, 0, 0, 0]), (groups, 1))
     alphas = [("mixup", config.mixup), ("cutmix", config.cutmix)]
@@ -116,20 +124,21 @@ def draw_mixing(config, step, size, epoch, groups):
 
 
 def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
-    """The function that trains on one global batch.
+    """Builds the function that trains on one global batch.
 
     Args:
-        strategy: a `tf.distribute.Strategy`.
-        model: the `keras.Model`, on pixels.
-        optimizer: a `training.optimization.Optimizer`.
-        config: a `training.configuration.Config`.
-        classes: number of classes.
-        teacher: function from pixels to a teacher's logits; with it, the last head learns from it.
+        strategy: A `tf.distribute.Strategy`.
+        model: The `keras.Model`, on pixels.
+        optimizer: A `training.optimization.Optimizer`.
+        config: A `training.configuration.Config`.
+        classes: Number of classes.
+        teacher: Function from pixels to a teacher's logits, which the last head is trained to
+            match. If `None`, there is no distillation.
 
     Returns:
-        `train_step(batch, step, learning_rate, stop, mixing)`, which returns loss and gradient
-        norm, scalars, and the sum over the replicas of what they passed as `stop`, in its shape.
-        `mixing` is the result of `draw_mixing`.
+        `train_step(batch, step, learning_rate, stop, mixing)`, which returns the loss and the
+        gradient norm, scalars, and the sum over the replicas of `stop`, in its shape. `mixing` is
+        the result of `draw_mixing`.
     """
     logits_model = models.logits_model(model)
     size = models.image_size(model)
@@ -145,11 +154,11 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
         distillation = DistillationLoss(config.distill, config.temperature, reduction=None)
 
     def seed_of(step, stream):
-        """A seed of the step for stream number `stream`, of a part of the batch or a group."""
+        """Returns the seed of an update and a stream: a part of the batch, or a group."""
         return tf.stack([step, stream + config.seed * 1_000_003])
 
     def erase(images, boxes, step, stream):
-        # Noise is drawn by group, so that it does not depend on the number of devices.
+        # Noise is drawn per group, so that it does not depend on the number of devices.
         shape = (part // part_groups, *images.shape[1:])
         groups = [stream * part_groups + i for i in range(part_groups)]
         noise = [tf.random.stateless_normal(shape, seed_of(step, group)) for group in groups]
@@ -224,7 +233,7 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
 
 
 def moving_statistics(model):
-    """Returns the `tf.Variable`s that batch normalization keeps its moving statistics in."""
+    """Returns the `tf.Variable`s of batch normalization's moving statistics."""
     return [
         v.value
         for v in model.non_trainable_variables
@@ -233,22 +242,23 @@ def moving_statistics(model):
 
 
 def synchronize(statistics, before, kept):
-    """Gives every replica the mean over the replicas of the moving statistics.
+    """Sets the moving statistics of every replica to their mean over the replicas.
 
-    Each replica normalizes with the statistics of its own share of the batch; what it remembers of
-    them has to be the same on all, for a checkpoint holds the first one's.
+    Each replica normalizes with the statistics of its part of the batch, but the moving statistics
+    must be equal on all, because a checkpoint stores those of the first replica.
 
     Args:
-        statistics: list of `tf.Variable`s.
-        before: their values before this update.
-        kept: whether the update is kept, boolean tensor. One that overflowed leaves no trace.
+        statistics: List of `tf.Variable`s.
+        before: Their values before this update.
+        kept: Boolean tensor, false if the update overflowed and must leave the statistics
+            unchanged. If `None`, the update is always applied.
     """
     replica = tf.distribute.get_replica_context()
     if not statistics or (replica.num_replicas_in_sync == 1 and kept is None):
         return
     after = [tf.convert_to_tensor(v) for v in statistics]
     if replica.num_replicas_in_sync > 1:
-        # The mean of the changes, so that frozen statistics stay the same to the bit.
+        # The mean of the changes, so that frozen statistics stay bit-identical.
         changes = [new - old for old, new in zip(before, after, strict=True)]
         changes = replica.all_reduce(tf.distribute.ReduceOp.MEAN, changes)
         after = [old + change for old, change in zip(before, changes, strict=True)]
@@ -257,15 +267,16 @@ def synchronize(statistics, before, kept):
 
 
 def make_execution(train_step):
-    """The function that trains on several global batches, one after the other, in one execution.
+    """Builds the function that trains on several global batches in one execution.
 
     Args:
-        train_step: of `make_train_step`.
+        train_step: Result of `make_train_step`.
 
     Returns:
-        `execute(iterator, count, first, rates, stop, mixings)`: the next `count` batches of a
-        distributed iterator, updates `first` to `first + count - 1`, with one rate and one draw of
-        mixing each. Returns losses and gradient norms, (count,), and the last sum of `stop`.
+        `execute(iterator, count, first, rates, stop, mixings)`, which runs updates `first` to
+        `first + count - 1` on the next `count` batches of a distributed iterator, with one learning
+        rate and one draw of mixing each. It returns losses and gradient norms, (count,), and the
+        last sum of `stop`.
     """
 
     @tf.function(autograph=False)
@@ -288,10 +299,16 @@ def make_execution(train_step):
 
 
 def make_evaluation_step(strategy, model, classes):
-    """The function that evaluates one batch, padding left out by its weights.
+    """Builds the function that evaluates one batch.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+        model: The `keras.Model`, on pixels. The logits of several heads are averaged.
+        classes: Number of classes; not used.
 
     Returns:
-        `evaluation_step(batch)`, which returns sums over the batch: loss, top-1, top-5, images.
+        `evaluation_step(batch)`, which returns float32 (4,), sums over the batch: loss, top-1,
+        top-5, images. Padding has weight 0 and does not count.
     """
     logits_model = models.logits_model(model)
 
@@ -314,7 +331,12 @@ def make_evaluation_step(strategy, model, classes):
 
 
 def judge_one_label(logits, labels):
-    """Cross-entropy, and whether the label (batch,) is first and among the first five."""
+    """Returns cross-entropy, top-1 and top-5 of images with one label, float32 (batch,) each.
+
+    Args:
+        logits: float32 (batch, classes).
+        labels: Integers (batch,).
+    """
     classes = logits.shape[-1]
     loss = cross_entropy(logits, tf.one_hot(labels, classes))
     top = [tf.math.in_top_k(labels, logits, min(k, classes)) for k in (1, 5)]
@@ -322,10 +344,14 @@ def judge_one_label(logits, labels):
 
 
 def judge_several_labels(logits, labels):
-    """The same for images with several right labels: (batch, classes), 1 at the right ones.
+    """Returns loss, top-1 and top-5 of images with several correct labels, float32 (batch,) each.
 
-    The loss is minus the logarithm of the probability that the right labels have together. The
-    first (of the first five) is right if it is one of them.
+    The loss is the negative log of the total probability of the correct labels. A prediction in the
+    top 1 (top 5) is correct if it is one of them.
+
+    Args:
+        logits: float32 (batch, classes).
+        labels: float32 (batch, classes), 1 at the correct labels.
     """
     right_ones = tf.where(labels > 0, tf.nn.log_softmax(logits), tf.float32.min)
     best = tf.math.top_k(logits, min(5, logits.shape[-1])).indices
@@ -334,12 +360,12 @@ def judge_several_labels(logits, labels):
 
 
 def evaluate(strategy, evaluation_step, dataset):
-    """Means over a data set.
+    """Returns the mean metrics over a data set.
 
     Args:
-        strategy: a `tf.distribute.Strategy`.
-        evaluation_step: of `make_evaluation_step`.
-        dataset: a `tf.data.Dataset` of batches for one replica each.
+        strategy: A `tf.distribute.Strategy`.
+        evaluation_step: Result of `make_evaluation_step`.
+        dataset: A `tf.data.Dataset` of batches for one replica each.
 
     Returns:
         A dict: `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`.
@@ -358,7 +384,7 @@ def evaluate(strategy, evaluation_step, dataset):
 
 
 def uses_xla(config):
-    """Whether the step is compiled: `--jit=auto` means on GPU."""
+    """Returns whether XLA compiles the training step; `--jit=auto` compiles it on GPUs."""
     if config.jit == "auto":
         return bool(tf.config.list_physical_devices("GPU")) and not config.cpu_devices
     return config.jit == "on"

@@ -1,4 +1,4 @@
-"""The `tf.distribute` strategy that a configuration asks for. Call once a process."""
+"""`tf.distribute` strategies and collectives over workers."""
 
 import json
 import os
@@ -8,14 +8,14 @@ import numpy as np
 import tensorflow as tf
 
 PORT = 12345
-# --cross_device_ops, of one machine.
+# --cross_device_ops: all-reduce within one machine.
 CROSS_DEVICE_OPS = {
     "auto": lambda: None,
     "nccl": tf.distribute.NcclAllReduce,
     "hierarchical_copy": tf.distribute.HierarchicalCopyAllReduce,
     "reduce_to_one": tf.distribute.ReductionToOneDevice,
 }
-# --communication, of several machines.
+# --communication: all-reduce between machines.
 COMMUNICATION = {
     "auto": tf.distribute.experimental.CommunicationImplementation.AUTO,
     "ring": tf.distribute.experimental.CommunicationImplementation.RING,
@@ -24,16 +24,16 @@ COMMUNICATION = {
 
 
 def make(config):
-    """Set up devices and make the strategy.
+    """Sets up the devices and creates the strategy. Call it once per process.
 
     Args:
-        config: a `training.configuration.Config`.
+        config: A `training.configuration.Config`.
 
     Returns:
         A `tf.distribute.Strategy`.
 
     Raises:
-        ValueError: if there are no such devices, or the cluster's environment is incomplete.
+        ValueError: If the devices do not exist, or the cluster's environment is incomplete.
     """
     if config.cpu_devices:
         cpu = tf.config.list_physical_devices("CPU")[0]
@@ -63,7 +63,7 @@ def make(config):
 
 
 def check_collectives(config, on_gpu):
-    """Raises a ValueError if a choice of collectives does not go with the strategy or devices."""
+    """Raises a ValueError if the collectives do not fit the strategy or the devices."""
     for flag, strategy in (("cross_device_ops", "mirrored"), ("communication", "multi_worker")):
         value = getattr(config, flag)
         if value != "auto" and config.strategy != strategy:
@@ -76,19 +76,19 @@ def check_collectives(config, on_gpu):
 
 
 def cluster(environment):
-    """The TF_CONFIG of this worker, from the environment of SLURM or of a job of Kubernetes.
+    """Returns the TF_CONFIG of this worker.
 
-    It is TF_CONFIG itself (a TFJob sets it), or what srun tells its tasks, or the number of a pod
-    of an Indexed Job and the list WORKER_HOSTS.
+    It is read from TF_CONFIG itself (set by a Kubernetes TFJob), from SLURM's variables, or from an
+    Indexed Job of Kubernetes: the completion index and the list WORKER_HOSTS.
 
     Args:
-        environment: a mapping like `os.environ`.
+        environment: A mapping like `os.environ`.
 
     Returns:
         `{"cluster": {"worker": [address, ...]}, "task": {"type": "worker", "index": i}}`.
 
     Raises:
-        ValueError: if neither is there, or a worker has no place in it.
+        ValueError: If none is set, or this worker is not part of the cluster.
     """
     if "TF_CONFIG" in environment:
         return workers_only(json.loads(environment["TF_CONFIG"]))
@@ -115,7 +115,11 @@ def cluster(environment):
 
 
 def workers_only(tf_config):
-    """TF_CONFIG with chief and workers as one list of workers, the chief first."""
+    """Returns a TF_CONFIG with the chief merged into the list of workers, as the first.
+
+    Raises:
+        ValueError: If it lists no workers, or this process is not one of them.
+    """
     cluster, task = tf_config.get("cluster", {}), tf_config.get("task", {})
     chiefs = cluster.get("chief", []) + cluster.get("master", [])
     addresses = chiefs + cluster.get("worker", [])
@@ -131,7 +135,7 @@ def workers_only(tf_config):
 
 
 def expand_hosts(hosts):
-    """SLURM's short list, `gpu[01-03,7],login`, in full."""
+    """Expands SLURM's compressed host list: `gpu[01-03,7],login` to a list of names."""
     expanded = []
     for prefix, ranges, suffix in re.findall(r"([^,\[]+)(?:\[([^\]]*)\])?([^,\[]*)", hosts):
         if not ranges:
@@ -145,7 +149,7 @@ def expand_hosts(hosts):
 
 
 def worker(strategy):
-    """(this worker's index, number of workers)."""
+    """Returns (index of this worker, number of workers)."""
     resolver = strategy.cluster_resolver
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return resolver.task_id or 0, max(
@@ -155,12 +159,16 @@ def worker(strategy):
 
 
 def total(strategy, number):
-    """Returns the sum of an integer over the workers, each of which calls this."""
+    """Returns the sum of an integer over all workers; every worker must call it."""
     return int(of_each_worker(strategy, [number])[:, 0].sum())
 
 
 def of_each_worker(strategy, numbers):
-    """Returns the integers of all workers, each of which calls this with its own, equally many.
+    """All-gathers integers over the workers; every worker must call it with equally many.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+        numbers: List of integers.
 
     Returns:
         int64 (workers, numbers): the same array in every worker.
@@ -168,7 +176,7 @@ def of_each_worker(strategy, numbers):
     index, workers = worker(strategy)
     if workers == 1:
         return np.array([numbers], "int64")
-    devices = len(strategy.extended.worker_devices)  # of this worker, the first of which counts
+    devices = len(strategy.extended.worker_devices)  # of this worker; only the first sends
     mine = np.zeros((workers, len(numbers)), "int64")
     mine[index] = numbers
 

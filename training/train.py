@@ -1,7 +1,9 @@
-"""Train a model: python training/train.py --recipe=tnt_small --workdir=runs/tnt_small
+"""Trains a model on TensorFlow.
 
-A recipe (training/recipes) gives every value, and a flag overrides it. Without any flag a small TNT
-learns handwritten digits. Started again with the same flags, a run goes on where it was.
+    python training/train.py --recipe=tnt_small --workdir=runs/tnt_small
+
+A recipe (training/recipes) sets the configuration, and flags override it. Without any flag a small
+TNT is trained on handwritten digits. The same command resumes an interrupted run.
 """
 
 import errno
@@ -23,6 +25,7 @@ flags.adopt_module_key_flags(configuration)
 
 
 def main(arguments):
+    """Trains as the flags say; returns the exit status: 128 + the signal's number if stopped."""
     commands.refuse_arguments(arguments)
     commands.say_backend(BACKEND)
     config = configuration.from_flags(flags.FLAGS)

@@ -1,8 +1,8 @@
-"""Ends the process when its main thread cannot: a signal, a stall, a data service that is gone.
+"""Ends the process when its main thread cannot: on a signal, a stall, or a dead data service.
 
 A thread that waits in TensorFlow, for images or in a collective, runs no Python: neither a signal
-handler nor an exception reaches it. A second thread sees signals through Python's wakeup
-descriptor, and how long the first one has been where it is.
+handler nor an exception reaches it. A second thread receives signals through Python's wakeup file
+descriptor, and measures how long the main thread has been in its current phase.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from training import service
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LOOK_SECONDS = 0.5
-INPUT_GRACE = 5.0  # seconds that the main thread has after a signal while it waits for images
-UPDATE_GRACE = 20.0  # the same in an update or an evaluation
-SERVICE_WAIT = 10.0  # seconds without images after which the data service is asked
-SERVICE_DEAD = 10.0  # seconds for which it has to be silent
-SAVE_SECONDS = 30.0  # for a last checkpoint
+INPUT_GRACE = 5.0  # grace period in seconds after a signal while the main thread waits for images
+UPDATE_GRACE = 20.0  # grace period in an update or an evaluation
+SERVICE_WAIT = 10.0  # seconds without images after which the data service is probed
+SERVICE_DEAD = 10.0  # seconds without an answer after which it is considered dead
+SAVE_SECONDS = 30.0  # timeout for a last checkpoint
 PHASES = {
     "start": "it had not begun to train",
     "input": "it waited for images",
@@ -32,19 +32,23 @@ PHASES = {
 
 
 class Watchdog:
-    """Watches the main thread within a `with` block.
+    """Watchdog of the main thread within a `with` block.
 
     Args:
-        on_signal: called in the main thread, as soon as it runs Python, with a signal's number.
-        save: function of whether the state is that between two updates: writes a checkpoint if it
-            is, waits for those in flight, and returns the step of the one it wrote, or None.
-        stall_seconds: how long a wait for images, an update or a batch of an evaluation may take;
-            0: for ever.
-        data_service: address of a tf.data service; "": none.
-        name: of this process, for the message, with a space behind it.
+        on_signal: Function that is called with a signal's number in the main thread, once it runs
+            Python.
+        save: Function of whether the state is consistent (between two updates), called from a
+            thread: writes a checkpoint if it is, waits for writes in flight, and returns the step
+                of
+            the checkpoint, or `None`.
+        stall_seconds: Timeout for images, an update or a batch of an evaluation. Defaults to 0, no
+            timeout.
+        data_service: Address of a tf.data service. Defaults to "", none.
+        name: Name of this process for messages, with a trailing space. Defaults to "".
     """
 
     def __init__(self, on_signal, save, stall_seconds=0.0, data_service="", name=""):
+        """Stores the arguments; watching starts in `__enter__`."""
         self.on_signal = on_signal
         self.save = save
         self.stall_seconds = stall_seconds
@@ -58,8 +62,12 @@ class Watchdog:
 
     @contextlib.contextmanager
     def during(self, phase):
-        """Marks what the main thread does: one of `PHASES`."""
-        with self._lock:  # held for good by a watchdog that ends the process
+        """Marks the phase of the main thread within the context.
+
+        Args:
+            phase: A key of `PHASES`.
+        """
+        with self._lock:  # never released by a watchdog that ends the process
             self.phase, self.since = phase, time.monotonic()
         try:
             yield
@@ -70,12 +78,13 @@ class Watchdog:
                 self.phase = ""
 
     def tick(self):
-        """Marks that the main thread got on within its phase."""
+        """Restarts the timeout of the current phase; called when the main thread progresses."""
         now = time.monotonic()
         self.slowest = max(self.slowest, now - self.since)
         self.since = now
 
     def __enter__(self):
+        """Starts the thread and, in the main thread, installs the signal handlers."""
         self._stop = threading.Event()
         self._restore = []
         reader, writer = socket.socketpair()
@@ -92,6 +101,7 @@ class Watchdog:
         return self
 
     def __exit__(self, *error):
+        """Stops the thread and restores the signal handlers."""
         self._stop.set()
         self._sockets[1].setblocking(True)
         self._sockets[1].send(b"\0")
@@ -131,7 +141,7 @@ class Watchdog:
             self._ask_service(since, now)
 
     def _is_overdue(self, phase, since, now):
-        """Returns whether the main thread had its time to act on a signal; a second one ends it."""
+        """Returns whether the grace period after a signal is over; a second signal ends it."""
         waits = phase in ("start", "input")
         grace = INPUT_GRACE if waits else UPDATE_GRACE + 2 * self.slowest
         return len(self.signals) > 1 or now - max(self.signals[0][1], since) > grace
@@ -148,10 +158,10 @@ class Watchdog:
                 )
 
     def _end(self, status, phase, since, reason):
-        """Ends the process, with a checkpoint if the main thread waits between two updates."""
+        """Ends the process, after a checkpoint if the main thread waits between two updates."""
         self._lock.acquire()
         if (self.phase, self.since) != (phase, since):
-            # The main thread got on meanwhile.
+            # The main thread progressed in the meantime.
             self._lock.release()
             return
         saved = self._save(phase == "input")
@@ -167,14 +177,14 @@ class Watchdog:
         os._exit(status)
 
     def _save(self, between_updates):
-        """Returns the step of the checkpoint that could be written, or `None`."""
+        """Returns the step of the checkpoint that was written in time, or `None`."""
         saved = [None]
 
         def save():
             with contextlib.suppress(Exception):
                 saved[0] = self.save(between_updates)
 
-        # A device that hangs never gives its variables.
+        # In a thread with a timeout, because reading variables from a hung device never returns.
         thread = threading.Thread(target=save, daemon=True)
         thread.start()
         thread.join(SAVE_SECONDS)
@@ -183,7 +193,11 @@ class Watchdog:
 
 @contextlib.contextmanager
 def starting(stall_seconds):
-    """Watches what comes before training and may wait for other processes; a signal ends it."""
+    """Watches the setup before training, which may wait for other processes; a signal ends it.
+
+    Args:
+        stall_seconds: Timeout of the setup; 0 for none.
+    """
 
     def end(number):
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

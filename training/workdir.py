@@ -1,4 +1,4 @@
-"""The directory of a run: held by one trainer, its configuration recorded and compared."""
+"""Directory of a run: its lock, and its recorded configuration."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ from training import config_files, configuration, regular
 CONFIG = "config.json"
 CONFIG_YAML = "config.yaml"
 YAML_HEADER = "# python training/train.py --config="
-# What decides how a model is built.
+# Fields that define the model's architecture.
 ARCHITECTURE = ("model", "model_args", "image_size", "distilled", "classes")
 LOCK = ".lock"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -29,16 +29,16 @@ MAX_CONFIG_BYTES = 16 * 2**20
 
 @contextlib.contextmanager
 def held(workdir):
-    """Holds a directory that no other trainer can take until the block ends or this process dies.
+    """Locks a run's directory until the context ends or this process dies.
 
-    The lock is the operating system's, which network file systems keep for all of their hosts; the
-    file that is locked describes who holds it.
+    The lock is the operating system's, which network file systems enforce across hosts. The locked
+    file describes the process that holds it.
 
     Args:
-        workdir: Made if it does not exist.
+        workdir: Directory, created if it does not exist.
 
     Raises:
-        ValueError: If another process holds it, or if it cannot be a directory.
+        ValueError: If another process holds the lock, or the path cannot be a directory.
     """
     workdir = files.expand(workdir)
     make_directory(workdir)
@@ -56,7 +56,7 @@ def held(workdir):
 
 
 def make_directory(workdir):
-    """Make the directory, or raise a ValueError that says why it cannot be one."""
+    """Creates the directory; raises a ValueError if the path cannot be one."""
     workdir = files.expand(workdir)
     for path in (Path(workdir), Path(workdir) / "checkpoints"):
         standing = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -71,10 +71,10 @@ def make_directory(workdir):
 
 
 def read_config(workdir):
-    """What `config.json` records of the run in a directory; None where there is none.
+    """Returns the recorded configuration of the run in a directory, or `None` if there is no run.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: If the file is damaged.
     """
     path = Path(files.expand(workdir)) / CONFIG
     try:
@@ -92,13 +92,16 @@ def read_config(workdir):
 
 
 def check_config(config):
-    """Compare a configuration with that of the run that its directory holds.
+    """Compares a configuration with that of the run in its directory.
+
+    Args:
+        config: A `training.configuration.Config`.
 
     Returns:
-        Dict from name to (recorded, given) of what is changed on request.
+        Dict from field name to (recorded, given) of the permitted changes.
 
     Raises:
-        ValueError: if anything else differs.
+        ValueError: If anything else differs.
     """
     record = read_config(config.workdir)
     if record is None:
@@ -127,16 +130,16 @@ def check_config(config):
 
 
 def write_config(config, strategy, devices, classes, label_names, changes, step):
-    """Record the whole truth of a run at its first start, and what is changed at a later one.
+    """Records the resolved configuration of a run, and each later change to it.
 
     Args:
-        config: a `training.configuration.Config`.
-        strategy: a `tf.distribute.Strategy`.
-        devices: names of its devices.
-        classes: number of classes.
-        label_names: the classes' names, or None.
-        changes: of `check_config`.
-        step: the step that the run goes on from.
+        config: A `training.configuration.Config`.
+        strategy: A `tf.distribute.Strategy`.
+        devices: Names of its devices.
+        classes: Number of classes.
+        label_names: Class names, or `None`.
+        changes: Result of `check_config`.
+        step: Step from which the run is resumed.
     """
     record, started = read_config(config.workdir), time.strftime("%Y-%m-%d %H:%M:%S")
     if record is None:
@@ -168,9 +171,14 @@ def write_config(config, strategy, devices, classes, label_names, changes, step)
 
 
 def write_yaml(workdir, values):
-    """Writes `config.yaml`, which `--config` takes, of the values in `config.json`.
+    """Writes `config.yaml`, a file for `--config` with the values in `config.json`.
 
-    A file of that name that somebody else wrote, such as the one that the run was given, stays.
+    An existing file of that name from elsewhere, such as the run's own `--config`, is left
+    unchanged.
+
+    Args:
+        workdir: Directory of the run.
+        values: Dict from field name to value.
     """
     path = Path(workdir) / CONFIG_YAML
     if regular.exists(path):
@@ -188,7 +196,7 @@ def write_yaml(workdir, values):
 
 
 def commit():
-    """The repository's commit, with a `+` if files differ from it; None outside a repository."""
+    """Returns the repository's commit, with `+` if tracked files differ, or `None` without git."""
     root = Path(__file__).parent.parent
 
     def git(*arguments):

@@ -1,0 +1,1 @@
+"""Data service and job files for clusters."""

@@ -1,10 +1,10 @@
-"""A process of a tf.data service, which makes training images on machines without accelerators.
+"""Starts a server of a tf.data service, which prepares training images on machines without GPUs.
 
     python training/cluster/data_service.py --port=5050
     python training/cluster/data_service.py --port=5051 --dispatcher=host:5050 --host=here
 
-The first is the dispatcher, the second one of its workers. The trainer is told the dispatcher by
---data_service=grpc://host:5050. Workers read the data at the path that the trainer has for it.
+The first is the dispatcher, the second one of its workers. The trainer connects to the dispatcher
+with --data_service=grpc://host:5050. Workers read the data at the same path as the trainer.
 """
 
 import argparse
@@ -14,6 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def main(arguments=None):
+    """Starts a server and serves until it is stopped."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,12 +26,12 @@ def main(arguments=None):
 
 
 def start(port, dispatcher=None, host="localhost"):
-    """A server of the service, listening.
+    """Starts a dispatcher or a worker.
 
     Args:
-        port: to listen on; 0: any.
-        dispatcher: host:port of the dispatcher, of which to be a worker; None: be the dispatcher.
-        host: name or address by which the trainer reaches a worker.
+        port: Port to listen on; 0 for any free port.
+        dispatcher: host:port of a worker's dispatcher. If `None`, a dispatcher is started.
+        host: Name or address under which the trainer reaches a worker. Defaults to "localhost".
 
     Returns:
         A `tf.data.experimental.service.DispatchServer` or `WorkerServer`.

@@ -1,4 +1,4 @@
-"""Recipes as data: what to run, where its numbers stand, what it aims for."""
+"""Recipes as data: command, source and values of each, and the published accuracy."""
 
 import difflib
 
@@ -9,15 +9,15 @@ from training.recipes.recipe import Recipe
 from training.recipes.tnt import COMMAND, IMAGENET, PYRAMID, TNT
 
 RECIPES = {**DIGITS, **TNT, **DEIT, **CAIT, **FINETUNE, **TRANSFER}
-# What a variant without a recipe of its own is trained by, by family; others by TNT's.
+# Values for variants without a separate recipe, by family; other families use TNT's.
 OF_FAMILY = {"pyramid_tnt": PYRAMID, "deit": DEIT_VALUES, "cait": CAIT_VALUES}
 
 
 def get(name):
-    """The recipe of a name; that of its family for a variant that has none of its own.
+    """Returns the recipe of a name, or its family's for a variant without a separate one.
 
     Raises:
-        ValueError: with the nearest names and all others.
+        ValueError: If there is none; the message suggests the nearest names and lists all.
     """
     if name in RECIPES:
         return RECIPES[name]
@@ -34,7 +34,7 @@ def get(name):
 
 
 def family_of(variant):
-    """The name of the family that has a variant; None if none has."""
+    """Returns the name of the family of a variant, or `None`."""
     from keras_tnt import registry
 
     return next((each.name for each in registry.families() if variant in each.variants), None)

@@ -1,9 +1,15 @@
-"""DeiT (arXiv 2012.12877) and CaiT (arXiv 2103.17239) on ImageNet: facebookresearch/deit 7e160fe.
+r"""Trains DeiT (arXiv 2012.12877) and CaiT (arXiv 2103.17239) on ImageNet.
 
-DeiT's values are the defaults of its main.py: TNT's but for the learning rate, 5e-4 * batch / 512,
-the crop of the evaluation, 0.875, and the cooldown epochs, which main.py does not train. CaiT's are
-DeiT's with 400 epochs and a stochastic depth for each size, constant over the blocks. Every CaiT is
-trained at 224; those published at 384 and 448 are fine-tuned from there.
+    python training/train.py --recipe=deit_small --strategy=mirrored --precision=bfloat16 \
+        --data_dir=<tensorflow-datasets directory> --workdir=runs/deit_small
+
+The published accuracies and their sources are in keras_tnt/published.csv.
+
+DeiT's values are the defaults of main.py in facebookresearch/deit 7e160fe: TNT's except for the
+learning rate, 5e-4 * batch / 512, the evaluation crop, 0.875, and the cooldown epochs, which
+main.py does not train. CaiT's are DeiT's with 400 epochs and a stochastic depth for each size,
+constant over the blocks. Every CaiT is trained at 224; those published at 384 and 448 are
+fine-tuned from there.
 """
 
 from training.recipes import published
@@ -24,7 +30,7 @@ DEIT_VALUES = {
 CAIT_VALUES = {**DEIT_VALUES, "epochs": 400, "crop": 1.0}
 DISTILLED = {"distilled": True, "distill": "hard", "distill_alpha": 0.5, "teacher": "tnt_base"}
 TEACHER = "the paper's teacher is RegNetY-16GF: --teacher=<its .keras file>"
-# The command of README_deit.md:246; main.py's defaults for all else.
+# The command in README_deit.md:246, and main.py's defaults for everything else.
 DEIT_FINETUNING = {
     "epochs": 30,
     "batch_size": 512,
@@ -33,8 +39,8 @@ DEIT_FINETUNING = {
     "weight_decay": 1e-8,
     "image_size": 384,
 }
-# CaiT-M48's, by its author: issue 108 of facebookresearch/deit. The least rate is not given there;
-# that of DeiT's command is taken.
+# CaiT-M48's, from its author in issue 108 of facebookresearch/deit, which does not give the minimum
+# rate; it is that of DeiT's command.
 CAIT_FINETUNING = {
     "epochs": 60,
     "batch_size": 256,
@@ -44,7 +50,7 @@ CAIT_FINETUNING = {
 }
 ISSUE = "issue 108 of facebookresearch/deit"
 
-# name: (stochastic depth, larger sizes)
+# name: (stochastic depth, image sizes for fine-tuning)
 CAIT_ROWS = {
     "cait_xxs24": (0.05, (384,)),
     "cait_xxs36": (0.1, (384,)),

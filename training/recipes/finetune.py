@@ -1,4 +1,10 @@
-"""From public weights to another resolution or another, smaller data set."""
+"""Fine-tunes published weights at another resolution or on a smaller data set.
+
+    python training/train.py --recipe=finetune --data_dir=<class folders> --workdir=runs/finetune
+
+The published accuracies of finetune_384 and the transfer_ recipes, and their sources, are in
+keras_tnt/published.csv.
+"""
 
 from training.recipes import published
 from training.recipes.recipe import Recipe
@@ -56,7 +62,7 @@ FINETUNE = {
 }
 
 
-# === Table 9 of arXiv 2103.00112: smaller data sets at 384, the settings of pre-training kept ===
+# === Table 9 of arXiv 2103.00112: smaller data sets at 384, with the settings of pre-training ===
 
 DIRECTORIES = {"folder": "class folders"}
 MODELS = {"": "tnt_small", "_base": "tnt_base"}
@@ -72,7 +78,7 @@ TRANSFERS = {
         300,
     ),
     "transfer_pets": ("tfds:oxford_iiit_pet", "train", "test", 300),
-    # iNaturalist 2019, which tensorflow-datasets does not have.
+    # iNaturalist 2019, which is not in tensorflow-datasets.
     "transfer_inaturalist": ("folder", "", "", 300),
 }
 
@@ -93,7 +99,8 @@ TRANSFER = {
             "eval_split": eval_split,
             "epochs": epochs,
             "cooldown_epochs": 0,
-            # Few updates: without warm-up most of final_ema would still be the initial weights.
+            # There are few updates: without warm-up the moving average would stay close to the
+            # initial weights.
             "ema_warmup": True,
             "crop": 1.0,
         },

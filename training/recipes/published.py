@@ -1,7 +1,7 @@
-"""What a recipe aims for, from the table of published accuracies.
+"""Published accuracies of the recipes.
 
-The table is the library's, `keras_tnt/published.csv`. It is read here without importing the
-library, whose Keras would delay `--help`.
+They are in the library's table, `keras_tnt/published.csv`, which is read here without importing the
+library, because Keras would delay `--help`.
 """
 
 import csv
@@ -21,12 +21,12 @@ def rows():
 
 
 def result(model, image_size, dataset="imagenet"):
-    """Returns every published accuracy of a model at a size, as text.
+    """Returns every published accuracy of a model at an image size, as text.
 
     Args:
-        model: name of the variant, with `_distilled` where it is.
-        image_size: side of the images in pixels.
-        dataset: a data set of the table.
+        model: Name of the variant, with `_distilled` if it is distilled.
+        image_size: Side of the images in pixels.
+        dataset: Data set of the table. Defaults to "imagenet".
     """
     wanted = (dataset, model, str(image_size))
     found = [row for row in rows() if (row["dataset"], row["model"], row["image_size"]) == wanted]

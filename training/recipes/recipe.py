@@ -1,17 +1,17 @@
-"""What a recipe is."""
+"""Dataclass of a recipe."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Values for the trainer's configuration, and what they are for.
+    """Values of the trainer's configuration, with their source and the published result.
 
     Args:
-        command: how to run it, on what the result was published for.
-        source: where the values stand.
-        result: what it aims for.
-        values: of flags, by their names.
+        command: Command that runs it, on the data of the published result.
+        source: Source of the values.
+        result: Published result.
+        values: Dict from flag name to value.
     """
 
     command: str

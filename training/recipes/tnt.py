@@ -1,9 +1,14 @@
-"""TNT (arXiv 2103.00112) and PyramidTNT (arXiv 2201.00978) on ImageNet.
+r"""Trains TNT (arXiv 2103.00112) and PyramidTNT (arXiv 2201.00978) on ImageNet.
 
-Values: the command of Efficient-AI-Backbones f90e129, tnt_pytorch/readme.md:16 (PyramidTNT: line
-36), and the defaults of its train.py for what the command does not name. timm 0.3.2's scheduler
-adds 10 cooldown epochs at the least rate (scheduler_factory.py:41), which train.py trains (line
-597): 310 epochs in all.
+    python training/train.py --recipe=tnt_small --strategy=mirrored --precision=bfloat16 \
+        --data_dir=<tensorflow-datasets directory> --workdir=runs/tnt_small
+
+The published accuracies and their sources are in keras_tnt/published.csv.
+
+Values: the command in Efficient-AI-Backbones f90e129, tnt_pytorch/readme.md:16 (PyramidTNT: line
+36), and the defaults of its train.py for what the command does not set. timm 0.3.2's scheduler adds
+10 cooldown epochs at the minimum rate (scheduler_factory.py:41), which train.py trains (line 597):
+310 epochs in all.
 """
 
 from training.recipes import published
@@ -26,7 +31,7 @@ IMAGENET = {
     "repeats": 3,
     "min_crop": 0.08,
     "flip": True,
-    "color_jitter": 0.4,  # named by the command; has no effect under RandAugment
+    "color_jitter": 0.4,  # set by the command; has no effect with RandAugment
     "randaugment": True,
     "erasing": 0.25,
     "interpolation": "random",  # train.py's --train-interpolation
@@ -37,7 +42,7 @@ IMAGENET = {
 }
 PYRAMID = {**IMAGENET, "warmup_epochs": 20.0}
 
-# name: (values, side of the published images, source)
+# name: (values, image size of the published result, source)
 TNT_SOURCE = "Efficient-AI-Backbones f90e129, tnt_pytorch/readme.md:16 and train.py:72-275"
 PYRAMID_SOURCE = "Efficient-AI-Backbones f90e129, tnt_pytorch/readme.md:36 and train.py:72-275"
 ROWS = {

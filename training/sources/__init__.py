@@ -1,8 +1,8 @@
-"""Where images come from: each data set as names, files' bytes or pixels, and labels.
+"""Data sets: image names, encoded bytes or pixels, and labels.
 
-A data set is a function and a row of `DATASETS`. A row of one's own is added by `register_dataset`,
-in a module that `--plugins=` names. TensorFlow is imported where it is used, not here, so that
-`--help` comes at once.
+A data set is a function and a row of `DATASETS`. `register_dataset` adds custom ones, in a module
+that `--plugins=` names. TensorFlow is imported where it is used, not here, so that `--help` is
+fast.
 """
 
 from functools import partial

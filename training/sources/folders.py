@@ -1,7 +1,7 @@
-"""Image files in folders that are named after their classes.
+"""Image files in class folders.
 
-Which files count is defined in `keras_tnt.image_folders`, for the trainer and every command alike.
-It is imported where it is used: importing the package takes longer than refusing a wrong flag.
+`keras_tnt.image_folders` defines which files count, for all commands. It is imported where it is
+used, because importing the package takes longer than rejecting a wrong flag.
 """
 
 import os
@@ -16,12 +16,17 @@ LAYOUT = (
 
 
 def folder(config, held_out):
-    """Returns a split of image files; its classes are the training split's folders, sorted.
+    """Returns a split of image files in class folders.
 
-    Classes are sorted as text, as torchvision and Keras sort them: "10" before "2".
+    The classes are the training split's folders, sorted as text, as in torchvision and Keras: "10"
+    before "2".
+
+    Args:
+        config: A `training.configuration.Config`.
+        held_out: Whether to return the held-out split, else the training split.
 
     Raises:
-        ValueError: if folders or images are missing, or the held-out split has other classes.
+        ValueError: If folders or images are missing, or the held-out split has other classes.
     """
     root = Path(config.data_dir)
     if not root.is_dir():
@@ -51,7 +56,13 @@ def folder(config, held_out):
 
 
 def flat_folder(config, root, held_out):
-    """Returns a split of `root/<class>/<image>`, drawn by the seed."""
+    """Returns a random split of `root/<class>/<image>`, drawn by `--seed`.
+
+    Args:
+        config: A `training.configuration.Config`.
+        root: A `Path`.
+        held_out: Whether to return the held-out split, else the training split.
+    """
     names = class_folders(root)
     if not names or config.train_split or config.eval_split:
         raise ValueError(f"--data_dir={root} holds no images in folders of classes: {LAYOUT}")
@@ -68,19 +79,19 @@ def flat_folder(config, root, held_out):
 
 
 def list_images(split, names, held_out, note):
-    """Lists a split's images, and prints which split it is and what was skipped.
+    """Lists a split's images, and prints the split and what was skipped.
 
     Args:
-        split: folder of the split.
-        names: of the classes; a split may lack some.
-        held_out: whether the split is the held-out one.
-        note: text to print at the end.
+        split: Folder of the split.
+        names: Class names; the split may lack some.
+        held_out: Whether the split is the held-out one.
+        note: Text to append to the printed line.
 
     Returns:
         (paths, labels), sorted by path.
 
     Raises:
-        ValueError: if a class has no images, or two classes are one folder.
+        ValueError: If a class folder has no images, or two classes are the same folder.
     """
     from keras_tnt.image_folders import Skipped
 
@@ -93,7 +104,7 @@ def list_images(split, names, held_out, note):
                 "Remove one"
             )
     class_folders(split, skipped)
-    # A link within a class to another class's folder is not followed: its images have one label.
+    # Links within a class to another class's folder are not followed: an image has one label.
     visited = set(visited)
     files = sorted(
         (path, label)
@@ -113,8 +124,13 @@ def list_images(split, names, held_out, note):
 def class_folders(directory, skipped=None):
     """Returns the names of the class folders in a directory, sorted as text.
 
+    Args:
+        directory: A `Path`.
+        skipped: A `keras_tnt.image_folders.Skipped` that counts what is ignored. Defaults to
+            `None`.
+
     Raises:
-        ValueError: if one of them cannot be a class's name.
+        ValueError: If a folder's name is not a valid class name.
     """
     if not directory.is_dir():
         return []
@@ -135,12 +151,13 @@ def images_of(directory, skipped=None, visited=None):
     """Lists the paths of a class's images.
 
     Args:
-        directory: the class's folder.
-        skipped: a `keras_tnt.image_folders.Skipped` that counts what is left out.
-        visited: real paths of folders that are not to be walked.
+        directory: Folder of the class.
+        skipped: A `keras_tnt.image_folders.Skipped` that counts what is ignored. Defaults to
+            `None`.
+        visited: Real paths of folders that must not be walked. Defaults to `None`.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are none.
     """
     from keras_tnt.image_folders import SUFFIXES, walk_images
 
@@ -153,7 +170,7 @@ def images_of(directory, skipped=None, visited=None):
 
 
 def real_paths(paths):
-    """Returns paths whose folders are real ones, so that a split that links to another is found."""
+    """Returns paths with their folders resolved, so that links between splits are found."""
     folders = {}
     real = []
     for path in paths:
@@ -165,20 +182,20 @@ def real_paths(paths):
 
 
 def find_folder(root, name):
-    """Returns the folder of a name in a directory, in whichever case it is written, or `None`."""
+    """Returns the folder of a name, in any case, in a directory, or `None`."""
     from keras_tnt.image_folders import list_folders, match_name
 
     found = match_name(name, list_folders(root))
-    if found is None and (root / name).is_dir():  # of several parts, or hidden: as it was typed
+    if found is None and (root / name).is_dir():  # a nested or hidden folder
         return root / name
     return None if found is None else root / found
 
 
 def held_out_folder(root, split):
-    """Returns the folder of the held-out split: the named one, or the first that exists.
+    """Returns the folder of the held-out split: the named one, or the first usual name that exists.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: If there is none.
     """
     from keras_tnt.image_folders import HELD_OUT_NAMES, list_folders, match_held_out
 

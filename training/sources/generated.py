@@ -1,4 +1,4 @@
-"""Data sets that need no files: handwritten digits, and noise."""
+"""Data sets that need no files: handwritten digits and noise."""
 
 import numpy as np
 
@@ -9,17 +9,16 @@ IMAGENET_IMAGES = 1_281_167
 
 
 def digits():
-    """scikit-learn's 1,797 handwritten digits, resized to 32x32x3, 20% held out.
+    """Returns scikit-learn's 1,797 handwritten digits, resized to 32x32x3, with 20% held out.
 
     Returns:
         `(train_images, train_labels), (test_images, test_labels)`: uint8 (n, 32, 32, 3) in [0, 255]
         and int64 (n,). The split is fixed and stratified.
 
     Example:
-
-    >>> (train_images, train_labels), (test_images, test_labels) = digits()
-    >>> test_images.shape
-    (360, 32, 32, 3)
+        >>> (train_images, train_labels), (test_images, test_labels) = digits()
+        >>> test_images.shape
+        (360, 32, 32, 3)
     """
     try:
         from sklearn.datasets import load_digits
@@ -38,13 +37,13 @@ def digits():
 
 
 def digits_split(config, held_out):
-    """One split of the digits."""
+    """Returns a split of the digits as an `Indexed`."""
     images, labels = digits()[held_out]
     return in_memory(images, labels, 10, "digit", tuple("0123456789"))
 
 
 def synthetic(config, held_out):
-    """Black images: the training step makes noise of them on the device."""
+    """Returns black images, which the training step replaces by noise on the device."""
     import tensorflow as tf
 
     side = config.image_size or 32

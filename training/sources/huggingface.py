@@ -1,4 +1,4 @@
-"""Data sets of the package `datasets`, from the disk: save_to_disk's, or Parquet files."""
+"""Data sets of the package `datasets`, from disk: `save_to_disk` or Parquet files."""
 
 from pathlib import Path
 
@@ -16,11 +16,15 @@ LAYOUT = (
 def huggingface(config, held_out):
     """Returns a split of a data set of the package `datasets`.
 
-    Rows are read by their numbers, so that the order is an exact permutation.
+    Rows have random access, so the order is an exact permutation.
+
+    Args:
+        config: A `training.configuration.Config`.
+        held_out: Whether to return the held-out split, else the training split.
 
     Raises:
-        ImportError: if the package is missing.
-        ValueError: if the directory holds no such data set, or it has no image or label.
+        ImportError: If the package is missing.
+        ValueError: If the directory holds no such data set, or it has no image or label.
     """
     import tensorflow as tf
 
@@ -58,7 +62,11 @@ def huggingface(config, held_out):
 
 
 def import_datasets(config):
-    """Returns the package `datasets`."""
+    """Returns the package `datasets`.
+
+    Raises:
+        ImportError: If it is not installed; the message names the extra.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -72,8 +80,12 @@ def import_datasets(config):
 def open_table(config, held_out):
     """Returns a split as a `datasets.Dataset`.
 
+    Args:
+        config: A `training.configuration.Config`.
+        held_out: Whether to return the held-out split, else the training split.
+
     Raises:
-        ValueError: if the directory holds none.
+        ValueError: If the directory holds no data set, or it has no such split.
     """
     from keras_tnt.image_folders import describe_fallback, match_held_out, match_name
 
@@ -86,7 +98,7 @@ def open_table(config, held_out):
         return datasets.load_dataset("parquet", data_files=files, split="train")
     try:
         found = datasets.load_from_disk(str(root))
-    except Exception as error:  # of every kind, for damaged files
+    except Exception as error:  # damaged files raise errors of many types
         raise ValueError(f"--data_dir={root} cannot be read by datasets: {error}") from error
     if isinstance(found, datasets.Dataset):
         raise ValueError(
@@ -112,10 +124,14 @@ def open_table(config, held_out):
 
 
 def find_columns(table, config):
-    """Finds the columns of the image and the label.
+    """Returns (image column, label column).
+
+    Args:
+        table: A `datasets.Dataset`.
+        config: A `training.configuration.Config`, for messages.
 
     Raises:
-        ValueError: if there are none, or several to choose from.
+        ValueError: If there is no such column, or several to choose from.
     """
     datasets = import_datasets(config)
     images = [n for n, feature in table.features.items() if isinstance(feature, datasets.Image)]
@@ -131,7 +147,17 @@ def find_columns(table, config):
 
 
 def number_labels(table, label, config, held_out):
-    """Returns the labels as integers from 0, and the classes' names or `None`."""
+    """Returns the labels as class indices, and the class names or `None`.
+
+    Args:
+        table: A `datasets.Dataset`.
+        label: Column of the labels.
+        config: A `training.configuration.Config`.
+        held_out: Whether the rows are the held-out split.
+
+    Raises:
+        ValueError: If a label is missing or invalid, or not in the training split.
+    """
     values = list(table.with_format(None)[label])
 
     def place(number):

@@ -1,4 +1,4 @@
-"""The two kinds of sources: one whose images are had by index, and one that is read in order."""
+"""Kinds of sources: `Indexed` with random access, and `Streamed`, read sequentially."""
 
 import dataclasses
 import decimal
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Source:
-    """What is not known of a source without reading it, unless it says so."""
+    """Base of the sources, with defaults for properties that are unknown before reading."""
 
     labels = None
     paths = ()
@@ -21,18 +21,20 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Indexed(Source):
-    """A split whose images are had by index.
+    """Split with random access to its images.
 
     Args:
-        size: number of images.
-        classes: number of classes.
-        item: function from an index tensor to (name, image, label): a string, uint8
-            (height, width, 3) or the path of a file, and an integer.
-        read: function from such an image to pixels or bytes; None: it is the pixels.
-        label_names: the classes' names, in order; None: they have none.
-        labels: every image's label; None: not known without reading.
-        paths: every image's file, or its place in one, by which two splits are compared.
-        in_process: whether images are read by Python, which a tf.data service cannot run.
+        size: Number of images.
+        classes: Number of classes.
+        item: Function from an index tensor to (name, image, label): a string; uint8 (height, width,
+            3), a path or whatever `read` accepts; an integer.
+        read: Function from such an image to pixels or encoded bytes. If `None`, it is the pixels.
+        label_names: Class names, in order. Defaults to `None`, no names.
+        labels: Labels of all images. If `None`, they are unknown before reading.
+        paths: Path or location of each image, by which overlapping splits are found. Defaults to
+            none.
+        in_process: Whether Python reads the images, which a tf.data service cannot run. Defaults to
+            `False`.
     """
 
     size: int
@@ -47,19 +49,21 @@ class Indexed(Source):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Streamed(Source):
-    """A split that is read in order.
+    """Split that is read sequentially.
 
     Args:
-        size: number of images.
-        classes: number of classes.
-        stream: function (seed, worker, workers) to a `tf.data.Dataset` of (name, bytes, label),
-            that worker's share of the images, in an order that is a function of the seed; None:
-            as they lie. The label is an integer or, for an image with several right labels or
-            none, float32 (classes,): 1 at the right ones.
-        label_names: the classes' names, in order; None: they have none.
-        stretches: what is read of which file: (file, first record, record after the last).
-        several_labels: whether the labels are of the second kind, which is for evaluation alone.
-        in_process: whether images are read by Python, which a tf.data service cannot run.
+        size: Number of images.
+        classes: Number of classes.
+        stream: Function from (seed, worker, workers) to a `tf.data.Dataset` of (name, bytes,
+            label), that worker's part of the images, in an order that is a function of the seed, or
+            the stored order if the seed is `None`. The label is an integer or, for multi-label
+            images, float32 (classes,), 1 at the correct labels.
+        label_names: Class names, in order. Defaults to `None`, no names.
+        stretches: Ranges of records that are read: (file, first record, end, exclusive). Defaults
+            to none.
+        several_labels: Whether images are multi-label, for evaluation only. Defaults to `False`.
+        in_process: Whether Python reads the images, which a tf.data service cannot run. Defaults to
+            `False`.
     """
 
     size: int
@@ -74,16 +78,16 @@ class Streamed(Source):
 
 
 def read_in_python(read):
-    """Returns a function from an index tensor to the bytes of an image.
+    """Wraps a Python reader as a function from an index tensor to the encoded bytes of an image.
 
     Args:
-        read: function from an index to bytes; called by several threads at once. What it raises
-            makes the image an unreadable one.
+        read: Function from an index to bytes, called by several threads concurrently. An exception
+            makes the image count as unreadable.
     """
     import tensorflow as tf
 
     def read_tensor(index):
-        # Declared stateless, as it is: op determinism would else let one thread read alone.
+        # Declared stateless, because op determinism runs stateful functions sequentially.
         data = tf.numpy_function(lambda i: read(int(i)), [index], tf.string, stateful=False)
         return tf.ensure_shape(data, [])
 
@@ -91,14 +95,14 @@ def read_in_python(read):
 
 
 def in_memory(images, labels, classes, name, label_names=None):
-    """A source of arrays.
+    """Returns a source of arrays.
 
     Args:
         images: uint8 (n, height, width, 3), in [0, 255].
-        labels: integers (n,), in [0, classes).
-        classes: number of classes.
-        name: what one image is called in messages; its number follows.
-        label_names: the classes' names.
+        labels: Integers (n,), in [0, classes).
+        classes: Number of classes.
+        name: Prefix of an image's name in messages; its index follows.
+        label_names: Class names. Defaults to `None`.
 
     Returns:
         An `Indexed`.
@@ -119,10 +123,10 @@ def of_files(paths, labels, label_names, real_paths=None):
     """Returns a source of image files.
 
     Args:
-        paths: of the files.
-        labels: the files' classes, numbers from 0.
-        label_names: the classes' names, in order.
-        real_paths: by which two splits' files are compared. If `None`, `paths`.
+        paths: Paths of the files.
+        labels: Integers (n,), class indices.
+        label_names: Class names, in order.
+        real_paths: Paths by which overlapping splits are found. If `None`, `paths`.
 
     Returns:
         An `Indexed`.
@@ -130,7 +134,7 @@ def of_files(paths, labels, label_names, real_paths=None):
     import tensorflow as tf
 
     numbers = np.asarray(labels, "int64")
-    # As bytes: names of files need not be UTF-8.
+    # As bytes, because file names need not be UTF-8.
     files, labels = tf.constant([os.fsencode(path) for path in paths]), tf.constant(numbers)
 
     def item(index):
@@ -145,14 +149,14 @@ LABEL_NUMBER = re.compile(r"[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)
 
 
 def clean_label(label, place):
-    """Returns a label of a table as text without the spaces around it.
+    """Returns a label of a table as text without surrounding whitespace.
 
     Args:
-        label: text, a number or `None`.
-        place: of the row, for messages.
+        label: Text, a number or `None`.
+        place: Location of the row, for messages.
 
     Raises:
-        ValueError: if it is empty, NaN, or not one line of text that UTF-8 can hold.
+        ValueError: If it is empty, NaN, or not one line of valid UTF-8.
     """
     text = "" if label is None else str(label).strip()
     if not text:
@@ -167,34 +171,35 @@ def clean_label(label, place):
 
 
 def sorted_labels(labels):
-    """Returns different labels in the order of their classes.
+    """Returns the distinct labels in the order of their class indices.
 
-    Labels that are all decimal numbers are sorted by value, and those of one value, such as "1"
-    and "01", which remain different classes, as text. Others are all sorted as text.
+    If all labels are decimal numbers, they are sorted by value, and equal values, such as "1" and
+    "01", which are different classes, as text. Otherwise all are sorted as text.
     """
     labels = sorted(set(labels))
     if not all(map(LABEL_NUMBER.fullmatch, labels)):
         return labels
     try:
         return sorted(labels, key=decimal.Decimal)
-    except decimal.InvalidOperation:  # an exponent beyond all bounds
+    except decimal.InvalidOperation:  # an exponent out of range
         return labels
 
 
 def held_out_mask(labels, label_names, share, seed):
-    """Which images are held out where the data set is not split: the same share of each class.
+    """Draws a stratified held-out split: the same share of each class.
 
     Args:
-        labels: every image's class, numbers from 0.
-        label_names: the classes' names.
-        share: in (0, 1), of a class's images; at least one is held out and one is not.
-        seed: of the draw.
+        labels: Integers (n,), class indices.
+        label_names: Class names.
+        share: Share of each class to hold out, in (0, 1); at least one image is held out and one is
+            not.
+        seed: Seed of the draw.
 
     Returns:
-        bool array like `labels`.
+        Booleans (n,), true for held-out images.
 
     Raises:
-        ValueError: if a class has a single image.
+        ValueError: If a class has a single image.
     """
     labels = np.asarray(labels)
     mask = np.zeros(len(labels), bool)

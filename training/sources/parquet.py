@@ -1,6 +1,6 @@
-"""Images inside of Parquet files, in the layout of the Hugging Face hub.
+"""Images in Parquet files, in the layout of the Hugging Face hub.
 
-A Parquet file is read by row groups. So these are streamed: an epoch shuffles the row groups, and
+A Parquet file is read by row groups, so these are streamed: an epoch shuffles the row groups, and
 then rows within a buffer, in an order that is a function of the seed.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 from training.sources.kinds import Streamed, clean_label, sorted_labels
 from training.sources.splits import check_labels, split_files
 
-# The most bytes of a row group, not compressed, and how many are read at once.
+# Maximum uncompressed size of a row group, and number of groups read in parallel.
 MAX_GROUP_BYTES = 2**31
 READERS = 2
 LAYOUT = (
@@ -24,9 +24,13 @@ LAYOUT = (
 def parquet(config, held_out):
     """Returns a split of Parquet files.
 
+    Args:
+        config: A `training.configuration.Config`.
+        held_out: Whether to return the held-out split, else the training split.
+
     Raises:
-        ImportError: if pyarrow is missing.
-        ValueError: if there are no files, or one lacks a column or has labels that cannot be.
+        ImportError: If pyarrow is missing.
+        ValueError: If there are no files, or one lacks a column or has invalid labels.
     """
     import_parquet()
     files = split_files(config, held_out, ".parquet", LAYOUT)
@@ -55,8 +59,17 @@ def parquet(config, held_out):
 def stream(groups, labels, image, seed, worker, workers):
     """Returns a dataset of (name, bytes, label) of a worker's rows.
 
-    Training divides the rows, in the order of the shuffled groups, into stretches of equal length,
-    so that a worker reads its groups alone. Evaluation deals rows out one by one.
+    For training the rows, in the order of the shuffled row groups, are divided into contiguous
+    ranges, so that a worker reads only its own groups. For evaluation rows are distributed
+    round-robin.
+
+    Args:
+        groups: List of (file, row group, number of rows).
+        labels: int64 (n,).
+        image: Column of the images.
+        seed: Seed of the order, `None` for evaluation.
+        worker: Index of this worker.
+        workers: Number of workers.
     """
     import tensorflow as tf
 
@@ -93,9 +106,16 @@ def stream(groups, labels, image, seed, worker, workers):
 
 
 def read_group(file, group, image, first, last):
-    """Returns the images' bytes of some rows of a row group.
+    """Returns the encoded images of a range of rows of a row group, a list of bytes.
 
-    What cannot be read is b"", which is counted as an unreadable image.
+    Unreadable images are b"", which are counted as unreadable when they are decoded.
+
+    Args:
+        file: Path of the file.
+        group: Index of the row group.
+        image: Column of the images.
+        first: First row.
+        last: End row, exclusive.
     """
     import pyarrow
 
@@ -110,7 +130,11 @@ def read_group(file, group, image, first, last):
 
 
 def import_parquet():
-    """Returns the module `pyarrow.parquet`."""
+    """Returns the module `pyarrow.parquet`.
+
+    Raises:
+        ImportError: If pyarrow is not installed; the message names the extra.
+    """
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -122,7 +146,7 @@ def open_file(file):
     """Opens a Parquet file.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: If it is not a Parquet file, or truncated.
     """
     import pyarrow
 
@@ -133,10 +157,15 @@ def open_file(file):
 
 
 def list_groups(file, image, label):
-    """Lists (file, row group, number of rows) of the row groups of a file that have rows.
+    """Lists the non-empty row groups of a file: (file, row group, number of rows).
+
+    Args:
+        file: Path of the file.
+        image: Column of the images.
+        label: Column of the labels.
 
     Raises:
-        ValueError: if a row group is too large to be read at once, or a column is missing.
+        ValueError: If a row group is too large to be read at once, or a column is missing.
     """
     with open_file(file) as opened:
         missing = {image, label} - set(opened.schema_arrow.names)
@@ -157,13 +186,13 @@ def list_groups(file, image, label):
 
 
 def find_columns(file):
-    """Finds the columns of the image and the label, and the classes' names.
+    """Finds the columns of the image and the label, and the class names.
 
     Returns:
-        (column, column, names or `None`).
+        (image column, label column, class names or `None`).
 
     Raises:
-        ValueError: if there is no such column, or there are several to choose from.
+        ValueError: If there is no such column, or several to choose from.
     """
     import pyarrow
 
@@ -196,16 +225,26 @@ def find_columns(file):
 
 
 def read_column(file, label):
-    """Returns the values of the column of labels."""
+    """Returns the values of the label column, a list."""
     with open_file(file) as opened:
         return opened.read(columns=[label]).column(label).to_pylist()
 
 
 def number_labels(values, names, config, held_out, files, label):
-    """Returns the labels as integers from 0, and the classes' names or `None`.
+    """Returns the labels as class indices, and the class names or `None`.
 
-    Labels that are texts are sorted by `kinds.sorted_labels`; those of the training split name the
-    classes of both.
+    Text labels are sorted by `kinds.sorted_labels`; the training split defines the classes of both.
+
+    Args:
+        values: Labels of all rows.
+        names: Class names, or `None`.
+        config: A `training.configuration.Config`.
+        held_out: Whether the rows are the held-out split.
+        files: Paths of the files.
+        label: Column of the labels.
+
+    Raises:
+        ValueError: If a label is invalid, or not in the training split.
     """
 
     def place(number):

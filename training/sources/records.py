@@ -1,4 +1,4 @@
-"""Image files inside of TFRecord files."""
+"""Images in TFRecord files."""
 
 import os
 import struct
@@ -8,9 +8,9 @@ import numpy as np
 
 from training.sources.kinds import Streamed
 
-# How many TFRecord files are read at once.
+# Number of TFRecord files read in parallel.
 READERS = 16
-# How many labels are looked at before the run begins.
+# Number of labels checked before the run begins.
 LABELS_CHECKED = 2048
 HELD_OUT_PREFIXES = ("val", "dev", "test")
 LAYOUT = (
@@ -20,10 +20,17 @@ LAYOUT = (
 
 
 def tfrecord(config, held_out):
-    """A split of `tf.train.Example`s: `image/encoded`, `image/class/label`, `image/filename`.
+    """Returns a split of TFRecord files.
+
+    They hold `tf.train.Example`s with `image/encoded`, `image/class/label` and, optionally,
+    `image/filename`.
+
+    Args:
+        config: A `training.configuration.Config`.
+        held_out: Whether to return the held-out split, else the training split.
 
     Raises:
-        ValueError: if there are no files, one is damaged, or a label lies outside of the classes.
+        ValueError: If there are no files, one is damaged, or a label is out of range.
     """
     import tensorflow as tf
 
@@ -81,20 +88,25 @@ def tfrecord(config, held_out):
 
 
 def divides_files(seed, files, workers):
-    """Whether workers share the files or, exactly alike, the records.
+    """Returns whether workers divide the files among them, else the records.
 
-    Training divides the files where there are enough; evaluation needs shares of equal size.
+    Training divides the files if there are enough; evaluation needs parts of equal size.
+
+    Args:
+        seed: Seed of the order, `None` for evaluation.
+        files: Number of files.
+        workers: Number of workers.
     """
     return seed is not None and files >= workers
 
 
 def count_records(path):
-    """Number of records in a TFRecord file, from their lengths alone.
+    """Returns the number of records in a TFRecord file, by reading their lengths only.
 
     Raises:
-        ValueError: if they do not fill the file.
+        ValueError: If the file is truncated.
     """
-    # A length of 8 bytes and its checksum of 4 stand before a record, a checksum of 4 after it.
+    # A record is preceded by its length (8 bytes) and a checksum (4), and followed by another (4).
     count, place, size = 0, 0, os.path.getsize(path)
     with open(path, "rb") as file:
         while place < size:
@@ -110,7 +122,7 @@ def count_records(path):
 
 
 def is_damaged(path):
-    """Whether a TFRecord file has a record with a wrong checksum: reads all of it."""
+    """Returns whether a TFRecord file has a record with a wrong checksum; reads all of it."""
     import tensorflow as tf
 
     try:
@@ -122,10 +134,14 @@ def is_damaged(path):
 
 
 def check_labels(files, config):
-    """Look at the first labels of each file.
+    """Checks the first labels of each file, `LABELS_CHECKED` in all.
+
+    Args:
+        files: Paths of the files.
+        config: A `training.configuration.Config`.
 
     Raises:
-        ValueError: naming the first record whose label lies outside of the classes.
+        ValueError: If a label is out of range; the message names the first such record.
     """
     import tensorflow as tf
 
@@ -157,7 +173,7 @@ def check_labels(files, config):
 
 
 def outside_of(config):
-    """Which labels there may be, in words."""
+    """Returns the valid range of labels as text for messages."""
     return (
         f"outside of {config.label_offset} to {config.label_offset + config.classes - 1} by "
         f"--classes={config.classes} and --label_offset={config.label_offset}"

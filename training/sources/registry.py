@@ -1,4 +1,4 @@
-"""The data sets by name, and what is checked of each before any long work."""
+"""Registry of data sets, and checks of their splits before any expensive work."""
 
 import dataclasses
 import difflib
@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 import numpy as np
 
-# Options that only some data sets have; each row names its own.
+# Options that only some data sets support; each row lists its own.
 OPTIONS = ("train_split", "eval_split", "validation_share", "label_offset")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A row of the registry.
+    """Row of the registry.
 
     Args:
-        open_split: function (config, held_out) to an `Indexed` or a `Streamed`: the training
-            split, or the held-out one. It raises a ValueError for what is wrong with the data.
-        layout: what it is and what must lie where, in one line, for help and errors.
-        needs_data_dir: whether `--data_dir` must be given.
-        options: which of `OPTIONS` it reads.
-        evaluation_only: whether there is no training split.
+        open_split: Function from (config, held_out) to an `Indexed` or a `Streamed`: the training
+            split, or the held-out one. It raises a ValueError if the data are invalid.
+        layout: Description and required files in one line, for help and errors. Defaults to "".
+        needs_data_dir: Whether `--data_dir` is required. Defaults to `False`.
+        options: Which of `OPTIONS` it reads. Defaults to none.
+        evaluation_only: Whether there is no training split. Defaults to `False`.
     """
 
     open_split: Callable
@@ -37,23 +37,26 @@ DATASETS = {}
 def register_dataset(
     name, open_split, layout="", needs_data_dir=False, options=(), evaluation_only=False
 ):
-    """Add a data set, for `--dataset=<name>` of every command.
+    """Adds a data set, for `--dataset=<name>` of every command.
 
     Args:
-        name: with a colon at its end if more has to follow it, as in `--dataset=tfds:cifar10`;
-            that is for `open_split` to read in `config.dataset`.
-        open_split, layout, needs_data_dir, options, evaluation_only: as in `Dataset`.
+        name: Name of the data set. A trailing colon means that more text follows it, as in
+            `--dataset=tfds:cifar10`; `open_split` reads that text from `config.dataset`.
+        open_split: Function from (config, held_out) to an `Indexed` or a `Streamed`.
+        layout: Description in one line. Defaults to "".
+        needs_data_dir: Whether `--data_dir` is required. Defaults to `False`.
+        options: Which of `OPTIONS` it reads. Defaults to none.
+        evaluation_only: Whether there is no training split. Defaults to `False`.
 
     Raises:
-        ValueError: if the name is taken or no name.
+        ValueError: If the name is taken or invalid.
 
     Example:
-
-    >>> def stripes(config, held_out):
-    ...     images = np.zeros((64, 32, 32, 3), "uint8")
-    ...     images[::2, ::4] = 255
-    ...     return in_memory(images, np.arange(64) % 2, 2, "stripes", ("some", "none"))
-    >>> register_dataset("stripes", stripes)
+        >>> def stripes(config, held_out):
+        ...     images = np.zeros((64, 32, 32, 3), "uint8")
+        ...     images[::2, ::4] = 255
+        ...     return in_memory(images, np.arange(64) % 2, 2, "stripes", ("some", "none"))
+        >>> register_dataset("stripes", stripes)
     """
     if name in DATASETS or not name or ":" in name[:-1]:
         raise ValueError(
@@ -63,17 +66,17 @@ def register_dataset(
 
 
 def describe():
-    """Every data set and its layout, one a line."""
+    """Returns all data sets and their layouts, one per line."""
     return "\n".join(
         f"{name}{'' if name[-1] == ':' else ': '}{row.layout}" for name, row in DATASETS.items()
     )
 
 
 def find(dataset):
-    """The row of `--dataset=`.
+    """Returns the row of a value of `--dataset`.
 
     Raises:
-        ValueError: with the nearest names, if there is none.
+        ValueError: If there is none; the message suggests the nearest names.
     """
     before, colon, _ = dataset.partition(":")
     name = before + colon
@@ -88,24 +91,25 @@ def find(dataset):
 
 
 def check(config):
-    """Raise a ValueError if there is no such data set, or its directory is not told."""
+    """Raises a ValueError if the data set does not exist, or lacks its `--data_dir`."""
     row = find(config.dataset)
     if row.needs_data_dir and not config.data_dir:
         raise ValueError(f"--dataset={config.dataset} needs --data_dir: {row.layout}")
 
 
 def open_split(config, held_out):
-    """One split of a configuration's data set.
+    """Opens one split of the configured data set.
 
     Args:
-        config: a `training.configuration.Config`.
-        held_out: whether the held-out split is wanted, or the one to train on.
+        config: A `training.configuration.Config`.
+        held_out: Whether to open the held-out split, else the training split.
 
     Returns:
         An `Indexed` or a `Streamed`.
 
     Raises:
-        ValueError: if the data are not there, or their classes cannot be.
+        ValueError: If the data do not exist, or have less than two or more than `--classes`
+            classes.
     """
     check(config)
     row = find(config.dataset)
@@ -129,10 +133,16 @@ def open_split(config, held_out):
 
 
 def open_sources(config):
-    """(training split, held-out split) of a configuration's data set.
+    """Opens the training and the held-out split of the configured data set.
+
+    Args:
+        config: A `training.configuration.Config`.
+
+    Returns:
+        (training source, held-out source).
 
     Raises:
-        ValueError: if the data are not there, or the splits do not go together.
+        ValueError: If the data do not exist, the splits overlap, or their classes differ.
     """
     row = find(config.dataset)
     for option in OPTIONS:
@@ -155,7 +165,7 @@ def open_sources(config):
 
 
 def check_classes(training, held_out):
-    """Raise a ValueError if a class is in one of two splits alone."""
+    """Raises a ValueError if the splits have different classes."""
     if training.classes != held_out.classes:
         raise ValueError(
             f"the training split has {training.classes} classes, the held-out one "
@@ -180,7 +190,7 @@ def check_classes(training, held_out):
 
 
 def check_label_names(source, recorded):
-    """Raise a ValueError if a data set's classes are not the recorded ones of a run."""
+    """Raises a ValueError if a source's class names differ from a run's recorded ones."""
     names, recorded = list(source.label_names or ()), list(recorded or ())
     if not names or not recorded or names == recorded:
         return
@@ -196,7 +206,7 @@ def check_label_names(source, recorded):
 
 
 def check_overlap(training, held_out):
-    """Raise a ValueError if images that are held out are trained on."""
+    """Raises a ValueError if the splits share images."""
     shared = sorted(set(training.paths) & set(held_out.paths))
     if shared:
         raise ValueError(

@@ -1,27 +1,27 @@
-"""Finds the files of a split where a data set is several files in a directory."""
+"""Splits of data sets that consist of several files in a directory."""
 
 import re
 from pathlib import Path
 
 
 def split_files(config, held_out, suffix, layout):
-    """Finds the files of a split, and prints which split it is.
+    """Returns the files of a split, and prints which split was chosen.
 
-    They are those of a folder that is named after the split, or those whose names have it as a
-    part (`train-00000-of-00002.parquet`, `imagenet1k-train-0000.tar`), in `--data_dir` or the
-    folder `data` in it.
+    They are in a folder named after the split, or have its name as a part of theirs
+    (`train-00000-of-00002.parquet`, `imagenet1k-train-0000.tar`), in `--data_dir` or its folder
+    `data`.
 
     Args:
-        config: a `training.configuration.Config`.
-        held_out: whether the held-out split is wanted, or the one to train on.
-        suffix: of the files.
-        layout: of the data set, for messages.
+        config: A `training.configuration.Config`.
+        held_out: Whether to return the held-out split, else the training split.
+        suffix: Suffix of the files.
+        layout: Layout of the data set, for messages.
 
     Returns:
-        Paths, sorted.
+        List of paths; those in the directory before those in the split's folder, both sorted.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are none.
     """
     from keras_tnt.image_folders import HELD_OUT_NAMES, describe_fallback
 
@@ -45,7 +45,13 @@ def split_files(config, held_out, suffix, layout):
 
 
 def files_of_split(directory, name, suffix):
-    """Returns the files in a directory that a split's name names, or those of its folder."""
+    """Returns the files in a directory whose names, or whose folder's name, contain a split.
+
+    Args:
+        directory: A `Path`.
+        name: Name of the split, case-folded.
+        suffix: Suffix of the files.
+    """
     entries = [path for path in sorted(directory.iterdir()) if path.name[0] != "."]
     folders = [path for path in entries if path.is_dir() and path.name.casefold() == name]
     inside = [path for folder in folders for path in sorted(folder.iterdir())]
@@ -65,12 +71,13 @@ def check_labels(labels, config, place):
     """Returns labels counted from 0.
 
     Args:
-        labels: integers.
-        config: with `classes`, and `label_offset`, the first label.
-        place: function from an image's number to where it is, for messages.
+        labels: Integers (n,).
+        config: A `training.configuration.Config` with `classes`, and `label_offset`, the first
+            label.
+        place: Function from an image's index to its location, for messages.
 
     Raises:
-        ValueError: if a label lies outside of the classes, or `--classes` is missing.
+        ValueError: If a label is out of range, or `--classes` is missing.
     """
     low, high = int(labels.min()), int(labels.max())
     if not config.classes:

@@ -1,4 +1,4 @@
-"""Image files that a table lists."""
+"""Image files listed in a table: CSV or Parquet."""
 
 import csv
 from pathlib import Path
@@ -12,12 +12,16 @@ LAYOUT = (
 
 
 def table(config, held_out):
-    """Returns a split of the files that a table lists; its classes are the labels, sorted.
+    """Returns a split of the files that a table lists.
 
-    Labels are stripped of spaces, and sorted by `kinds.sorted_labels`.
+    Labels are stripped, and their sorted distinct values (`kinds.sorted_labels`) are the classes.
+
+    Args:
+        config: A `training.configuration.Config`.
+        held_out: Whether to return the held-out split, else the training split.
 
     Raises:
-        ValueError: if a column, a label or a file is missing.
+        ValueError: If a column, a label or a file is missing.
     """
     file = Path(config.data_dir)
     rows = read_rows(file)
@@ -43,10 +47,13 @@ def table(config, held_out):
 
 
 def read_rows(file):
-    """Rows of a table as dicts of strings: path, label, split ("" where there is none).
+    """Returns the rows of a table as dicts of strings: path, label, split ("" if there is none).
+
+    Args:
+        file: A `Path`.
 
     Raises:
-        ValueError: for a file that is no table, or lacks a column or a value.
+        ValueError: If the file is not a table, or lacks a column or a value.
     """
     if not file.is_file():
         raise ValueError(f"--data_dir={file} is no file. It must be {LAYOUT}")
@@ -77,7 +84,7 @@ def read_rows(file):
 
 
 def read_csv(file):
-    """(names of the columns, rows as dicts) of a file of comma-separated values."""
+    """Returns (column names, rows as dicts) of a CSV file."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as opened:
             reader = csv.DictReader(opened)
@@ -87,7 +94,7 @@ def read_csv(file):
 
 
 def read_parquet(file):
-    """(names of the columns, rows as dicts) of a Parquet file."""
+    """Returns (column names, rows as dicts) of a Parquet file."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -104,7 +111,17 @@ def read_parquet(file):
 
 
 def split_name(config, rows, file, held_out):
-    """What the column `split` says of the wanted rows."""
+    """Returns the value of the column `split` of the requested split, and prints it.
+
+    Args:
+        config: A `training.configuration.Config`.
+        rows: Rows from `read_rows`.
+        file: Path of the table, for messages.
+        held_out: Whether to return the held-out split, else the training split.
+
+    Raises:
+        ValueError: If the table has no such split.
+    """
     found = sorted({row["split"] for row in rows})
     if found == [""]:
         raise ValueError(

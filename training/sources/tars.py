@@ -1,8 +1,8 @@
-"""Image files inside of tar files, in the layout of WebDataset.
+"""Images in tar files, in the layout of WebDataset.
 
-Nothing is extracted: the headers of the shards are read once, which gives every image's place, and
-an image is then read from its place. So the order is an exact permutation, as that of single files,
-and a run is resumed without reading what came before.
+Nothing is extracted: the headers of the shards are read once, and an image is then read from its
+offset. So the order is an exact permutation, as for single files, and a run resumes without reading
+what came before.
 """
 
 import json
@@ -17,7 +17,7 @@ from training.sources.splits import check_labels, split_files
 
 SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp")
 LABELS = ("cls", "json")
-# The most bytes of a member that holds a label.
+# Maximum size of a member that holds a label.
 MAX_LABEL_BYTES = 2**20
 LAYOUT = (
     "uncompressed tar files whose names have the split as a part (train-0000.tar, val-0000.tar), "
@@ -29,8 +29,12 @@ LAYOUT = (
 def webdataset(config, held_out):
     """Returns a split of WebDataset tar files.
 
+    Args:
+        config: A `training.configuration.Config`.
+        held_out: Whether to return the held-out split, else the training split.
+
     Raises:
-        ValueError: if there are no files, one is damaged, or a sample has no image or label.
+        ValueError: If there are no files, one is damaged, or a sample has no image or label.
     """
     import tensorflow as tf
 
@@ -72,7 +76,7 @@ def webdataset(config, held_out):
 
 
 def read_member(shard, offset, size):
-    """Returns the bytes of a member."""
+    """Returns the bytes of a member; reopens the shard, so that threads share no descriptor."""
     file = os.open(shard, os.O_RDONLY)
     try:
         data = os.pread(file, size, offset)
@@ -87,10 +91,10 @@ def read_index(shard):
     """Lists the samples of a shard.
 
     Returns:
-        List of (key, offset, size, label), offset and size those of the image.
+        List of (key, offset, size, label), with the offset and size of the image.
 
     Raises:
-        ValueError: naming the shard, if it is damaged or a sample cannot be used.
+        ValueError: If the shard is damaged or a sample is invalid; the message names the shard.
     """
     samples, place = [], f"{shard}: "
     try:
@@ -139,14 +143,23 @@ def samples_of(archive, shard):
         members[suffix] = member
         assert before is None or member.offset > before
         before = member.offset
-        archive.members = []  # it would hold every member of a shard
-    check_end(shard, archive.offset)  # before a last sample is called incomplete
+        archive.members = []  # else tarfile would hold every member of the shard in memory
+    check_end(shard, archive.offset)  # checked before the last sample is rejected as incomplete
     if current is not None:
         yield current, members
 
 
 def read_label(shard, key, members):
-    """Returns the label of a sample, an integer."""
+    """Returns the label of a sample, an integer.
+
+    Args:
+        shard: Path of the tar file.
+        key: Key of the sample.
+        members: Dict from suffix to member.
+
+    Raises:
+        ValueError: If there is no label, or it is not an integer.
+    """
     place = f"{shard}: sample {key!r}"
     kind = next((suffix for suffix in LABELS if suffix in members), None)
     if kind is None:
@@ -169,7 +182,7 @@ def read_label(shard, key, members):
 
 
 def check_end(shard, end):
-    """Raises a ValueError if a tar file lacks its end, or goes on after it."""
+    """Raises a ValueError if a tar file is truncated, or continues after its end."""
     size = os.path.getsize(shard)
     with open(shard, "rb") as file:
         file.seek(end)

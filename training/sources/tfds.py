@@ -1,4 +1,4 @@
-"""Any data set that tensorflow-datasets has prepared, if it has an image and a label."""
+"""Data sets prepared by tensorflow-datasets that have an image and a label."""
 
 import difflib
 import re
@@ -15,20 +15,20 @@ LAYOUT = (
 
 
 def prepared(config, held_out, name=None, train_split=None, eval_split=None):
-    """A split of a data set as tensorflow-datasets prepares it, its images not decoded.
+    """Returns a split of a data set of tensorflow-datasets, with encoded images.
 
     Args:
-        config: a `training.configuration.Config`.
-        held_out: whether the held-out split is wanted.
-        name: its name there; None: what `--dataset=tfds:` says.
-        train_split, eval_split: the splits where `--train_split` and `--eval_split` say nothing;
-            None: `train`, and the first of `HELD_OUT_SPLITS`.
+        config: A `training.configuration.Config`.
+        held_out: Whether to return the held-out split, else the training split.
+        name: Name in tensorflow-datasets. If `None`, the text after `--dataset=tfds:`.
+        train_split: Split used without `--train_split`. If `None`, `train`.
+        eval_split: Split used without `--eval_split`. If `None`, the first of `HELD_OUT_SPLITS`.
 
     Returns:
         A `Streamed`.
 
     Raises:
-        ValueError: if there is no such data set or split, it is not prepared, or has no label.
+        ValueError: If there is no such data set or split, it is not prepared, or has no label.
     """
     name = name or config.dataset.partition(":")[2]
     builder = find_builder(name, config)
@@ -58,10 +58,15 @@ def prepared(config, held_out, name=None, train_split=None, eval_split=None):
 
 
 def find_builder(name, config):
-    """The tensorflow-datasets builder of a prepared data set.
+    """Returns the tensorflow-datasets builder of a prepared data set.
+
+    Args:
+        name: Name in tensorflow-datasets.
+        config: A `training.configuration.Config`.
 
     Raises:
-        ValueError: if there is none of this name, or it is not prepared.
+        ValueError: If there is no such data set, or it is not prepared.
+        ImportError: If tensorflow-datasets is not installed.
     """
     try:
         import tensorflow_datasets as tfds
@@ -102,10 +107,14 @@ def find_builder(name, config):
 
 
 def image_and_label(info, config):
-    """Names of the features that hold the image and its label.
+    """Returns the names of the image feature and the label feature.
+
+    Args:
+        info: A `tfds.core.DatasetInfo`.
+        config: A `training.configuration.Config`, for messages.
 
     Raises:
-        ValueError: if there is no such feature, or there are several to choose from.
+        ValueError: If there is no such feature, or several to choose from.
     """
     import tensorflow_datasets as tfds
 
@@ -133,7 +142,18 @@ def image_and_label(info, config):
 
 
 def stream_of(builder, split, image, label, classes):
-    """A source of the images and labels of a split."""
+    """Returns a source of the images and labels of a split.
+
+    Args:
+        builder: A tensorflow-datasets builder.
+        split: Split, in the syntax of tensorflow-datasets.
+        image: Name of the image feature.
+        label: Name of the label feature.
+        classes: Number of model outputs, the minimum length of multi-label targets.
+
+    Returns:
+        A `Streamed`.
+    """
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
