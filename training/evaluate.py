@@ -120,7 +120,7 @@ def evaluate(given, run=None, weights=None, checkpoint="final", progress=False, 
     corrupt = data.UnreadableImages(source, config.max_corrupt)
     config = dataclasses.replace(config, crop=models.crop_share(config, model))
     dataset = data.evaluation_batches(source, config, models.image_size(model), share, corrupt)
-    step = step_functions.make_evaluation_step(strategy, model, model.output_shape[-1])
+    step = step_functions.make_evaluation_step(strategy, model)
     if progress:
         step = reporting(step, -(-source.size // config.batch_size))
     with corrupt.reading():

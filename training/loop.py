@@ -233,7 +233,7 @@ class Run:
             strategy, model, optimizer, config, classes, teacher
         )
         self.train_steps = step_functions.make_execution(self.train_step)
-        self.evaluation_step = step_functions.make_evaluation_step(strategy, model, classes)
+        self.evaluation_step = step_functions.make_evaluation_step(strategy, model)
         # A training step costs three forward passes: one forward, two backward.
         peak = models.peak_tflops(config) * 1e12
         peak_images = peak / (3 * models.forward_flops(model)) if peak else 0.0

@@ -298,13 +298,12 @@ def make_execution(train_step):
     return execute
 
 
-def make_evaluation_step(strategy, model, classes):
+def make_evaluation_step(strategy, model):
     """Builds the function that evaluates one batch.
 
     Args:
         strategy: A `tf.distribute.Strategy`.
         model: The `keras.Model`, on pixels. The logits of several heads are averaged.
-        classes: Number of classes; not used.
 
     Returns:
         `evaluation_step(batch)`, which returns float32 (4,), sums over the batch: loss, top-1,

@@ -553,7 +553,7 @@ def test_a_step_is_what_numpy_makes_of_it(of_one_matrix, devices, case, request)
 def test_an_evaluation_takes_the_mean_of_the_heads_and_counts_by_weight(of_one_matrix, one_device):
     with one_device.scope():
         model = of_one_matrix(2)
-    step = step_functions.make_evaluation_step(one_device, model, CLASSES)
+    step = step_functions.make_evaluation_step(one_device, model)
     data = eight_images()
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(4)
     found = step_functions.evaluate(one_device, step, dataset)
