@@ -1,4 +1,4 @@
-"""What Keras users expect of every layer and every model, checked in one place."""
+"""Checks of Keras's requirements for layers and models, shared by the tests."""
 
 import contextlib
 import functools
@@ -21,9 +21,9 @@ from tests.golden import assert_close
 ROOT = Path(__file__).parent.parent
 BACKEND = keras.backend.backend()
 
-# How `predict` runs: as a graph, through XLA, op by op.
+# Ways to run `predict`: as a graph, through XLA, or eagerly.
 MODES = {"tensorflow": ("graph", "xla"), "jax": ("xla",), "torch": ("eager",)}[BACKEND]
-# Largest error against float32, relative to the spread of the result.
+# Largest absolute error against float32, divided by the peak-to-peak range of the reference.
 TOLERANCES = {"mixed_float16": 1e-2, "mixed_bfloat16": 8e-2, "float64": 1e-5}
 
 
@@ -31,18 +31,18 @@ TOLERANCES = {"mixed_float16": 1e-2, "mixed_bfloat16": 8e-2, "float64": 1e-5}
 
 
 def check_layer(layer_class, *shapes, call=None, half_scale=300.0, **config):
-    """Check a layer that is a function of its inputs while it is not training.
+    """Checks a layer that is deterministic when not training.
 
     Args:
         layer_class: the layer's class.
-        shapes: shape of each input, the batch first.
-        call: further arguments of a call.
-        half_scale: how far from zero the half-precision inputs lie; the square of the default is no
-            float16, so that norms which are not computed in float32 show.
-        config: the layer's arguments.
+        *shapes: shape of each input, including the batch.
+        call: dict of further arguments of `call`.
+        half_scale: scale of the inputs at low precision. The square of the default overflows
+            float16, which reveals norms that are not computed in float32.
+        **config: the layer's arguments.
 
     Returns:
-        The layer, built.
+        The built layer.
     """
     call = call or {}
     inputs = [normal(shape) for shape in shapes]
@@ -57,7 +57,7 @@ def check_layer(layer_class, *shapes, call=None, half_scale=300.0, **config):
 
 
 def check_layer_shapes(layer, inputs, call):
-    """What the layer says of its result before it runs is what comes out, for any batch."""
+    """Checks that symbolic shapes and dtypes match the outputs for any batch size."""
     symbolic = [keras.KerasTensor((None, *x.shape[1:]), dtype="float32") for x in inputs]
     expected = keras.tree.flatten(layer(*symbolic, **call))
     if not call:
@@ -73,7 +73,7 @@ def check_layer_shapes(layer, inputs, call):
 
 
 def check_layer_config(layer, given, inputs):
-    """The configuration holds every argument, survives JSON, and makes an equal layer."""
+    """Checks that `get_config` has every argument, survives JSON, and rebuilds an equal layer."""
     config = layer.get_config()
     missing = [name for name in given if name not in config]
     assert not missing, f"get_config leaves out {missing}"
@@ -94,9 +94,9 @@ def check_layer_config(layer, given, inputs):
 
 
 def check_layer_policy(layer, policy, inputs, call):
-    """Under a dtype policy the layer and all it is made of have that policy, and compute the same.
+    """Checks that a dtype policy reaches all sublayers, and that outputs match float32.
 
-    Norms and softmax lose nothing: results are held against float32, on inputs as given.
+    Norms and softmax must not lose precision: the reference is float32 on the same inputs.
     """
     expected = keras.tree.flatten(compute(layer, *inputs, **call))
     with wide_types(policy):
@@ -114,7 +114,7 @@ def check_layer_policy(layer, policy, inputs, call):
 
 
 def check_random_layer(layer_class, shape, **config):
-    """A layer that draws while it trains: by its seed, anew at every call, and not otherwise."""
+    """Checks a random layer: seeded, different at every training call, identity at inference."""
     x = normal(shape)
 
     def draw(seed):
@@ -132,7 +132,7 @@ def check_random_layer(layer_class, shape, **config):
 
 
 def check_model(build, **arguments):
-    """Check a model that `build(**arguments)` makes, other than in a fresh process.
+    """Checks the model of `build(**arguments)`, except for loading in a fresh process.
 
     Returns:
         The model.
@@ -155,7 +155,7 @@ def check_model(build, **arguments):
 
 
 def check_model_policy(build, arguments, policy, model, images, expected):
-    """A model built under a policy predicts the same; its predictions are float32 or better."""
+    """Checks that predictions under a policy match float32, and are float32 or wider."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -194,11 +194,12 @@ for directory in sys.argv[1:]:
 
 
 def check_fresh_process(models, directory, tolerance=1e-5):
-    """Check that `.keras` and `.weights.h5` files load where only keras and keras_tnt are imported.
+    """Checks that `.keras` and `.weights.h5` files load in a process that imports only the package.
 
     Args:
-        models: dict of models by any name; all go through one process.
+        models: dict of models by name; one process loads all of them.
         directory: a temporary directory.
+        tolerance: largest error relative to the peak-to-peak range. Defaults to 1e-5.
     """
     expected = {}
     for name, model in models.items():
@@ -216,7 +217,7 @@ def check_fresh_process(models, directory, tolerance=1e-5):
 
 
 def run_python(code, *arguments, **environment):
-    """Run a program in a process of its own on the same backend; returns what it prints."""
+    """Runs code in a separate Python process with the same backend, and returns its output."""
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -230,7 +231,7 @@ def run_python(code, *arguments, **environment):
 
 
 def in_fork(function, count=1):
-    """Call a function of a queue in a forked process; returns as many things as it puts there."""
+    """Calls `function(queue)` in a forked process, and returns `count` items from the queue."""
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     process = context.Process(target=function, args=(queue,), daemon=True)
@@ -247,9 +248,10 @@ def in_fork(function, count=1):
 
 
 def compute(layer, *inputs, **call):
-    """What `layer(*inputs, **call)` gives, as arrays.
+    """Returns the outputs of `layer(*inputs, **call)` as NumPy arrays.
 
-    JAX compiles the call as a whole: by itself it compiles every operation, which takes far longer.
+    On JAX the call is compiled as a whole: eagerly, JAX compiles every operation, which is far
+    slower.
     """
     if BACKEND == "jax":
         if not layer.built:
@@ -261,7 +263,7 @@ def compute(layer, *inputs, **call):
 
 
 def predict(model, images, mode=MODES[0]):
-    """What `model.predict` gives, run in one of `MODES`."""
+    """Returns the predictions of `model` for a batch, run in one of `MODES`."""
     model.compile(run_eagerly=mode == "eager", jit_compile=mode == "xla")
     return model.predict_on_batch(images)
 
@@ -274,7 +276,7 @@ def jitted(layer, **call):
 
 
 def stateless(layer, **call):
-    """A function of the values of a layer's variables and its inputs."""
+    """Returns a pure function of the layer's variable values and inputs."""
 
     def function(values, inputs):
         with keras.StatelessScope(list(zip(layer.variables, values, strict=True))):
@@ -284,7 +286,7 @@ def stateless(layer, **call):
 
 
 def output_specs(layer, inputs, call):
-    """Shape and dtype of each result of a call; JAX finds them without computing."""
+    """Returns shape and dtype of each output; JAX does not run the call."""
     if BACKEND == "jax":
         import jax
 
@@ -296,7 +298,7 @@ def output_specs(layer, inputs, call):
 
 
 def check_gradients(layer, call, inputs):
-    """Check that the loss feels every weight."""
+    """Checks that every trainable variable gets a finite, nonzero gradient."""
     variables = layer.trainable_variables
     if not variables:
         return
@@ -307,9 +309,9 @@ def check_gradients(layer, call, inputs):
 
 
 def gradients(layer, call, inputs):
-    """The gradient of a random functional of `call(*inputs)` by each trainable variable, as arrays.
+    """Returns gradients of a random linear functional of the outputs, one array per variable.
 
-    The same functional at every call, so that gradients of two models compare.
+    The functional is the same at every call, so that gradients of two models are comparable.
     """
     inputs = [ops.convert_to_tensor(x) for x in inputs]
 
@@ -342,12 +344,12 @@ def gradients(layer, call, inputs):
 
 
 def normal(shape, seed=0):
-    """An array of normal numbers, the same for the same shape."""
+    """Returns a float32 array of normal numbers, a function of shape and seed."""
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
 def wide_types(policy):
-    """Within this, JAX has float64, which it leaves out unless it is asked."""
+    """Returns a context in which JAX supports float64, which is disabled by default."""
     if policy == "float64" and BACKEND == "jax":
         import jax
 
@@ -356,7 +358,7 @@ def wide_types(policy):
 
 
 def assert_equal(actual, expected):
-    """Assert that nested results agree to a few units in the last place."""
+    """Asserts that nested results agree to a few units in the last place."""
     for a, b in zip(keras.tree.flatten(actual), keras.tree.flatten(expected), strict=True):
         assert_close(a, b, 1e-6)
 
@@ -365,22 +367,22 @@ def assert_equal(actual, expected):
 
 
 def entries(model, convention=0):
-    """The entries of all variables of a model that a checkpoint holds."""
+    """Returns the checkpoint entries of all variables of a model."""
     names = tensor_names(model)
     return names_of_tensors.entries(model, names.table, names.prefix, convention)
 
 
 # === Variants for exports ===
 
-# The families' smallest variants, with fewer blocks: an export is traced, written and run again for
-# every signature, which takes minutes for whole ones.
+# Each family's smallest variant, with fewer blocks: every signature is traced, written and run,
+# which takes minutes for full models.
 SHALLOW = {
     "TNTTiny": {"depth": 2},
     "PyramidTNTTiny": {"depths": (2, 1, 1, 1)},
     "DeiTTiny": {"depth": 2, "distilled": True},
     "CaiTXXS24": {"depth": 2},
 }
-if BACKEND != "tensorflow":  # what differs between backends shows in one
+if BACKEND != "tensorflow":  # one family shows the differences between backends
     SHALLOW = {"TNTTiny": {"depth": 2}}
 
 

@@ -1,6 +1,6 @@
-"""The backend under test, and Keras's defaults and one seed for each test.
+"""Selects the backend under test, and resets Keras's defaults and the seed for each test.
 
-Warnings are errors: pyproject.toml says so, and lists those of other packages that are let pass.
+pyproject.toml turns warnings into errors and lists the ignored warnings of other packages.
 """
 
 import importlib.metadata
@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-# Set before Keras is imported, so that no keras.json of a home directory chooses for the tests.
+# Set before Keras is imported, so that a keras.json in the home directory has no effect.
 BACKEND = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if BACKEND == "jax":
-    # On models this small JAX does little but compile: four times less of it without optimisation.
+    # The models are so small that JAX mostly compiles: without optimization that is 4 times faster.
     os.environ.setdefault(
         "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     )
@@ -22,7 +22,7 @@ if BACKEND == "jax":
 
 def pytest_configure(config):
     if getattr(config.option, "numprocesses", None):
-        return  # This process only hands out tests, for which it needs no Keras.
+        return  # The controller of pytest-xdist runs no tests and needs no Keras.
     import keras
 
     keras.config.set_floatx("float32")
@@ -30,7 +30,8 @@ def pytest_configure(config):
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        # Two devices, for the trainer's strategies: it has to be said before TensorFlow starts.
+        # The trainer's strategies are tested on two devices, which must be configured before
+        # TensorFlow starts.
         tf.config.set_logical_device_configuration(
             tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
         )
@@ -40,10 +41,10 @@ def pytest_configure(config):
 
 
 def keep_functions_between_tests(tf):
-    """Makes `tf.random.set_seed` do nothing if the seed is set already.
+    """Makes `tf.random.set_seed` a no-op if the seed is already set.
 
-    It discards every function that TensorFlow has instantiated: a compiled function that several
-    tests share would be optimized again in each, which took more time than most tests.
+    It discards every instantiated TensorFlow function: a compiled function that several tests share
+    would be optimized again in each, which took longer than most tests.
     """
     set_seed = tf.random.set_seed
     seeds = []
@@ -57,9 +58,9 @@ def keep_functions_between_tests(tf):
 
 
 def draw_weights_by_one_program():
-    """Have JAX draw weights of all shapes as the beginning of an array of one of a few lengths.
+    """Makes JAX draw weights of all shapes as a prefix of an array of one of a few lengths.
 
-    By itself it compiles a program for each shape: 9 of the 22 seconds of one test of a model.
+    Otherwise it compiles a program per shape: 9 of the 22 seconds of one test of a model.
     """
     import jax
     import numpy as np
@@ -93,7 +94,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_setup(item):
-    """Skips tests that would start after KERAS_TNT_TEST_DEADLINE, seconds since 1970."""
+    """Skips tests that would start after KERAS_TNT_TEST_DEADLINE, in seconds since 1970."""
     deadline = os.environ.get("KERAS_TNT_TEST_DEADLINE")
     if deadline and time.time() > float(deadline):
         pytest.skip("the time for tests is over (KERAS_TNT_TEST_DEADLINE)")
@@ -101,9 +102,9 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def keras_defaults():
-    """A test starts from Keras's defaults and the same seed, and leaves the defaults behind.
+    """Seeds each test, and restores Keras's defaults after it.
 
-    Behind, because fixtures of a module or a session are made before this one runs.
+    They are restored after a test, because module and session fixtures run before this one.
     """
     import keras
 

@@ -1,13 +1,13 @@
-"""The floors of the house, and the imports as they are."""
+"""Import layers of the package, and its actual imports."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# The scripts of the repository stand on the library; keras_tnt imports none of them.
+# The scripts use the library; keras_tnt imports none of them.
 SCRIPTS = ("training", "savedmodels", "benchmarks")
 
-# From the ground up: a module or package imports only what stands on a floor below, or on its own.
+# Lowest layer first: a module or package imports only from lower layers or from its own layer.
 FLOORS = (
     ("files", "text", "image_folders", "imagenet", "native", "registry", "published"),
     ("layers", "figures"),
@@ -25,7 +25,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def named(path):
-    """The modules and names that a file imports, also within functions."""
+    """Returns the names of modules and attributes that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -36,7 +36,7 @@ def named(path):
 
 
 def modules():
-    """{full name: path} of the package's modules."""
+    """Returns {full module name: path} for the package."""
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in (ROOT / "keras_tnt").rglob("*.py")
@@ -44,20 +44,20 @@ def modules():
 
 
 def imports():
-    """The modules of the package that each module imports."""
+    """Returns {module: set of the package's modules that it imports}."""
     files = modules()
     found = {}
     for module, path in files.items():
-        # The package itself is asked for its version and for what users call, at run time.
+        # The package itself is imported inside functions only, for its version and its public API.
         names = named(path) & (set(files) - {"keras_tnt", module})
-        # A package is no module of its own: importing one of its modules is no import of it.
+        # Importing a submodule is not counted as importing its package.
         found[module] = {n for n in names if not module.startswith(n + ".")}
     del found["keras_tnt"]
     return found
 
 
 def room_imports():
-    """{room: the other rooms that it imports}, the scripts with them."""
+    """Returns {top-level module or package: set of the others that it imports}, plus scripts."""
     rooms = {room: set() for room in FLOOR}
     for module, names in imports().items():
         room = module.split(".")[1]

@@ -1,12 +1,12 @@
-"""Mutated ONNX graphs in sessions of ours and in plain ONNX Runtime: no crash, and equal answers.
+"""Mutation fuzzing of ONNX graphs: our sessions must agree with plain ONNX Runtime and not crash.
 
     python tests/fuzz_onnx.py --count=10000
 
-A small graph with two blocks that are C++ in a session, and what comes before and after them, is
-changed in one to four places: nodes, operands, attributes, weights, shapes and what the file claims
-of them. Each is run by plain ONNX Runtime and by `onnx_session` in a forked process of bounded
-memory. A mutation passes if both refuse the file, or give the same numbers. It also passes if only
-ours refuses it, in so many words, for a node of our domains.
+A small graph contains two blocks that a session replaces with C++ kernels, and operators before and
+after them. It is mutated in one to four places: nodes, operands, attributes, weights, shapes and
+declared types. Each mutant runs in plain ONNX Runtime and in `onnx_session`, in a forked process
+with limited memory. A mutant passes if both refuse the file or both give the same numbers. It also
+passes if only ours refuses it, with an explicit error about a node of our domains.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MEMORY, SECONDS, BATCH = 6 << 30, 300, 100
 
 
 def block(number, x, rng, nodes, weights, opset):
-    """A transformer block among words, as `keras_tnt.export.onnx` writes it."""
+    """Appends a transformer block on words as `keras_tnt.export.onnx` writes it."""
 
     def weight(name, value):
         weights.append(numpy_helper.from_array(np.asarray(value), f"b{number}/{name}"))
@@ -87,7 +87,7 @@ def block(number, x, rng, nodes, weights, opset):
 
 
 def graph(seed=0, opset=18):
-    """The model that is mutated: words, two blocks, a mean over words, and a dense layer."""
+    """Returns the model to mutate: words, two blocks, a mean over words, and a dense layer."""
     rng = np.random.default_rng(seed)
     nodes, weights = [], []
 
@@ -144,7 +144,7 @@ def rewire(model, draw):
 
 
 def take_other_kind(model, draw):
-    """Another kind of node, most often one that is there too."""
+    """Changes the operator of a node, mostly to one that the graph contains."""
     node = draw.choice(model.graph.node)
     kinds = ["Sub", "Pow", "Mul", "Add", "Div", "Max", "Erf", "Tanh", "Relu", "Identity", "Softmax"]
     kinds += ["LogSoftmax", "MatMul", "Reshape", "Transpose", "LayerNormalization", "Flatten"]
@@ -152,7 +152,7 @@ def take_other_kind(model, draw):
 
 
 def remove_node(model, draw):
-    """A node less, past which its first input is taken."""
+    """Removes a node and mostly connects its first input to its consumers."""
     place = draw.randrange(len(model.graph.node))
     node = model.graph.node[place]
     past, gone = node.input[0], node.output[0]
@@ -163,7 +163,7 @@ def remove_node(model, draw):
 
 
 def repeat_node(model, draw):
-    """A node twice, with results of the same name or another, which somebody may take."""
+    """Duplicates a node, with the same or a new output name that other nodes may consume."""
     place = draw.randrange(len(model.graph.node))
     copy = onnx.NodeProto.FromString(model.graph.node[place].SerializeToString())
     if draw.random() < 0.8:
@@ -176,7 +176,7 @@ def repeat_node(model, draw):
 
 
 def put_between(model, draw):
-    """A node on an edge: most keep the shape."""
+    """Inserts a node on an edge; most of the operators preserve the shape."""
     node = draw.choice(model.graph.node)
     place, name = draw.randrange(len(node.input)), f"between/{draw.random()}"
     kind = draw.choice(["Identity", "Neg", "Abs", "Relu", "Cast", "Softmax", "Transpose", "Exp"])
@@ -213,7 +213,7 @@ def add_attribute(model, draw):
 
 
 def change_shape(model, draw):
-    """A constant of another shape, of as many numbers or not."""
+    """Changes the shape of a constant, with or without changing the number of elements."""
     tensor = draw.choice(model.graph.initializer)
     value = numpy_helper.to_array(tensor)
     kind = draw.randrange(6)
@@ -235,7 +235,7 @@ def change_shape(model, draw):
 
 
 def claim_shape(model, draw):
-    """A constant whose dimensions are not those of its data."""
+    """Declares dimensions of a constant that do not match its data."""
     tensor = draw.choice(model.graph.initializer)
     if tensor.dims:
         tensor.dims[draw.randrange(len(tensor.dims))] = draw.choice([0, 1, -1, 7, 4096, 2**40])
@@ -264,7 +264,7 @@ def change_type(model, draw):
 
 
 def claim_value_info(model, draw):
-    """What the file says of a tensor, right or wrong: 2048 words for 16."""
+    """Declares a shape and type of a tensor, right or wrong, such as 2048 words for 16."""
     name = draw.choice(tensors(model))
     sizes = [1, 2, 3, 4, 8, 16, 24, 32, 2048, 4096, "batch", "n", None, 0]
     shape = [draw.choice(sizes) for _ in range(draw.choice([0, 1, 2, 3, 4, 4, 4, 5]))]
@@ -275,7 +275,7 @@ def claim_value_info(model, draw):
 
 
 def claim_end(model, draw):
-    """Another shape of the input or the output."""
+    """Changes a declared dimension of the input or the output."""
     end = draw.choice([model.graph.input[0], model.graph.output[0]])
     dim = draw.choice(end.type.tensor_type.shape.dim)
     dim.Clear()
@@ -292,7 +292,7 @@ def add_output(model, draw):
 
 
 def add_input(model, draw):
-    """A constant that is an input too, or an input that nobody takes."""
+    """Declares a constant as a graph input too."""
     tensor = draw.choice(model.graph.initializer)
     model.graph.input.append(
         helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
@@ -300,7 +300,7 @@ def add_input(model, draw):
 
 
 def repeat_constant(model, draw):
-    """Two constants of one name, or one without a name, or one missing."""
+    """Duplicates, removes or renames a constant."""
     place = draw.randrange(len(model.graph.initializer))
     tensor = model.graph.initializer[place]
     kind = draw.randrange(3)
@@ -321,7 +321,7 @@ def reorder(model, draw):
 
 
 def use_our_operator(model, draw):
-    """A node of our operator that the file brings along, of tensors of any shape."""
+    """Adds a node of our operator to the file, with inputs of any shape."""
     names = tensors(model)
     inputs = [draw.choice(names) for _ in range(draw.choice([1, 12, 13, 13, 13, 14]))]
     domain = draw.choice(["keras_tnt", "keras_tnt_0_16_8_2_16_0_0", "keras_tnt_1_16_8_2_16_0_0"])
@@ -333,7 +333,7 @@ def use_our_operator(model, draw):
 
 
 def put_into_branch(model, draw):
-    """A tensor that a branch of an `If` takes from outside."""
+    """Adds an `If` whose branches capture a tensor of the outer graph."""
     name, made = draw.choice(tensors(model)), f"if/{draw.random()}"
     body = helper.make_graph(
         [helper.make_node("Identity", [name], [made + "/inner"])],
@@ -350,7 +350,7 @@ def put_into_branch(model, draw):
 
 
 def add_function(model, draw):
-    """A function of the file, which may be called as an operator of the standard is."""
+    """Adds a function to the file, possibly under the name of a standard operator."""
     domain = draw.choice(["", "own", "keras_tnt"])
     kind = draw.choice(["Erf", "Softmax", "Own"])
     function = helper.make_function(
@@ -385,7 +385,7 @@ MUTATIONS = [
 
 
 def mutate(seed):
-    """The mutated model of a seed, and the names of what was done."""
+    """Returns the mutated model of a seed, and the names of its mutations."""
     draw = random.Random(seed)
     model, done = graph(opset=draw.choice([18, 18, 23])), []
     for _ in range(draw.choice([1, 1, 1, 2, 2, 3, 4])):
@@ -393,7 +393,7 @@ def mutate(seed):
         try:
             mutation(model, draw)
             done.append(mutation.__name__)
-        except Exception:  # a mutation that another made impossible
+        except Exception:  # an earlier mutation made this one impossible
             continue
     return model, done
 
@@ -402,17 +402,17 @@ def mutate(seed):
 
 
 def answers(session, given):
-    """What a session gives for the input, or "refused"."""
+    """Returns the outputs of a session, or "refused: ..." with the error."""
     try:
         session = session()
         names = [value.name for value in session.get_inputs()]
         return session.run(None, {name: given for name in names if name == "words"})
-    except Exception as error:  # of whatever kind
+    except Exception as error:  # of any kind
         return f"refused: {error}"
 
 
 def compare(expected, found):
-    """What is wrong with the answers of a session; None if nothing is."""
+    """Returns a description of the difference between two results. `None` if they agree."""
     if isinstance(found, str) and "are for operators that are put into a graph" in found:
         return None
     if isinstance(expected, str) or isinstance(found, str):
@@ -440,7 +440,7 @@ def compare(expected, found):
 
 
 def try_one(seed, path, runtime):
-    """How a mutation goes: (what is wrong or None, how it ended, what was done)."""
+    """Runs one mutant, and returns (difference or None, outcome, names of mutations)."""
     import onnxruntime
 
     model, done = mutate(seed)
@@ -469,7 +469,7 @@ def try_one(seed, path, runtime):
 
 
 def openvino_answers(path):
-    """What plain OpenVINO and a session of ours give."""
+    """Returns the results of plain OpenVINO and of our session."""
     from keras_tnt.export import openvino_runtime
 
     def plain():
@@ -481,13 +481,13 @@ def openvino_answers(path):
     for run in (plain, lambda: openvino_runtime.openvino_session(path)(words())):
         try:
             results.append([np.array(x) for x in run().values()])
-        except Exception as error:  # of whatever kind
+        except Exception as error:  # of any kind
             results.append(f"refused: {error}")
     return results
 
 
 def run_batch(seeds, runtime, results):
-    """In a forked process: tries seeds one after another, and writes down how each went."""
+    """Runs seeds in this forked process, and writes each result as soon as it is known."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory() as folder, open(results, "ab") as file:
@@ -500,10 +500,15 @@ def run_batch(seeds, runtime, results):
 
 
 def fuzz(seeds, runtime="onnxruntime", progress=None):
-    """Tries mutations in forked processes.
+    """Runs mutants in forked processes.
+
+    Args:
+        seeds: seeds of the mutations.
+        runtime: "onnxruntime" or "openvino".
+        progress: optional function that is called with both results after each process.
 
     Returns:
-        (counts of how they ended, a list of (seed, what is wrong, what was done)).
+        (counts of outcomes, list of (seed, difference, names of mutations)).
     """
     import onnxruntime  # noqa: F401, which each process would import
 
@@ -535,7 +540,7 @@ def fuzz(seeds, runtime="onnxruntime", progress=None):
                     counts[ending] += 1
                     if problem:
                         wrong.append((seed, problem, mutations))
-            if done < len(batch):  # the process ended with this one
+            if done < len(batch):  # the process crashed at this seed
                 seed = batch[done]
                 counts["crashed"] += 1
                 wrong.append((seed, f"the process ended with status {status}", mutate(seed)[1]))

@@ -1,7 +1,7 @@
-"""Reference numbers computed with the public PyTorch implementations: the files of tests/golden.
+"""Reference values from the public PyTorch implementations: the files in tests/golden.
 
-A model's file holds random weights under the tensor names of its public checkpoint, a batch of
-normalised images, and what the reference computes from them.
+Each model's file contains random weights under the tensor names of its public checkpoint, a batch
+of normalized images, and the outputs of the reference.
 """
 
 import gzip
@@ -18,21 +18,21 @@ DIRECTORY = Path(__file__).parent / "golden"
 
 
 class Golden(NamedTuple):
-    """One file: the reference's arguments, its weights, the images, and its outputs by name."""
+    """One golden file: the reference's arguments, weights, images, and outputs by name."""
 
     config: dict
     weights: dict
-    images: np.ndarray  # (batch, height, width, channels), or as Keras's setting says
+    images: np.ndarray  # (batch, height, width, channels), or as set in Keras
     outputs: dict
 
     def save_checkpoint(self, path):
-        """Write the weights as the checkpoint that they would be; returns the path."""
+        """Writes the weights as a safetensors checkpoint and returns its path."""
         save_file(self.weights, path)
         return str(path)
 
 
 def load(name):
-    """The reference numbers of `tests/golden/{name}.safetensors`."""
+    """Returns the `Golden` of `tests/golden/{name}.safetensors`."""
     arrays, metadata = read(name)
     images = arrays["input_nchw"]
     if keras.config.image_data_format() == "channels_last":
@@ -46,18 +46,18 @@ def load(name):
 
 
 def read(name):
-    """All arrays of a file by name, and its metadata."""
+    """Returns all arrays of a file by name, and its metadata."""
     with safe_open(DIRECTORY / f"{name}.safetensors", framework="np") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
 def checkpoints():
-    """Every public checkpoint by name: where it is, and its tensors' names and shapes."""
+    """Returns a dict of all public checkpoints by name: location, tensor names and shapes."""
     return json.loads(gzip.decompress((DIRECTORY / "checkpoints.json.gz").read_bytes()))
 
 
 def assert_close(actual, expected, tolerance=1e-4):
-    """Assert that arrays agree to `tolerance` of the spread of what is expected."""
+    """Asserts that errors are at most `tolerance` times the expected peak-to-peak range."""
     actual, expected = (keras.ops.convert_to_numpy(x).astype("float64") for x in (actual, expected))
     assert actual.shape == expected.shape
     assert np.all(np.isfinite(actual)), "not finite"

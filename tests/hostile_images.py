@@ -1,6 +1,6 @@
-"""Image files that are odd, broken or made to do harm, drawn from a seed.
+"""Malformed, truncated and malicious image files, generated from a seed.
 
-`KERAS_TNT_FUZZ=10000` in the environment has the sweeps try so many instead of a few.
+Set `KERAS_TNT_FUZZ=10000` in the environment to sweep over 10000 files instead of a few.
 """
 
 import io
@@ -31,7 +31,7 @@ ANIMATED = ("WEBP", "GIF", "PNG")
 
 
 def number_of(few):
-    """How many images a sweep tries."""
+    """Returns the number of images of a sweep."""
     return int(os.environ.get("KERAS_TNT_FUZZ", few))
 
 
@@ -39,7 +39,7 @@ def picture(random, mode="RGB", sides=(40, 60)):
     coarse = random.integers(0, 256, (4, 5, 3), dtype="uint8")
     image = Image.fromarray(coarse).resize(sides, Image.Resampling.BICUBIC).convert(mode)
     if mode == "RGBA":
-        image.putalpha(77)  # WebP keeps no alpha that is opaque
+        image.putalpha(77)  # Pillow drops the alpha channel of a WebP if it is opaque
     return image
 
 
@@ -50,14 +50,17 @@ def encoded(image, kind, **settings):
 
 
 def animated(kind, random=None, frames=3):
-    """An animation of opaque frames."""
+    """Returns an animation of opaque frames."""
     random = random or np.random.default_rng(0)
     pictures = [picture(random) for _ in range(frames)]
     return encoded(pictures[0], kind, save_all=True, append_images=pictures[1:], duration=50)
 
 
 def png(width, height, color=0, rows=None):
-    """A small PNG that claims these sides, of as many rows of zeros as told."""
+    """Returns a PNG of zeros whose header claims (width, height), with `rows` rows of data.
+
+    If `rows` is `None`, it has `height` rows.
+    """
 
     def chunk(name, data):
         return (
@@ -74,7 +77,7 @@ def png(width, height, color=0, rows=None):
 
 
 def claiming(kind, width, height):
-    """A small file of a kind that claims to have these sides."""
+    """Returns a small file whose header claims (width, height)."""
     small = picture(np.random.default_rng(0))
     if kind == "PNG":
         return png(width, height, rows=1)
@@ -94,7 +97,7 @@ def claiming(kind, width, height):
 
 
 def sweep(seed, count):
-    """So many files: whole ones, cut ones, changed, joined, and ones that claim what is not so."""
+    """Yields `count` files: intact, truncated, mutated, spliced, or with false headers."""
     random = np.random.default_rng(seed)
     kinds = list(KINDS)
     for _ in range(count):
@@ -122,7 +125,7 @@ def changed(data, random, within=1.0):
 
 
 def extreme(data, random):
-    """Some bytes of the header as those of very large, very small and negative numbers."""
+    """Overwrites bytes of the header with those of extreme integers."""
     data, at = bytearray(data), place(data[:64], random)
     value = (
         b"\0\0\0\0",

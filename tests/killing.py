@@ -1,6 +1,6 @@
-"""Processes that are killed at random moments of their work, for the sweeps that do so.
+"""Crash injection: kills processes at random times.
 
-Moments are counted in processor time, so that a busy machine does not move them.
+Times are CPU times, so that the load of the machine does not shift them.
 """
 
 import atexit
@@ -12,11 +12,11 @@ import traceback
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
-OWN_AND_CHILDRENS = slice(11, 15)  # the times in /proc/<id>/stat, behind the name
+OWN_AND_CHILDRENS = slice(11, 15)  # utime, stime, cutime and cstime in /proc/<id>/stat
 
 
 def forked(work, log):
-    """Do some work in a process of its own, which leads a session; returns its id."""
+    """Runs `work` in a forked process that leads a session, and returns the process id."""
     process = os.fork()
     if process:
         return process
@@ -24,7 +24,7 @@ def forked(work, log):
         os.setsid()
         sys.stdout = sys.stderr = open(log, "a")
         work()
-        atexit._run_exitfuncs()  # os._exit does not, and TensorFlow's remove temporary files.
+        atexit._run_exitfuncs()  # os._exit skips handlers; TensorFlow's remove temporary files.
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -34,19 +34,20 @@ def forked(work, log):
 
 
 def is_killed(process, seconds, log, begun=None):
-    """Whether a process is killed as it has spent so many seconds of processor time.
+    """Kills a process after `seconds` of CPU time, and returns whether it was killed.
 
     Args:
-        process: its id.
-        seconds: how many.
-        log: where its output stands.
-        begun: function that says whether the seconds have begun to count; None: at the start.
+        process: process id.
+        seconds: CPU time in seconds.
+        log: path of the process's output, named in errors.
+        begun: function that returns whether the CPU time starts to count. If `None`, it counts from
+            the start.
 
     Returns:
-        False if it ended by itself, and well, before.
+        False if the process exited successfully before.
 
     Raises:
-        SystemExit: if it ended in any other way.
+        SystemExit: if the process failed.
     """
     found, before = 0, 0.0
     while not found and (begun or spent(process) < before + seconds):
@@ -56,7 +57,7 @@ def is_killed(process, seconds, log, begun=None):
         time.sleep(0.002)
     if not found:
         os.kill(process, signal.SIGKILL)
-        # It may have ended in the moment before: only its status tells whether it was killed.
+        # The process may have exited just before: only its status says whether it was killed.
         _, status = os.waitpid(process, 0)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             return True
@@ -66,10 +67,14 @@ def is_killed(process, seconds, log, begun=None):
 
 
 def finish(process, log):
-    """Wait for a process to end; returns the seconds of processor time that it spent.
+    """Waits for a process to exit and returns the CPU time that it used, in seconds.
+
+    Args:
+        process: process id.
+        log: path of the process's output, named in errors.
 
     Raises:
-        SystemExit: if it does not end well.
+        SystemExit: if the process failed.
     """
     _, status, usage = os.wait4(process, 0)
     if status:
@@ -78,17 +83,17 @@ def finish(process, log):
 
 
 def spent(session):
-    """Seconds of processor time of a session's processes, and of those that they waited for."""
+    """Returns the CPU time in seconds of a session's processes and their reaped children."""
     return sum(float(sum(map(int, stat[OWN_AND_CHILDRENS]))) for stat in members(session)) / TICKS
 
 
 def members(session):
-    """What /proc tells of each process of a session: the fields behind its name."""
+    """Returns the fields of /proc/<id>/stat, after the name, for each process of a session."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             stat = (process / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process exited meanwhile
             continue
         if int(stat[3]) == session and stat[0] != "Z":
             found.append(stat)
@@ -96,7 +101,7 @@ def members(session):
 
 
 def wait_for_end_of(session):
-    """Exit if a process of a killed one's session outlives it by more than a while."""
+    """Exits with an error if processes of a session are still running after 30 seconds."""
     deadline = time.monotonic() + 30
     while members(session):
         if time.monotonic() > deadline:

@@ -1,10 +1,10 @@
-"""Exports and is killed, many times: python -m tests.killing_exports DIRECTORY KIND KILLS
+"""Kills exports at random times: python -m tests.killing_exports DIRECTORY KIND KILLS.
 
-KIND is saved_model or onnx. Each export runs in a process forked after everything is imported and
-before any runtime starts, and is killed at a random moment of it. A reader polls meanwhile, and
-runs whatever appears: it has to be whole and to compute what the model does. At the end nothing may
-be left of the killed ones: no file, no folder for temporary files, no process. Each kill is told on
-standard error; what was counted is printed at the end, however that comes.
+KIND is saved_model or onnx. Each export runs in a process that is forked after all imports and
+before any runtime starts, and is killed at a random time. Meanwhile, a reader polls for exports and
+runs each one: it must be complete and match the model's predictions. At the end, the killed
+processes must have left nothing behind: no file, no temporary directory, no process. Each kill is
+logged on standard error; the counts are printed at the end, also after an error.
 """
 
 import json
@@ -47,7 +47,7 @@ IMAGES = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float3
 
 
 def prepare(directory):
-    """Write the model, and what it says to some images."""
+    """Writes the model and its predictions for a batch of images."""
     keras.utils.set_random_seed(0)
     model = keras_tnt.TNT(**TINY, class_names=list("abcdefg"))
     model.save(directory / "model.keras")
@@ -64,10 +64,10 @@ def export(directory, kind):
 
 
 def read(directory, kind):
-    """Run what appears until a file called `stop` does; tell what was read in `read.txt`."""
+    """Runs each new export until a file `stop` exists, and logs it in `read.txt`."""
     expected, seen, last = np.load(directory / "expected.npy"), set(), False
     while not last:
-        last = (directory / "stop").exists()  # and one more look
+        last = (directory / "stop").exists()  # look once more after `stop` appears
         if kind == "saved_model":
             found = {(n, directory / "tnt" / str(n)) for n in files.versions(directory / "tnt")}
         else:
@@ -99,7 +99,7 @@ def run_onnx(path):
 
 
 def begin_export(directory, kind):
-    """The id of a process that has begun to export, and the processor time that it has spent."""
+    """Starts an export and returns (process id, CPU time in seconds that it has used so far)."""
     (directory / "begun").unlink(missing_ok=True)
     process = forked(lambda: export(directory, kind), directory / "export.log")
     while not (directory / "begun").exists():
@@ -110,7 +110,7 @@ def begin_export(directory, kind):
 
 
 def check_nothing_is_left(directory, kind):
-    """Exit, saying what there is, if anything but what was exported is left."""
+    """Exits with an error if killed exports left temporary files or partial exports."""
     temporary = os.listdir(directory / "temporary")
     names = os.listdir(directory / ("tnt" if kind == "saved_model" else "onnx"))
     if kind == "saved_model":
@@ -125,7 +125,7 @@ def main(directory, kind, kills):
     directory, random = Path(directory).absolute(), np.random.default_rng(0)
     finish(forked(lambda: prepare(directory), directory / "prepare.log"), "prepare.log")
     reader = forked(lambda: read(directory, kind), directory / "read.log")
-    # What follows is the exports' alone.
+    # The temporary directory is set after the reader's start, so it holds files of exports only.
     (directory / "temporary").mkdir(parents=True)
     os.environ["TMPDIR"] = tempfile.tempdir = str(directory / "temporary")
 

@@ -1,12 +1,11 @@
-"""Whether the tests would see a change: small mutations of a file, one by one.
+"""Mutation testing: makes small changes to a file, one by one, and runs its tests on each.
 
     make mutation FILE=training/data.py SAMPLE=50
 
-cosmic-ray's operators say which mutations there are. Each is made in a copy of the repository, and
-there run the tests that call the function that it lies in, the shortest first, until one fails.
-They run in a process forked from this one, which has imported TensorFlow and Keras and started
-neither. What survives is printed as a difference; tests/mutation.md lists those that are known, and
-why.
+Mutations are those of cosmic-ray's operators. Each is made in a copy of the repository, where the
+tests that call the mutated function are run, fastest first, until one fails. They run in a process
+forked from this one, which has imported TensorFlow and Keras without starting them. Surviving
+mutants are printed as diffs; tests/mutation.md lists the known ones with the reason.
 """
 
 import argparse
@@ -53,7 +52,7 @@ FITTING = [
     ),
 ]
 
-# The files whose formulas decide what a model learns, and the tests that run for each.
+# Files whose formulas decide what a model learns, and the tests to run for each.
 TESTS = {
     "training/augmentation.py": ["tests/training/test_augmentation.py"],
     "training/data.py": [
@@ -75,7 +74,7 @@ TESTS = {
     if path.name != "__init__.py"
 }
 
-# Of each operator only what a slip of the hand would write: no bit operators for a sum.
+# Leaves out replacements that are unlikely as a typo, such as bit operators for a sum.
 LEFT_OUT = (
     r"core/ReplaceBinaryOperator_\w+_(RShift|LShift|BitOr|BitAnd|BitXor|Pow|Mod|FloorDiv)",
     r"core/ReplaceUnaryOperator_\w+_(Not|Invert|UAdd)",
@@ -117,20 +116,20 @@ def main():
 
 
 def warm_up():
-    """Import what is slow to import; whatever starts threads would not survive a fork."""
+    """Imports slow modules, none of which may start threads: threads do not survive a fork."""
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Plugins of other packages, which the tests need none of.
+    # The tests need no plugins of other packages.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     for name in ("tensorflow", "keras", "PIL.Image", "sklearn.datasets", "sklearn.model_selection"):
         importlib.import_module(name)
-    # What is there now is not looked through again in each process.
+    # The garbage collector need not scan these objects again in each process.
     gc.collect()
     gc.freeze()
 
 
 def copy_repository(folder):
-    """Copy every file that git knows or would know."""
+    """Copies every file that is tracked or untracked and not ignored."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
@@ -140,7 +139,7 @@ def copy_repository(folder):
 
 
 def sweep(copy, file, tests, arguments, only=None):
-    """Try the mutations of a file, a sample of them, or these differences; returns JSON."""
+    """Runs the mutations of a file, a sample of them, or those in `only`; returns a JSON object."""
     path = copy / file
     source = path.read_text(encoding="utf-8")
     there_are, chosen = mutations(source, arguments.sample)
@@ -154,7 +153,8 @@ def sweep(copy, file, tests, arguments, only=None):
             selected = shortest(tests, selected, arguments.seconds)
         seconds = 60 + 4 * sum(tests[name]["seconds"] for name in selected)
         path.write_text(mutated, encoding="utf-8")
-        # Bytecode is told apart by size and whole seconds: no two mutations have the same.
+        # A bytecode cache is identified by file size and whole seconds, so each mutation gets
+        # another time.
         os.utime(path, (number, number))
         began = time.monotonic()
         caught = bool(selected) and run_tests(copy, selected, seconds) != 0
@@ -181,7 +181,7 @@ def difference(file, source, mutated):
 
 
 def places(source):
-    """(operator, which of its places) of each mutation."""
+    """Yields (operator, index of its occurrence, line) of each mutation."""
     tree = get_ast(source)
     for name in sorted(cosmic_ray.plugins.operator_names()):
         operator = cosmic_ray.plugins.get_operator(name)
@@ -194,7 +194,7 @@ def places(source):
 
 
 def mutations(source, count):
-    """(the mutated source, number of the line) of a sample of the mutations, in their order."""
+    """Returns the number of mutations, and (mutated source, line) of a sample in source order."""
     found = list(places(source))
     order = random.Random(SEED).sample(range(len(found)), len(found))
     seen, chosen = {source}, {}
@@ -217,7 +217,7 @@ def same_program(source, mutated):
 
 
 def functions_of(source):
-    """(name, first line, last line) of each function and method that lies in no other."""
+    """Returns (name, first line, last line) of each outermost function and method."""
     found = []
 
     def look(node):
@@ -233,7 +233,7 @@ def functions_of(source):
 
 
 def function_at(functions, line):
-    """The first line of the function that a line lies in; None outside of all."""
+    """Returns the first line of the function that contains a line. `None` outside of functions."""
     return next((first for _, first, last in functions if first <= line <= last), None)
 
 
@@ -241,12 +241,12 @@ def function_at(functions, line):
 
 
 def baseline(copy, tests, chosen):
-    """Run tests as things stand: by name the seconds of each, and what it calls.
+    """Runs tests on the unchanged code, and returns {name: {"seconds", "calls"}}.
 
     Args:
-        copy: of the repository.
-        tests: files, and names of single tests.
-        chosen: which of them, as pytest's -k.
+        copy: path of the copy of the repository.
+        tests: test files and test ids.
+        chosen: expression that selects tests, as pytest's -k.
 
     Raises:
         SystemExit: if a test fails.
@@ -264,7 +264,7 @@ def baseline(copy, tests, chosen):
 
 
 def those_that_call(tests, file, function):
-    """The tests that reach a function, the shortest first; all that reach the file for None."""
+    """Returns tests that call a function, fastest first. `None` selects any call into the file."""
     chosen = [
         name
         for name, each in tests.items()
@@ -274,13 +274,16 @@ def those_that_call(tests, file, function):
 
 
 def shortest(tests, names, seconds):
-    """Of tests in the order of their seconds, those that end within so many; one at least."""
+    """Returns the first tests that take at most `seconds` in total, at least one.
+
+    `names` are ordered by their duration.
+    """
     ends = list(itertools.accumulate(tests[name]["seconds"] for name in names))
     return names[: max(1, bisect.bisect_right(ends, seconds))]
 
 
 def run_tests(copy, arguments, seconds, plugin=None):
-    """pytest's status in a process forked from this one; -1 if it took too long."""
+    """Returns pytest's exit status in a forked process. -1 after a timeout."""
     process = os.fork()
     if not process:
         status = 70
@@ -308,13 +311,13 @@ def run_tests(copy, arguments, seconds, plugin=None):
 
 
 class Calls:
-    """A pytest plugin that records which functions of some files each test calls.
+    """A pytest plugin that records the functions that each test calls.
 
-    What a fixture of a module or session calls counts for every test that takes the fixture.
+    Calls of a module or session fixture count for every test that uses the fixture.
 
     Args:
-        functions: by path, of `functions_of`.
-        record: where to write it to, as JSON.
+        functions: dict of `functions_of` by path.
+        record: path of the JSON file to write.
     """
 
     def __init__(self, functions, record):

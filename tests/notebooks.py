@@ -1,4 +1,4 @@
-"""Run the notebooks of examples/ from clean and keep what they give: `make notebooks`."""
+"""Re-runs the notebooks of examples/ and saves their outputs: `make notebooks`."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PATHS = sorted(EXAMPLES.glob("*.ipynb"))
-# What TensorFlow's C++ says as it starts, before anyone can tell it to be quiet.
+# Messages of TensorFlow's C++ at startup, before logging can be configured.
 STARTING = re.compile(r"([IWE]\d{4} .*|WARNING: All log messages before absl::Initialize.*)?")
 
 
@@ -22,7 +22,7 @@ def read(path):
 
 
 def run(notebook):
-    """Run all cells in a new kernel; their outputs take the place of those that there were."""
+    """Runs all cells in a new kernel and replaces their outputs."""
     for cell in code(notebook):
         cell.outputs, cell.execution_count = [], None
     where = {"metadata": {"path": EXAMPLES}}

@@ -1,12 +1,12 @@
-"""A release, made and tried: `make dist` builds it, `make installs` installs it.
+"""Builds a release and tests its installation: `make dist` and `make installs`.
 
     python tests/release.py build              sdist and wheel in dist/, reproducible and checked
     python tests/release.py install            every row of CASES in a clean environment
     python tests/release.py install jax export --oldest
 
-Environments are made in a temporary directory and removed, one after the other: with TensorFlow or
-torch one takes a minute or two and some 2 GB. A row that fails says so at the end, and the exit
-status is 1.
+Environments are created in a temporary directory and removed one after the other: with TensorFlow
+or torch, one takes a minute or two and about 2 GB. Rows that fail are listed at the end, and the
+exit status is 1.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from unittest import mock
 ROOT = Path(__file__).parent.parent
 DIST = ROOT / "dist"
 
-# What each extra alone must be able to do, and on which of Keras's backends; where the extra brings
-# none, it is joined by jax, the smallest.
+# The backend and the program to test each extra with. If the extra has no backend, jax is added,
+# the smallest one.
 CASES = {
     "": ("jax", "listing"),
     "tensorflow": ("tensorflow", "model"),
@@ -46,7 +46,7 @@ CASES = {
     "test": ("tensorflow", "model"),
 }
 
-# Run in a clean environment, outside of the repository.
+# Runs in a clean environment, outside of the repository.
 SETTING = """
 import keras_tnt
 import numpy as np
@@ -118,7 +118,7 @@ def main():
 
 
 def build():
-    """Build twice, in two places and at two times of the files, and keep what is the same."""
+    """Builds in two directories with different file times, and saves the identical results."""
     with tempfile.TemporaryDirectory() as folder:
         made = [build_in(Path(folder) / name, when) for name, when in (("a", 1e9), ("b", 1.5e9))]
         sums = [{path.name: digest(path) for path in files} for files in made]
@@ -139,7 +139,7 @@ def build():
 
 
 def build_in(folder, when):
-    """[sdist, wheel] of the files that git knows, in a folder of their own."""
+    """Builds from the files known to git in a separate directory, and returns [sdist, wheel]."""
     for name in tracked():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,14 +162,14 @@ def build_in(folder, when):
 
 
 def tracked():
-    """The files of the repository that are not ignored, by git; all of a source folder without."""
+    """Returns the names of tracked and of untracked, not ignored files."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return [name for name in names.splitlines() if (ROOT / name).is_file()]
 
 
 def source_date():
-    """SOURCE_DATE_EPOCH: the environment's, or the time of the last commit."""
+    """Returns SOURCE_DATE_EPOCH from the environment, or the time of the last commit."""
     if given := os.environ.get("SOURCE_DATE_EPOCH"):
         return given
     last = ["git", "log", "-1", "--format=%ct"]
@@ -177,7 +177,7 @@ def source_date():
 
 
 def settle(path, epoch):
-    """Give all members of a .tar.gz one time and no owner: setuptools writes those of the files."""
+    """Normalizes times and owners in a .tar.gz, for which setuptools uses those of the files."""
     content = io.BytesIO()
     with tarfile.open(path) as old, tarfile.open(fileobj=content, mode="w") as new:
         for member in sorted(old.getmembers(), key=lambda member: member.name):
@@ -194,7 +194,7 @@ def digest(path):
 
 
 def look_into(files):
-    """What is missing in a wheel or an sdist, or too much."""
+    """Returns a list of problems: files that a wheel or sdist lacks, or should not contain."""
     problems = []
     ours = {name for name in tracked() if name.startswith("keras_tnt/")}
     for path in files:
@@ -214,7 +214,7 @@ def look_into(files):
 
 
 def install(extras, kinds):
-    """Try each extra alone in an environment of its own."""
+    """Tests each extra by itself in a separate environment."""
     wheels = sorted(DIST.glob("*.whl"))
     if len(wheels) != 1:
         return fail("dist/ must hold one wheel: run `make dist`")
@@ -250,7 +250,7 @@ def try_case(folder, wheel, extra, kind):
     subprocess.run([python, "-m", "pip", "check"], check=True)
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
     clean |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    # Old releases warn of new ones of what they import in turn.
+    # Old releases warn about newer versions of their own dependencies.
     strictly = ["-W", "error"] if kind == "newest" else []
     for command in (
         [python, *strictly, "-c", "import keras_tnt"],
@@ -265,7 +265,7 @@ def try_case(folder, wheel, extra, kind):
 
 
 def requirements(extra):
-    """What setup.py asks for, with an extra or, for "", without."""
+    """Returns the requirements in setup.py with an extra. "" means without one."""
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
     told = setup.call_args.kwargs
@@ -273,9 +273,9 @@ def requirements(extra):
 
 
 def oldest(extra, backend):
-    """Constraints to the lowest version that setup.py admits of everything that an extra needs.
+    """Yields constraints to the lowest versions that setup.py allows for an extra.
 
-    JAX asks for a newer NumPy than the package does.
+    NumPy is not constrained with JAX, which requires a newer one than the package does.
     """
     needed = requirements(extra)
     with_jax = any(requirement.startswith("jax") for requirement in [*needed, backend])

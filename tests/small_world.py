@@ -1,5 +1,7 @@
-"""A place to try documents in: every variant small, a hub that has the public weights, a folder of
-photographs. What a page says is then run as it is printed, within seconds."""
+"""Sandbox for executing documentation: shrunken variants, a fake hub and a folder of photographs.
+
+It runs a page's code as printed, within seconds.
+"""
 
 from PIL import Image
 from skimage import data
@@ -8,7 +10,7 @@ import keras_tnt
 from keras_tnt import registry
 from keras_tnt.registry import Variant
 
-# What each family's variants are built of here; their image sizes and everything else stay.
+# Architecture overrides per family; image sizes and other options are unchanged.
 SMALL = {
     "tnt": {"depth": 4, "outer_dim": 24, "inner_dim": 4, "outer_heads": 2, "inner_heads": 2},
     "pyramid_tnt": {
@@ -24,7 +26,7 @@ SMALL = {
 
 
 def shrink(monkeypatch):
-    """Make every published variant a small one."""
+    """Replaces the architecture of every published variant by a small one."""
     for family in registry.families():
         for name, row in dict(family.variants).items():
             architecture = {**row.architecture, **SMALL.get(family.name, {})}
@@ -32,7 +34,7 @@ def shrink(monkeypatch):
 
 
 def publish(hub, names, folder):
-    """Put random weights on the hub for the checkpoints of these names."""
+    """Publishes checkpoints of these names, with random weights, on the fake hub."""
     for row in keras_tnt.list_weights():
         if row.name in names:
             path = folder / f"{row.name}.safetensors"
@@ -43,7 +45,7 @@ def publish(hub, names, folder):
 
 
 def photographs(folder):
-    """cat.jpg, and photos/<class>/<number>.jpg of two classes; parts of scikit-image's pictures."""
+    """Writes cat.jpg and photos/<class>/<number>.jpg of two classes, from scikit-image."""
     Image.fromarray(data.chelsea()).save(folder / "cat.jpg")
     for name in ("cat", "coffee"):
         pixels = data.chelsea() if name == "cat" else data.coffee()
@@ -54,7 +56,7 @@ def photographs(folder):
 
 
 def weights_files(folder):
-    """Files of weights as users bring them, of a small DeiT."""
+    """Writes weight files of a small DeiT in each format that users bring."""
     model = keras_tnt.DeiTTiny(weights=None)
     keras_tnt.save_checkpoint(model, folder / "model.safetensors")
     model.save_weights(folder / "mine.weights.h5")

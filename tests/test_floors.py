@@ -1,4 +1,4 @@
-"""The floors of the house: every import goes down, none goes round."""
+"""Import layering: no upward imports, no cycles."""
 
 import ast
 import graphlib
@@ -10,11 +10,11 @@ from tests.floors import FLOOR, ROOT, SCRIPTS, imports
 pytestmark = pytest.mark.one_backend
 
 
-def test_no_import_goes_round():
-    graphlib.TopologicalSorter(imports()).prepare()  # raises a CycleError
+def test_imports_have_no_cycles():
+    graphlib.TopologicalSorter(imports()).prepare()  # raises CycleError
 
 
-def test_no_import_goes_up():
+def test_imports_do_not_go_to_higher_layers():
     def floor(module):
         return FLOOR[module.split(".")[1]]
 
@@ -27,7 +27,7 @@ def test_no_import_goes_up():
     assert upward == []
 
 
-def test_the_library_does_not_import_the_trainer():
+def test_library_does_not_import_the_scripts():
     for path in (ROOT / "keras_tnt").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
@@ -35,7 +35,7 @@ def test_the_library_does_not_import_the_trainer():
             assert not any(m.split(".")[0] in SCRIPTS for m in modules), path
 
 
-def test_one_module_writes_aside_and_asks_for_free_space():
+def test_only_one_module_creates_temporary_files_and_checks_disk_space():
     files = [path for room in ("keras_tnt", "training", "savedmodels") for path in walk(room)]
     told = ("mkdtemp", "mkstemp", "NamedTemporaryFile", "disk_usage", "statvfs")
     assert [

@@ -1,4 +1,4 @@
-"""The notebooks of examples/: what they keep, and that they run from clean."""
+"""The notebooks of examples/: saved outputs, and execution from a clean kernel."""
 
 import tempfile
 from pathlib import Path
@@ -18,14 +18,14 @@ pytestmark = [
 
 
 def kinds(notebook):
-    """Of each cell what its outputs are, whatever they say."""
+    """Returns the set of output types of each cell, ignoring their contents."""
     return [
         {(x.output_type, x.get("name"), *sorted(x.get("data", ()))) for x in cell.outputs}
         for cell in notebooks.code(notebook)
     ]
 
 
-def test_it_keeps_the_outputs_of_one_whole_run(path):
+def test_notebook_has_outputs_of_one_complete_run(path):
     notebook = notebooks.read(path)
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in notebooks.code(notebook)]
@@ -40,7 +40,7 @@ def test_it_keeps_the_outputs_of_one_whole_run(path):
 
 
 @pytest.mark.slow
-def test_it_runs_from_clean(path):
+def test_notebook_runs_from_a_clean_kernel(path):
     notebook = notebooks.read(path)
     kept = kinds(notebook)
     notebooks.run(notebook)

@@ -1,5 +1,7 @@
-"""A family of models as a user writes one: its own block, builder, names, images. Imported, it is
-registered; tests, and commands by `--plugins=tests.toy_family`, then know it."""
+"""A user-defined model family with a custom block, builder, tensor names and preprocessing.
+
+Importing it registers the family for tests; commands use `--plugins=tests.toy_family`.
+"""
 
 import keras
 
@@ -13,7 +15,7 @@ IMAGE = ImageTransform(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), crop=0.8, cro
 
 @keras.saving.register_keras_serializable(package="toy")
 class ToyBlock(keras.layers.Layer):
-    """x += attention(x)."""
+    """Residual self-attention: x + attention(x)."""
 
     part = "block"
 
@@ -52,7 +54,7 @@ def ToyNet(
     width=16,
     depth=1,
 ):
-    """Patches that attend to each other; the class is read off their mean."""
+    """Builds a ViT without class token that classifies the mean of its patches."""
     inputs, (height, width_) = building.image_input(input_tensor, input_shape, 32, 8)
     grid = (height // 8, width_ // 8)
     x = building.normalise(inputs, "toynet", IMAGE, include_preprocessing, dtype)

@@ -1,6 +1,6 @@
-"""A family in two stages: a stem that tells no patch size, a merge, class tokens in stage 2 alone.
+"""A two-stage family: a stem without a patch size, a merge, class tokens in stage 2 only.
 
-Its blocks tell no grid: `keras_tnt.anatomy` finds it from the number of their tokens.
+Its blocks have no grid: `keras_tnt.anatomy` infers it from their number of tokens.
 """
 
 import keras
@@ -15,7 +15,18 @@ IMAGE = ImageTransform(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), crop=0.75)
 
 
 def squares(x, side, dim, part, **names):
-    """A layer that makes one of each `side` x `side` pixels or patches (batch, rows, columns)."""
+    """Applies a convolution that merges `side` x `side` pixels or patches into one.
+
+    Args:
+        x: tensor (batch, rows, columns, channels).
+        side: kernel size and stride.
+        dim: output channels.
+        part: role of the layer.
+        **names: further arguments of `Conv2D`.
+
+    Returns:
+        Tensor (batch, rows // side, columns // side, dim).
+    """
     layer = keras.layers.Conv2D(dim, side, strides=side, data_format="channels_last", **names)
     layer.part = part
     return layer(x)
@@ -38,7 +49,7 @@ def StageNet(
     dim=8,
     distilled=False,
 ):
-    """Patches of 4x4 pixels, then of 8x8 pixels with class tokens before them."""
+    """Builds a model with 4x4-pixel patches in stage 1, and 8x8 and class tokens in stage 2."""
     inputs, (height, width) = building.image_input(input_tensor, input_shape, 32, 8)
     common = {"dtype": dtype}
     x = building.normalise(inputs, "stagenet", IMAGE, include_preprocessing, dtype)

@@ -1,7 +1,7 @@
-"""Image files of every kind that the specification of `keras_tnt.images` describes.
+"""Image files of every kind described in the specification of `keras_tnt.images`.
 
-`CASES` maps a name to (file, pixels): the bytes, and the upright RGB image that they stand for,
-computed without a decoder of ours. Lossy kinds are decoded by Pillow, the reference.
+`CASES` maps a name to (file, pixels): the bytes, and the expected upright RGB image, computed
+without our decoders. Lossy formats are decoded by Pillow, the reference.
 """
 
 import io
@@ -37,14 +37,14 @@ def draw(height, width, seed=0):
 
 
 def save(picture, kind, **settings):
-    """Returns the bytes of a picture in a format of Pillow's."""
+    """Returns the bytes of a picture in one of Pillow's formats."""
     file = io.BytesIO()
     picture.save(file, kind, **settings)
     return file.getvalue()
 
 
 def rgb(file):
-    """Returns Pillow's pixels of a file, its alpha dropped, as they are stored."""
+    """Returns the stored RGB pixels of a file as Pillow decodes them, without alpha."""
     picture = Image.open(io.BytesIO(file))
     if picture.mode == "P":
         picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
@@ -52,7 +52,7 @@ def rgb(file):
 
 
 def exif(orientation, big_endian=False):
-    """Returns EXIF data with an orientation behind another tag."""
+    """Returns EXIF data with an orientation after another tag."""
     order, byte_order = (">", b"MM") if big_endian else ("<", b"II")
     entries = struct.pack(order + "HHII", 0x0100, 4, 1, 77)
     entries += struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0)
@@ -76,7 +76,7 @@ def png_chunk(name, data):
 
 
 def late_exif_png(orientation):
-    """Returns a PNG whose eXIf chunk is behind its pixels, and its upright image."""
+    """Returns a PNG whose eXIf chunk follows its pixels, and its upright image."""
     pixels = draw(30, 47)
     file = save(Image.fromarray(pixels), "PNG")
     end = file.index(b"IEND") - 4
@@ -91,14 +91,14 @@ def without_adobe_marker(file):
 
 
 def bmp(indices, palette, bits, top_down=False, padding=0):
-    """Returns an uncompressed BMP with a palette, built by hand.
+    """Returns an uncompressed BMP with a palette, built from bytes.
 
     Args:
         indices: uint8 array (height, width).
         palette: uint8 array (entries, 3), RGB.
-        bits: per pixel.
-        top_down: whether the first row is stored first.
-        padding: bytes between the palette and the pixels.
+        bits: bits per pixel.
+        top_down: whether the first row is stored first. Defaults to False.
+        padding: bytes between the palette and the pixels. Defaults to 0.
     """
     height, width = indices.shape
     places = 8 // bits
@@ -127,7 +127,7 @@ def palette_bmps():
 
 
 def gif(indices, palette, screen, offset, transparent=None, interlace=False):
-    """Returns a GIF whose frame covers a part of its screen, (height, width)."""
+    """Returns a GIF whose frame covers only a part of its screen, (height, width)."""
     picture = Image.fromarray(indices, "P")
     picture.putpalette(palette.tobytes())
     file = save(picture, "GIF", interlace=interlace, optimize=False)
@@ -161,7 +161,7 @@ def gifs():
 
 
 def grays_of_16_bits():
-    """Returns a PNG of 16 bits per gray pixel and the image that it stands for."""
+    """Returns a PNG with 16 bits per gray pixel, and its image."""
     values = np.random.default_rng(7).integers(0, 65536, (33, 44)).astype("uint16")
     gray = np.round(values / 257).astype("uint8")
     return save(Image.fromarray(values), "PNG"), np.dstack([gray] * 3)
@@ -177,7 +177,7 @@ def colors_of_16_bits():
 
 
 def kinds_of_pillow():
-    """Yields a case for each mode and setting that Pillow writes."""
+    """Yields a case for each mode and setting that Pillow can write."""
     image = Image.fromarray(draw(83, 62))
     alpha = image.copy()
     alpha.putalpha(Image.fromarray(draw(83, 62, 1)[..., 0]))
@@ -225,7 +225,7 @@ def cases():
 
 CASES = {name: (file, pixels) for name, file, pixels in cases()}
 
-# Refused by every decoder, and the word of the error.
+# Files that every decoder refuses, by a word of the error.
 REFUSED = {
     "RLE": (
         struct.pack("<2sIHHI", b"BM", 70, 0, 0, 62)

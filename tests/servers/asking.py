@@ -1,4 +1,4 @@
-"""What tritonclient says, a task in JSON a line: [function, arguments] in, result or error out."""
+"""Runs tritonclient: reads [function, arguments] as JSON lines, writes results or errors."""
 
 import concurrent.futures
 import json
@@ -16,14 +16,14 @@ KINDS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 
 
 def configuration(path):
-    """A config.pbtxt as Triton's own protocol buffer reads it."""
+    """Parses a config.pbtxt with Triton's own protocol buffer, and returns a dict."""
     text = Path(path).read_text(encoding="utf-8")
     message = text_format.Parse(text, model_config_pb2.ModelConfig())
     return json_format.MessageToDict(message, preserving_proto_field_name=True)
 
 
 def classify(kind, address, model, pictures, version="", together=1):
-    """The outputs for the images of files, asked for so many times at once."""
+    """Returns the outputs for image files, as a list if there are `together` > 1 requests."""
     data = np.array([[Path(path).read_bytes()] for path in pictures], object)
 
     def once(_):

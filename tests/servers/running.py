@@ -1,4 +1,4 @@
-"""Real servers on the loopback, from the environment that `make servers` builds."""
+"""Real servers on the loopback interface, from the environment that `make servers` builds."""
 
 import contextlib
 import json
@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = ROOT / ".venv-servers"
 PYTHON = ENVIRONMENT / "bin" / "python"
-PATIENCE = 120  # seconds that a server may take to start on a busy machine
+PATIENCE = 120  # seconds for a server to start on a busy machine
 
-# What every module of these tests is marked with.
+# Marks of every module of server tests.
 marks = [
     pytest.mark.one_backend,
     pytest.mark.slow,
@@ -37,18 +37,18 @@ def free_ports(count):
 
 
 class Server:
-    """A server process with its output in a file; `command` and `environment` are a subclass's.
+    """A server process that logs to a file; subclasses define `command`.
 
     Args:
-        repository: of models.
-        folder: to keep its files in.
+        repository: model repository.
+        folder: directory for the server's files.
     """
 
     def __init__(self, repository, folder):
         self.repository, self.folder = Path(repository), Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.http, self.grpc, self.metrics = free_ports(3)
-        # Nothing of this environment, and no proxy.
+        # Passes only these variables of the environment, in particular no proxy settings.
         kept = ("PATH", "HOME", "XDG_CACHE_HOME", "TMPDIR", "LANG")
         self.environment = {name: os.environ[name] for name in kept if name in os.environ}
         self.environment["PATH"] = f"{ENVIRONMENT / 'bin'}:{self.environment['PATH']}"
@@ -77,7 +77,7 @@ class Server:
                 self.process.wait()
 
     def wait_for(self, model, version=1):
-        """Wait until a version is served."""
+        """Waits until a version of a model is ready."""
         end = time.monotonic() + PATIENCE
         while not self.answers(f"/v2/models/{model}/versions/{version}/ready"):
             assert self.process.poll() is None, self.log.read_text(errors="replace")
@@ -93,7 +93,7 @@ class Server:
             return False
 
     def memory(self):
-        """MiB that the server's processes hold."""
+        """Returns the resident memory of the server's processes in MiB."""
         listed = subprocess.run(
             ["ps", "-o", "rss=", "-s", str(self.process.pid)], capture_output=True, text=True
         )
@@ -101,9 +101,9 @@ class Server:
 
 
 class Triton(Server):
-    """The server that nvidia-pytriton ships, which polls its repository each second.
+    """The server bundled with nvidia-pytriton, polling its repository every second.
 
-    It has Triton's Python backend alone: models of the ONNX Runtime backend are not served.
+    It includes only Triton's Python backend: models of the ONNX Runtime backend are not served.
     """
 
     def command(self):
@@ -144,7 +144,7 @@ class MLServer(Server):
 
 
 class Asker:
-    """tritonclient in a process of the servers' Python: `asking.py` says what it can be asked."""
+    """A tritonclient in a process of the servers' Python; `asking.py` has the functions."""
 
     def __enter__(self):
         self.process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""MLServer serves the model for pictures by the settings that lie in each of its versions."""
+"""MLServer serves the image-bytes model with the settings file stored in each version."""
 
 import json
 
@@ -40,7 +40,7 @@ def ask(served, capsys):
     return ask
 
 
-def test_answers_are_the_model_s(served, ask, tmp_path):
+def test_predictions_match_keras(served, ask, tmp_path):
     model, _ = served
     paths = [tmp_path / f"{seed}.img" for seed in range(11)]
     for seed, path in enumerate(paths):
@@ -59,7 +59,7 @@ def test_metadata_and_status(ask):
     assert ask("--call=metadata", "--version=4")["inputs"] == {"image_bytes": "BYTES (batch, 1)"}
 
 
-def test_what_is_refused_is_one_line_and_the_server_lives(ask, tmp_path):
+def test_refused_request_is_a_one_line_error_and_server_keeps_running(ask, tmp_path):
     broken = tmp_path / "broken.img"
     broken.write_bytes(draw_picture(0)[:100])
     good = tmp_path / "good.img"

@@ -1,4 +1,4 @@
-"""The real tritonserver serves what `keras_tnt.export.triton` writes, and the client asks it."""
+"""A real tritonserver serves the repository of `keras_tnt.export.triton`, also to the client."""
 
 import concurrent.futures
 import contextlib
@@ -21,7 +21,7 @@ from tests.servers.running import ROOT, Asker, Triton, marks
 
 pytestmark = marks
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnü"]
-TOLERANCE = 1e-5  # of probabilities, between the server and Keras
+TOLERANCE = 1e-5  # absolute, of probabilities, between the server and Keras
 
 
 def build(seed):
@@ -31,13 +31,13 @@ def build(seed):
         class_names=NAMES, name="tiny",
     )  # fmt: skip
     head = model.get_layer("head")
-    head.kernel.assign(100 * keras.ops.convert_to_numpy(head.kernel))  # answers that differ
+    head.kernel.assign(100 * keras.ops.convert_to_numpy(head.kernel))  # distinct probabilities
     return model
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The model and a server of it, which waits long enough that requests come together."""
+    """Yields (model, server); the queue delay is long enough to batch concurrent requests."""
     folder = tmp_path_factory.mktemp("triton")
     model = build(0)
     keras_tnt.export.triton(model, folder / "repository", max_queue_delay=0.1)
@@ -68,7 +68,7 @@ def ask(server, *arguments):
     client.main([*map(str, arguments), *named])
 
 
-def test_triton_s_own_protocol_buffer_reads_the_configurations(served, asker):
+def test_triton_protocol_buffer_parses_the_configurations(served, asker):
     _, server = served
     images, encoded = (
         asker("configuration", path=str(server.repository / name / "config.pbtxt"))
@@ -89,7 +89,7 @@ def test_triton_s_own_protocol_buffer_reads_the_configurations(served, asker):
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
-def test_answers_are_the_model_s(kind, served, asker, pictures):
+def test_predictions_match_keras(kind, served, asker, pictures):
     model, server = served
     answer = asker("classify", kind=kind, address=f"127.0.0.1:{getattr(server, kind)}",
                    model="tiny_bytes", pictures=pictures)  # fmt: skip
@@ -102,7 +102,7 @@ def test_answers_are_the_model_s(kind, served, asker, pictures):
     )
 
 
-def test_requests_that_come_together_are_computed_together(served, asker, pictures):
+def test_concurrent_requests_are_batched(served, asker, pictures):
     model, server = served
     address = f"127.0.0.1:{server.http}"
     before = asker("statistics", address=address, model="tiny_bytes")
@@ -121,7 +121,7 @@ def test_requests_that_come_together_are_computed_together(served, asker, pictur
         )
 
 
-def test_a_broken_image_is_an_error_of_its_own_request(served, asker, pictures, tmp_path):
+def test_broken_image_fails_only_its_own_request(served, asker, pictures, tmp_path):
     model, server = served
     broken = tmp_path / "broken.img"
     broken.write_bytes(draw_picture(30)[:100])
@@ -143,7 +143,7 @@ def test_a_broken_image_is_an_error_of_its_own_request(served, asker, pictures, 
     assert [rows[0][0][0] for rows in found[::2]] == [best] * 8
 
 
-def test_the_client_speaks_kserve_s_protocol(served, pictures, capsys):
+def test_client_uses_the_kserve_protocol(served, pictures, capsys):
     model, server = served
     ask(server, *pictures, "--json")
     rows = json.loads(capsys.readouterr().out)
@@ -167,7 +167,7 @@ def test_the_client_speaks_kserve_s_protocol(served, pictures, capsys):
     assert [row["concurrency"] for row in json.loads(capsys.readouterr().out)] == [1, 3]
 
 
-def test_what_the_server_refuses_is_one_line(served, pictures):
+def test_refused_request_is_a_one_line_client_error(served, pictures):
     _, server = served
 
     def refused(*arguments):
@@ -190,7 +190,7 @@ def test_what_the_server_refuses_is_one_line(served, pictures):
     assert "unknown model: 'no'" in done.stderr
 
 
-def test_a_new_version_takes_over_under_load_without_an_error(served, pictures):
+def test_new_version_is_served_under_load_without_errors(served, pictures):
     model, server = served
     newer = build(1)
     answers, errors, stop = [], [], threading.Event()
@@ -225,8 +225,8 @@ def test_a_new_version_takes_over_under_load_without_an_error(served, pictures):
     assert kinds[0] == 0 and kinds[-1] == 1
 
 
-def test_a_soak_within_bounded_memory(served, pictures):
-    """KERAS_TNT_SOAK: for how many seconds."""
+def test_memory_is_bounded_in_a_soak_test(served, pictures):
+    """Runs for KERAS_TNT_SOAK seconds. Defaults to 10."""
     _, server = served
     seconds = float(os.environ.get("KERAS_TNT_SOAK", 10))
     kserve = client.KServeClient("127.0.0.1", server.http, "tiny_bytes", timeout=60)
@@ -237,17 +237,17 @@ def test_a_soak_within_bounded_memory(served, pictures):
         client.benchmark(kserve.predict, batch, 20, 4)
         measured.append(server.memory())
     print(f"{20 * len(measured) * len(batch)} images in {seconds} s, MiB: {measured}")
-    # What is kept for good is taken at first; afterwards it grows no further.
+    # Permanent allocations happen in the first quarter; afterwards memory must not grow.
     settled = measured[len(measured) // 4]
     assert max(measured) < 1.1 * settled + 32
 
 
-def test_a_stop_under_load_loses_nothing(tmp_path, pictures):
+def test_shutdown_under_load_completes_accepted_requests(tmp_path, pictures):
     model = build(0)
     keras_tnt.export.triton(model, tmp_path / "repository", name="last", instances=2)
     picture = Path(pictures[0]).read_bytes()
     best = NAMES[expected(model, pictures[:1]).argmax()]
-    asked = []  # (when, whether it was answered, or what was said)
+    asked = []  # (start time, whether the answer is right, or the error message)
 
     with Triton(tmp_path / "repository", tmp_path / "server") as server:
         server.wait_for("last_bytes")
@@ -277,5 +277,5 @@ def test_a_stop_under_load_loses_nothing(tmp_path, pictures):
     after = [answer for start, answer in asked if start > told]
     assert len(before) > 8
     assert set(before) == {True}, set(before)
-    # Whoever comes later is answered, or told; nobody is given a wrong answer.
+    # Later requests are either answered correctly or get an error.
     assert all(answer is True or "server" in str(answer) for answer in after), set(after)

@@ -1,4 +1,4 @@
-"""The page that classifies in a browser says what Python says."""
+"""The browser page gives the same predictions as Python."""
 
 import functools
 import http.server
@@ -28,7 +28,8 @@ pytestmark = [
     ),
 ]
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "<b>gnü</b>"]
-# Of the logits' spread. Reading and resizing are the same; what differs is arithmetic in float32.
+# Relative to the logits' peak-to-peak range. Decoding and resizing are identical; only float32
+# arithmetic differs.
 TOLERANCE = 1e-3
 KINDS_TOLERANCE = 5e-3  # decoders may differ by 1 of 255
 
@@ -43,9 +44,10 @@ def build(**options):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The page's folder with two models and pictures in it, and its address on the loopback.
+    """Yields the page's directory with two models and pictures, and its loopback address.
 
-    Of `...?slowly` the server sends half, and the rest once `release` is called.
+    For a URL ending in `?slowly`, the server sends half of the file, and the rest after
+    `release()`.
     """
     from skimage import data
 
@@ -113,7 +115,7 @@ def wait(browser, condition):
 
 
 def choose(browser, identifier, path):
-    """Give a file to a file input, as a user does."""
+    """Selects a file in a file input, as a user does."""
     root = browser.call("DOM.getDocument")["root"]["nodeId"]
     node = browser.call("DOM.querySelector", nodeId=root, selector=f"#{identifier}")["nodeId"]
     browser.evaluate("window.answer = null; document.getElementById('said').textContent = '...'")
@@ -121,7 +123,7 @@ def choose(browser, identifier, path):
 
 
 @pytest.mark.parametrize("name", ["pixels", "outside"])
-def test_the_page_says_what_python_says(name, site, browser):
+def test_browser_predictions_match_python(name, site, browser):
     folder, address, model = site.folder, site.address, site.models[name]
     browser.open(f"{address}?model={name}.onnx")
     wait(browser, "document.getElementById('said').textContent == 'Choose a photo.'")
@@ -143,10 +145,10 @@ def test_the_page_says_what_python_says(name, site, browser):
         assert answer["classes"][0][0] == NAMES[expected.argmax()]
     assert browser.complaints == []
     shown = browser.evaluate("document.querySelector('#classes span').textContent")
-    assert shown.startswith(answer["classes"][0][0])  # a name is text, whatever it looks like
+    assert shown.startswith(answer["classes"][0][0])  # class names are escaped
 
 
-def test_every_kind_of_image_is_decoded_as_in_python(site, browser):
+def test_every_image_format_is_decoded_as_in_python(site, browser):
     folder, address = site.folder, site.address
     model = site.models["pixels"]
     browser.open(f"{address}?model=pixels.onnx")
@@ -163,7 +165,7 @@ def test_every_kind_of_image_is_decoded_as_in_python(site, browser):
         assert worst <= KINDS_TOLERANCE, name
 
 
-def test_what_cannot_be_read_is_said(site, browser):
+def test_unreadable_models_and_images_show_an_error(site, browser):
     folder, address = site.folder, site.address
     browser.open(address)
     choose(browser, "model", folder / "broken.onnx")
@@ -188,7 +190,7 @@ def test_progress_is_shown_while_a_model_is_fetched_and_a_photo_classified(site,
     assert browser.text("said") == f"Fetching the model: {size / 2e6:.1f} of {size / 1e6:.1f} MB"
     assert browser.evaluate("document.getElementById('progress').max") == 1
     assert browser.evaluate("document.getElementById('said').role") == "status"
-    # A photo that is chosen meanwhile is classified when the model has come.
+    # A photo that is selected during the download is classified once the model is loaded.
     choose(browser, "photo", site.folder / "chelsea.jpg")
     browser.evaluate(
         "((said, progress) => { window.seen = []; new MutationObserver(() => seen.push("
@@ -202,10 +204,10 @@ def test_progress_is_shown_while_a_model_is_fetched_and_a_photo_classified(site,
     assert ["Classifying the photo...", False] in seen
     wait(browser, "document.getElementById('progress').hidden")
     best = browser.evaluate("window.answer.classes[0][0]")
-    assert browser.text("said").startswith(f"{best}, ")  # the answer is announced
+    assert browser.text("said").startswith(f"{best}, ")  # the status element announces the result
 
 
-def test_errors_are_announced(site, browser):
+def test_errors_have_the_alert_role(site, browser):
     said = "document.getElementById('said')"
     browser.open(site.address)
     for name, text in (("none.jpg", "This is no ONNX file."), ("broken.onnx", "This is no ONNX")):
@@ -221,7 +223,7 @@ def test_errors_are_announced(site, browser):
 @needs_axe
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_has_no_violation_of_wcag(site, browser, dark, width):
+def test_page_has_no_wcag_violations(site, browser, dark, width):
     browser.open(f"{site.address}?model=pixels.onnx", width, 900, dark)
     assert accessibility_violations(browser) == []
     wait(browser, "document.getElementById('said').textContent == 'Choose a photo.'")
