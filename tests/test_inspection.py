@@ -35,7 +35,7 @@ MODELS = {
 def build(kind, **arguments):
     builder, given = MODELS[kind] if kind in MODELS else (keras_tnt.PyramidTNT, PYRAMID)
     model = builder(**{**given, **arguments})
-    # As drawn, weights are so small that all attention is nearly even.
+    # Initial weights are so small that attention is nearly uniform.
     for variable in model.trainable_variables:
         if variable.name == "kernel":
             variable.assign(variable * 5)
@@ -56,7 +56,7 @@ def test_feature_maps_are_the_patches_after_each_block(name):
     maps = inspection.feature_maps(model, blocks=(1, 3, 4))(images)
     assert [tuple(x.shape) for x in maps] == [(2, 4, 3, 12)] * 3
 
-    # The same model without its top computes all patches in its last block, and ends in them.
+    # Without its top, the model's last block computes all patches, and the model returns them.
     headless = build(name, include_top=False)
     headless.set_weights([w.numpy() for w in model.weights if not w.path.startswith("head")])
     last = keras.Model(headless.inputs[0], headless.get_layer("norm").output)(images)
@@ -64,7 +64,7 @@ def test_feature_maps_are_the_patches_after_each_block(name):
     assert_close(norm(ops.reshape(maps[2], (2, 12, 12))), last[:, -12:])
 
 
-def test_the_token_model_of_a_block_is_unchanged():
+def test_feature_maps_do_not_change_the_model():
     model = build("tnt")
     images = images_for(model)
     before = ops.convert_to_numpy(model(images))
@@ -73,7 +73,7 @@ def test_the_token_model_of_a_block_is_unchanged():
     assert model.get_layer("block_3").output[0].shape[1] == 1
 
 
-def test_blocks_are_quarters_unless_told():
+def test_blocks_default_to_quarters_of_the_depth():
     model = build("deit", depth=12)
     by_default = inspection.feature_maps(model)
     told = inspection.feature_maps(model, blocks=(3, 6, 9, 12))
@@ -84,7 +84,7 @@ def test_blocks_are_quarters_unless_told():
 
 
 @pytest.mark.slow
-def test_pyramid_gives_its_stages():
+def test_pyramid_feature_maps_are_its_stages():
     model = build("pyramid_tnt")
     maps = inspection.feature_maps(model)(images_for(model))
     assert [tuple(x.shape[1:]) for x in maps] == [(8, 8, 8), (4, 4, 12), (2, 2, 16), (1, 1, 16)]
@@ -92,7 +92,7 @@ def test_pyramid_gives_its_stages():
     assert_close(second, maps[1])
 
 
-def test_maps_of_channels_first_images_have_channels_last():
+def test_feature_maps_of_channels_first_images_are_channels_last():
     model = build("tnt")
     images = images_for(model)
     expected = inspection.feature_maps(model)(images)
@@ -105,7 +105,7 @@ def test_maps_of_channels_first_images_have_channels_last():
 
 
 @pytest.mark.slow
-def test_feature_maps_are_saved_and_trained_like_any_model(tmp_path):
+def test_feature_maps_model_can_be_saved_and_trained(tmp_path):
     model = build("tnt")
     backbone = inspection.feature_maps(model, blocks=(2, 4))
     images = images_for(model)
@@ -131,12 +131,12 @@ def test_feature_maps_are_saved_and_trained_like_any_model(tmp_path):
         ("pyramid_tnt", (5,), "stages from 1 to 4"),
     ],
 )
-def test_unknown_blocks_are_refused(name, blocks, message):
+def test_unknown_blocks_raise(name, blocks, message):
     with pytest.raises(ValueError, match=message):
         inspection.feature_maps(build(name), blocks)
 
 
-def test_a_model_that_wraps_one_of_ours_is_sent_there():
+def test_wrapped_model_error_names_the_inner_model():
     inner = build("tnt", name="tnt_inside")
     with pytest.raises(ValueError, match="Pass its layer 'tnt_inside' instead"):
         inspection.feature_maps(keras.Sequential([keras.Input((32, 24, 3)), inner]))
@@ -163,7 +163,7 @@ def shapes(name):
     return {key: value.shape for key, value in maps.items()}
 
 
-def test_attention_has_the_name_of_its_block():
+def test_attention_maps_are_named_by_block():
     assert list(shapes("tnt").items())[:3] == [
         ("block_0/inner", (2, 12, 2, 16, 16)),
         ("block_0/outer", (2, 3, 13, 13)),
@@ -185,8 +185,8 @@ def test_attention_has_the_name_of_its_block():
 
 
 @pytest.mark.parametrize("name", ["tnt", "deit"])
-def test_attention_is_what_the_forward_pass_used(name):
-    """The outer attention of block 0, made to attend again from outside with the recorded rows."""
+def test_attention_maps_are_used_by_the_forward_pass(name):
+    """Recomputes the outer attention of block 0 from the recorded weights."""
     model = build(name)
     images = images_for(model)
     attention = inspection.attention_maps(model, images)["block_0/outer"]
@@ -206,7 +206,7 @@ def test_attention_is_what_the_forward_pass_used(name):
     assert_close(outer.attention.projection(attended), outer.attention(x))
 
 
-def test_attention_is_found_in_a_model_around_ours(tmp_path):
+def test_attention_maps_of_a_wrapped_model(tmp_path):
     inner = build("tnt")
     images = images_for(inner)
     expected = inspection.attention_maps(inner, images)
@@ -218,7 +218,7 @@ def test_attention_is_found_in_a_model_around_ours(tmp_path):
         assert_close(maps["block_3/inner"], expected["block_3/inner"])
 
 
-def test_attention_of_channels_first_images_is_the_same():
+def test_channels_first_images_have_the_same_attention():
     model = build("tnt")
     images = images_for(model)
     expected = inspection.attention_maps(model, images)
@@ -231,21 +231,21 @@ def test_attention_of_channels_first_images_is_the_same():
 
 
 @pytest.mark.slow
-def test_half_precision_attention_is_a_distribution_too():
+def test_float16_attention_sums_to_one():
     keras.config.set_dtype_policy("mixed_float16")
     model = build("tnt")
     for value in inspection.attention_maps(model, images_for(model)).values():
         np.testing.assert_allclose(value.sum(axis=-1), 1, atol=1e-5)
 
 
-def test_images_that_do_not_fit_are_refused():
+def test_images_of_a_wrong_shape_raise():
     model = build("deit")
     for shape in ((32, 24, 3), (1, 24, 32, 3)):
         with pytest.raises(ValueError, match=r"takes a batch of images \('batch', 32, 24, 3\)"):
             inspection.attention_maps(model, np.zeros(shape))
 
 
-def test_a_model_without_attention_is_refused():
+def test_model_without_attention_raises():
     model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()], name="flat")
     with pytest.raises(ValueError, match="'flat' is not built from one of keras_tnt's"):
         inspection.attention_maps(model, np.zeros((1, 8, 8, 3)))
@@ -254,7 +254,7 @@ def test_a_model_without_attention_is_refused():
 # === Rollout ===
 
 
-def test_rollout_is_the_product_over_blocks():
+def test_rollout_is_the_matrix_product_over_blocks():
     model = build("tnt_outer_only")
     images = images_for(model)
     maps = inspection.attention_maps(model, images)
@@ -264,7 +264,7 @@ def test_rollout_is_the_product_over_blocks():
     np.testing.assert_allclose(inspection.attention_rollout(model, images), expected, atol=1e-6)
 
 
-def test_rollout_goes_on_through_class_attention():
+def test_rollout_includes_class_attention():
     model = build("cait")
     images = images_for(model)
     maps = inspection.attention_maps(model, images)
@@ -284,31 +284,31 @@ def test_rollout_goes_on_through_class_attention():
 
 
 @pytest.mark.slow
-def test_rollout_of_a_pyramid_goes_from_its_first_to_its_last_patches():
+def test_pyramid_rollout_maps_last_to_first_patches():
     model = build("pyramid_tnt")
     for variable in model.trainable_variables:
         if "attention/query/" in variable.path or variable.path.endswith("relative_position/table"):
             variable.assign(variable * 0)
-    # Even attention mixes all patches alike, half of each stays: every step can be told by hand.
+    # Uniform attention mixes all patches equally, and half of each remains: the result is known.
     rollout = inspection.attention_rollout(model, images_for(model))
     assert rollout.shape == (2, 1, 64)
     np.testing.assert_allclose(rollout, 1 / 64, atol=1e-7)
 
 
-def test_patches_at_an_odd_edge_are_pooled_and_merged_as_they_are():
-    # Pooling leaves out what fills no square; merging goes on with what there is.
+def test_odd_grid_edges_are_dropped_by_pooling_and_merged_as_they_are():
+    # Pooling drops incomplete windows; merging averages the patches that they contain.
     row = [[0.5, 0.5, 0]]
     np.testing.assert_array_equal(means((1, 3), (1, 1), 2)[:, :3], row)
     np.testing.assert_array_equal(means((1, 3), (1, 2), 2), [*row, [0, 0, 1]])
     np.testing.assert_array_equal(means((2, 3), (1, 2), 2)[1], [0, 0, 0.5, 0, 0, 0.5])
 
 
-# === Picture ===
+# === Plots ===
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tnt", "tnt_class_attention", "deit", "pyramid_tnt"])
-def test_a_picture_is_drawn(name, tmp_path):
+def test_attention_plot_is_written(name, tmp_path):
     from matplotlib.image import imread
 
     model = build(name)
@@ -318,12 +318,12 @@ def test_a_picture_is_drawn(name, tmp_path):
     picture = imread(path)[..., :3]
     height, width = picture.shape[:2]
     assert height > 300 and width > 600
-    # Orange: what shines over an attended patch.
+    # Orange marks attended patches.
     red, green, blue = np.moveaxis(picture, -1, 0)
     assert np.mean((red > green + 0.15) & (green > blue + 0.15)) > 0.01
 
 
-def test_a_picture_of_a_features_model_in_channels_first(tmp_path):
+def test_plot_of_a_headless_channels_first_model(tmp_path):
     keras.config.set_image_data_format("channels_first")
     model = build("tnt", input_shape=(3, 32, 24), include_top=False, include_preprocessing=False)
     image = np.random.default_rng(0).normal(size=(3, 32, 24))
@@ -333,7 +333,7 @@ def test_a_picture_of_a_features_model_in_channels_first(tmp_path):
     assert "<svg" in text
 
 
-def test_patches_that_are_not_there_are_refused(tmp_path):
+def test_invalid_patch_indices_raise(tmp_path):
     model = build("tnt")
     with pytest.raises(ValueError, match="up to three numbers from 0 to 11"):
         inspection.plot_attention(model, images_for(model)[0], tmp_path / "a.png", (0, 1, 12))

@@ -1,4 +1,4 @@
-"""What the command answers without Keras, and lists."""
+"""Commands that run without importing Keras; `list` and `info`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.checks import ROOT
 
 pytestmark = pytest.mark.one_backend
 
-# Runs `python -m keras_tnt` where importing Keras fails.
+# Runs `python -m keras_tnt` with an import hook that forbids Keras.
 WITHOUT_KERAS = """
 import runpy, sys
 class Without:
@@ -39,13 +39,13 @@ def without_keras(*arguments, **environment):
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)])
-def test_help_needs_no_keras(arguments):
+def test_help_does_not_import_keras(arguments):
     result = without_keras(*arguments, "--help")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage: keras-tnt") and result.stderr == ""
 
 
-def test_a_wrong_option_and_a_missing_backend_need_no_keras(tmp_path):
+def test_usage_and_backend_errors_do_not_import_keras(tmp_path):
     result = without_keras("predict", "cat.jpg", "--topp=3")
     assert result.returncode == 2 and "--topp" in result.stderr
     result = without_keras("list", KERAS_BACKEND="mxnet")
@@ -57,12 +57,12 @@ def test_a_wrong_option_and_a_missing_backend_need_no_keras(tmp_path):
     assert result.returncode == 2 and "'theano'" in result.stderr
 
 
-def test_the_console_script_is_the_command():
+def test_console_script_calls_command_main():
     found = [name for name in (ROOT / "setup.py").read_text().splitlines() if "keras-tnt=" in name]
     assert found and "keras_tnt.command:main" in found[0]
 
 
-def test_list_names_every_model_and_its_weights(capsys):
+def test_list_shows_every_model_and_its_weights(capsys):
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in found] == keras_tnt.list_models()
@@ -74,7 +74,7 @@ def test_list_names_every_model_and_its_weights(capsys):
     assert "Did you mean" in capsys.readouterr().err
 
 
-def test_info_counts_what_a_model_computes(capsys):
+def test_info_shows_parameters_and_weights_of_a_model(capsys):
     assert main(["info", "DeiTTiny"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     found = {name.strip(): value.strip() for name, value in lines.items()}

@@ -1,4 +1,4 @@
-"""`keras-tnt` on exported models and on what the trainer leaves behind."""
+"""`keras-tnt` on exported models and on run directories of the trainer."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ NAMES = ["cat", "dog", "bird"]
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """The same model in every form, and an image."""
+    """Writes the same model in every format, and an image; returns the directory."""
     folder = tmp_path_factory.mktemp("exports")
     keras.utils.set_random_seed(0)
     model = keras_tnt.DeiT(
@@ -45,7 +45,7 @@ def shown(arguments, capsys):
     return json.loads(capsys.readouterr().out)
 
 
-def test_every_form_of_a_model_predicts_the_same(places, capsys):
+def test_all_export_formats_predict_the_same(places, capsys):
     image, *models = (
         str(places / name) for name in ("image.png", "model.keras", "run", "model.onnx")
     )
@@ -67,7 +67,7 @@ def test_every_form_of_a_model_predicts_the_same(places, capsys):
     assert "gives logits and probabilities, not features" in capsys.readouterr().err
 
 
-def test_info_tells_of_every_form(places, capsys):
+def test_info_describes_every_export_format(places, capsys):
     for name in ("model.keras", "run", "model.onnx", "saved"):
         found = shown(["info", str(places / name), "--json"], capsys)
         assert found["class_names"] == NAMES

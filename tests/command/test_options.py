@@ -1,4 +1,4 @@
-"""Options that do not exist, stand elsewhere, or ask for a version."""
+"""Command-line options: unknown or misplaced ones, `--version`, `--help`, and suggestions."""
 
 import json
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.one_backend
         (["rename", "x.keras"], "--classes"),
     ],
 )
-def test_unknown_option_is_one_line_with_the_nearest(arguments, message, capsys):
+def test_unknown_option_is_a_one_line_error_with_a_suggestion(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(arguments)
     assert ended.value.code == 2
@@ -38,12 +38,12 @@ def test_unknown_option_is_one_line_with_the_nearest(arguments, message, capsys)
     assert line.startswith("error: ") and message in line
 
 
-def test_images_may_stand_behind_options():
+def test_images_may_follow_options():
     options = parse(["--top=3", "cat.jpg"])
     assert (options.images, options.top) == (["cat.jpg"], 3)
 
 
-def test_version_names_backend_and_devices(capsys):
+def test_version_prints_backend_and_devices(capsys):
     assert main(["--version"]) == 0
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == f"keras-tnt {keras_tnt.__version__}"
@@ -89,7 +89,7 @@ def test_help_shows_each_default_once():
         ),
     ],
 )
-def test_weights_name_in_place_of_a_model_says_what_to_type(name, typed, flags, capsys):
+def test_weights_name_as_model_name_suggests_the_call(name, typed, flags, capsys):
     with pytest.raises(ValueError, match="is the weights name of") as error:
         keras_tnt.create_model(name)
     assert typed in str(error.value)
@@ -113,12 +113,12 @@ def test_weights_name_in_place_of_a_model_says_what_to_type(name, typed, flags, 
     ],
 )
 @pytest.mark.parametrize("name", ["tnt_small", "DeiTTiny", "cait", "PyramidTNT"])
-def test_arguments_of_timm_name_ours(name, arguments, message):
+def test_timm_argument_error_names_the_equivalent(name, arguments, message):
     with pytest.raises(TypeError, match=message):
         keras_tnt.create_model(name, **arguments)
 
 
-def test_advice_is_phrased_as_flags():
+def test_advice_is_rewritten_as_flags():
     assert as_flags("Say weights=None for random weights") == (
         "Say --weights=none for random weights"
     )
@@ -126,7 +126,7 @@ def test_advice_is_phrased_as_flags():
     assert as_flags("--weights=none") == "--weights=none"
 
 
-def test_list_is_a_table_that_sorts_and_filters(capsys):
+def test_list_sorts_and_filters_a_table(capsys):
     assert main(["list", "--sort=-parameters", "--json"]) == 0
     found = [row["parameters"] for row in json.loads(capsys.readouterr().out)]
     known = [value for value in found if value is not None]
@@ -141,7 +141,7 @@ def test_list_is_a_table_that_sorts_and_filters(capsys):
     assert lines[1].split()[1:5] == ["224x224", "23.8M", "4.97", "81.5"]
 
 
-def test_info_of_a_variant_builds_no_model(monkeypatch, capsys):
+def test_info_of_a_variant_does_not_build_a_model(monkeypatch, capsys):
     def built(*arguments, **more):
         raise AssertionError("a model is built")
 

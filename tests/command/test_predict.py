@@ -1,4 +1,4 @@
-"""`keras-tnt predict` and `merge`: tables of folders."""
+"""`keras-tnt predict` and `merge`: prediction tables for image folders."""
 
 import csv
 import dataclasses
@@ -24,7 +24,7 @@ from tests.checks import ROOT
 
 pytestmark = pytest.mark.one_backend
 NAMES = ["cat", "dog", "bird", "fish"]
-COUNT = 30  # images that can be read
+COUNT = 30  # readable images
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def model():
         class_names=NAMES,
         distilled=True,
     )
-    model.set_weights([20 * w for w in model.get_weights()])  # scores that differ
+    model.set_weights([20 * w for w in model.get_weights()])  # distinct scores
     return model
 
 
@@ -51,7 +51,7 @@ def model_file(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images in folders, one file that is broken, one that is no image and one that is hidden."""
+    """Writes images in subfolders, a broken one, a text file, a hidden file and a link."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for i in range(COUNT):
@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 
 
 def files(folder):
-    """The image files in the order of the table."""
+    """Returns the image files in the order of the table's rows."""
     found = [
         os.path.join(top, name)
         for top, _, names in os.walk(folder)
@@ -79,7 +79,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, model_file, tmp_path_factory):
-    """The table of one run."""
+    """Returns the table of an uninterrupted run."""
     path = tmp_path_factory.mktemp("table") / "all.csv"
     assert run(folder, model_file, path) == 0
     return path.read_bytes()
@@ -94,9 +94,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_each_image_of_a_folder_is_a_row_with_the_likeliest_classes(
-    folder, model, undisturbed, tmp_path
-):
+def test_table_has_a_row_per_image_with_its_top_classes(folder, model, undisturbed, tmp_path):
     path = tmp_path / "all.csv"
     path.write_bytes(undisturbed)
     rows = read(path)
@@ -115,7 +113,7 @@ def test_each_image_of_a_folder_is_a_row_with_the_likeliest_classes(
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_the_formats_hold_the_same(folder, model_file, undisturbed, tmp_path, kind):
+def test_formats_have_the_same_content(folder, model_file, undisturbed, tmp_path, kind):
     path = tmp_path / f"all.{kind}"
     assert run(folder, model_file, path, "--top=2") == 0
     if kind == "jsonl":
@@ -140,7 +138,7 @@ def test_the_formats_hold_the_same(folder, model_file, undisturbed, tmp_path, ki
     assert found == expected
 
 
-def test_features_are_what_the_heads_read(folder, model, model_file, tmp_path):
+def test_features_are_the_inputs_of_the_heads(folder, model, model_file, tmp_path):
     path = tmp_path / "features.csv"
     assert run(folder, model_file, path, "--features") == 0
     heads = keras_tnt.anatomy(model).heads
@@ -152,7 +150,7 @@ def test_features_are_what_the_heads_read(folder, model, model_file, tmp_path):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_grey_images_that_are_normalised_outside_of_the_model(folder, tmp_path, capsys):
+def test_gray_model_with_external_normalization(folder, tmp_path, capsys):
     model = keras_tnt.DeiT(
         input_shape=(16, 16, 1),
         patch_size=8,
@@ -173,11 +171,11 @@ def test_grey_images_that_are_normalised_outside_of_the_model(folder, tmp_path, 
     np.testing.assert_allclose([found[i] for i in range(3)], expected, atol=1e-5)
 
 
-# === Killed ===
+# === Interrupted runs ===
 
 
 def begin(folder, model_file, path, batches):
-    """A run that breaks off after so many batches, as a killed one leaves its files."""
+    """Interrupts a run after `batches` batches, and leaves the files of a killed process."""
     wanted = predict.predictions
 
     def some(*arguments):
@@ -196,7 +194,9 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_goes_on_where_it_was(folder, model_file, undisturbed, tmp_path, capsys):
+def test_interrupted_run_resumes_from_its_journal(
+    folder, model_file, undisturbed, tmp_path, capsys
+):
     path = tmp_path / "all.csv"
     for batches in (0, 3, 2):
         begin(folder, model_file, path, batches)
@@ -214,8 +214,8 @@ def test_a_killed_run_goes_on_where_it_was(folder, model_file, undisturbed, tmp_
     assert "is done" in capsys.readouterr().err
 
 
-def test_rows_of_half_a_batch_are_made_again(folder, model_file, undisturbed, tmp_path):
-    """So that the same images make a batch, and the results are the same to the last bit."""
+def test_rows_of_a_partial_batch_are_recomputed(folder, model_file, undisturbed, tmp_path):
+    """Batches stay the same, so that the results are bit-identical."""
     path = tmp_path / "all.csv"
     begin(folder, model_file, path, 3)
     rows = tmp_path / "all.csv.rows"
@@ -225,9 +225,7 @@ def test_rows_of_half_a_batch_are_made_again(folder, model_file, undisturbed, tm
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_leaves_what_the_next_goes_on_with(
-    folder, model_file, undisturbed, tmp_path
-):
+def test_run_resumes_after_a_killed_process(folder, model_file, undisturbed, tmp_path):
     path = tmp_path / "all.csv"
     code = """
 import os, signal, sys
@@ -254,10 +252,10 @@ main(sys.argv[1:])
     assert path.read_bytes() == undisturbed
 
 
-# === Tables of others ===
+# === Tables of other commands ===
 
 
-def test_a_table_of_another_command_is_left_alone(folder, model_file, model, tmp_path, capsys):
+def test_table_of_another_command_is_not_changed(folder, model_file, model, tmp_path, capsys):
     foreign = tmp_path / "foreign.csv"
     foreign.write_text("a,b\n")
     assert run(folder, model_file, foreign) == 2
@@ -279,9 +277,7 @@ def test_a_table_of_another_command_is_left_alone(folder, model_file, model, tmp
         assert "belongs to another command" in line and f"its {what} was" in line
 
 
-def test_an_earlier_version_and_this_one_do_not_write_one_table(
-    folder, model_file, tmp_path, capsys
-):
+def test_lock_of_an_earlier_version_is_respected(folder, model_file, tmp_path, capsys):
     path = tmp_path / "all.csv"
     begin(folder, model_file, path, 1)
     with open(tmp_path / "all.csv.rows", "rb") as file:
@@ -292,12 +288,12 @@ def test_an_earlier_version_and_this_one_do_not_write_one_table(
     assert run(folder, model_file, path) == 0
 
 
-# === State that cannot be trusted ===
+# === Untrusted state files ===
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "directory", "FIFO", "device"])
 @pytest.mark.parametrize("ending", ["", ".rows", ".command.json", ".lock"])
-def test_what_is_no_file_in_a_place_of_the_state_is_named_and_left_alone(
+def test_state_path_that_is_not_a_regular_file_raises(
     folder, model_file, opened, tmp_path, capsys, kind, ending
 ):
     (tmp_path / "mine").write_text("mine")
@@ -320,7 +316,7 @@ def test_what_is_no_file_in_a_place_of_the_state_is_named_and_left_alone(
 
 @pytest.fixture
 def opened(monkeypatch):
-    """A model that is a function, so that commands are fast; the counts of images of its calls."""
+    """Replaces the model by a fast function; returns the batch sizes of its calls."""
     calls = []
 
     def predict_batch(images):
@@ -336,7 +332,7 @@ def opened(monkeypatch):
 
 @pytest.fixture
 def whole(folder, model_file, opened, tmp_path):
-    """The bytes of a table of the fast model."""
+    """Returns the bytes of the complete table of the fast model."""
     path = tmp_path / "whole" / "all.csv"
     assert run(folder, model_file, path) == 0
     opened.clear()
@@ -344,7 +340,7 @@ def whole(folder, model_file, opened, tmp_path):
 
 
 def corrupted(data, how, rng):
-    """A journal after a power loss or a disk's fault."""
+    """Returns the journal as a power loss or a disk error could leave it."""
     start = int(rng.integers(0, len(data) - 200))
     if how == "zeros":
         return data[:start] + bytes(200) + data[start + 200 :]
@@ -366,7 +362,7 @@ def corrupted(data, how, rng):
 @pytest.mark.parametrize(
     "how", ["zeros", "zeros at the end", "a bit", "a part", "lines twice", "a tail", "other rows"]
 )
-def test_damaged_rows_are_made_again_and_no_others(
+def test_only_damaged_rows_are_recomputed(
     folder, model_file, opened, whole, tmp_path, capsys, how, seed
 ):
     path = tmp_path / "all.csv"
@@ -381,16 +377,16 @@ def test_damaged_rows_are_made_again_and_no_others(
     assert sorted(os.listdir(tmp_path)) == ["all.csv", "all.csv.command.json", "whole"]
     if how in ("zeros", "a bit", "a part"):
         assert "are made again" in capsys.readouterr().err
-        assert 1 < len(opened) <= 5  # of 8 batches, of which 2 were missing
+        assert 1 < len(opened) <= 5  # of 8 batches, 2 of which were missing
     elif how == "lines twice":
         assert len(opened) == 2
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_the_state_of_the_version_before_is_gone_on_with(
+def test_run_resumes_from_the_previous_state_format(
     folder, model_file, opened, whole, tmp_path, zeros
 ):
-    """Its rows are lines of JSON in order, without checksums."""
+    """Its rows are JSON lines in order, without checksums."""
     path = tmp_path / "all.csv"
     begin(folder, model_file, path, 5)
     rows = tmp_path / "all.csv.rows"
@@ -414,7 +410,7 @@ def test_the_state_of_the_version_before_is_gone_on_with(
     [b"", b"[]", b"3", b"{", b"{}", b"\xff\xfe", b"[" * 200_000, b'{"number of images": "many"}',
      b'{"model": null}', bytes(4096)],
 )  # fmt: skip
-def test_a_command_file_of_another_kind_is_one_line(
+def test_invalid_command_file_is_a_one_line_error(
     folder, model_file, opened, tmp_path, capsys, content
 ):
     path = tmp_path / "all.csv"
@@ -425,9 +421,7 @@ def test_a_command_file_of_another_kind_is_one_line(
     assert (tmp_path / "all.csv.command.json").read_bytes() == content
 
 
-def test_state_of_a_later_version_and_of_nobody_is_left_alone(
-    folder, model_file, opened, tmp_path, capsys
-):
+def test_unknown_state_files_are_not_changed(folder, model_file, opened, tmp_path, capsys):
     path = tmp_path / "all.csv"
     rows = tmp_path / "all.csv.rows"
     rows.write_text("my rows\n")
@@ -445,11 +439,11 @@ def test_state_of_a_later_version_and_of_nobody_is_left_alone(
     assert "was written by another version" in capsys.readouterr().err
 
 
-# === Processes that race ===
+# === Concurrent processes ===
 
 
 def in_child(work):
-    """Starts a fork of this process that ends with the status that `work()` returns."""
+    """Forks a process that exits with the status that `work()` returns, and returns its id."""
     child = os.fork()
     if child == 0:
         status = 99
@@ -465,7 +459,7 @@ def status_of(child):
 
 
 @pytest.mark.parametrize("trial", range(8))
-def test_of_two_commands_with_slow_batches_one_says_that_the_other_writes(
+def test_concurrent_runs_write_one_table(
     folder, model_file, opened, whole, tmp_path, monkeypatch, trial
 ):
     path = tmp_path / "all.csv"
@@ -484,12 +478,15 @@ def test_of_two_commands_with_slow_batches_one_says_that_the_other_writes(
 
     children = [in_child(lambda wait=wait: work(wait)) for wait in (0.0, 0.03 * trial)]
     statuses = sorted(map(status_of, children))
-    assert statuses in ([0, 2], [0, 0])  # 0 twice: the second came when the table was done
+    assert statuses in (
+        [0, 2],
+        [0, 0],
+    )  # [0, 0]: the second began later
     assert path.read_bytes() == whole
     assert sorted(os.listdir(tmp_path)) == ["all.csv", "all.csv.command.json", "whole"]
 
 
-def test_commands_that_are_killed_again_and_again_lose_no_row(
+def test_repeatedly_killed_runs_lose_no_row(
     folder, model_file, opened, whole, tmp_path, monkeypatch
 ):
     path = tmp_path / "all.csv"
@@ -510,9 +507,7 @@ def test_commands_that_are_killed_again_and_again_lose_no_row(
     assert opened == [4, 3]  # the last two of eight batches
 
 
-def test_two_merges_and_a_shard_that_is_written_meanwhile(
-    folder, model_file, opened, tmp_path, capsys
-):
+def test_merge_refuses_locked_and_foreign_files(folder, model_file, opened, tmp_path, capsys):
     path = tmp_path / "all.csv"
     for shard in (1, 2):
         assert run(folder, model_file, path, f"--shard={shard}/2") == 0
@@ -532,11 +527,11 @@ def test_two_merges_and_a_shard_that_is_written_meanwhile(
     assert "00002.csv' is a FIFO" in capsys.readouterr().err
 
 
-# === What a model answers ===
+# === Model outputs ===
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_scores_that_are_no_numbers_are_left_empty(
+def test_nan_and_infinite_scores_are_written_as_missing(
     folder, model_file, opened, tmp_path, monkeypatch, capsys, kind
 ):
     runtime = predict.open_model(None, 1)
@@ -559,7 +554,7 @@ def test_scores_that_are_no_numbers_are_left_empty(
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4,), (4, 3), (4, 4, 1), ()])
-def test_results_of_another_shape_are_one_error(
+def test_output_of_a_wrong_shape_is_an_error(
     folder, model_file, opened, monkeypatch, capsys, shape
 ):
     runtime = predict.open_model(None, 1)
@@ -574,7 +569,7 @@ def test_results_of_another_shape_are_one_error(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_shards_merged_are_one_run(folder, model_file, undisturbed, tmp_path, kind, capsys):
+def test_merged_shards_equal_a_single_run(folder, model_file, undisturbed, tmp_path, kind, capsys):
     path = tmp_path / f"all.{kind}"
     for shard in (3, 1):
         assert run(folder, model_file, path, f"--shard={shard}/4") == 0
@@ -598,7 +593,7 @@ def test_shards_merged_are_one_run(folder, model_file, undisturbed, tmp_path, ki
     assert "is done" in capsys.readouterr().err
 
 
-def test_parts_of_different_commands_are_not_joined(folder, model_file, tmp_path, capsys):
+def test_shards_of_different_commands_are_not_merged(folder, model_file, tmp_path, capsys):
     path = tmp_path / "all.csv"
     assert main(["merge", str(path)]) == 2
     assert "There are no parts" in capsys.readouterr().err
@@ -608,10 +603,10 @@ def test_parts_of_different_commands_are_not_joined(folder, model_file, tmp_path
     assert "different commands: top is 1 and 5" in capsys.readouterr().err
 
 
-# === Wrong arguments ===
+# === Invalid arguments ===
 
 
-def test_wrong_arguments_are_one_line_before_any_work(folder, model_file, tmp_path, capsys):
+def test_invalid_arguments_are_one_line_errors(folder, model_file, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     text = tmp_path / "text.keras"

@@ -1,4 +1,4 @@
-"""`keras-tnt rename`."""
+"""`keras-tnt rename`, which replaces class names."""
 
 import json
 import zipfile
@@ -36,7 +36,7 @@ def names(tmp_path):
     return path
 
 
-def test_keras_file_keeps_weights_and_optimizer(tmp_path, names, capsys):
+def test_rename_preserves_weights_and_optimizer_of_a_keras_file(tmp_path, names, capsys):
     model, path = tiny(), tmp_path / "model.keras"
     model.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
     images = np.random.default_rng(0).uniform(0, 255, (3, 16, 16, 3)).astype("float32")
@@ -56,7 +56,7 @@ def test_keras_file_keeps_weights_and_optimizer(tmp_path, names, capsys):
     np.testing.assert_array_equal(compute(loaded, images), compute(model, images))
 
 
-def test_run_directory_and_model_with_a_head_around_it(tmp_path, names):
+def test_rename_in_a_run_directory_of_a_wrapped_model(tmp_path, names):
     inner = tiny(include_top=False, pooling="token", class_names=None)
     model = keras.Sequential([inner, keras.layers.Dense(3, activation="softmax")])
     model.save(tmp_path / "final.keras")
@@ -66,7 +66,7 @@ def test_run_directory_and_model_with_a_head_around_it(tmp_path, names):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_bundle_keeps_its_weights(tmp_path, names, elsewhere):
+def test_rename_preserves_weights_of_a_bundle(tmp_path, names, elsewhere):
     model, folder, out = tiny(distilled=True), tmp_path / "bundle", tmp_path / "other"
     keras_tnt.save_pretrained(model, folder)
     before = (folder / "model.safetensors").read_bytes()
@@ -79,7 +79,7 @@ def test_bundle_keeps_its_weights(tmp_path, names, elsewhere):
     assert keras_tnt.class_names(keras_tnt.load_pretrained(folder)) == (OLD if elsewhere else NEW)
 
 
-def test_wrong_names_change_nothing(tmp_path, capsys):
+def test_invalid_names_change_no_file(tmp_path, capsys):
     path, folder = tmp_path / "model.keras", tmp_path / "bundle"
     tiny().save(path)
     keras_tnt.save_pretrained(tiny(), folder)

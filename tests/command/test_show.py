@@ -1,4 +1,4 @@
-"""The command that classifies image files."""
+"""`keras-tnt` with image files: prints their classes."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def weights(model, tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """The paths of two images."""
+    """Returns the paths of two images."""
     rng = np.random.default_rng(0)
     paths = [tmp_path / "one.png", tmp_path / "two.jpg"]
     for path in paths:
@@ -48,7 +48,7 @@ def expected(model, path, top):
     return keras_tnt.decode_predictions(scores, top)[0]
 
 
-def test_each_image_is_named_with_its_likeliest_classes(model, weights, images, capsys):
+def test_each_image_is_printed_with_its_top_classes(model, weights, images, capsys):
     assert main([*images, "--model=DeiTTiny", f"--weights={weights}", "--top=3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [lines[0], lines[4]] == images
@@ -59,7 +59,7 @@ def test_each_image_is_named_with_its_likeliest_classes(model, weights, images, 
             assert line.split(maxsplit=1) == [f"{score:.1%}", name]
 
 
-def test_json_holds_the_same(model, weights, images, capsys):
+def test_json_output_has_the_same_predictions(model, weights, images, capsys):
     assert main([*images, "--model=DeiTTiny", f"--weights={weights}", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert [result["file"] for result in results] == images
@@ -72,9 +72,7 @@ def test_json_holds_the_same(model, weights, images, capsys):
             assert row["score"] == pytest.approx(score, rel=1e-3)
 
 
-def test_an_image_that_cannot_be_read_keeps_no_other_from_being_classified(
-    weights, images, tmp_path, capsys
-):
+def test_unreadable_image_does_not_stop_the_others(weights, images, tmp_path, capsys):
     broken = tmp_path / "broken.jpg"
     broken.write_text("no image")
     status = main([str(broken), "no.jpg", images[0], "--model=DeiTTiny", f"--weights={weights}"])
@@ -95,7 +93,7 @@ def test_an_image_that_cannot_be_read_keeps_no_other_from_being_classified(
         (["--top=0"], "--top must be 1 or more"),
     ],
 )
-def test_a_wrong_option_is_one_line(options, message, images, capsys):
+def test_invalid_option_is_a_one_line_error(options, message, images, capsys):
     assert main([*images, *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -104,8 +102,8 @@ def test_a_wrong_option_is_one_line(options, message, images, capsys):
     assert re.search(message, line)
 
 
-def test_classes_that_are_not_imagenets_are_numbered(hub, tmp_path, images, capsys):  # noqa: F811
-    """A fine-tuned checkpoint of seven classes, by its name on the hub."""
+def test_unnamed_classes_are_numbered(hub, tmp_path, images, capsys):  # noqa: F811
+    """Loads a fine-tuned checkpoint of seven classes from the hub."""
     keras_tnt.save_checkpoint(
         keras_tnt.DeiTTiny(weights=None, classes=7), tmp_path / "model.safetensors"
     )
@@ -120,7 +118,7 @@ def test_classes_that_are_not_imagenets_are_numbered(hub, tmp_path, images, caps
 
 
 @pytest.mark.slow
-def test_the_shell_command_takes_public_weights(hub, weights, images, tmp_path, model):  # noqa: F811
+def test_shell_command_downloads_public_weights(hub, weights, images, tmp_path, model):  # noqa: F811
     hub.add(REPOSITORY, "model.safetensors", weights)
     result = subprocess.run(
         [sys.executable, "-m", "keras_tnt", images[0], "--model=DeiTTiny", "--top=1", "--json"],

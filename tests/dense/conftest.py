@@ -1,4 +1,4 @@
-"""These tests want the extra `dense`; `make dense` runs them."""
+"""Skips the tests without the extra `dense`; `make dense` runs them."""
 
 import importlib.util
 

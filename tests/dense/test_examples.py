@@ -1,4 +1,4 @@
-"""examples/detection.py and segmentation.py: scenes, data sets of tfds and folders, whole runs."""
+"""Examples detection.py and segmentation.py: scenes, tfds and folder data sets, end-to-end runs."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ TINY = '{"patch_size": 16, "depth": 2, "outer_dim": 16, "inner_dim": 4, "outer_h
 # === Scenes ===
 
 
-def test_scenes_are_the_same_at_each_call_and_held_out_ones_are_others():
+def test_scenes_are_reproducible_and_held_out_digits_disjoint():
     first, again, held_out = (scenes.scenes(4, out) for out in (False, False, True))
     assert np.array_equal(first.images, again.images)
     assert not np.array_equal(first.images, held_out.images)
@@ -32,7 +32,7 @@ def test_scenes_are_the_same_at_each_call_and_held_out_ones_are_others():
     assert len(train) > 1400 and len(test) > 300 and not train & test
 
 
-def test_boxes_and_masks_tell_of_the_same_digits():
+def test_boxes_match_masks():
     found = scenes.scenes(20, held_out=True)
     for boxes, labels, mask in zip(found.boxes, found.labels, found.masks, strict=True):
         assert set(np.unique(mask)) - {0} == set(labels + 1)
@@ -81,7 +81,7 @@ def folder_of_masks(root, value=2):
     return root
 
 
-def test_a_folder_with_coco_s_annotations_is_read(tmp_path):
+def test_folder_with_coco_annotations_is_loaded(tmp_path):
     items = dense_data.load("detection", options(folder_of_boxes(tmp_path)), held_out=True)
     assert items.classes == ("cat", "dog") and items.count == 1
     (item,) = items.read()
@@ -93,7 +93,7 @@ def test_a_folder_with_coco_s_annotations_is_read(tmp_path):
     assert detection.padded_boxes(resized)["labels"][:2].tolist() == [1, -1]
 
 
-def test_a_folder_of_masks_is_read(tmp_path):
+def test_folder_of_masks_is_loaded(tmp_path):
     root = folder_of_masks(tmp_path)
     (item,) = dense_data.load("segmentation", options(root, classes=3), held_out=False).read()
     resized, _ = dense_data.resize(item, 64)
@@ -103,7 +103,7 @@ def test_a_folder_of_masks_is_read(tmp_path):
     assert cut["image"].shape == (64, 64, 3) and cut["mask"].shape == (64, 64)
 
 
-def test_data_sets_of_tfds_s_own_writer_are_read(tmp_path):
+def test_tfds_data_sets_are_loaded(tmp_path):
     import tensorflow_datasets as tfds
 
     def write(name, features, example):
@@ -146,22 +146,22 @@ def test_data_sets_of_tfds_s_own_writer_are_read(tmp_path):
         ("segmentation", folder_of_masks, "type --classes=N"),
     ],
 )
-def test_what_is_no_data_set_is_told_in_a_line(task, prepare, told, tmp_path):
+def test_invalid_data_set_is_a_one_line_error(task, prepare, told, tmp_path):
     with pytest.raises(ValueError, match=told) as raised:
         dense_data.load(task, options(prepare(tmp_path)), held_out=False)
     assert "\n" not in str(raised.value)
 
 
-def test_a_mask_of_unknown_classes_is_told(tmp_path):
+def test_mask_value_outside_of_the_classes_raises(tmp_path):
     items = dense_data.load("segmentation", options(folder_of_masks(tmp_path), classes=2), False)
     with pytest.raises(ValueError, match="has the value 2, and there are 2 classes"):
         list(items.read())
 
 
-# === Numbers ===
+# === Metrics ===
 
 
-def test_average_precision_of_what_is_right_is_one_and_of_half_is_half():
+def test_average_precision_of_all_and_of_half_of_the_boxes():
     box = np.array([[4, 4, 24, 24], [30, 30, 60, 50]], "float32")
     truth = [
         {
@@ -184,7 +184,7 @@ def test_average_precision_of_what_is_right_is_one_and_of_half_is_half():
     ] == pytest.approx(0.5)
 
 
-def test_mean_iou_leaves_out_what_does_not_count():
+def test_mean_iou_ignores_the_void_label():
     mask = np.array([[[0, 0, 1, 255]]], "uint8")
     found = np.array([[[0, 1, 1, 0]]], "uint8")
     numbers = segmentation.evaluate(found, mask, 2)
@@ -192,7 +192,7 @@ def test_mean_iou_leaves_out_what_does_not_count():
     assert numbers["pixel accuracy"] == pytest.approx(2 / 3)
 
 
-# === The whole way ===
+# === End to end ===
 
 
 def flags(workdir):
@@ -204,7 +204,7 @@ def flags(workdir):
 
 
 def check_whole_way(module, tmp_path, name):
-    """Trained, reloaded and exported give the same numbers; a second call trains no more."""
+    """Checks that trained, reloaded and exported models agree, and a second call skips training."""
     results = module.main(flags(tmp_path))
     assert list(results) == ["trained", "reloaded", "exported"]
     assert results["trained"] == results["reloaded"]
@@ -220,17 +220,17 @@ def check_whole_way(module, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_detector_goes_the_whole_way(tmp_path):
+def test_detector_end_to_end(tmp_path):
     check_whole_way(detection, tmp_path, "detector.keras")
 
 
 @pytest.mark.slow
-def test_a_segmenter_goes_the_whole_way(tmp_path):
+def test_segmenter_end_to_end(tmp_path):
     check_whole_way(segmentation, tmp_path, "segmenter.keras")
 
 
 @pytest.mark.slow
-def test_weights_of_a_classifier_of_digits_are_learnt_once(tmp_path):
+def test_digits_weights_are_trained_once(tmp_path):
     parsed = dense_task.parse("", segmentation.SETTINGS, [f"--workdir={tmp_path}"])
     parsed.architecture = json.loads(TINY)
     path = dense_task.digits_weights(parsed, count=64, epochs=1)
@@ -245,7 +245,7 @@ def test_weights_of_a_classifier_of_digits_are_learnt_once(tmp_path):
     assert np.array_equal(*kernels)
 
 
-def test_a_segmenter_takes_pyramid_tnt_whose_maps_begin_at_another_stride():
+def test_segmenter_accepts_the_strides_of_pyramid_tnt():
     dims = '{"depths": [1, 1], "outer_dims": [16, 16], "inner_dims": [4, 4], "outer_heads": [2, 2], "inner_heads": [2, 2], "reductions": [2, 1]}'  # fmt: skip  # noqa: E501
     arguments = ["--model=pyramid_tnt", f"--architecture={dims}", "--weights=none"]
     parsed = dense_task.parse("", segmentation.SETTINGS, arguments)
@@ -257,7 +257,7 @@ def test_a_segmenter_takes_pyramid_tnt_whose_maps_begin_at_another_stride():
 
 
 @pytest.mark.parametrize("name", ["detection", "segmentation"])
-def test_help_does_nothing_else(name, tmp_path):
+def test_help_imports_no_keras_and_writes_nothing(name, tmp_path):
     command = [sys.executable, "-X", "importtime", str(ROOT / "examples" / f"{name}.py"), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert shown.returncode == 0 and "--dataset" in shown.stdout
@@ -267,13 +267,13 @@ def test_help_does_nothing_else(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
+def test_missing_package_error_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr(dense_task.importlib.util, "find_spec", lambda name: None)
     assert dense_task.run(detection.main, []) == 1
     assert 'pip install "keras-tnt[dense]"' in capsys.readouterr().err
 
 
-def test_sizes_that_no_stride_divides_are_refused(capsys):
+def test_image_size_not_divisible_by_the_stride_is_an_error(capsys):
     with pytest.raises(SystemExit):
         detection.main(["--image_size=100"])
     assert "multiple of 32" in capsys.readouterr().err

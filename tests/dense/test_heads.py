@@ -1,4 +1,4 @@
-"""KerasHub's detector and segmenter on our backbones: built, trained, saved, loaded, predicted."""
+"""KerasHub's detector and segmenter on our backbones: build, train, save, load, predict."""
 
 import keras
 import numpy as np
@@ -76,7 +76,7 @@ def segmenter():
 
 
 def check_learns(model, images, targets, tmp_path, **compiled):
-    """One update moves a block's weights; the model is the same when it comes from disk."""
+    """Checks that one epoch changes a block's weights, and that a reloaded model agrees."""
     block = next(layer for layer in model._flatten_layers() if layer.name.endswith("block_0"))
     before = [np.array(w) for w in block.get_weights()]
     model.compile(
@@ -92,7 +92,7 @@ def check_learns(model, images, targets, tmp_path, **compiled):
     return loaded
 
 
-def test_a_detector_learns_and_comes_back_from_disk(detector, tmp_path):
+def test_detector_trains_and_reloads(detector, tmp_path):
     images = 100 + 50 * normal((2, *SHAPE))
     targets = {
         "boxes": np.array([[[4, 4, 36, 36]], [[20, 16, 60, 48]]], "float32"),
@@ -106,7 +106,7 @@ def test_a_detector_learns_and_comes_back_from_disk(detector, tmp_path):
     assert found["boxes"].shape == (2, 100, 4)
 
 
-def test_a_segmenter_learns_and_comes_back_from_disk(segmenter, tmp_path):
+def test_segmenter_trains_and_reloads(segmenter, tmp_path):
     images = 100 + 50 * normal((2, *SHAPE))
     masks = keras.utils.to_categorical(np.indices(SHAPE[:2]).sum(0) // 50, 3)
     loaded = check_learns(segmenter, images, np.stack([masks] * 2), tmp_path)
@@ -114,7 +114,7 @@ def test_a_segmenter_learns_and_comes_back_from_disk(segmenter, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_the_backbone_inside_a_segmenter_is_found_and_frozen(segmenter):
+def test_backbone_inside_a_segmenter_is_found_and_frozen(segmenter):
     found = keras_tnt.anatomy(segmenter)
     assert (found.family, len(found.blocks), len(found.levels)) == ("tnt", 1, 2)
     keras_tnt.finetuning.freeze(segmenter, up_to="head")

@@ -1,4 +1,4 @@
-"""A Chromium without a window, driven over pipes by its DevTools protocol."""
+"""Headless Chromium, controlled over pipes with the DevTools protocol."""
 
 import base64
 import json
@@ -17,15 +17,15 @@ PROGRAM = next(
 AXE = Path(__file__).parent.parent / "node_modules" / "axe-core" / "axe.min.js"
 needs_axe = pytest.mark.skipif(not AXE.is_file(), reason="no axe-core: `make axe` installs it")
 WCAG_2_2_AA = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
-PATIENCE = 60  # seconds that an answer may take on a busy machine
+PATIENCE = 60  # seconds to wait for a response on a busy machine
 
 
 class Browser:
-    """One tab.
+    """A browser tab.
 
     Attributes:
-        requests: addresses that the page asked for since it was opened.
-        complaints: errors and exceptions that it left on the console.
+        requests: URLs requested since the page was opened.
+        complaints: errors and exceptions on the console.
     """
 
     def __init__(self, folder):
@@ -56,7 +56,7 @@ class Browser:
         self.process.wait(timeout=PATIENCE)
 
     def call(self, method, **parameters):
-        """A command's result."""
+        """Sends a DevTools command and returns its result."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
         if self.session:
@@ -67,7 +67,7 @@ class Browser:
         return answer["result"]
 
     def read_until(self, wanted):
-        """Collect events until the wanted message comes."""
+        """Adds messages to `events` until `wanted(message)` is true, and returns that one."""
         end = time.monotonic() + PATIENCE
         while True:
             while b"\0" not in self.buffer:
@@ -112,7 +112,7 @@ class Browser:
         return [event["params"] for event in self.events if event.get("method") in errors]
 
     def evaluate(self, expression):
-        """The value of an expression in the page."""
+        """Returns the value of a JavaScript expression in the page."""
         answer = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -123,7 +123,7 @@ class Browser:
         return self.evaluate(f"document.getElementById('{name}').textContent")
 
     def point(self, selector, across=0.5, down=0.5, press=True):
-        """Move the pointer to a place on an element, from 0 to 1 each way, and click."""
+        """Moves the pointer to a relative position in an element, and clicks if `press`."""
         box = self.evaluate(
             f"(e => (e.scrollIntoView({{block: 'center'}}), e.getBoundingClientRect().toJSON()))"
             f"(document.querySelector({selector!r}))"
@@ -139,17 +139,17 @@ class Browser:
                 self.call("Input.dispatchKeyEvent", type=kind, key=key)
 
     def picture(self):
-        """The page as PNG."""
+        """Returns a screenshot of the page as PNG."""
         answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         return base64.b64decode(answer["data"])
 
 
 def accessibility_violations(browser):
-    """Returns what axe-core finds against WCAG 2.2 AA in the page as it is: (rule, element)."""
+    """Returns the violations of WCAG 2.2 AA that axe-core finds, as (rule, HTML element)."""
     browser.evaluate(AXE.read_text(encoding="utf-8") + "; 0")
     count, found = browser.evaluate(
         f"axe.run(document, {{runOnly: {json.dumps(WCAG_2_2_AA)}}}).then(found => [found.passes"
         ".length, found.violations.flatMap(v => v.nodes.map(node => [v.id, node.html]))])"
     )
-    assert count > 5  # rules that were applied
+    assert count > 5  # passed rules
     return found

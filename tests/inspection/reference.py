@@ -1,8 +1,8 @@
-"""Relevance a second time, in plain numpy and float64, from the equations of the papers.
+"""Reference implementation of relevance in NumPy and float64, from the papers' equations.
 
-Models are run on one image, and gradients are differences: nothing of the package is used but the
-weights. `relevance` is Chefer's rule as the paper writes it, a matrix of all tokens that is carried
-forward (arXiv 2103.15679, equations 5 and 6); `word_relevance` is docs/relevance.md's, forward too.
+It runs a model on one image and computes gradients by finite differences; from the package it takes
+only the weights. `relevance` is Chefer's rule with the matrix of all tokens carried forward (arXiv
+2103.15679, equations 5 and 6); `word_relevance` follows docs/relevance.md, also forward.
 """
 
 import math
@@ -14,7 +14,7 @@ erf = np.vectorize(math.erf)
 
 
 class Reference:
-    """A model's forward pass on one image, from its weights by their paths."""
+    """Forward pass of a model on one image, from its weights by path."""
 
     def __init__(self, model, image, *, patch_size, heads, inner_heads=None, epsilon, blocks):
         self.weights = {v.path: np.array(v.numpy(), "float64") for v in model.weights}
@@ -40,12 +40,12 @@ class Reference:
         return x * self.weights[f"{path}/gamma"] + self.weights[f"{path}/beta"]
 
     def weigh(self, path, weights):
-        """Note by how much is read, and add what is asked for."""
+        """Records attention weights and adds a perturbation, if one is set."""
         self.read[path] = weights
         return weights + self.added.get(path, 0)
 
     def attend(self, queries, keys, path, heads):
-        """Attention of (..., tokens, dim) to (..., tokens, dim), before the projection."""
+        """Returns attention (..., tokens, dim) before the projection."""
         if self.has(f"{path}/qkv/kernel"):
             query, key, value = np.split(self.dense(keys, f"{path}/qkv"), 3, axis=-1)
         else:
@@ -87,7 +87,7 @@ class Reference:
         return self.norm(self.dense(flat, f"{path}/projection"), f"{path}/norm_patches")
 
     def patches(self):
-        """(patches, pixels and channels), row by row."""
+        """Returns the patches in row-major order, each (patch_size, patch_size, channels)."""
         p, (height, width, _) = self.patch_size, self.image.shape
         corners = [(y, x) for y in range(0, height, p) for x in range(0, width, p)]
         return [self.image[y : y + p, x : x + p] for y, x in corners]
@@ -108,7 +108,7 @@ class Reference:
     # === The model ===
 
     def logits(self):
-        """The mean of the heads' logits."""
+        """Returns the mean of the heads' logits."""
         words = None
         if self.has("word_embedding/kernel"):
             words = self.embed_words()
@@ -146,7 +146,7 @@ class Reference:
         return np.mean([self.dense(tokens[i], n) for i, n in enumerate(heads)], axis=0)
 
     def gradient(self, path, target):
-        """Of the target's logit by what is noted at `path`, difference by difference."""
+        """Returns the gradient of a logit w.r.t. the weights of `path`, by central differences."""
         self.logits()
         gradient = np.zeros_like(self.read[path])
         for place in np.ndindex(gradient.shape):
@@ -160,7 +160,7 @@ class Reference:
         return gradient
 
     def links(self, target):
-        """Mean over the heads of the positive part of gradient times weight, by path."""
+        """Returns {path: mean over heads of the positive part of gradient times attention}."""
         self.logits()
         links = {}
         for path, weights in self.read.copy().items():
@@ -175,7 +175,7 @@ def outer(reference, links, i):
 
 
 def relevance(reference, links):
-    """Relevance of each patch: the mean of the class tokens' rows."""
+    """Returns the relevance of each patch: the mean of the class tokens' rows."""
     first = outer(reference, links, 0)
     relevance = np.eye(len(first))
     for i in range(reference.blocks):
@@ -184,7 +184,7 @@ def relevance(reference, links):
 
 
 def read_by_class_tokens(reference, links, relevance):
-    """The class tokens' mean row of `relevance`, (tokens or patches, ...), of patches alone."""
+    """Returns the mean of the class tokens' rows of `relevance`, without the class tokens."""
     tokens = sum(reference.has(f"{n}/token") for n in ("class_token", "distillation_token"))
     if reference.class_blocks:
         rows = np.zeros((tokens, relevance.shape[1]))
@@ -196,12 +196,12 @@ def read_by_class_tokens(reference, links, relevance):
 
 
 def word_relevance(reference, links):
-    """Relevance of each patch's words, (patches, words)."""
+    """Returns the relevance of each word, (patches, words)."""
     made = links["patch_embedding"].copy()
     patches, count = made.shape
     prefix = len(outer(reference, links, 0)) - patches
-    passed = np.zeros((prefix + patches, patches, count))  # what tokens have read of others
-    among = np.tile(np.eye(count), (patches, 1, 1))  # what words have read of their patch's words
+    passed = np.zeros((prefix + patches, patches, count))  # relevance of words for tokens
+    among = np.tile(np.eye(count), (patches, 1, 1))  # relevance among the words of a patch
     for i in range(reference.blocks):
         among = among + links[f"block_{i}/inner/attention"] @ among
         shares = among / among.sum(axis=-1, keepdims=True)

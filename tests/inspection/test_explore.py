@@ -1,4 +1,4 @@
-"""The page, in a Chromium without a window."""
+"""The page of `inspection.explore` in headless Chromium."""
 
 import importlib
 import json
@@ -59,13 +59,13 @@ def shares(text):
 
 
 @needs_chromium
-def test_the_page_asks_for_nothing_and_complains_of_nothing(browser, page):
+def test_page_makes_no_requests_and_logs_no_errors(browser, page):
     browser.open(page.as_uri())
     for _ in range(2):
         browser.press("]", "h", "c", "n", "p", "p")
     assert {url for url in browser.requests if not url.startswith("data:")} == {page.as_uri()}
     assert not browser.complaints
-    # Nor could it ask: the page forbids itself.
+    # The page's Content Security Policy blocks requests.
     browser.evaluate("fetch('https://example.org/').catch(() => 0), 0")
     browser.evaluate("new Promise(done => setTimeout(done, 100))")
     assert not [url for url in browser.requests if "example.org" in url]
@@ -73,7 +73,7 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(browser, page):
 
 
 @needs_chromium
-def test_the_numbers_are_those_of_the_attention_maps(browser, page, tnt):
+def test_page_has_the_attention_of_attention_maps(browser, page, tnt):
     browser.open(page.as_uri())
     for i, image in enumerate(images_for(tnt)):
         browser.evaluate(f"set({{image: {i}}})")
@@ -94,7 +94,7 @@ def test_the_numbers_are_those_of_the_attention_maps(browser, page, tnt):
 
 
 @needs_chromium
-def test_what_the_pointer_is_over_is_told(browser, page, tnt):
+def test_hovering_shows_attention_and_relevance(browser, page, tnt):
     browser.open(page.as_uri() + "#reader=patch&patch=2&block=1&head=1&inner=0&word=3")
     maps = inspection.attention_maps(tnt, images_for(tnt)[:1])
     browser.point("#outer", 0.75, 0.25, press=False)  # row 1, column 2
@@ -108,7 +108,7 @@ def test_what_the_pointer_is_over_is_told(browser, page, tnt):
     browser.point("#why", 0.1, 0.1, press=False)
     words = inspection.relevance(tnt, images_for(tnt)[:1], level="words")[0]
     found = None
-    for _ in range(100):  # the page answers when it has drawn
+    for _ in range(100):  # the text is updated after drawing
         if found := re.search(r": ([-+\d.e]+),", browser.text("why-read")):
             break
         time.sleep(0.05)
@@ -118,7 +118,7 @@ def test_what_the_pointer_is_over_is_told(browser, page, tnt):
 
 
 @needs_chromium
-def test_clicks_and_keys_change_what_they_should(browser, page):
+def test_clicks_and_keys_change_the_state(browser, page):
     browser.open(page.as_uri())
     browser.point("#outer", 0.75, 0.75)
     assert (state(browser)["patch"], state(browser)["reader"]) == (3, "patch")
@@ -153,7 +153,7 @@ def test_clicks_and_keys_change_what_they_should(browser, page):
 
 
 @needs_chromium
-def test_a_link_brings_a_view_back(browser, page):
+def test_link_restores_the_view(browser, page):
     browser.open(page.as_uri())
     browser.press("n", "ArrowRight", "[", "h")
     browser.evaluate("set({word: 1, class: 2, level: 'patches'})")
@@ -167,7 +167,7 @@ def test_a_link_brings_a_view_back(browser, page):
 
 
 @needs_chromium
-def test_a_view_is_saved_as_png(browser, page, tmp_path):
+def test_view_is_saved_as_png(browser, page, tmp_path):
     browser.open(page.as_uri())
     browser.call(
         "Browser.setDownloadBehavior",
@@ -183,7 +183,7 @@ def test_a_view_is_saved_as_png(browser, page, tmp_path):
 
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 820, 1440])
-def test_the_page_fits_a_phone_a_tablet_and_a_desk(browser, page, width):
+def test_page_fits_phone_tablet_and_desktop(browser, page, width):
     for dark in (False, True):
         browser.open(page.as_uri(), width, 900, dark)
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
@@ -196,7 +196,7 @@ def test_the_page_fits_a_phone_a_tablet_and_a_desk(browser, page, width):
 
 
 @needs_chromium
-def test_the_page_is_labelled(browser, page):
+def test_controls_have_accessible_names(browser, page):
     browser.open(page.as_uri())
     unnamed = """[...document.querySelectorAll('button, input, canvas[tabindex], [role=group]')]
         .filter(e => !(e.textContent.trim() || e.ariaLabel)).map(e => e.outerHTML)"""
@@ -208,7 +208,7 @@ def test_the_page_is_labelled(browser, page):
 
 
 @needs_chromium
-def test_photo_verdict_and_file_name_come_first(browser, page, tnt):
+def test_photo_prediction_and_file_name_come_first(browser, page, tnt):
     browser.open(page.as_uri())
     order = browser.evaluate("[...document.querySelectorAll('canvas, h1, h2')].map(e => e.id)")
     assert order[:2] == ["photo", "heading"]
@@ -228,7 +228,7 @@ def test_photo_verdict_and_file_name_come_first(browser, page, tnt):
 @pytest.mark.parametrize(
     "control", ["#classes button", "#steps button", "#images button", "#outer-heads button"]
 )
-def test_a_control_keeps_the_focus_when_it_is_activated(browser, page, control):
+def test_activated_control_keeps_the_focus(browser, page, control):
     browser.open(page.as_uri())
     browser.evaluate(f"document.querySelectorAll('{control}')[1].focus()")
     for _ in range(2):
@@ -238,7 +238,7 @@ def test_a_control_keeps_the_focus_when_it_is_activated(browser, page, control):
 
 
 @needs_chromium
-def test_changes_by_keys_are_announced(browser, page):
+def test_keyboard_changes_are_announced(browser, page):
     browser.open(page.as_uri())
     for canvas, frame in (("outer", "The framed patch (row"), ("inner", "The framed word (row")):
         browser.evaluate(f"$('{canvas}').focus()")
@@ -259,7 +259,7 @@ def test_changes_by_keys_are_announced(browser, page):
 
 
 @needs_chromium
-def test_single_key_shortcuts_can_be_turned_off(browser, page):
+def test_single_key_shortcuts_can_be_disabled(browser, page):
     browser.open(page.as_uri())
     browser.evaluate("$('outer').focus()")
     browser.point("#shortcuts")
@@ -268,9 +268,9 @@ def test_single_key_shortcuts_can_be_turned_off(browser, page):
     browser.evaluate("$('outer').focus()")
     browser.press("[", "]", "h", "H", "c", " ", "p", "n")
     assert state(browser) == before and "Play" in browser.text("play")
-    browser.press("ArrowDown", "ArrowUp")  # no character: these work on the focused picture
+    browser.press("ArrowDown", "ArrowUp")  # arrow keys still work
     assert browser.text("outer-read")
-    browser.open(page.as_uri())  # the choice is remembered
+    browser.open(page.as_uri())  # the setting is saved
     browser.press("p")
     assert state(browser)["heat"] == 1
     browser.point("#shortcuts")
@@ -279,7 +279,7 @@ def test_single_key_shortcuts_can_be_turned_off(browser, page):
 
 
 @needs_chromium
-def test_the_fixed_scale_is_the_same_for_all_heads_and_blocks(browser, page):
+def test_fixed_scale_is_shared_by_all_heads_and_blocks(browser, page):
     browser.open(page.as_uri())
     fixed, free = set(), set()
     for scale, found in (("fixed", fixed), ("stretched", free)):
@@ -293,7 +293,7 @@ def test_the_fixed_scale_is_the_same_for_all_heads_and_blocks(browser, page):
 
 
 @needs_chromium
-def test_numbers_are_without_noise_of_binary_fractions(browser, page):
+def test_numbers_are_rounded_for_display(browser, page):
     browser.open(page.as_uri())
     written = browser.evaluate("[0.1 + 0.2, 1e-17, 0, 1.5e-5, 123.456, -0.25, NaN].map(number)")
     assert written == ["0.3", "0", "0", "1.5×10⁻⁵", "123", "-0.25", "not finite (NaN or infinity)"]
@@ -309,7 +309,7 @@ def test_numbers_are_without_noise_of_binary_fractions(browser, page):
 
 
 @needs_chromium
-def test_the_page_has_the_words_of_the_field(browser, page):
+def test_page_uses_attention_vocabulary(browser, page):
     browser.open(page.as_uri())
     for change in ("{}", "{reader: 'class', block: 1}"):
         browser.evaluate(f"set({change})")
@@ -322,7 +322,7 @@ def test_the_page_has_the_words_of_the_field(browser, page):
 @needs_axe
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_has_no_violation_of_wcag(browser, page, dark, width):
+def test_page_has_no_wcag_violations(browser, page, dark, width):
     browser.open(page.as_uri(), width, 900, dark)
     assert accessibility_violations(browser) == []
     browser.point("#classes button:nth-child(2)")
@@ -338,7 +338,7 @@ def test_the_page_has_no_violation_of_wcag(browser, page, dark, width):
 
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_bars_of_pressed_buttons_have_a_contrast_of_3_to_1(browser, page, dark):
+def test_pressed_button_bars_have_a_contrast_of_3_to_1(browser, page, dark):
     browser.open(page.as_uri(), dark=dark)
     pairs = browser.evaluate(
         "[...document.querySelectorAll('#steps i, #classes i')].map(bar => [bar, "
@@ -351,7 +351,7 @@ def test_bars_of_pressed_buttons_have_a_contrast_of_3_to_1(browser, page, dark):
 
 
 def luminance(color):
-    """Relative luminance, as WCAG defines it, of `rgb(r, g, b)`."""
+    """Returns the relative luminance of `rgb(r, g, b)` as defined by WCAG."""
     parts = [int(x) / 255 for x in re.findall(r"\d+", color)[:3]]
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
     return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
@@ -359,7 +359,7 @@ def luminance(color):
 
 @needs_chromium
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_maps_that_are_not_finite_are_marked(browser, tnt, tmp_path, monkeypatch, value):
+def test_non_finite_maps_are_flagged(browser, tnt, tmp_path, monkeypatch, value):
     module = importlib.import_module("keras_tnt.inspection.explore")
     attention_maps, relevance_map = module.attention_maps, module.flow.relevance_map
 
@@ -392,7 +392,7 @@ def test_maps_that_are_not_finite_are_marked(browser, tnt, tmp_path, monkeypatch
 
 @needs_chromium
 @pytest.mark.parametrize("activation", ["sigmoid", None])
-def test_scores_are_the_model_s_own_outputs(browser, activation, tmp_path):
+def test_scores_are_the_outputs_of_the_model(browser, activation, tmp_path):
     model = build(keras_tnt.DeiT, {**VIT, "classes": 1, "classifier_activation": activation})
     image = images_for(model, 1)
     path = inspection.explore(model, image, tmp_path / "page.html", ["fox"])
@@ -426,9 +426,7 @@ def test_scores_are_the_model_s_own_outputs(browser, activation, tmp_path):
         ("PyramidTNT", PYRAMID, {"inner": True, "tokens": 0, "depths": 1, "blocks": 4}),
     ],
 )
-def test_other_families_have_the_page_with_their_parts(
-    browser, builder, arguments, parts, tmp_path
-):
+def test_page_of_other_families_has_their_attention(browser, builder, arguments, parts, tmp_path):
     model = build(getattr(keras_tnt, builder), arguments)
     images = images_for(model, 1)
     path = inspection.explore(model, images, tmp_path / "page.html")
@@ -445,7 +443,7 @@ def test_other_families_have_the_page_with_their_parts(
     assert not browser.complaints
 
 
-# === What is written ===
+# === File contents ===
 
 
 def described(path):
@@ -453,7 +451,7 @@ def described(path):
     return json.loads(re.search(r'id="page">(.*?)</script>', text, re.DOTALL)[1])
 
 
-def test_depths_end_in_the_prediction(page, tnt):
+def test_last_depth_is_the_prediction(page, tnt):
     for found, image in zip(described(page)["images"], images_for(tnt), strict=True):
         probabilities = tnt.predict(image[None], verbose=0)[0]
         last = found["depths"][-1]
@@ -463,7 +461,7 @@ def test_depths_end_in_the_prediction(page, tnt):
     assert len(described(page)["images"][0]["depths"]) == 2
 
 
-def test_a_page_of_channels_first_images_is_the_same(page, tnt, tmp_path):
+def test_channels_first_model_has_the_same_page(page, tnt, tmp_path):
     keras.config.set_image_data_format("channels_first")
     arguments = {**TNT, "distilled": True, "input_shape": (3, 16, 16), "name": "my_tnt"}
     first = keras_tnt.TNT(**arguments)
@@ -478,7 +476,7 @@ def test_a_page_of_channels_first_images_is_the_same(page, tnt, tmp_path):
     )
 
 
-def test_what_no_page_can_be_made_of_is_said_in_a_line(tnt, tmp_path, monkeypatch):
+def test_invalid_arguments_raise(tnt, tmp_path, monkeypatch):
     images = images_for(tnt)
     with pytest.raises(IsADirectoryError, match="is a folder"):
         inspection.explore(tnt, images, tmp_path)
@@ -497,7 +495,7 @@ def test_what_no_page_can_be_made_of_is_said_in_a_line(tnt, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_images_and_weights_that_are_not_finite_are_refused(tnt, tmp_path, capsys):
+def test_non_finite_images_and_weights_raise(tnt, tmp_path, capsys):
     images = images_for(tnt)
     for value in (np.nan, np.inf, -np.inf):
         broken = images.copy()
@@ -532,7 +530,7 @@ def test_images_and_weights_that_are_not_finite_are_refused(tnt, tmp_path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.jpg", "model.keras"]
 
 
-def test_the_command_writes_the_page_of_image_files(tnt, tmp_path, capsys):
+def test_explain_command_writes_a_page(tnt, tmp_path, capsys):
     tnt.save(tmp_path / "model.keras")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), "uint8")
     for name in ("b.png", "a.png"):

@@ -1,4 +1,4 @@
-"""Faithfulness, on a model small enough to take every patch away one by one."""
+"""Faithfulness metrics on a model that is small enough to remove every patch."""
 
 import keras
 import numpy as np
@@ -20,7 +20,7 @@ def model():
     )
     draw = np.random.default_rng(1)
     for weight in model.trainable_variables:
-        if len(weight.shape) > 1:  # tokens and positions too: Keras's own differ from run to run
+        if len(weight.shape) > 1:  # also tokens and positions: Keras's initial values are random
             scale = 0.5 if weight.name == "kernel" else 0.02
             weight.assign(scale * draw.normal(size=weight.shape))
     return model
@@ -36,7 +36,7 @@ def probabilities(model, images, target):
 
 
 def without(image, *patches):
-    """The image with some of its six patches in grey."""
+    """Returns the image with the given ones of its six patches in gray."""
     image = image.copy()
     for row, column in (divmod(patch, 3) for patch in patches):
         image[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = GREY
@@ -44,7 +44,7 @@ def without(image, *patches):
 
 
 @pytest.mark.one_backend
-def test_parts_go_and_come_in_the_order_of_their_relevance(model, images):
+def test_patches_are_deleted_and_inserted_by_relevance(model, images):
     order = [4, 0, 2, 5, 1, 3]
     maps = np.empty(6)
     maps[order] = [6, 5, 4, 3, 2, 1]
@@ -59,7 +59,7 @@ def test_parts_go_and_come_in_the_order_of_their_relevance(model, images):
     np.testing.assert_allclose(found["deletion_area"], area, atol=1e-5)
 
 
-def test_maps_that_say_what_each_patch_matters_are_faithful(model, images):
+def test_occlusion_maps_are_faithful(model, images):
     lacking = [[x, *(without(x, patch) for patch in range(6))] for x in images]
     found = [probabilities(model, cases, 1) for cases in lacking]
     maps = np.reshape([p[0] - p[1:] for p in found], (3, 2, 3))
@@ -73,7 +73,7 @@ def test_maps_that_say_what_each_patch_matters_are_faithful(model, images):
 
 
 @pytest.mark.one_backend
-def test_the_predicted_classes_are_measured_unless_told(model, images):
+def test_targets_default_to_the_predicted_classes(model, images):
     maps = np.random.default_rng(2).random((3, 4, 6))
     predicted = Subject(model, images).predict(images).argmax(axis=-1)
     by_default = inspection.faithfulness(model, images, maps)
@@ -83,8 +83,8 @@ def test_the_predicted_classes_are_measured_unless_told(model, images):
 
 
 @pytest.mark.one_backend
-def test_saco_counts_pairs_by_how_much_more_relevant_they_are_said_to_be():
-    # Of the pairs 3-1, 3-0 and 1-0 the first is wrong: (3 + 1 - 2) / (2 + 3 + 1).
+def test_saco_weighs_pairs_by_their_difference_in_relevance():
+    # Of the pairs 3-1, 3-0 and 1-0 the first is misordered: (3 + 1 - 2) / (2 + 3 + 1).
     assert saco(np.array([3.0, 1, 0]), np.array([0.2, 0.3, 0.1])) == pytest.approx(2 / 6)
     assert saco(np.ones(3), np.arange(3)) == 0
 
@@ -94,7 +94,7 @@ def test_saco_counts_pairs_by_how_much_more_relevant_they_are_said_to_be():
     ("activation", "classes"),
     [("softmax", 3), ("sigmoid", 3), ("sigmoid", 1), (None, 3), (None, 1), ("hard_sigmoid", 2)],
 )
-def test_curves_are_of_the_model_s_own_outputs(activation, classes, distilled):
+def test_curves_measure_the_outputs_of_the_model(activation, classes, distilled):
     model = keras_tnt.DeiT(
         input_shape=(16, 24, 3), patch_size=8, classes=classes, depth=1, embed_dim=12, num_heads=3,
         classifier_activation=activation, distilled=distilled,
@@ -125,7 +125,7 @@ def test_curves_are_of_the_model_s_own_outputs(activation, classes, distilled):
         ([keras.layers.Dense(3)], "linear"),
     ],
 )
-def test_a_head_of_the_user_s_own_is_measured_by_its_activation(head, measure):
+def test_custom_head_is_measured_by_its_activation(head, measure):
     inside = keras_tnt.DeiT(
         input_shape=(16, 24, 3), patch_size=8, depth=1, embed_dim=12, num_heads=3,
         include_top=False, pooling="token",
@@ -133,7 +133,7 @@ def test_a_head_of_the_user_s_own_is_measured_by_its_activation(head, measure):
     head = [type(layer).from_config(layer.get_config()) for layer in head]
     model = keras.Sequential([keras.Input((16, 24, 3)), inside, *head])
     images = np.random.default_rng(3).uniform(0, 255, (2, 16, 24, 3))
-    maps = inspection.relevance(model, images, 0)  # its gradient is the logit's
+    maps = inspection.relevance(model, images, 0)  # uses the gradient of the logit
     assert maps.max() > 0
     found = inspection.faithfulness(model, images, maps, 0, baseline=GREY)
     assert found["measure"] == measure
@@ -150,6 +150,6 @@ def test_a_head_of_the_user_s_own_is_measured_by_its_activation(head, measure):
         (np.full((3, 2, 3), np.nan), "not finite"),
     ],
 )
-def test_maps_that_do_not_fit_are_refused(model, images, maps, message):
+def test_invalid_maps_raise(model, images, maps, message):
     with pytest.raises(ValueError, match=message):
         inspection.faithfulness(model, images, maps)

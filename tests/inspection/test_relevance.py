@@ -1,4 +1,4 @@
-"""Relevance, against the papers' equations in plain numpy and against what can be told by hand."""
+"""Relevance methods, compared with a NumPy reference and with results derived by hand."""
 
 import keras
 import numpy as np
@@ -33,7 +33,7 @@ METHODS = ["gradient_attention", "rollout", "grad_cam", "integrated_gradients", 
 
 @pytest.fixture(scope="module")
 def models():
-    """Each model with weights large enough for uneven attention, the same on every backend."""
+    """Returns models with weights large enough for uneven attention, equal on every backend."""
     built = {}
     for name, (builder, arguments) in MODELS.items():
         built[name] = model = builder(**arguments)
@@ -73,8 +73,8 @@ def assert_close(actual, expected, tolerance=1e-5):
     "name",
     ["deit", "cait", "tnt", pytest.param("tnt_class_attention", marks=pytest.mark.one_backend)],
 )
-def test_relevance_is_what_the_equations_say(models, name):
-    """Patches by the paper's, words by the documents'."""
+def test_relevance_matches_the_reference_equations(models, name):
+    """Patches follow the paper's equations, words those of docs/relevance.md."""
     model = models[name]
     image = images_for(model)[1]
     reference = reference_of(model, image)
@@ -93,7 +93,7 @@ def test_relevance_is_what_the_equations_say(models, name):
 @pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", WITH_WORDS)
-def test_the_words_of_a_patch_sum_to_the_patch(models, name):
+def test_word_relevance_sums_to_patch_relevance(models, name):
     model = models[name]
     images = images_for(model)
     for method in ("gradient_attention", "rollout", "integrated_gradients"):
@@ -107,8 +107,8 @@ def test_the_words_of_a_patch_sum_to_the_patch(models, name):
 
 
 @pytest.mark.slow
-def test_a_pyramid_s_relevance_is_carried_through_pools_and_merges(models):
-    """The matrix of all patches, carried forward with each pooling and merge written out."""
+def test_pyramid_relevance_passes_through_pooling_and_merging(models):
+    """The expected matrix of all patches is carried forward through each pooling and merge."""
     model = models["pyramid_tnt"]
     images = images_for(model, 1)
     subject = Subject(model, images)
@@ -128,7 +128,7 @@ def test_a_pyramid_s_relevance_is_carried_through_pools_and_merges(models):
 
 
 def mean_of_squares(rows, grid, size, ragged):
-    """The mean of each square's rows; at a ragged edge of those that there are."""
+    """Returns the mean of each window's rows. At a ragged edge, windows are smaller."""
     corners = [
         [(y, x) for x in range(0, grid[1] if ragged else grid[1] // size * size, size)]
         for y in range(0, grid[0] if ragged else grid[0] // size * size, size)
@@ -139,8 +139,8 @@ def mean_of_squares(rows, grid, size, ragged):
 
 
 @pytest.mark.one_backend
-def test_gates_are_the_differences_that_they_make(models):
-    """A pyramid's inner attention and words, which no reference covers."""
+def test_gate_gradients_match_finite_differences(models):
+    """Covers a pyramid's inner attention and words, which the reference lacks."""
     model = models["pyramid_tnt"]
     images = images_for(model, 1)
     subject = Subject(model, images)
@@ -166,7 +166,7 @@ def test_gates_are_the_differences_that_they_make(models):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", MODELS)
-def test_rollout_is_attention_rollout_s(models, name):
+def test_rollout_method_equals_attention_rollout(models, name):
     model = models[name]
     images = images_for(model)
     rollout = inspection.attention_rollout(model, images)
@@ -176,7 +176,7 @@ def test_rollout_is_attention_rollout_s(models, name):
     assert_close(maps.reshape(2, -1), rows)
 
 
-def test_integrated_gradients_sum_to_what_the_image_adds_to_the_logit(models):
+def test_integrated_gradients_sum_to_the_difference_of_logits(models):
     model, grey = models["deit"], (120.0, 110.0, 100.0)
     images = images_for(model)
     maps = inspection.relevance(model, images, [0, 3], "integrated_gradients", baseline=grey)
@@ -187,18 +187,18 @@ def test_integrated_gradients_sum_to_what_the_image_adds_to_the_logit(models):
 
 
 @pytest.mark.parametrize("name", ["deit", "cait"])
-def test_grad_cam_weighs_channels_by_their_mean_gradient(models, name):
+def test_grad_cam_weights_channels_by_their_mean_gradient(models, name):
     model = models[name]
     image = images_for(model)[1]
     reference = reference_of(model, image)
     path = "tokens of class_block_1" if name == "cait" else "tokens of block_1"
-    gradient = reference.gradient(path, 2)[-6:]  # of the patches
+    gradient = reference.gradient(path, 2)[-6:]  # of the patch tokens
     expected = np.maximum(reference.read[path][-6:] @ gradient.mean(axis=0), 0)
     assert_close(inspection.relevance(model, image[None], 2, "grad_cam")[0].ravel(), expected)
 
 
 @pytest.mark.one_backend
-def test_random_maps_are_the_seed_s(models):
+def test_random_maps_depend_on_the_seed(models):
     images = images_for(models["tnt"], 9)
     first, again, other = (
         inspection.relevance(models["tnt"], images, 0, "random", "words", seed=seed)
@@ -213,7 +213,7 @@ def test_random_maps_are_the_seed_s(models):
 
 
 @pytest.mark.one_backend
-def test_targets_are_what_is_predicted_unless_told(models):
+def test_targets_default_to_the_predicted_classes(models):
     model = models["tnt"]
     images = images_for(model, 3)
     predicted = model(images, training=False)
@@ -225,7 +225,7 @@ def test_targets_are_what_is_predicted_unless_told(models):
 
 
 @pytest.mark.one_backend
-def test_targets_may_be_names():
+def test_targets_can_be_class_names():
     model = keras_tnt.DeiT(**VIT, class_names=["cat", "dog", "owl", "fox"])
     images = images_for(model)
     by_name = inspection.relevance(model, images, ["fox", "dog"])
@@ -235,7 +235,7 @@ def test_targets_may_be_names():
 
 
 @pytest.mark.one_backend
-def test_images_are_explained_one_by_one(models):
+def test_relevance_is_computed_per_image(models):
     model = models["tnt"]
     images = images_for(model, 10)
     together = inspection.relevance(model, images, level="words")
@@ -256,7 +256,7 @@ def test_channels_first_images_have_the_same_relevance(models):
 
 
 @pytest.mark.one_backend
-def test_a_classifier_around_a_model_is_explained_too():
+def test_wrapped_model_with_custom_head_is_explained():
     inside = keras_tnt.DeiT(**VIT, include_top=False, pooling="token")
     head = keras.layers.Dense(5, name="mine")
     model = keras.Sequential([keras.Input((16, 24, 3)), inside, head])
@@ -279,7 +279,7 @@ def test_a_classifier_around_a_model_is_explained_too():
         ({"level": "words"}, "has patches alone"),
     ],
 )
-def test_what_cannot_be_explained_is_said_in_a_line(models, arguments, message):
+def test_invalid_arguments_raise_one_line_errors(models, arguments, message):
     model = models["deit"]
     with pytest.raises(ValueError, match=message) as caught:
         inspection.relevance(model, images_for(model), **arguments)
@@ -287,7 +287,7 @@ def test_what_cannot_be_explained_is_said_in_a_line(models, arguments, message):
 
 
 @pytest.mark.one_backend
-def test_models_and_images_that_do_not_fit_are_refused(models):
+def test_unsupported_models_and_images_raise(models):
     images = images_for(models["deit"])
     with pytest.raises(ValueError, match="takes a batch of images"):
         inspection.relevance(models["deit"], images[:, :, :16])

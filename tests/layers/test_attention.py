@@ -1,4 +1,4 @@
-"""The attention layers, and what they leave for inspection."""
+"""Attention layers, and the weights that they record for inspection."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from keras_tnt.layers.attention import HeadMixing, record_attention
 from keras_tnt.layers.base import observing_links
 from tests.checks import assert_close, assert_equal, check_layer, compute, normal
 
-# No norm stands before attention alone, so that large inputs are large logits.
+# No norm precedes attention here, so that large inputs give large logits.
 ALONE = {"half_scale": 3.0}
 
 
@@ -19,7 +19,7 @@ def softmax(x):
 
 
 def attention_by_hand(query, key, value, num_heads):
-    """(tokens, dim) of each: the paper's equation, a head at a time, and the attention itself."""
+    """Returns multi-head attention (tokens, dim) and its weights, one head at a time."""
     heads = [np.split(x, num_heads, axis=-1) for x in (query, key, value)]
     weights = [softmax(q @ k.T / q.shape[-1] ** 0.5) for q, k, _ in zip(*heads, strict=True)]
     result = [w @ v for w, v in zip(weights, heads[2], strict=True)]
@@ -32,7 +32,7 @@ def dense(layer, x):
 
 @pytest.mark.parametrize("shape", [(2, 5, 12), (2, 3, 5, 12)])
 @pytest.mark.parametrize("qkv_bias", [False, True])
-def test_self_attention_meets_what_keras_users_expect(shape, qkv_bias):
+def test_self_attention_is_a_valid_keras_layer(shape, qkv_bias):
     check_layer(
         SelfAttention,
         shape,
@@ -44,7 +44,7 @@ def test_self_attention_meets_what_keras_users_expect(shape, qkv_bias):
     )
 
 
-def test_self_attention_is_the_paper_s_equation():
+def test_self_attention_matches_the_paper():
     layer = SelfAttention(num_heads=3)
     x = 5 * normal((1, 7, 12))
     layer.build(x.shape)
@@ -59,7 +59,7 @@ def test_self_attention_is_the_paper_s_equation():
     assert_close(recorded[layer.path], weights[None], 1e-5)
 
 
-def test_words_attend_within_their_own_patch_alone():
+def test_words_attend_only_within_their_patch():
     layer = SelfAttention(num_heads=3)
     words = normal((2, 4, 5, 12))
     alone = np.stack([ops.convert_to_numpy(layer(words[:, i])) for i in range(4)], axis=1)
@@ -67,7 +67,7 @@ def test_words_attend_within_their_own_patch_alone():
 
 
 @pytest.mark.parametrize("first_tokens", [1, 2])
-def test_the_first_tokens_alone_are_what_they_are_among_all(first_tokens):
+def test_query_tokens_alone_have_the_same_outputs(first_tokens):
     layer = SelfAttention(num_heads=3)
     x = normal((2, 5, 12))
     assert_equal(compute(layer, x, first_tokens=first_tokens), compute(layer, x)[:, :first_tokens])
@@ -77,13 +77,13 @@ def test_the_first_tokens_alone_are_what_they_are_among_all(first_tokens):
 
 
 @pytest.mark.parametrize("class_tokens", [1, 2])
-def test_class_attention_meets_what_keras_users_expect(class_tokens):
+def test_class_attention_is_a_valid_keras_layer(class_tokens):
     check_layer(
         ClassAttention, (2, 5, 12), num_heads=3, class_tokens=class_tokens, qkv_bias=True, **ALONE
     )
 
 
-def test_class_attention_is_the_paper_s_equation():
+def test_class_attention_matches_the_paper():
     layer = ClassAttention(num_heads=3, class_tokens=2)
     x = 5 * normal((1, 7, 12))
     layer.build(x.shape)
@@ -102,7 +102,7 @@ def test_heads_must_divide_the_dimension(layer_class):
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("layer_class", [SelfAttention, ClassAttention])
-def test_softmax_is_float32_under_a_half_precision_policy(layer_class, policy):
+def test_softmax_is_float32_under_mixed_precision(layer_class, policy):
     layer = layer_class(num_heads=2, dtype=policy)
     with record_attention() as recorded:
         layer(normal((2, 300, 8)))
@@ -111,7 +111,7 @@ def test_softmax_is_float32_under_a_half_precision_policy(layer_class, policy):
     np.testing.assert_allclose(attention.sum(axis=-1), 1.0, atol=1e-5)
 
 
-def test_dropout_draws_on_the_attention_and_on_the_result_while_training():
+def test_dropout_applies_to_attention_and_output_in_training():
     x = normal((2, 5, 12))
     for rates in ({"attention_dropout": 0.5}, {"dropout": 0.5}):
         layer = SelfAttention(num_heads=3, **rates)
@@ -120,7 +120,7 @@ def test_dropout_draws_on_the_attention_and_on_the_result_while_training():
         assert_equal(layer(x), layer(x, training=False))
 
 
-def test_nothing_is_recorded_outside_the_context():
+def test_attention_is_recorded_only_inside_the_context():
     layer = SelfAttention(num_heads=2)
     with record_attention() as recorded:
         layer(normal((2, 5, 8)))
@@ -131,23 +131,23 @@ def test_nothing_is_recorded_outside_the_context():
 
 
 @pytest.mark.parametrize("layer_class", [SelfAttention, ClassAttention, TalkingHeadAttention])
-def test_what_a_look_at_the_attention_returns_is_used(layer_class):
+def test_observer_return_value_replaces_the_attention(layer_class):
     layer, x = layer_class(num_heads=2), normal((2, 5, 8))
     with observing_links(lambda _, weights: 0 * weights):
         nothing = ops.convert_to_numpy(layer(x))
     assert not np.any(nothing) and np.any(ops.convert_to_numpy(layer(x)))
 
 
-def test_head_mixing_meets_what_keras_users_expect():
+def test_head_mixing_is_a_valid_keras_layer():
     check_layer(HeadMixing, (2, 3, 4, 5), **ALONE)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 12), (2, 3, 5, 12)])
-def test_talking_head_attention_meets_what_keras_users_expect(shape):
+def test_talking_head_attention_is_a_valid_keras_layer(shape):
     check_layer(TalkingHeadAttention, shape, num_heads=3, qkv_bias=True, **ALONE)
 
 
-def test_talking_heads_are_mixed_before_and_after_the_softmax():
+def test_talking_heads_are_mixed_before_and_after_softmax():
     layer = TalkingHeadAttention(num_heads=3)
     x = normal((1, 5, 12))
     layer.build(x.shape)

@@ -1,4 +1,4 @@
-"""What the layers of this package share."""
+"""Functions and norms that all layers share."""
 
 import math
 
@@ -18,7 +18,7 @@ def test_gelu_is_exact():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_gelu_keeps_the_dtype(dtype):
+def test_gelu_preserves_the_dtype(dtype):
     assert keras.backend.standardize_dtype(gelu(ops.ones((2,), dtype=dtype)).dtype) == dtype
 
 
@@ -31,12 +31,12 @@ def test_gelu_keeps_the_dtype(dtype):
         ("float64", "float64"),
     ],
 )
-def test_half_precision_is_widened_and_nothing_narrowed(dtype, wider):
+def test_at_least_float32_widens_low_precision_only(dtype, wider):
     assert at_least_float32(dtype) == wider
 
 
 @pytest.mark.parametrize(("axis", "shape"), [(-1, (5,)), ((-2, -1), (4, 5))])
-def test_norms_are_their_equation(axis, shape):
+def test_layer_normalization_matches_its_equation(axis, shape):
     layer = LayerNormalization(axis=axis, epsilon=1e-3)
     x = normal((2, 3, 4, 5)) + 2
     layer.build(x.shape)

@@ -1,4 +1,4 @@
-"""The blocks, and the parts that they are made of."""
+"""Transformer blocks and their sublayers."""
 
 import inspect
 
@@ -23,16 +23,16 @@ RANDOM = {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth": 0.1}
 TOKENS, WORDS = (2, 5, 16), (2, 4, 9, 6)
 
 
-def test_mlp_meets_what_keras_users_expect():
+def test_mlp_is_a_valid_keras_layer():
     layer = check_layer(MLP, (2, 3, 5, 8), ratio=2.5, dropout=0.1)
     assert layer.fc1.kernel.shape == (8, 20)
 
 
-def test_squeeze_excite_meets_what_keras_users_expect():
+def test_squeeze_excite_is_a_valid_keras_layer():
     check_layer(SqueezeExcite, (2, 5, 16), reduction=2, epsilon=1e-6)
 
 
-def test_squeeze_excite_is_the_authors_equation():
+def test_squeeze_excite_matches_the_authors_equation():
     layer = SqueezeExcite()
     x = normal((3, 5, 16))
     layer.build(x.shape)
@@ -52,16 +52,16 @@ def test_squeeze_excite_is_the_authors_equation():
         (WORDS, {"sample_axes": 2}),
     ],
 )
-def test_transformer_block_meets_what_keras_users_expect(shape, config):
+def test_transformer_block_is_a_valid_keras_layer(shape, config):
     check_layer(TransformerBlock, shape, num_heads=2, **config, **RANDOM)
 
 
-def test_talking_head_block_meets_what_keras_users_expect():
+def test_talking_head_block_is_a_valid_keras_layer():
     check_layer(TalkingHeadBlock, TOKENS, num_heads=2, layer_scale=0.1, **RANDOM)
 
 
 @pytest.mark.parametrize("squeeze_excite", [False, True])
-def test_the_first_tokens_alone_are_what_they_are_among_all(squeeze_excite):
+def test_query_tokens_alone_have_the_same_outputs(squeeze_excite):
     layer = TransformerBlock(num_heads=2, squeeze_excite=squeeze_excite, layer_scale=0.5)
     x = normal(TOKENS)
     assert_equal(compute(layer, x, first_tokens=2), compute(layer, x)[:, :2])
@@ -75,12 +75,12 @@ def test_the_first_tokens_alone_are_what_they_are_among_all(squeeze_excite):
         {"layer_scale": 0.1, "mlp_ratio": 2.0, "epsilon": 1e-6},
     ],
 )
-def test_tnt_block_meets_what_keras_users_expect(config):
+def test_tnt_block_is_a_valid_keras_layer(config):
     check_layer(TNTBlock, TOKENS, WORDS, outer_heads=4, inner_heads=2, **config, **RANDOM)
 
 
 @pytest.mark.parametrize("prefix_tokens", [0, 1, 2])
-def test_tnt_block_adds_words_to_their_patches_and_leaves_prefix_tokens_alone(prefix_tokens):
+def test_tnt_block_adds_words_to_patches_not_to_prefix_tokens(prefix_tokens):
     block = TNTBlock(outer_heads=2, inner_heads=2)
     tokens, words = normal((2, prefix_tokens + 4, 16)), normal(WORDS)
     block.build(tokens.shape, words.shape)
@@ -91,7 +91,7 @@ def test_tnt_block_adds_words_to_their_patches_and_leaves_prefix_tokens_alone(pr
     assert_close(added[:, prefix_tokens:], inner, 1e-5)
 
 
-def test_tnt_block_computes_the_first_tokens_exactly_and_all_words():
+def test_tnt_block_with_query_tokens_returns_all_words():
     block = TNTBlock(outer_heads=4, inner_heads=2)
     tokens, words = normal(TOKENS), normal(WORDS)
     first, first_words = compute(block, tokens, words, first_tokens=1)
@@ -101,7 +101,7 @@ def test_tnt_block_computes_the_first_tokens_exactly_and_all_words():
 
 
 @pytest.mark.parametrize("class_tokens", [1, 2])
-def test_class_attention_block_meets_what_keras_users_expect(class_tokens):
+def test_class_attention_block_is_a_valid_keras_layer(class_tokens):
     check_layer(
         ClassAttentionBlock,
         TOKENS,
@@ -113,7 +113,7 @@ def test_class_attention_block_meets_what_keras_users_expect(class_tokens):
 
 
 @pytest.mark.parametrize("class_tokens", [1, 2])
-def test_class_attention_block_renews_class_tokens_and_no_patch(class_tokens):
+def test_class_attention_block_updates_only_class_tokens(class_tokens):
     x = normal(TOKENS)
     output = compute(ClassAttentionBlock(num_heads=2, class_tokens=class_tokens), x)
     assert np.array_equal(output[:, class_tokens:], x[:, class_tokens:])
@@ -121,12 +121,12 @@ def test_class_attention_block_renews_class_tokens_and_no_patch(class_tokens):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_each_branch_of_a_sample_is_kept_or_dropped_while_training(training):
+def test_stochastic_depth_drops_branches_per_sample(training):
     block = TransformerBlock(num_heads=2, stochastic_depth=0.5)
     x = np.repeat(normal((1, 5, 16)), 64, axis=0)
     outputs = ops.convert_to_numpy(block(x, training=training))
     distinct = len(np.unique(outputs[:, 0, 0].round(5)))
-    assert distinct == (4 if training else 1)  # attention and MLP, each in or out
+    assert distinct == (4 if training else 1)  # each of attention and MLP is kept or dropped
 
 
 LAYERS = [value for value in vars(layers).values() if inspect.isclass(value)]
@@ -134,7 +134,7 @@ LAYERS = [value for value in vars(layers).values() if inspect.isclass(value)]
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("layer_class", LAYERS, ids=lambda layer_class: layer_class.__name__)
-def test_a_misspelt_argument_fails_when_the_layer_is_made(layer_class):
+def test_misspelled_argument_raises_in_the_constructor(layer_class):
     of_any_layer = inspect.signature(keras.layers.Layer).parameters
     signature = inspect.signature(layer_class).parameters
     own = {name: p for name, p in signature.items() if name not in of_any_layer}
@@ -147,12 +147,12 @@ def test_a_misspelt_argument_fails_when_the_layer_is_made(layer_class):
 
 
 @pytest.mark.parametrize("block", [TransformerBlock, TalkingHeadBlock, ClassAttentionBlock])
-def test_the_hidden_dimension_is_four_times_the_inputs_by_default(block):
+def test_mlp_ratio_defaults_to_four(block):
     made = block(2)
     made.build(TOKENS)
     assert made.mlp.fc1.units == 64
 
 
 @pytest.mark.parametrize("block", [TNTBlock, PyramidTNTBlock])
-def test_so_it_is_of_the_blocks_of_two_transformers(block):
+def test_mlp_ratio_of_nested_blocks_defaults_to_four(block):
     assert block(2, 2).mlp_ratio == 4

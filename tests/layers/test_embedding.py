@@ -1,4 +1,4 @@
-"""From images to tokens: the stems, the class token, and positions and their resampling."""
+"""Embedding layers: stems, class token, and positions with their resampling."""
 
 import keras
 import numpy as np
@@ -20,7 +20,7 @@ from tests import golden
 from tests.checks import assert_close, assert_equal, check_layer, compute, normal
 
 STEMS = [WordEmbedding, LegacyWordEmbedding]
-# (patch size, word size, (height, width), channels): the papers', and what else fits.
+# (patch size, inner stride, (height, width), channels): the papers' and other valid ones.
 SIZES = [
     (16, 4, (32, 48), 3),
     (16, 8, (32, 16), 3),
@@ -33,21 +33,21 @@ SIZES = [
 
 
 def convolution(layer, images):
-    """The stem's convolution by Keras: 7x7, zero-padded by 3 on each side."""
+    """Returns the stem's 7x7 convolution, zero-padded by 3, computed by Keras."""
     images = np.pad(images, [[0, 0], [3, 3], [3, 3], [0, 0]])
     result = ops.conv(images, layer.kernel, layer.stride, "valid", data_format="channels_last")
     return ops.convert_to_numpy(result + layer.bias)
 
 
 def unfold(x, side):
-    """(batch, height, width, dim) in squares: (batch, squares, side * side, dim), row by row."""
+    """Splits (batch, height, width, dim) into (batch, squares, side * side, dim), row-major."""
     batch, height, width, dim = x.shape
     x = x.reshape((batch, height // side, side, width // side, side, dim))
     return x.transpose((0, 1, 3, 2, 4, 5)).reshape((batch, -1, side * side, dim))
 
 
 def given(stem, patch_size, stride, size, channels):
-    """A stem with weights and bias of some size, and images for it."""
+    """Returns a stem with random weights, and images for it."""
     layer = stem(6, patch_size, stride)
     images = normal((2, *size, channels))
     layer.build(images.shape)
@@ -56,7 +56,7 @@ def given(stem, patch_size, stride, size, channels):
 
 
 @pytest.mark.parametrize(("patch_size", "stride", "size", "channels"), SIZES)
-def test_words_are_a_padded_convolution_on_each_patch_by_itself(patch_size, stride, size, channels):
+def test_word_embedding_is_a_padded_convolution_per_patch(patch_size, stride, size, channels):
     layer, images = given(WordEmbedding, patch_size, stride, size, channels)
     patches = unfold(images, patch_size).reshape((-1, patch_size, patch_size, channels))
     expected = convolution(layer, patches)
@@ -65,7 +65,7 @@ def test_words_are_a_padded_convolution_on_each_patch_by_itself(patch_size, stri
 
 
 @pytest.mark.parametrize(("patch_size", "stride", "size", "channels"), SIZES)
-def test_legacy_words_are_a_padded_convolution_on_the_whole_image(
+def test_legacy_word_embedding_is_a_padded_convolution_of_the_image(
     patch_size, stride, size, channels
 ):
     layer, images = given(LegacyWordEmbedding, patch_size, stride, size, channels)
@@ -74,21 +74,21 @@ def test_legacy_words_are_a_padded_convolution_on_the_whole_image(
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_stems_meet_what_keras_users_expect(stem):
+def test_stems_are_valid_keras_layers(stem):
     check_layer(stem, (2, 16, 24, 3), dim=5, patch_size=8, stride=4)
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_a_word_must_divide_a_patch(stem):
+def test_stride_must_divide_the_patch_size(stem):
     with pytest.raises(ValueError, match="must divide.*inner_stride=3, patch_size=16"):
         stem(8, patch_size=16, stride=3)
 
 
-def test_patch_embedding_meets_what_keras_users_expect():
+def test_patch_embedding_is_a_valid_keras_layer():
     check_layer(PatchEmbedding, (2, 16, 24, 3), dim=5, patch_size=8)
 
 
-def test_patch_embedding_is_a_convolution_with_stride_of_its_size():
+def test_patch_embedding_is_a_strided_convolution():
     layer = PatchEmbedding(8, 5)
     images = normal((2, 16, 24, 3))
     layer.build(images.shape)
@@ -99,7 +99,7 @@ def test_patch_embedding_is_a_convolution_with_stride_of_its_size():
 
 
 @pytest.mark.parametrize("layer_class", [*STEMS, PatchEmbedding])
-def test_channels_first_images_give_what_channels_last_ones_do(layer_class):
+def test_channels_first_images_have_the_same_embedding(layer_class):
     images = normal((2, 16, 24, 3))
     last = layer_class(dim=5, patch_size=8)
     expected = last(images)
@@ -120,11 +120,11 @@ def test_channels_first_images_give_what_channels_last_ones_do(layer_class):
         (LegacyWordsToPatches, {}),
     ],
 )
-def test_words_to_patches_meets_what_keras_users_expect(layer_class, config):
+def test_words_to_patches_is_a_valid_keras_layer(layer_class, config):
     check_layer(layer_class, (2, 3, 4, 6), dim=10, **config)
 
 
-def test_words_lie_side_by_side_in_a_patch_channel_minor():
+def test_words_of_a_patch_are_concatenated_channel_minor():
     layer = LegacyWordsToPatches(dim=24)
     words = normal((2, 3, 4, 6))
     layer.build(words.shape)
@@ -134,7 +134,7 @@ def test_words_lie_side_by_side_in_a_patch_channel_minor():
 
 
 @pytest.mark.parametrize("layer_class", [WordsToPatches, LegacyWordsToPatches])
-def test_a_word_of_no_weight_is_left_out_of_its_patch(layer_class):
+def test_word_with_zero_weight_is_excluded_from_its_patch(layer_class):
     layer, words = layer_class(dim=10), normal((2, 3, 4, 6))
     plain = ops.convert_to_numpy(layer(words))
     seen = []
@@ -153,7 +153,7 @@ def test_a_word_of_no_weight_is_left_out_of_its_patch(layer_class):
     assert np.any(plain != without)
 
 
-def test_class_token_meets_what_keras_users_expect():
+def test_class_token_is_a_valid_keras_layer():
     layer = check_layer(ClassToken, (2, 5, 8))
     x = normal((2, 5, 8))
     output = ops.convert_to_numpy(layer(x))
@@ -169,7 +169,7 @@ def test_class_token_meets_what_keras_users_expect():
         ((2, 3, 4, 8), {"grid": (2, 2)}),
     ],
 )
-def test_position_embedding_meets_what_keras_users_expect(shape, config):
+def test_position_embedding_is_a_valid_keras_layer(shape, config):
     check_layer(PositionEmbedding, shape, **config)
 
 
@@ -182,28 +182,26 @@ def test_position_embedding_meets_what_keras_users_expect(shape, config):
         ("pos_8x8_prefix2", "to_3x3", (8, 8), (3, 3), 2),
     ],
 )
-def test_positions_are_resampled_as_the_reference_does(
-    source, target, grid, new_grid, prefix_tokens
-):
+def test_positions_are_resampled_as_in_the_reference(source, target, grid, new_grid, prefix_tokens):
     arrays, _ = golden.read("position_resample")
     resampled = resample_positions(arrays[source][0], grid, new_grid, prefix_tokens)
     assert_close(resampled, arrays[target][0], 1e-4)
     assert np.array_equal(resampled[:prefix_tokens], arrays[source][0, :prefix_tokens])
 
 
-def test_resampling_keeps_a_constant_and_the_same_grid():
+def test_resampling_preserves_constants_and_an_equal_grid():
     table = normal((12, 8))
     assert resample_positions(table, (3, 4), (3, 4)) is table
     constant = np.full((12, 8), 0.25, "float32")
     np.testing.assert_allclose(resample_positions(constant, (3, 4), (7, 2)), 0.25, rtol=1e-6)
 
 
-def test_a_table_that_is_not_of_its_grid_is_refused():
+def test_position_table_that_does_not_match_its_grid_raises():
     with pytest.raises(ValueError, match="12 positions does not fit a grid of 3x3 with 2 prefix"):
         resample_positions(normal((12, 8)), (3, 3), (4, 4), 2)
 
 
-def test_only_one_table_of_a_square_grid_can_be_resampled():
+def test_only_a_single_table_of_a_square_grid_can_be_resampled():
     layer = PositionEmbedding((2, 3), prefix_tokens=1)
     layer.build((None, 7, 8))
     assert layer.can_resample((10, 8)) and layer.can_resample((1, 10, 8))
@@ -212,7 +210,7 @@ def test_only_one_table_of_a_square_grid_can_be_resampled():
 
 
 @pytest.mark.parametrize(("new_grid", "new_tokens"), [((4, 2), 9), ((3, 5), 16)])
-def test_position_embedding_resamples_what_another_grid_saved(new_grid, new_tokens, tmp_path):
+def test_position_embedding_resamples_weights_of_another_grid(new_grid, new_tokens, tmp_path):
     def model(grid, tokens):
         inputs = keras.Input((tokens, 8))
         outputs = PositionEmbedding(grid, prefix_tokens=1, name="position")(inputs)

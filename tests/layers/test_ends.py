@@ -1,4 +1,4 @@
-"""Where a model begins and ends, against numbers worked out by hand."""
+"""Input normalization and token selection, compared with values computed by hand."""
 
 import numpy as np
 import pytest
@@ -23,25 +23,25 @@ MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.25, 1.0)
         (3, (0.5,) * 3, STD, [2 / 255, 4 / 255, 1 / 255], [-1, -2, -0.5]),
         (3, (0.5,) * 3, (0.5,) * 3, [2 / 255], [-1]),
         (3, (1.0, 0.5, 0.5), (1.0, 0.5, 0.5), [1 / 255, 2 / 255, 2 / 255], [-1, -1, -1]),
-        (1, MEAN, STD, [12 / 7 / 255], [-0.5]),  # averages: 7/24 and 7/12
+        (1, MEAN, STD, [12 / 7 / 255], [-0.5]),  # channel means 7/24 and 7/12
         (4, MEAN, STD, [12 / 7 / 255], [-0.5]),
         (2, (0.5, 0.25), (0.5, 0.5), [2 / 255, 2 / 255], [-1, -0.5]),
     ],
 )
-def test_pixels_are_scaled_and_shifted(channels, mean, std, scale, offset):
+def test_scale_and_offset_of_pixels(channels, mean, std, scale, offset):
     found = scale_and_offset(mean, std, channels)
     for values, expected in zip(found, (scale, offset), strict=True):
         assert values.dtype == "float64" and values.shape == (len(expected),)
         np.testing.assert_allclose(values, expected, rtol=1e-14)
 
 
-def test_values_of_channels_lie_along_their_axis():
+def test_channel_values_broadcast_along_the_channel_axis():
     assert along_channels(np.arange(3), "channels_last").shape == (3,)
     assert along_channels(np.arange(3), "channels_first").shape == (3, 1, 1)
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_images_are_normalised_channel_by_channel(data_format):
+def test_images_are_normalized_per_channel(data_format):
     shape = (2, 4, 5, 3) if data_format == "channels_last" else (2, 3, 4, 5)
     arguments = {"family": "tnt", "mean": MEAN, "std": STD, "data_format": data_format}
     layer = check_layer(ImageNormalization, shape, **arguments)

@@ -1,4 +1,4 @@
-"""What is computed in C++ is the same, and stands in only where it may."""
+"""C++ kernels of the blocks match the layers in `keras.ops`, and run only where supported."""
 
 import keras
 import numpy as np
@@ -16,11 +16,11 @@ from tests.test_tnt import tiny as tiny_tnt
 
 
 def block_and_words(shape, **options):
-    """A block with words or tokens to transform, and what it makes of them without the C++."""
+    """Returns a block, its input (words or tokens), and its output in `keras.ops`."""
     block = TransformerBlock(num_heads=2, sample_axes=len(shape) - 2, **options)
     words = normal(shape)
     block.build(words.shape)
-    # Of scores twice as large XLA's and TensorFlow's own rounding is more than 1e-6.
+    # With twice as large scores, rounding in XLA and TensorFlow alone exceeds 1e-6.
     size = (1.0 if BACKEND == "torch" else 0.5) * min(1.0, (12 / shape[-1]) ** 0.5)
     weights = enumerate(block.get_weights())
     block.set_weights([size * normal(weight.shape, seed=i) for i, weight in weights])
@@ -37,7 +37,7 @@ def block_and_words(shape, **options):
         ((5, 9, 16, 4), {"mlp_ratio": 3}),
     ],
 )
-def test_the_inner_transformer_in_cpp_is_the_inner_transformer(shape, options, monkeypatch):
+def test_inner_transformer_kernel_matches_the_block(shape, options, monkeypatch):
     block, words, expected = block_and_words(shape, **options)
     monkeypatch.setattr(block, "transform", None)
     with inference_on("cpu"):
@@ -58,7 +58,7 @@ def test_the_inner_transformer_in_cpp_is_the_inner_transformer(shape, options, m
     ],
 )
 @pytest.mark.one_backend
-def test_all_else_is_left_to_the_block(device, training, options, words, monkeypatch):
+def test_unsupported_blocks_do_not_use_the_kernel(device, training, options, words, monkeypatch):
     block, given = left_alone(options, (1, 3, words, 8), monkeypatch)
     with inference_on(device):
         block(given, training=training)
@@ -74,14 +74,17 @@ def test_all_else_is_left_to_the_block(device, training, options, words, monkeyp
     ],
 )
 @pytest.mark.one_backend
-def test_tokens_are_left_to_the_block_unless_all_learn(training, arguments, monkeypatch):
+def test_outer_kernel_is_used_only_in_training_of_all_tokens(training, arguments, monkeypatch):
     block, given = left_alone({}, (1, 5, 8), monkeypatch)
     block(given, **arguments, training=training)
     assert block.called == [training]
 
 
 def left_alone(options, shape, monkeypatch):
-    """A block that says how it was called, and words or tokens; whoever asks for C++ fails."""
+    """Returns a block that records calls of `transform` in `called`, and an input.
+
+    The test fails if a native operator is requested.
+    """
     monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
     block = TransformerBlock(num_heads=2, **options)
     block.build(shape)
@@ -100,7 +103,7 @@ def left_alone(options, shape, monkeypatch):
     ],
 )
 @pytest.mark.one_backend
-def test_norms_and_samples_of_another_kind_are_left_to_the_block(options, shape, monkeypatch):
+def test_other_norm_axes_and_sample_axes_do_not_use_the_kernel(options, shape, monkeypatch):
     block, given = left_alone(options, shape, monkeypatch)
     block(given, training=True)
     assert block.called == [True]
@@ -108,7 +111,7 @@ def test_norms_and_samples_of_another_kind_are_left_to_the_block(options, shape,
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the others ask for dtypes themselves")
 @pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 16, 8)])
-def test_other_numbers_than_float32_are_left_to_the_block(shape):
+def test_other_dtypes_than_float32_do_not_use_the_kernel(shape):
     import torch
 
     block, given, _ = block_and_words(shape)
@@ -122,7 +125,7 @@ def test_other_numbers_than_float32_are_left_to_the_block(shape):
 
 
 @pytest.mark.one_backend
-def test_a_quantized_block_and_one_that_is_looked_into_compute_themselves(monkeypatch):
+def test_quantized_or_observed_block_does_not_use_the_kernel(monkeypatch):
     block, words = left_alone({}, (1, 3, 16, 8), monkeypatch)
     with record_attention():
         block(words)
@@ -131,7 +134,7 @@ def test_a_quantized_block_and_one_that_is_looked_into_compute_themselves(monkey
     assert block.called == [False, False]
 
 
-def test_what_lora_adds_is_computed_too():
+def test_lora_update_is_included():
     block, words, before = block_and_words((2, 3, 16, 8))
     block.attention.qkv.enable_lora(2)
     block.attention.qkv.lora_kernel_b.assign(normal((2, 24)))
@@ -140,23 +143,23 @@ def test_what_lora_adds_is_computed_too():
     assert np.max(np.abs(expected - before)) > 1e-3
 
 
-def test_of_an_unknown_release_the_block_computes_itself(monkeypatch):
+def test_untested_backend_version_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setitem(runtimes.SEEN, keras.backend.backend(), ("0.0",))
     runtimes._operator.cache_clear()
     block, words, expected = block_and_words((1, 2, 16, 10))
     with inference_on("cpu"):
         with pytest.warns(UserWarning, match="not among the releases.*0.0"):
             result = block(words)
-        again = block(words)  # and warns no more
+        again = block(words)  # does not warn again
     runtimes._operator.cache_clear()
     assert_equal([result, again], [expected, expected])
 
 
-# === Learning ===
+# === Training ===
 
 
 class Learned(keras.layers.Layer):
-    """A layer and the words or tokens it is called with while it trains, a weight too."""
+    """A layer with its input as a trainable weight, called in training mode."""
 
     def __init__(self, layer, words):
         super().__init__()
@@ -169,7 +172,7 @@ class Learned(keras.layers.Layer):
         return self.layer(self.words + 0.0, training=True)
 
     def gradients(self):
-        """The result, and the gradients by words and weights."""
+        """Returns the output, and the gradients w.r.t. input and weights."""
         restart_seeds(self.layer)
         result = ops.convert_to_numpy(self.call())
         restart_seeds(self.layer)
@@ -191,13 +194,13 @@ def restart_seeds(layer):
         ((5, 29, 16, 4), {"mlp_ratio": 3, "norm_axis": (-2, -1), "stochastic_depth": 0.4}),
         ((2, 5, 8), {"qkv_bias": True, "layer_scale": 0.5}),
         ((1, 1, 6), {}),
-        ((3, 17, 20), {"mlp_ratio": 2.5}),  # of no panel's or tile's size
+        ((3, 17, 20), {"mlp_ratio": 2.5}),  # not a multiple of any panel or tile size
         ((6, 9, 8), {"qkv_bias": True, "stochastic_depth": 0.5}),
-        ((2, 250, 12), {"layer_scale": 0.5}),  # more tokens than are computed at once,
+        ((2, 250, 12), {"layer_scale": 0.5}),  # more tokens than one pass computes
         ((2, 9, 128), {"qkv_bias": True, "stochastic_depth": 0.3}),  # and more channels
     ],
 )
-def test_the_cpp_learns_what_the_block_learns(shape, options, monkeypatch):
+def test_training_kernel_matches_the_block(shape, options, monkeypatch):
     block, words, _ = block_and_words(shape, **options)
     check_learned(Learned(block, words), "transform", monkeypatch)
 
@@ -207,10 +210,10 @@ def test_the_cpp_learns_what_the_block_learns(shape, options, monkeypatch):
     [
         ((3, 5, 16, 4), 20, True),
         ((1, 1, 9, 3), 7, False),
-        ((2, 230, 4, 6), 33, True),  # more patches than are computed at once
+        ((2, 230, 4, 6), 33, True),  # more patches than one pass computes
     ],
 )
-def test_the_cpp_learns_how_words_become_patches(shape, dim, use_bias, monkeypatch):
+def test_words_to_patches_training_kernel_matches_the_layer(shape, dim, use_bias, monkeypatch):
     layer = words_to_patches(shape, dim, use_bias=use_bias)
     check_learned(Learned(layer, normal(shape)), "weigh", monkeypatch)
 
@@ -224,7 +227,10 @@ def words_to_patches(shape, dim, **options):
 
 
 def check_learned(learned, plain_part, monkeypatch):
-    """A layer learns in C++, without a part that it would call, what it learns without C++."""
+    """Checks that the kernel's output and gradients match the layer's and are deterministic.
+
+    `plain_part` is a method that the kernel replaces: calling it is an error.
+    """
     with monkeypatch.context() as without:
         without.setattr(fused, "runs_here", lambda *_: False)
         expected = learned.gradients()
@@ -242,7 +248,7 @@ def check_learned(learned, plain_part, monkeypatch):
     [(False, {}), (True, {"dtype": "mixed_bfloat16"}), (True, {"dtype": "float64"})],
 )
 @pytest.mark.one_backend
-def test_words_become_patches_without_it_elsewhere(training, options, monkeypatch):
+def test_words_to_patches_does_not_use_an_unsupported_kernel(training, options, monkeypatch):
     monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
     layer = words_to_patches((1, 3, 16, 4), 8, **options)
     assert layer(ops.ones((1, 3, 16, 4)), training=training).shape == (1, 3, 8)
@@ -258,11 +264,11 @@ def tiny(family, **arguments):
     return tiny_of(family, (32, 32), **arguments)
 
 
-# One step of PyramidTNT, for its stem has ReLUs: in a second one, rounding of the first decides on
-# which side of zero some of its values lie.
+# PyramidTNT trains for one step: its stem has ReLUs, and in a second step rounding errors of the
+# first decide on the sign of some inputs.
 @pytest.mark.slow
 @pytest.mark.parametrize("family, batch_size", [("tnt", 4), ("deit", 4), ("pyramid_tnt", 7)])
-def test_a_model_fits_alike_with_the_cpp_and_without(family, batch_size, monkeypatch):
+def test_fit_is_the_same_with_and_without_kernels(family, batch_size, monkeypatch):
     model = tiny(family, stochastic_depth=0.2)
     start, used = model.get_weights(), []
     sizes_of = fused.sizes_of
@@ -285,7 +291,7 @@ def test_a_model_fits_alike_with_the_cpp_and_without(family, batch_size, monkeyp
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-5)
 
 
-# === Derivatives of derivatives, and what is exported ===
+# === Second derivatives, and exports ===
 
 
 @pytest.fixture(
@@ -297,7 +303,7 @@ def test_a_model_fits_alike_with_the_cpp_and_without(family, batch_size, monkeyp
     ids=["words", "tokens", "patches"],
 )
 def operation(request):
-    """A function of words or tokens through the operator, the same without it, and them."""
+    """Returns (function of the native operator, the same in `keras.ops`, input)."""
     shape, sizes = request.param
     if sizes.part == "patches":
         shapes = native.PatchWeights((12,), (12,), (12, 6), (6,), (6,), (6,))
@@ -339,7 +345,7 @@ def gradient_of_gradient(function, words):
 
 
 @pytest.mark.slow
-def test_the_gradient_has_a_gradient(operation):
+def test_second_derivative_matches_the_reference(operation):
     in_cpp, in_plain, words = operation
     found, expected = (gradient_of_gradient(function, words) for function in (in_cpp, in_plain))
     assert_close_relatively(found, expected)
@@ -350,9 +356,9 @@ def assert_close_relatively(found, expected):
     assert np.max(np.abs(found - expected)) <= 1e-5 * np.max(np.abs(expected))
 
 
-@pytest.mark.slow  # Without jit, JAX compiles each operation by itself: about a minute.
+@pytest.mark.slow  # JAX without jit compiles each operation separately, about a minute.
 @pytest.mark.skipif(BACKEND != "jax", reason="these transformations are JAX's")
-def test_jax_transforms_it(operation):
+def test_jax_transformations_match_the_reference(operation):
     import jax
 
     in_cpp, in_plain, words = operation
@@ -369,7 +375,7 @@ def test_jax_transforms_it(operation):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="of the backends torch alone tells how many threads")
-def test_tokens_give_the_same_numbers_on_any_number_of_threads():
+def test_outer_kernel_is_deterministic_for_any_number_of_threads():
     import torch
 
     block, tokens, _ = block_and_words((5, 30, 40), stochastic_depth=0.3)
@@ -390,7 +396,7 @@ SHAPES = pytest.mark.parametrize("shape", [(2, 3, 16, 8), (2, 7, 8)])
 
 @pytest.mark.skipif(BACKEND != "torch", reason="these transformations are torch's")
 @SHAPES
-def test_torch_transforms_the_block_itself(shape):
+def test_torch_function_transforms_use_the_block(shape):
     import torch
 
     block, words, _ = block_and_words(shape)
@@ -407,7 +413,7 @@ def test_torch_transforms_the_block_itself(shape):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="these transformations are torch's")
 @SHAPES
-def test_torch_differentiates_a_block_that_is_applied_twice(shape, monkeypatch):
+def test_torch_differentiates_a_block_applied_twice(shape, monkeypatch):
     import torch
 
     block, words, _ = block_and_words(shape)
@@ -432,7 +438,7 @@ def test_torch_differentiates_a_block_that_is_applied_twice(shape, monkeypatch):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch's own check")
 @SHAPES
-def test_torch_may_compile_what_learns(shape):
+def test_training_operators_pass_torch_opcheck(shape):
     import torch
 
     from keras_tnt.native import torch_operator
@@ -452,7 +458,7 @@ def test_torch_may_compile_what_learns(shape):
     torch.library.opcheck(torch_operator.run, arguments)
 
 
-def test_what_leaves_the_process_has_no_operator_of_ours():
+def test_exported_programs_do_not_contain_native_operators():
     model = tiny("tnt")
     images = ops.ones((2, 32, 32, 3))
     if BACKEND == "tensorflow":

@@ -1,4 +1,4 @@
-"""What C++ multiplies in bfloat16 is rounded where it is said to be, and nowhere else."""
+"""The bfloat16 kernels round operands where documented, and nothing else."""
 
 import math
 
@@ -39,7 +39,7 @@ def projected(x, dense, scale=1.0):
 
 
 def transformed(block, x, axes):
-    """What the C++ makes of words or tokens, in NumPy."""
+    """Returns the expected output of the bfloat16 kernel for words or tokens, in NumPy."""
     scales = (1.0, 1.0)
     if block.layer_scale is not None:
         scales = [ops.convert_to_numpy(y.gamma) for y in (block.scale_attention, block.scale_mlp)]
@@ -71,7 +71,7 @@ def block_and_input(shape, heads, **options):
 
 
 def check(found, expected):
-    # A sum's rounding in float32 may turn one that is rounded to bfloat16 after it.
+    # Rounding errors of a float32 sum may change how it is rounded to bfloat16 afterwards.
     difference = np.abs(ops.convert_to_numpy(found) - expected) / np.ptp(expected)
     assert difference.max() < 2e-3
     assert difference.mean() < 1e-4
@@ -87,11 +87,11 @@ def check(found, expected):
         ((4, 50, 40), 2, {"qkv_bias": True, "layer_scale": 0.5}),
         ((1, 300, 16), 2, {"epsilon": 1e-3}),
         ((17, 15, 68), 2, {"mlp_ratio": 2.5}),
-        ((1, 37, 8), 2, {}),  # eight rows and more behind the last whole tile
+        ((1, 37, 8), 2, {}),  # remainder of eight rows or more after the last full tile
         ((3, 13, 8), 2, {}),
     ],
 )
-def test_tokens_are_rounded_where_they_are_multiplied(shape, heads, options, monkeypatch):
+def test_outer_bf16_kernel_rounds_matmul_operands(shape, heads, options, monkeypatch):
     block, tokens = block_and_input(shape, heads, **options)
     expected = transformed(block, tokens.astype("float64"), -1)
     monkeypatch.setattr(block, "transform", None)
@@ -109,7 +109,7 @@ def test_tokens_are_rounded_where_they_are_multiplied(shape, heads, options, mon
         ((1, 2, 32, 12), 3, {"norm_axis": (-2, -1), "mlp_ratio": 2.5}),
     ],
 )
-def test_words_are_rounded_where_they_are_multiplied(shape, heads, options, monkeypatch):
+def test_inner_bf16_kernel_rounds_matmul_operands(shape, heads, options, monkeypatch):
     block, words = block_and_input(shape, heads, **options)
     axes = options.get("norm_axis", -1)
     expected = transformed(block, words.astype("float64"), axes)
@@ -120,7 +120,7 @@ def test_words_are_rounded_where_they_are_multiplied(shape, heads, options, monk
 
 @has_pairs
 @pytest.mark.parametrize("shape, dim", [((2, 3, 16, 4), 6), ((1, 130, 9, 2), 50)])
-def test_words_become_patches(shape, dim, monkeypatch):
+def test_words_to_patches_bf16_kernel_rounds_matmul_operands(shape, dim, monkeypatch):
     layer = WordsToPatches(dim)
     layer.build(shape)
     weights = enumerate(layer.get_weights())
@@ -138,15 +138,17 @@ def test_words_become_patches(shape, dim, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "heads", "options", "arguments"),
     [
-        ((1, 5, 6), 2, {}, {}),  # three numbers in a head
-        ((1, 3, 16, 8), 2, {"mlp_ratio": 0.625}, {}),  # five of the MLP
+        ((1, 5, 6), 2, {}, {}),  # head dimension 3
+        ((1, 3, 16, 8), 2, {"mlp_ratio": 0.625}, {}),  # hidden dimension 5
         ((1, 5, 8), 2, {}, {"training": True}),
         ((1, 5, 8), 2, {}, {"first_tokens": 1}),
         ((1, 5, 8), 2, {"squeeze_excite": True}, {}),
     ],
 )
 @pytest.mark.one_backend
-def test_all_else_is_left_to_the_block(shape, heads, options, arguments, monkeypatch):
+def test_unsupported_blocks_do_not_use_the_bf16_kernel(
+    shape, heads, options, arguments, monkeypatch
+):
     monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
     block, x = block_and_input(shape, heads, **options)
     block(x, **arguments)
@@ -154,7 +156,7 @@ def test_all_else_is_left_to_the_block(shape, heads, options, arguments, monkeyp
 
 @pytest.mark.parametrize("features", [{"avx512_bf16", "amx_bf16"}, {"bf16"}, set()])
 @pytest.mark.one_backend
-def test_other_processors_leave_it_to_the_backend(features, monkeypatch):
+def test_processors_without_pairs_do_not_use_the_bf16_kernel(features, monkeypatch):
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
     monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
     block, x = block_and_input((1, 5, 8), 2)
@@ -163,7 +165,7 @@ def test_other_processors_leave_it_to_the_backend(features, monkeypatch):
 
 @pytest.mark.parametrize("compiler", ["c++ -mno-avx512bf16", "no-such-compiler"])
 @pytest.mark.one_backend
-def test_a_compiler_without_the_instructions_leaves_it_to_the_backend(compiler, monkeypatch):
+def test_compiler_without_avx512_bf16_does_not_use_the_kernel(compiler, monkeypatch):
     monkeypatch.setattr(processor, "features", lambda: frozenset({"avx512_bf16"}))
     monkeypatch.setattr(runtimes, "operator", lambda *_: pytest.fail("C++ was asked for"))
     monkeypatch.setenv("CXX", compiler)
@@ -173,7 +175,7 @@ def test_a_compiler_without_the_instructions_leaves_it_to_the_backend(compiler, 
 
 @pytest.mark.parametrize("features", [{"avx512_bf16"}, {"bf16"}])
 @pytest.mark.one_backend
-def test_words_are_rounded_where_there_is_cpp_for_it(features, monkeypatch):
+def test_word_layers_are_bfloat16_only_with_a_kernel(features, monkeypatch):
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
     monkeypatch.setattr(native, "defined", lambda *_: "#define __AVX512BF16__ 1")
     in_cpp = features == {"avx512_bf16"}
@@ -207,7 +209,7 @@ def operation(request):
 
 
 @has_pairs
-def test_the_gradient_is_that_of_float32(operation):
+def test_gradient_of_bf16_operator_is_float32(operation):
     sizes, x, weights = operation
     weights = [ops.convert_to_tensor(weight) for weight in weights]
     operator = runtimes.operator(BACKEND, sizes)
@@ -237,7 +239,7 @@ def gradient(function, x):
 
 @has_pairs
 @pytest.mark.skipif(BACKEND != "torch", reason="the check is torch's")
-def test_it_is_an_operation_as_torch_wants_it(operation):
+def test_bf16_operator_passes_torch_opcheck(operation):
     import torch
 
     from keras_tnt.native import torch_operator
@@ -251,7 +253,7 @@ def test_it_is_an_operation_as_torch_wants_it(operation):
 @has_pairs
 @pytest.mark.skipif(BACKEND != "torch", reason="of the backends torch alone tells how many threads")
 @pytest.mark.parametrize("shape", [(4, 70, 40), (1, 37, 40), (1, 13, 40)])
-def test_any_number_of_threads_gives_the_same_numbers(shape):
+def test_bf16_kernels_are_deterministic_for_any_number_of_threads(shape):
     import torch
 
     block, tokens = block_and_input(shape, 2)
@@ -261,7 +263,7 @@ def test_any_number_of_threads_gives_the_same_numbers(shape):
     words = ops.reshape(tokens, (*shape[:2], 10, 4))
     threads, found = torch.get_num_threads(), []
     try:
-        for count in (1, 3, 4, 32):  # by rows of all images, and by images
+        for count in (1, 3, 4, 32):  # partitioned by rows of all images, and by images
             torch.set_num_threads(count)
             found.append([ops.convert_to_numpy(y) for y in (block(tokens), layer(words))])
     finally:
@@ -274,7 +276,7 @@ def test_any_number_of_threads_gives_the_same_numbers(shape):
 @has_pairs
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["tnt", "cait"])
-def test_a_compiled_model_predicts_with_its_weights_as_they_are(family):
+def test_compiled_bf16_model_uses_updated_weights(family):
     model = tiny(family)
     images = np.random.default_rng(0).uniform(0, 255, (3, 32, 32, 3)).astype("float32")
     predict = keras_tnt.compile_inference(model, precision="bfloat16")

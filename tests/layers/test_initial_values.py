@@ -1,18 +1,18 @@
-"""The values that new models start from, compared with the published code's distributions.
+"""Initial weights of new models, compared with the distributions in the published code.
 
-What the published code does, by file and line (TNT: Efficient-AI-Backbones f90e129, DeiT and CaiT:
+The published code, by file and line (TNT: Efficient-AI-Backbones f90e129, DeiT and CaiT:
 facebookresearch/deit 7e160fe, timm 0.3.2, of which DeiT is a subclass):
 
-- `nn.Linear`: `trunc_normal_(std=.02)`, bias 0: tnt.py:275-282, pyramid_tnt.py:406-410,
-  timm vision_transformer.py:245-252, cait_models.py:212-219. `trunc_normal_` cuts at +-2 in
+* `nn.Linear`: `trunc_normal_(std=.02)`, bias 0: tnt.py:275-282, pyramid_tnt.py:406-410, timm
+  vision_transformer.py:245-252, cait_models.py:212-219. `trunc_normal_` truncates at +-2 in
   absolute terms (timm weight_init.py:42): the standard deviation is 0.0200.
-- class and distillation tokens, position tables: the same: tnt.py:270-272, pyramid_tnt.py:402-403,
+* Class and distillation tokens, position tables: the same: tnt.py:270-272, pyramid_tnt.py:402-403,
   models.py:28-29, cait_models.py:208-209.
-- `nn.Conv2d` is not in these lists, so that PyTorch's default remains: TNT's words (tnt.py:206) and
-  the patches of DeiT (vision_transformer.py:158) and CaiT.
-- PyramidTNT's `nn.Conv2d`: N(0, sqrt(2 / fan_out)), bias 0 (pyramid_tnt.py:411-416), and
+* `nn.Conv2d` is not initialized explicitly, so PyTorch's default remains: TNT's words (tnt.py:206)
+  and the patches of DeiT (vision_transformer.py:158) and CaiT.
+* PyramidTNT's `nn.Conv2d`: N(0, sqrt(2 / fan_out)), bias 0 (pyramid_tnt.py:411-416), and
   `relative_pos = torch.randn` (pyramid_tnt.py:343).
-- norms: weight 1, bias 0. LayerScale: `init_scale` of the model (cait_models.py:259-464).
+* Norms: weight 1, bias 0. LayerScale: `init_scale` of the model (cait_models.py:259-464).
 """
 
 import re
@@ -25,8 +25,8 @@ from keras import ops
 import keras_tnt
 from keras_tnt.layers.base import TruncatedNormal, torch_uniform, without_initial_values
 
-# The distribution of a weight by its path: "linear", "ones", "zeros", "randn", a constant, or
-# ("uniform", fan_in) and ("normal", standard deviation).
+# Distribution of a weight by its path: "linear", "ones", "zeros", a constant, or ("uniform",
+# fan_in) and ("normal", standard deviation).
 TRANSFORMER = (
     (r"(gamma|moving_variance)$", "ones"),
     (r"(beta|moving_mean)$", "zeros"),
@@ -84,7 +84,7 @@ CASES = {
 
 
 def sample(distribution, shape):
-    """Values of a distribution, drawn by NumPy."""
+    """Returns samples of a distribution, drawn by NumPy."""
     random = np.random.default_rng(7)
     if distribution == "linear":
         return np.clip(random.normal(0, 0.02, shape), -2, 2)
@@ -95,7 +95,7 @@ def sample(distribution, shape):
 
 
 def assert_same_distribution(values, expected, path):
-    """Compares range, mean, deviation and the empirical distribution functions."""
+    """Asserts that mean, standard deviation and empirical distribution function agree."""
     values, expected = np.ravel(values), np.ravel(expected)
     n, std = len(values), expected.std()
     assert abs(values.mean()) < 5 * std / n**0.5, path
@@ -105,12 +105,13 @@ def assert_same_distribution(values, expected, path):
         np.searchsorted(np.sort(values), points, "right") / n
         - np.searchsorted(np.sort(expected), points, "right") / len(expected)
     ).max()
-    # The Kolmogorov-Smirnov distance of two samples exceeds 2.3 of these once in 20,000 times.
+    # The Kolmogorov-Smirnov distance of two samples exceeds 2.3 times this value once in 20,000
+    # times.
     assert distance < 2.3 * (1 / n + 1 / len(expected)) ** 0.5, path
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_initial_values_follow_the_published_distributions(case):
+def test_initial_weights_follow_the_published_distributions(case):
     build, arguments, own = CASES[case]
     keras.utils.set_random_seed(3)
     model = build(weights=None, input_shape=(32, 32, 3), classes=20, **arguments)
@@ -128,19 +129,19 @@ def test_initial_values_follow_the_published_distributions(case):
             assert_same_distribution(values, sample(distribution, (20_000,)), weight.path)
 
 
-def test_kernels_of_0_02_have_that_standard_deviation_and_exceed_two_of_it():
+def test_truncated_normal_of_0_02_exceeds_two_standard_deviations():
     values = ops.convert_to_numpy(TruncatedNormal(stddev=0.02, seed=5)((400, 500)))
     assert values.std() == pytest.approx(0.02, rel=0.01)
     assert np.mean(np.abs(values) > 0.04) == pytest.approx(0.0455, rel=0.05)
     assert np.abs(values).max() > 0.07
 
 
-def test_truncation_is_at_two_in_absolute_terms():
+def test_truncated_normal_is_truncated_at_absolute_two():
     values = ops.convert_to_numpy(TruncatedNormal(stddev=1.5, seed=5)((100, 100)))
     assert values.min() == -2 and values.max() == 2
 
 
-def test_the_word_convolution_has_the_default_range_of_pytorch():
+def test_word_convolution_has_pytorch_default_range():
     values = ops.convert_to_numpy(torch_uniform(7 * 7 * 3)((7, 7, 3, 400)))
     assert values.std() == pytest.approx(0.0476, rel=0.01)
     assert 0.0815 < np.abs(values).max() <= 147**-0.5
@@ -162,7 +163,7 @@ def test_layer_scale_starts_from_the_published_value_of_each_cait(function, valu
     assert rows[names[function]].architecture["layer_scale"] == value
 
 
-def test_initial_values_do_not_depend_on_the_layout_of_the_images():
+def test_initial_weights_do_not_depend_on_the_image_data_format():
     built = {}
     for layout, shape in (("channels_last", (32, 32, 3)), ("channels_first", (3, 32, 32))):
         keras.config.set_image_data_format(layout)
@@ -179,7 +180,7 @@ def test_layers_of_a_model_start_from_different_values():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_is_drawn_for_a_model_that_is_filled_from_a_file(case):
+def test_model_that_loads_a_file_draws_no_random_weights(case):
     build, arguments, own = CASES[case]
     with without_initial_values():
         model = build(weights=None, input_shape=(32, 32, 3), classes=20, **arguments)
@@ -191,7 +192,7 @@ def test_nothing_is_drawn_for_a_model_that_is_filled_from_a_file(case):
             assert not np.any(ops.convert_to_numpy(weight)), weight.path
 
 
-def test_initializers_of_files_of_earlier_versions_are_read():
+def test_initializers_in_files_of_earlier_versions_are_loaded():
     saved = {
         "module": None,
         "class_name": "TruncatedNormal",
@@ -204,7 +205,7 @@ def test_initializers_of_files_of_earlier_versions_are_read():
     assert values.std() == pytest.approx(0.02, rel=0.05)
 
 
-def test_initializers_survive_their_configuration():
+def test_initializer_config_round_trip():
     initializer = torch_uniform(48)
     config = keras.saving.serialize_keras_object(initializer)
     again = keras.saving.deserialize_keras_object(config)

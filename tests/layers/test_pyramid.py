@@ -1,4 +1,4 @@
-"""PyramidTNT's stem, stages and outer attention, where the reference's logits do not reach."""
+"""PyramidTNT's stem, stages and outer attention, where golden logits do not cover them."""
 
 import numpy as np
 import pytest
@@ -25,17 +25,17 @@ from tests.checks import (
 )
 
 RANDOM = {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth": 0.1}
-# No norm stands before these, so that large inputs are large results.
+# No norm precedes these layers, so that large inputs give large outputs.
 ALONE = {"half_scale": 3.0}
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_norm_relu_meets_what_keras_users_expect(stride):
+def test_convolution_norm_relu_is_a_valid_keras_layer(stride):
     check_layer(ConvolutionNormReLU, (2, 5, 6, 3), dim=4, stride=stride, **ALONE)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_is_padded_alike_on_all_sides(stride):
+def test_convolution_is_padded_symmetrically(stride):
     layer = ConvolutionNormReLU(4, stride)
     x = normal((2, 6, 8, 3))
     layer.build(x.shape)
@@ -50,7 +50,7 @@ def test_a_convolution_is_padded_alike_on_all_sides(stride):
     assert_close(compute(layer, x), np.maximum(expected, 0) / np.sqrt(1 + 1e-5), 1e-5)
 
 
-def test_batch_statistics_move_by_a_tenth_while_training():
+def test_batch_statistics_have_momentum_0_9():
     layer = ConvolutionNormReLU(4)
     x = normal((2, 6, 8, 3))
     layer(x, training=True)
@@ -62,12 +62,12 @@ def test_batch_statistics_move_by_a_tenth_while_training():
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_stem_meets_what_keras_users_expect(data_format):
+def test_stem_is_a_valid_keras_layer(data_format):
     shape = (2, 16, 24, 3) if data_format == "channels_last" else (2, 3, 16, 24)
     check_layer(PyramidStem, shape, outer_dim=8, inner_dim=2, data_format=data_format, **ALONE)
 
 
-def test_the_words_of_a_patch_are_the_part_of_the_map_that_lies_under_it():
+def test_words_of_a_patch_are_its_region_of_the_word_map():
     layer = PyramidStem(outer_dim=8, inner_dim=2)
     images = normal((1, 16, 24, 3))
     _, words = compute(layer, images)
@@ -76,7 +76,7 @@ def test_the_words_of_a_patch_are_the_part_of_the_map_that_lies_under_it():
 
 
 @pytest.mark.parametrize("grid", [(4, 2), (3, 5)])
-def test_merging_meets_what_keras_users_expect(grid):
+def test_merge_layers_are_valid_keras_layers(grid):
     count = grid[0] * grid[1]
     layer = check_layer(MergePatches, (2, count, 6), dim=8, grid=grid)
     merged = ((grid[0] + 1) // 2) * ((grid[1] + 1) // 2)
@@ -85,8 +85,8 @@ def test_merging_meets_what_keras_users_expect(grid):
     assert layer.compute_output_shape((None, count, 4, 6)) == (None, merged, 4, 8)
 
 
-def test_words_of_four_patches_are_joined_as_they_lie_in_the_image():
-    """A kernel of the centre alone picks the first word of each 2x2."""
+def test_words_of_four_patches_are_merged_in_image_order():
+    """A kernel that is nonzero only in its center selects the first word of each 2x2."""
     layer = MergeWords(6, grid=(2, 4))
     image = normal((4, 8, 6))  # 2x4 patches of 2x2 words
     words = image.reshape(2, 2, 4, 2, 6).transpose(0, 2, 1, 3, 4).reshape(1, 8, 4, 6)
@@ -99,7 +99,7 @@ def test_words_of_four_patches_are_joined_as_they_lie_in_the_image():
     assert_close(compute(layer, words), expected, 1e-5)
 
 
-def test_to_an_odd_grid_zero_words_are_added():
+def test_odd_grid_is_padded_with_zero_words():
     odd, even = MergeWords(6, grid=(1, 3)), MergeWords(6, grid=(2, 4))
     words = normal((2, 3, 4, 6))
     padded = np.zeros((2, 2, 4, 4, 6), "float32")
@@ -111,7 +111,7 @@ def test_to_an_odd_grid_zero_words_are_added():
     assert_close(compute(odd, words), compute(even, padded.reshape(2, 8, 4, 6)), 1e-5)
 
 
-def test_relative_position_is_its_table_whatever_the_patches_are():
+def test_relative_position_does_not_depend_on_the_patches():
     config = {"num_heads": 3, "grid": (4, 5), "reduction": 2}
     layer, patches = RelativePosition(**config), normal((2, 20, 8))
     assert_equal(layer(patches), layer(2 * patches))
@@ -122,8 +122,8 @@ def test_relative_position_is_its_table_whatever_the_patches_are():
         check_layer_policy(layer, policy, [patches], {})
 
 
-def test_relative_positions_of_a_smooth_function_are_that_function_on_another_grid():
-    """Scores that grow linearly with the place of patch and pooled patch keep doing so inside."""
+def test_relative_positions_of_a_smooth_function_are_resampled_exactly():
+    """Scores that are linear in both positions remain so in the interior of the grid."""
 
     def table(layer):
         axes = [(np.arange(n) + 0.5) / n for n in (8, 8, 4, 4)]
@@ -141,20 +141,20 @@ def test_relative_positions_of_a_smooth_function_are_that_function_on_another_gr
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 20, 4), (1, 3, 16, 4), (1, 2, 16, 16)])
-def test_a_table_of_other_heads_or_pooling_or_an_unknown_grid_is_not_resampled(shape):
+def test_incompatible_relative_position_table_is_not_resampled(shape):
     layer = RelativePosition(2, (8, 8), reduction=2)
     assert layer.can_resample((1, 2, 16, 4))
     assert not layer.can_resample(shape)
 
 
 @pytest.mark.parametrize(("grid", "reduction"), [((4, 6), 2), ((5, 3), 2), ((3, 2), 1)])
-def test_reduced_attention_meets_what_keras_users_expect(grid, reduction):
+def test_reduced_attention_is_a_valid_keras_layer(grid, reduction):
     shape = (2, grid[0] * grid[1], 12)
     config = {"num_heads": 3, "qkv_bias": True, "epsilon": 1e-6, "dropout": 0.1}
     check_layer(ReducedAttention, shape, grid=grid, reduction=reduction, **config, **ALONE)
 
 
-def test_patches_beyond_the_last_whole_square_are_nobody_s_key():
+def test_incomplete_pooling_windows_are_excluded_from_the_keys():
     layer = ReducedAttention(num_heads=2, grid=(5, 3), reduction=2)
     x = normal((1, 5, 3, 8))
     changed = x.copy()
@@ -166,14 +166,14 @@ def test_patches_beyond_the_last_whole_square_are_nobody_s_key():
     assert_equal(first, second)
 
 
-def test_keys_are_the_means_of_squares():
+def test_keys_are_the_means_of_pooling_windows():
     layer = ReducedAttention(num_heads=2, grid=(4, 6), reduction=2)
     x = normal((2, 4, 6, 8))
     expected = x.reshape(2, 2, 2, 3, 2, 8).mean(axis=(2, 4)).reshape(2, 6, 8)
     assert_close(layer.pool(x.reshape(2, 24, 8)), expected, 1e-6)
 
 
-def test_the_bias_is_added_to_the_scores():
+def test_bias_is_added_to_the_scores():
     layer = ReducedAttention(num_heads=2, grid=(2, 2), reduction=1)
     x = normal((1, 4, 8))
     layer.build(x.shape)
@@ -185,7 +185,7 @@ def test_the_bias_is_added_to_the_scores():
 
 
 @pytest.mark.parametrize("config", [{"layer_scale": 0.1, "qkv_bias": True}, {"epsilon": 1e-6}])
-def test_blocks_meet_what_keras_users_expect(config):
+def test_pyramid_blocks_are_valid_keras_layers(config):
     size = {"grid": (2, 4), "reduction": 2}
     check_layer(ReducedBlock, (2, 8, 12), num_heads=2, **size, **config, **RANDOM)
     check_layer(
@@ -193,7 +193,7 @@ def test_blocks_meet_what_keras_users_expect(config):
     )
 
 
-def test_inner_norms_run_over_all_words_of_a_patch():
+def test_inner_norms_normalize_all_words_of_a_patch():
     block = PyramidTNTBlock(2, 2, grid=(2, 2))
     words = normal((1, 4, 4, 6)) * np.array([1.0, 5.0, 9.0, 13.0], "float32")[:, None]
     block(normal((1, 4, 12)), words)

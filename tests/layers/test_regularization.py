@@ -8,7 +8,7 @@ from keras_tnt.layers import Dropout, LayerScale, StochasticDepth
 from tests.checks import BACKEND, check_layer, check_random_layer, run_python
 
 
-def test_layer_scale_meets_what_keras_users_expect():
+def test_layer_scale_is_a_valid_keras_layer():
     check_layer(LayerScale, (2, 5, 8), initial_value=0.5)
 
 
@@ -18,13 +18,13 @@ def test_layer_scale_starts_from_its_initial_value():
 
 
 @pytest.mark.parametrize("layer_class", [Dropout, StochasticDepth])
-def test_random_layers_meet_what_keras_users_expect(layer_class):
+def test_random_layers_are_valid_keras_layers(layer_class):
     check_layer(layer_class, (2, 5, 8), rate=0.3, seed=1)
     check_random_layer(layer_class, (64, 5, 8), rate=0.3)
 
 
 def kept(rate, shape, sample_axes):
-    """For each sample, the factor that its branch came out with; it must be one for all of it."""
+    """Returns the drop-path factor of each sample, after checking that it is one per sample."""
     layer = StochasticDepth(rate, sample_axes, seed=1)
     x = ops.convert_to_numpy(layer(np.ones(shape, "float32"), training=True))
     factors = x.reshape((*shape[:sample_axes], -1))
@@ -32,13 +32,13 @@ def kept(rate, shape, sample_axes):
     return factors[..., 0]
 
 
-def test_stochastic_depth_drops_whole_samples_and_keeps_the_expectation():
+def test_stochastic_depth_drops_samples_and_preserves_the_expectation():
     factors = kept(0.25, (4000, 3, 2), sample_axes=1)
     np.testing.assert_allclose(np.unique(factors), [0, 1 / 0.75], rtol=1e-6)
     assert abs(factors.mean() - 1) < 0.05
 
 
-def test_stochastic_depth_drops_words_patch_by_patch():
+def test_stochastic_depth_drops_words_per_patch():
     factors = kept(0.5, (100, 40, 3, 2), sample_axes=2)
     assert abs(factors.mean() - 1) < 0.1
     within_images = factors.mean(axis=1)
@@ -46,12 +46,12 @@ def test_stochastic_depth_drops_words_patch_by_patch():
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
-def test_stochastic_depth_refuses_a_rate_outside_0_to_1(rate):
+def test_stochastic_depth_rate_outside_0_to_1_raises(rate):
     with pytest.raises(ValueError, match=rf"`rate` must lie in \[0, 1\).*rate={rate}"):
         StochasticDepth(rate)
 
 
-def test_a_rate_of_zero_keeps_no_state_and_returns_its_input():
+def test_rate_of_zero_is_a_stateless_identity():
     layer = StochasticDepth(0.0)
     x = ops.ones((2, 3, 4))
     assert layer(x, training=True) is x
@@ -82,7 +82,7 @@ for results in step(tf.ones((64, 8))):
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute belongs to TensorFlow")
-def test_replicas_of_a_strategy_draw_masks_of_their_own():
+def test_replicas_of_a_strategy_draw_different_masks():
     assert run_python(REPLICAS).split() == ["different", "different"]
 
 
@@ -123,13 +123,13 @@ os._exit(0)
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="DistributedDataParallel belongs to torch")
-def test_ranks_draw_different_masks_from_equal_seeds_and_states(tmp_path):
+def test_ranks_draw_different_masks_and_share_the_seed_state(tmp_path):
     answers = run_python(RANKS, str(tmp_path / "store"), GLOO_SOCKET_IFNAME="lo").split()
     assert answers == ["different", "different", "same"]
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="ranks belong to torch")
-def test_rank_0_draws_what_a_single_process_draws(monkeypatch):
+def test_rank_0_draws_the_masks_of_a_single_process(monkeypatch):
     def masks(rank):
         monkeypatch.setattr("keras_tnt.native.runtimes.torch_rank", lambda: rank)
         layer = Dropout(0.5, seed=3)

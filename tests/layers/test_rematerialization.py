@@ -1,4 +1,4 @@
-"""Recomputed blocks draw the masks of the forward pass, and their state moves on once."""
+"""Rematerialized blocks reuse the masks of the forward pass, and update their state once."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from tests.checks import BACKEND, gradients, normal
 RATES = {"dropout": 0.3, "attention_dropout": 0.2, "stochastic_depth": 0.4}
 TOKENS, WORDS = (3, 5, 8), (3, 4, 16, 4)
 
-# By name: (class, arguments, shapes of the inputs, further inputs by keyword).
+# {name: (class, arguments, input shapes, shapes of inputs by keyword)}.
 BLOCKS = {
     "transformer": (layers.TransformerBlock, {"num_heads": 2}, [TOKENS], {}),
     "words": (layers.TransformerBlock, {"num_heads": 2, "sample_axes": 2}, [WORDS], {}),
@@ -44,7 +44,7 @@ SCOPES = {
     "activations": {"mode": "activations"},
     "full": {"mode": "full"},
 }
-# Keras's own layers cannot be recomputed by `jax.checkpoint` in these modes.
+# `jax.checkpoint` cannot recompute Keras's own layers in these modes.
 MODES = [name for name in SCOPES if BACKEND == "torch" or name not in ("larger_than", "full")]
 
 
@@ -53,7 +53,7 @@ def seeds(layer):
 
 
 def make(name, scope=None, rates=RATES):
-    """A block and the gradients and state of two calls, from the same weights and seeds."""
+    """Returns a block with fixed weights and seeds, its inputs, and shapes of inputs by keyword."""
     block_class, arguments, shapes, further = BLOCKS[name]
     with keras.RematScope(**scope) if scope else contextlib.nullcontext():
         block = block_class(**arguments, **rates, name="block")
@@ -74,7 +74,8 @@ def learn(name, scope=None, rates=RATES):
     def call(*tensors):
         count = len(tensors) - len(keys)
         keywords = dict(zip(keys, tensors[count:], strict=True))
-        # Twice before the backward pass: each recomputation has masks of its call.
+        # Calls the block twice before the backward pass: each recomputation must use the masks of
+        # its call.
         for _ in range(2):
             outputs = block(*tensors[:count], training=True, **keywords)
         first = block(*tensors[:count], training=True, **keywords)
@@ -85,7 +86,7 @@ def learn(name, scope=None, rates=RATES):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_recomputed_block_has_the_gradients_of_a_block(mode):
+def test_rematerialized_block_has_the_same_gradients(mode):
     for name in BLOCKS if mode == "list_of_layers" else ("tnt",):
         wanted, state = learn(name)
         found, state_again = learn(name, SCOPES[mode])
@@ -94,7 +95,7 @@ def test_a_recomputed_block_has_the_gradients_of_a_block(mode):
         np.testing.assert_array_equal(state_again, state)
 
 
-def test_inputs_given_by_keyword_have_gradients_through_a_recomputed_block():
+def test_keyword_inputs_have_gradients_through_a_rematerialized_block():
     def gradient(scope):
         block, inputs, further = make("pyramid_tnt", scope)
         table = keras.layers.Layer()
@@ -111,7 +112,7 @@ def test_inputs_given_by_keyword_have_gradients_through_a_recomputed_block():
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch.utils.checkpoint")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_torch_checkpoint_by_hand_draws_the_masks_of_the_forward_pass(reentrant):
+def test_torch_checkpoint_draws_the_masks_of_the_forward_pass(reentrant):
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -140,7 +141,7 @@ def test_torch_checkpoint_by_hand_draws_the_masks_of_the_forward_pass(reentrant)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch.utils.checkpoint")
-def test_a_recomputation_that_cannot_draw_the_same_masks_is_refused():
+def test_torch_checkpoint_without_rng_state_raises():
     from torch.utils.checkpoint import checkpoint
 
     layer = layers.Dropout(0.5)
@@ -153,7 +154,7 @@ def test_a_recomputation_that_cannot_draw_the_same_masks_is_refused():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="a recomputation moves them on torch alone")
-def test_a_recomputed_stem_moves_its_batch_statistics_once():
+def test_rematerialized_stem_updates_batch_statistics_once():
     def statistics(scope):
         with scope:
             stem = layers.PyramidStem(8, 4, name="stem")
@@ -194,7 +195,7 @@ def weights_after_steps(scope, jit_compile):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", {"tensorflow": [False, True]}.get(BACKEND, ["auto"]))
-def test_fit_with_recomputed_blocks_gives_the_weights_and_seeds_without(jit_compile):
+def test_fit_with_rematerialization_gives_the_same_weights_and_seeds(jit_compile):
     plain = weights_after_steps(contextlib.nullcontext(), jit_compile)
     scope = keras.RematScope(mode="list_of_layers", layer_names=["block_0"])
     for again, expected in zip(weights_after_steps(scope, jit_compile), plain, strict=True):

@@ -1,4 +1,4 @@
-"""The C++ is compiled once, kept, and done without where it cannot be compiled or loaded."""
+"""Native libraries: compilation, caching, damaged cache entries, fallback without compiler."""
 
 import ctypes
 import math
@@ -27,7 +27,7 @@ extern "C" void gelu_of(const float* in, float* out, int count) {
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path, monkeypatch):
-    """An empty folder of caches, and no warning given before."""
+    """Sets an empty cache directory and forgets earlier warnings; returns the package's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     native.warn_slower.cache_clear()
     return tmp_path / "caches" / "keras_tnt"
@@ -35,7 +35,7 @@ def caches(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The commands that compile a library from now on."""
+    """Returns a list to which each later compiler command for a library is appended."""
     run, commands = native.run, []
     monkeypatch.setattr(
         native,
@@ -45,13 +45,13 @@ def compiled(monkeypatch):
     return commands
 
 
-def test_a_library_is_compiled_once_and_again_for_other_settings(caches, compiled):
+def test_library_is_compiled_once_per_settings(caches, compiled):
     for settings in ((), (), ("-DSOMETHING",)):
         assert native.library("torch_inner.cpp", SIZES, *settings).forward
     assert len(compiled) == len(os.listdir(caches)) == 2
 
 
-def test_without_a_compiler_there_is_one_warning_and_no_library(caches, monkeypatch):
+def test_without_a_compiler_warns_once_and_returns_none(caches, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(UserWarning, match="CXX names the compiler.*no-such-compiler") as warned:
         assert native.library("torch_inner.cpp", SIZES) is None
@@ -60,14 +60,14 @@ def test_without_a_compiler_there_is_one_warning_and_no_library(caches, monkeypa
     assert not caches.exists()
 
 
-def test_a_compiler_that_fails_leaves_nothing_behind(caches):
+def test_failed_compilation_leaves_no_file(caches):
     with pytest.warns(UserWarning, match="could not be compiled and loaded.*error"):
         assert native.library("torch_inner.cpp", SIZES, "-include", "no-such-header.h") is None
     assert os.listdir(caches) == []
 
 
 @pytest.mark.parametrize("obstacle", ["file", "noexec"])
-def test_where_nothing_can_be_kept_each_process_compiles(obstacle, caches, monkeypatch):
+def test_without_a_writable_cache_each_process_compiles(obstacle, caches, monkeypatch):
     if obstacle == "file":
         caches.parent.write_text("no folder can be made here")
     else:
@@ -82,7 +82,7 @@ def test_where_nothing_can_be_kept_each_process_compiles(obstacle, caches, monke
     assert native.library("torch_inner.cpp", SIZES).forward
 
 
-def test_where_nothing_can_be_loaded_there_is_a_warning_and_no_library(monkeypatch):
+def test_library_that_cannot_be_loaded_warns_and_returns_none(monkeypatch):
     def refuse(path):
         raise OSError(f"{path}: failed to map segment from shared object")
 
@@ -92,19 +92,19 @@ def test_where_nothing_can_be_loaded_there_is_a_warning_and_no_library(monkeypat
 
 
 @pytest.mark.slow
-def test_two_processes_compile_at_once(caches):
+def test_two_processes_can_compile_at_once(caches):
     code = f"""if True:
         from keras_tnt import native
         library = native.library("torch_inner.cpp", native.InnerSizes(*{tuple(SIZES)}))
         assert library.forward"""
-    environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the quickest to import
+    environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the fastest backend to import
     command = [sys.executable, "-W", "error", "-c", code]
     started = [subprocess.Popen(command, env=environment) for _ in range(2)]
     assert [process.wait(120) for process in started] == [0, 0]
     assert len(os.listdir(caches)) == 1
 
 
-# === Damaged entries ===
+# === Damaged cache entries ===
 
 
 def cut(path):
@@ -129,7 +129,7 @@ def replaced(make):
 
 
 def sealed_nonsense(path):
-    """A whole entry that is no library."""
+    """Writes an intact cache entry that is not a library."""
     os.unlink(path)
     cache.write(path, b"no library")
 
@@ -150,14 +150,14 @@ DAMAGE = {
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, caches):
-    """A library in the cache that is compiled fast, and a function that loads it."""
+    """Caches a library that compiles fast; returns its path and a function that loads it."""
     source = tmp_path / "small.cpp"
     source.write_text('extern "C" int number() { return 7; }')
 
     def load():
         return native.library(source, None).number()
 
-    # Compiled as by another process: one that is loaded must not be damaged.
+    # Compiles without loading, as another process would: a loaded library must not be damaged.
     with monkeypatch.context() as patch:
         patch.setattr(ctypes, "CDLL", lambda path: path)
         native.library(source, None)
@@ -166,16 +166,16 @@ def small(monkeypatch, tmp_path, caches):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_library_is_compiled_anew(damage, small, compiled):
+def test_damaged_cache_entry_is_recompiled(damage, small, compiled):
     path, load = small
     DAMAGE[damage](path)
     assert load() == 7 and len(compiled) == 1
-    if damage != "a folder":  # which nothing replaces: each process compiles
+    if damage != "a folder":  # a directory is not replaced: each process compiles
         assert cache.read(path) is not None
         assert load() == 7 and len(compiled) == 1
 
 
-def test_a_link_in_the_cache_is_not_written_through(small, tmp_path):
+def test_symlink_in_the_cache_is_replaced_not_followed(small, tmp_path):
     path, load = small
     target = tmp_path / "mine"
     target.write_text("mine")
@@ -186,7 +186,7 @@ def test_a_link_in_the_cache_is_not_written_through(small, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["unreadable", "fifo", "link to itself"])
-def test_without_a_usable_cache_directory_a_library_is_compiled(kind, small, caches):
+def test_library_is_compiled_without_a_usable_cache_directory(kind, small, caches):
     path, load = small
     os.unlink(path)
     if kind == "unreadable":
@@ -204,7 +204,7 @@ def test_without_a_usable_cache_directory_a_library_is_compiled(kind, small, cac
 
 
 @pytest.mark.parametrize("length", [0, 1, cache.SEAL_BYTES - 1, 1000])
-def test_an_entry_is_read_whole_or_not_at_all(length, tmp_path):
+def test_cache_entry_is_read_whole_or_not_at_all(length, tmp_path):
     path, content = tmp_path / "entry", os.urandom(1000)
     cache.write(path, content)
     assert cache.read(path) == content
@@ -218,7 +218,7 @@ def test_an_entry_is_read_whole_or_not_at_all(length, tmp_path):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """Makes CXX a program of these lines."""
+    """Returns a function that sets CXX to a shell script of the given lines."""
 
     def make(*lines, mode=0o755):
         path = tmp_path / "my compiler"
@@ -231,7 +231,7 @@ def script(tmp_path, monkeypatch):
 
 
 def refused(match):
-    """Two libraries are refused with one warning."""
+    """Asserts that two libraries are refused with one warning."""
     with pytest.warns(UserWarning, match=match) as warned:
         for dim in (2, 4):
             assert native.library("torch_inner.cpp", SIZES._replace(dim=dim)) is None
@@ -239,42 +239,42 @@ def refused(match):
 
 
 @pytest.mark.parametrize("value", ["g++ 'x", 'c++ "', "g++ \\"])
-def test_a_compiler_with_unbalanced_quotes_is_named(value, monkeypatch):
+def test_compiler_with_unbalanced_quotes_warns(value, monkeypatch):
     monkeypatch.setenv("CXX", value)
     refused(r"(?s)CXX is not a command: No .*Received: CXX=.*such as CXX=g\+\+")
 
 
-def test_no_compiler_named_is_the_usual_one(monkeypatch):
+def test_blank_cxx_means_the_default_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "  ")
     assert native.compiler() == ["c++"]
 
 
-def test_a_compiler_may_print_any_bytes(script):
+def test_compiler_output_may_be_any_bytes(script):
     script(r"printf '\377\376 no license \200' >&2; exit 3")
     refused("ended with 3.*no license")
     script(r"printf '\377\376'", 'exec c++ "$@"')
     assert native.library("torch_inner.cpp", SIZES).forward
 
 
-def test_a_compiler_that_hangs_is_stopped_once(script, monkeypatch):
+def test_hanging_compiler_is_stopped_once(script, monkeypatch):
     path = script("sleep 1000 & wait")
     monkeypatch.setattr(native, "PROBE_SECONDS", 0.2)
     refused("did not end within 0.2 seconds and was stopped")
     assert str(path) in toolchain._stopped
 
 
-def test_a_compiler_that_asks_gets_no_answer(script):
+def test_compiler_has_no_standard_input(script):
     script("read line && exit 0; exit 5")
     refused("ended with 5")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root starts everything")
-def test_a_compiler_that_may_not_be_started_is_named(script):
+def test_compiler_that_cannot_be_started_warns(script):
     script("exit 0", mode=0o644)
     refused("could not be started: .*Permission denied")
 
 
-def test_gelu_is_exact_to_the_ends_of_its_tails(tmp_path):
+def test_gelu_is_accurate_in_its_tails(tmp_path):
     (tmp_path / "gelu.cpp").write_text(GELU)
     function = native.library(tmp_path / "gelu.cpp", SIZES).gelu_of
     x = np.concatenate([np.linspace(-15, 15, 60_000), np.geomspace(1e-30, 1e30, 1600)])
@@ -283,7 +283,7 @@ def test_gelu_is_exact_to_the_ends_of_its_tails(tmp_path):
     pointer = ctypes.POINTER(ctypes.c_float)
     function(x.ctypes.data_as(pointer), found.ctypes.data_as(pointer), len(x))
     expected = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x.astype("float64")])
-    # As far as float32 has all its digits; of smaller numbers it has none to spare.
+    # Below 1e-30 the error is not relative, as float32 has few digits left there.
     error = np.abs(found - expected) / np.maximum(np.abs(expected), 1e-30)
     assert np.max(error[np.abs(x) < 1]) < 4e-7
     assert np.max(error / np.maximum(1, x.astype("float64") ** 2)) < 4e-7
@@ -293,7 +293,7 @@ def test_gelu_is_exact_to_the_ends_of_its_tails(tmp_path):
     assert np.all(np.isnan(found))
 
 
-def test_the_header_has_the_coefficients_that_are_derived():
+def test_header_has_the_derived_coefficients():
     derived = coefficients.coefficients()
     header = (native.FOLDER / "vectors.h").read_text(encoding="utf-8")
     assert all(f"{abs(value):.9g}f" in header for value in derived)
