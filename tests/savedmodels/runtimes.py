@@ -1,31 +1,31 @@
-"""SavedModels run without Python's TensorFlow graph code: by the C API, and by a TF1 Session."""
+"""Runtimes for SavedModels besides tf.function: TensorFlow's C API and a TF1 Session."""
 
 import ctypes
 import os
 
 import numpy as np
 
-# TF_DataType
+# Values of TF_DataType.
 FLOAT, STRING = 1, 7
 
 
 class Tensor(ctypes.Structure):
-    """TF_Output: an operation and which of its outputs."""
+    """TF_Output: an operation and the index of its output."""
 
     _fields_ = [("operation", ctypes.c_void_p), ("index", ctypes.c_int)]
 
 
 class String(ctypes.Structure):
-    """TF_TString, of which only the functions of the library read the inside."""
+    """TF_TString, an opaque struct for the functions of the library."""
 
     _fields_ = [("inside", ctypes.c_uint8 * 24)]
 
 
 class CSession:
-    """A SavedModel loaded by `TF_LoadSessionFromSavedModel`, the C function that servers build on.
+    """A SavedModel loaded by `TF_LoadSessionFromSavedModel`, the C function that servers use.
 
     Args:
-        path: of the SavedModel.
+        path: path of the SavedModel.
     """
 
     def __init__(self, path):
@@ -47,7 +47,7 @@ class CSession:
             raise RuntimeError(self.library.TF_Message(self.status).decode())
 
     def run(self, inputs, outputs):
-        """Run from tensors to tensors, both by name, such as "serving_default_images:0"."""
+        """Runs the graph from {tensor name: array} to a list of arrays for the output names."""
         call = self.library
         given = (Tensor * len(inputs))(*map(self.find, inputs))
         values = (ctypes.c_void_p * len(inputs))(*map(self.to_tensor, inputs.values()))
@@ -179,7 +179,7 @@ def load_library():
 
 
 class TF1Session:
-    """A SavedModel loaded as TF Serving's loader for Sessions does, with the same `run`."""
+    """A SavedModel loaded as TF Serving's session loader does, with the same `run`."""
 
     def __init__(self, path):
         import tensorflow as tf
@@ -196,10 +196,10 @@ class TF1Session:
 
 
 class Servable:
-    """A SavedModel whose signatures are called by name, in either runtime.
+    """A SavedModel with signatures that are called by name, in either runtime.
 
     Args:
-        path: of the SavedModel.
+        path: path of the SavedModel.
         runtime: `CSession` or `TF1Session`.
     """
 
@@ -230,7 +230,7 @@ class Servable:
 
 
 def replay(path, servable):
-    """Play a SavedModel's warm-up file; returns how often each signature was called."""
+    """Replays a SavedModel's warm-up file and returns the number of calls per signature."""
     import tensorflow as tf
     from tensorflow_serving.apis import prediction_log_pb2
 

@@ -1,7 +1,7 @@
-"""A test double of TF Serving: its REST and gRPC interface on the loopback, over TF1 Sessions.
+"""Fake TF Serving: its REST and gRPC API on the loopback interface, over TF1 Sessions.
 
-It serves the highest version of each directory that it is given and answers by TF Serving's
-protocol as far as savedmodels/client.py speaks it. It is no TF Serving: no batching, no reloading.
+It serves the highest version in each model directory and implements the part of TF Serving's
+protocol that savedmodels/client.py uses, without batching or reloading.
 """
 
 import base64
@@ -33,7 +33,7 @@ CLASSIFY = "tensorflow/serving/classify"
 
 
 class Refusal(Exception):
-    """An error of the protocol: gRPC's status code, and a message."""
+    """An error of the protocol: gRPC's status code and a message."""
 
     def __init__(self, code, message):
         super().__init__(message)
@@ -41,11 +41,11 @@ class Refusal(Exception):
 
 
 class Models:
-    """The models behind both interfaces.
+    """The models behind both APIs.
 
     Args:
-        directories: a model's directory of versions, by the model's name.
-        delay: seconds that each call takes longer.
+        directories: dict of directories of versions, by model name.
+        delay: additional seconds of each call. Defaults to 0.
     """
 
     def __init__(self, directories, delay=0.0):
@@ -236,7 +236,7 @@ class Rest(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        with contextlib.suppress(ConnectionError):  # a client whose time was up
+        with contextlib.suppress(ConnectionError):  # the client may have timed out
             self.end_headers()
             self.wfile.write(body)
 
@@ -259,7 +259,7 @@ def jsonable(array):
 
 
 class Double:
-    """Both interfaces, until the block ends; `rest` and `grpc` are the ports."""
+    """Context manager that serves both APIs; `rest` and `grpc` are the ports."""
 
     def __init__(self, directories, delay=0.0):
         models = Models(directories, delay)

@@ -1,4 +1,4 @@
-"""The client and a test double of TF Serving understand each other by TF Serving's protocol."""
+"""The serving client, against a fake TF Serving and against malformed responses."""
 
 import contextlib
 import gzip
@@ -67,17 +67,17 @@ def run(capsys, *arguments):
 
 @pytest.fixture(params=["rest", "grpc"])
 def reach(request, served):
-    """The arguments by which the client finds the double."""
+    """Returns the client's options for the fake server."""
     return [
         "--model=tiny",
         f"--protocol={request.param}",
         f"--port={getattr(served[1], request.param)}",
-        "--timeout=60",  # the first call makes the graph's kernels, and the machine may be busy
+        "--timeout=60",  # the first call initializes the graph's kernels
     ]
 
 
 @pytest.mark.parametrize("call", ["predict", "classify"])
-def test_predictions_are_the_models(call, reach, served, images, capsys):
+def test_predictions_match_keras(call, reach, served, images, capsys):
     answer = json.loads(run(capsys, *images, *reach, f"--call={call}", "--batch=2", "--json"))
     expected = served[0].predict_on_batch(keras_tnt.load_images(images, served[0]))
     assert list(answer) == list(map(str, images))
@@ -87,7 +87,7 @@ def test_predictions_are_the_models(call, reach, served, images, capsys):
         np.testing.assert_allclose([s for _, s in row], probabilities[order], atol=2e-3)
 
 
-def test_what_is_printed_names_the_classes(reach, images, capsys):
+def test_output_has_class_names(reach, images, capsys):
     lines = run(capsys, images[0], *reach).splitlines()
     assert lines[0] == str(images[0])
     assert len(lines) == 6
@@ -105,7 +105,7 @@ def test_metadata_and_status(reach, capsys):
     assert json.loads(run(capsys, *reach, "--call=status")) == {"1": "AVAILABLE"}
 
 
-def test_a_benchmark_tells_throughput_and_percentiles(reach, images, capsys):
+def test_benchmark_reports_throughput_and_percentiles(reach, images, capsys):
     arguments = ["--benchmark=6", "--batch=4", "--concurrency=2"]
     told = json.loads(run(capsys, images[0], *reach, *arguments))
     assert (told["calls"], told["batch"], told["concurrency"]) == (6, 4, 2)
@@ -114,14 +114,14 @@ def test_a_benchmark_tells_throughput_and_percentiles(reach, images, capsys):
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
 
 
-def test_a_broken_image_is_told_by_its_place_and_the_files(reach, images, tmp_path):
+def test_broken_image_error_names_its_index_and_the_files(reach, images, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(images[0].read_bytes()[:100])
     with pytest.raises(client.ServerError, match=r"\[1\](.|\n)*from 0: .*0.img, .*broken.jpg"):
         client.main([str(images[0]), str(broken), *reach])
 
 
-def test_an_unknown_model_and_version_are_refused(reach, images):
+def test_unknown_model_or_version_is_an_error(reach, images):
     with pytest.raises(client.ServerError, match="refuses: Servable not found for request: no"):
         client.main([str(images[0]), "--model=no", *reach[1:]])
     with pytest.raises(client.ServerError, match="refuses: Servable not found"):
@@ -129,7 +129,7 @@ def test_an_unknown_model_and_version_are_refused(reach, images):
 
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_no_server_is_told_with_the_address(protocol, images):
+def test_unreachable_server_error_has_the_address(protocol, images):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -137,13 +137,13 @@ def test_no_server_is_told_with_the_address(protocol, images):
         client.main([str(images[0]), "--model=x", f"--protocol={protocol}", f"--port={port}"])
 
 
-def test_a_file_that_is_missing_is_told_before_any_call():
+def test_missing_file_is_an_error_before_any_call():
     with pytest.raises(client.ServerError, match="There is no file nowhere.jpg"):
         client.main(["nowhere.jpg", "--model=x"])
 
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_a_slow_server_runs_into_the_timeout(protocol, served, images):
+def test_slow_server_times_out(protocol, served, images):
     double = served[1]
     models = double.http.RequestHandlerClass.models
     models.delay = 5.0
@@ -162,7 +162,7 @@ def test_a_slow_server_runs_into_the_timeout(protocol, served, images):
         models.delay = 0.0
 
 
-# === Servers that lie ===
+# === Malformed responses ===
 
 
 def http_reply(body, status="200 OK", headers=""):
@@ -182,7 +182,7 @@ def forever(first, again, pause=0.0):
 
 @contextlib.contextmanager
 def server_that_says(parts):
-    """The port of a server that answers with these bytes, or with what a function yields."""
+    """Yields the port of a server that answers with bytes, or with those a function yields."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
@@ -191,7 +191,7 @@ def server_that_says(parts):
                 try:
                     for part in parts() if callable(parts) else [parts]:
                         self.request.sendall(part)
-                except ConnectionResetError:  # with what was not read, which resets it
+                except ConnectionResetError:  # reset the client's connection too
                     linger = struct.pack("ii", 1, 0)
                     self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                     self.request.close()
@@ -243,7 +243,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_whatever_a_server_answers_is_one_error(lie, images):
+def test_malformed_rest_response_is_one_error(lie, images):
     parts, message = LIES[lie]
     with server_that_says(parts) as port:
         with pytest.raises(client.ServerError, match=message) as caught:
@@ -269,7 +269,7 @@ KSERVE_LIES = {
 
 
 @pytest.mark.parametrize("lie", KSERVE_LIES)
-def test_whatever_a_kserve_server_answers_is_one_error(lie, images):
+def test_malformed_kserve_response_is_one_error(lie, images):
     with server_that_says(http_reply(KSERVE_LIES[lie])) as port:
         with pytest.raises(client.ServerError, match="no server of KServe's protocol") as caught:
             ask_kserve(port, images[0])
@@ -285,13 +285,13 @@ def ask_kserve(port, *arguments):
 @pytest.mark.parametrize(
     "body", [[1], {}, 1, {"inputs": 1}, [{"name": "x"}], [{"name": "x", "state": []}]]
 )
-def test_kserve_replies_of_another_shape_to_each_call(call, body):
+def test_malformed_kserve_metadata_and_status_are_one_error(call, body):
     with server_that_says(http_reply(body)) as port:
         with pytest.raises(client.ServerError, match="no server of KServe's protocol"):
             ask_kserve(port, f"--call={call}")
 
 
-# === Under a memory limit ===
+# === Memory limit ===
 
 
 def chunks(*sizes_and_data):
@@ -308,7 +308,7 @@ def kserve(**changes):
     return http_reply({"outputs": [output | changes for output in tensors()["outputs"]]})
 
 
-# Functions, so that no more than one is in memory.
+# These are functions so that only one response is in memory.
 LARGE = {
     "a shape of many rows without columns": lambda: kserve(shape=[10**12, 0], data=[]),
     "a shape of many columns without rows": lambda: kserve(shape=[0, 10**12], data=[]),
@@ -378,7 +378,7 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_lies_of_any_size_are_one_error_in_time_within_a_gibibyte(part, images):
+def test_oversized_responses_fail_in_time_and_within_1_gib(part, images):
     names = list(LARGE)[part::4]
     with contextlib.ExitStack() as servers:
         ports = [servers.enter_context(server_that_says(LARGE[name]())) for name in names]
@@ -393,7 +393,7 @@ def test_lies_of_any_size_are_one_error_in_time_within_a_gibibyte(part, images):
 
 
 @pytest.mark.parametrize("ending", ["length", "close", "chunked"])
-def test_replies_in_parts_are_read_however_they_end(ending, images, capsys):
+def test_response_in_parts_is_read_with_any_framing(ending, images, capsys):
     body = json.dumps({"predictions": [{"classes": ["ant"], "scores": [0.5]}]}).encode()
 
     def parts():
@@ -415,7 +415,7 @@ def test_replies_in_parts_are_read_however_they_end(ending, images, capsys):
 
 @pytest.mark.parametrize("scores", [[float("nan"), 0.5], [float("inf"), float("-inf")]])
 @pytest.mark.parametrize("protocol", ["rest", "kserve"])
-def test_json_is_valid_whatever_the_scores(scores, protocol, images, capsys):
+def test_json_output_is_valid_for_non_finite_scores(scores, protocol, images, capsys):
     classes = ["ant", "bee"]
     reply = row(classes, scores)
     if protocol == "kserve":
@@ -434,7 +434,7 @@ def test_json_is_valid_whatever_the_scores(scores, protocol, images, capsys):
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "directory", "device"])
-def test_images_that_are_no_files_are_named_and_not_waited_for(kind, tmp_path):
+def test_image_that_is_not_a_regular_file_is_an_error(kind, tmp_path):
     path = tmp_path / "image.jpg"
     if kind == "FIFO":
         os.mkfifo(path)
@@ -483,7 +483,7 @@ def grpc_lies():
 
 @contextlib.contextmanager
 def grpc_server_that_says(reply, compression=None):
-    """The port of a server that answers every call with the same bytes."""
+    """Yields the port of a server that answers every call with the same bytes."""
     import concurrent.futures
 
     import grpc
@@ -524,7 +524,7 @@ def ask_grpc(port, *arguments):
 
 
 @pytest.mark.parametrize("lie", list(grpc_lies()))
-def test_whatever_a_grpc_server_answers_is_one_error(lie, images):
+def test_malformed_grpc_response_is_one_error(lie, images):
     with grpc_server_that_says(as_grpc_reply(grpc_lies()[lie])) as port:
         with pytest.raises(client.ServerError) as caught:
             ask_grpc(port, images[0])
@@ -533,7 +533,7 @@ def test_whatever_a_grpc_server_answers_is_one_error(lie, images):
 
 @pytest.mark.parametrize("call", ["classify", "metadata", "status"])
 @pytest.mark.parametrize("reply", [b"\xff\xff", b"", b"\x0a\x02\x08\x01"])
-def test_grpc_replies_of_another_shape_to_each_call(call, reply, images, capsys):
+def test_malformed_grpc_response_to_other_calls_is_one_error(call, reply, images, capsys):
     with grpc_server_that_says(reply) as port:
         try:
             ask_grpc(port, f"--call={call}", *([images[0]] if call == "classify" else []))
@@ -543,7 +543,7 @@ def test_grpc_replies_of_another_shape_to_each_call(call, reply, images, capsys)
             assert call == "status" and json.loads(capsys.readouterr().out) is not None
 
 
-def test_a_grpc_reply_that_is_compressed_is_limited(images):
+def test_size_of_a_compressed_grpc_response_is_limited(images):
     import grpc
     from tensorflow.core.framework import tensor_pb2, types_pb2
 
@@ -555,12 +555,12 @@ def test_a_grpc_reply_that_is_compressed_is_limited(images):
     assert "\n" not in str(caught.value)
 
 
-def test_kserve_has_no_call_of_tf_serving(images):
+def test_kserve_does_not_support_classify(images):
     with pytest.raises(client.ServerError, match="is TF Serving's own.*--call=predict"):
         ask_kserve(1, images[0], "--call=classify")
 
 
-def test_the_wrong_protocol_for_a_server_is_one_line(served, images, capsys):
+def test_wrong_protocol_for_a_server_is_a_one_line_error(served, images, capsys):
     double = served[1]
     for protocol, port in (("kserve", double.rest), ("kserve", double.grpc), ("rest", double.grpc),
                            ("grpc", double.rest)):  # fmt: skip
@@ -568,14 +568,14 @@ def test_the_wrong_protocol_for_a_server_is_one_line(served, images, capsys):
             client.main([str(images[0]), "--model=tiny", f"--protocol={protocol}",
                          f"--port={port}", "--timeout=20"])  # fmt: skip
         assert "\n" not in str(caught.value)
-    # As Triton, MLServer and others answer paths that they do not know.
+    # Responses of Triton, MLServer and others to unknown paths.
     for body in ({"error": "Not Found"}, {"detail": "Not Found"}, b""):
         with server_that_says(http_reply(body, "404 Not Found")) as port:
             with pytest.raises(client.ServerError, match="no TF Serving.*--protocol"):
                 client.main([str(images[0]), "--model=x", "--host=127.0.0.1", f"--port={port}"])
 
 
-def test_a_benchmark_is_measured_by_concurrency_and_drawn(served, images, tmp_path, capsys):
+def test_benchmark_by_concurrency_is_plotted(served, images, tmp_path, capsys):
     picture = tmp_path / "benchmark.png"
     arguments = ["--model=tiny", f"--port={served[1].rest}", "--timeout=60", "--batch=1"]
     found = json.loads(run(capsys, images[0], *arguments, "--benchmark=2", "--concurrency=1,2",
@@ -586,7 +586,7 @@ def test_a_benchmark_is_measured_by_concurrency_and_drawn(served, images, tmp_pa
 
 @pytest.mark.parametrize("call", ["metadata", "status", "classify"])
 @pytest.mark.parametrize("body", [[], {}, {"metadata": 1, "model_version_status": 1, "results": 1}])
-def test_replies_of_another_shape_to_each_call(call, body, images):
+def test_malformed_response_to_other_calls_is_one_error(call, body, images):
     with server_that_says(http_reply(body)) as port:
         with pytest.raises(client.ServerError, match="no TF Serving"):
             client.main(
@@ -600,7 +600,7 @@ def test_replies_of_another_shape_to_each_call(call, body, images):
             )
 
 
-def test_a_redirection_is_not_followed(images):
+def test_redirect_is_not_followed(images):
     asked = []
 
     def elsewhere():
@@ -615,7 +615,7 @@ def test_a_redirection_is_not_followed(images):
     assert not asked
 
 
-def test_names_of_models_are_quoted_in_the_address(images):
+def test_model_names_are_percent_encoded(images):
     asked = []
 
     class Handler(socketserver.StreamRequestHandler):
@@ -640,19 +640,19 @@ def test_names_of_models_are_quoted_in_the_address(images):
     ["--model=", "--model=..", "--model=a\nb", "--model=\x1b[31m", "--host=a b", "--host=a/b?c#d",
      "--host=a\r\nb", "--host=user@host", "--host="],
 )  # fmt: skip
-def test_names_that_are_none_are_refused(bad, protocol):
+def test_invalid_model_and_host_names_are_errors(bad, protocol):
     with pytest.raises(client.ServerError, match="is no name of a") as caught:
         client.main(["--model=x", bad, f"--protocol={protocol}", "--call=status"])
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 300, "nowhere.invalid"])
-def test_hosts_that_there_are_not(host):
+def test_unresolvable_host_is_an_error(host):
     with pytest.raises(client.ServerError, match="No server can be reached|No answer"):
         client.main(["--model=x", f"--host={host}", "--timeout=5", "--call=status"])
 
 
-def test_the_command_prints_no_escapes_and_ends_with_1_in_one_line(images):
+def test_command_escapes_control_characters(images):
     def command(reply):
         with server_that_says(reply) as port:
             return subprocess.run(

@@ -1,4 +1,4 @@
-"""`python savedmodels/export.py` exports runs and files, and refuses early what it cannot."""
+"""`python savedmodels/export.py` exports runs and files, and rejects invalid input early."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def tiny():
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_a_training_run_is_exported(tmp_path, capsys):
+def test_training_run_is_exported(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     tiny().save(run / "final.keras")
@@ -63,7 +63,7 @@ def test_a_training_run_is_exported(tmp_path, capsys):
 
 
 @pytest.mark.one_backend
-def test_the_better_weights_of_a_run_are_exported_unless_told_otherwise(tmp_path):
+def test_better_weights_of_a_run_are_exported_by_default(tmp_path):
     models = {name: tiny() for name in ("final", "final_ema", "best")}
     for name, model in models.items():
         model.get_layer("head").bias.assign([0.0, 1.0, float(len(name))])
@@ -87,7 +87,7 @@ def test_the_better_weights_of_a_run_are_exported_unless_told_otherwise(tmp_path
 
 
 @pytest.mark.one_backend
-def test_best_weights_that_are_damaged_or_another_model_s_are_refused(tmp_path):
+def test_damaged_or_mismatched_best_weights_raise(tmp_path):
     tiny().save(tmp_path / "final.keras")
     with pytest.raises(ValueError, match="holds no checkpoints/best.safetensors"):
         command.load_checkpoint_of(str(tmp_path), "best")
@@ -107,7 +107,7 @@ def test_best_weights_that_are_damaged_or_another_model_s_are_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_an_onnx_file_alone_is_all_that_is_announced_and_written(tmp_path, capsys):
+def test_no_saved_model_writes_only_the_onnx_file(tmp_path, capsys):
     tiny().save(tmp_path / "tiny.keras")
     served, onnx = tmp_path / "served", tmp_path / "tiny.onnx"
     arguments = [f"--model={tmp_path / 'tiny.keras'}", f"--directory={served}", f"--onnx={onnx}"]
@@ -119,7 +119,7 @@ def test_an_onnx_file_alone_is_all_that_is_announced_and_written(tmp_path, capsy
 
 
 @pytest.mark.one_backend
-def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
+def test_invalid_arguments_are_errors(tmp_path, capsys):
     def refused(*arguments):
         with pytest.raises(SystemExit) as stopped:
             command.main(list(arguments))
@@ -136,7 +136,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_an_error_of_the_export_is_one_line(tmp_path):
+def test_export_error_is_one_line(tmp_path):
     model = tmp_path / "tiny.keras"
     tiny().save(model)
     (tmp_path / "file").write_text("")
@@ -155,7 +155,7 @@ def test_an_error_of_the_export_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "content", ["FIFO", b"\xff\xfe", b"[" * 200_000, b'{"better": "../x"}', b"3"]
 )
-def test_results_that_are_none_are_one_error(content, tmp_path):
+def test_invalid_results_file_raises(content, tmp_path):
     put(tmp_path / "results.json", content)
     with pytest.raises(ValueError, match=r"results\.json"):
         command.better(str(tmp_path))
@@ -163,7 +163,7 @@ def test_results_that_are_none_are_one_error(content, tmp_path):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("content", ["FIFO", b"\xff\xfe"])
-def test_labels_that_are_no_text_are_one_error(content, tmp_path):
+def test_invalid_labels_file_raises(content, tmp_path):
     put(tmp_path / "labels.txt", content)
     with pytest.raises(ValueError, match=r"labels\.txt"):
         command.read_labels(str(tmp_path / "labels.txt"))
@@ -177,7 +177,7 @@ def put(path, content):
 
 
 @pytest.mark.one_backend
-def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+def test_tilde_expands_to_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for argument in ("--model=~/none.keras", "--run=~/none"):
         with pytest.raises(SystemExit, match=f"{tmp_path}/none"):

@@ -1,4 +1,4 @@
-"""What is exported runs outside of Keras, and says what the model says."""
+"""Exported SavedModels run outside of Keras with the model's predictions."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def features_of(model):
 
 
 def check_signatures(model, path):
-    """Every signature at batch 1 and 5 in both runtimes, and the warm-up file."""
+    """Checks all signatures with batch sizes 1 and 5 in both runtimes, and the warm-up file."""
     logits = keras.Model(model.inputs[0], model.layers[-1].input)
     features = features_of(model)
     labels = (Path(path) / "assets" / "labels.txt").read_bytes().splitlines()
@@ -70,7 +70,7 @@ def close(found, expected):
 
 
 @pytest.mark.slow
-def test_signatures_in_the_c_api_and_in_a_session(tmp_path):
+def test_signatures_in_the_c_api_and_a_tf1_session(tmp_path):
     model = tiny()
     check_signatures(model, keras_tnt.export.saved_model(model, tmp_path / "tnt"))
 
@@ -84,7 +84,7 @@ def test_signatures_of_the_smallest_variant_of_each_family(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_broken_image_is_named_by_its_place(tmp_path):
+def test_broken_image_error_has_its_index(tmp_path):
     model = tiny()
     path = keras_tnt.export.saved_model(model, tmp_path / "tnt", signatures=["serving_bytes"])
     good = draw_picture(0)

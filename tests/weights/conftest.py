@@ -1,4 +1,4 @@
-"""A hub on the loopback, and an empty cache, for each test that asks for it."""
+"""Fixtures: a fake hub on the loopback interface, and an empty cache."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from tests.weights.hub_server import Hub
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """An empty cache of the hub's, for this test alone."""
+    """Sets an empty hub cache for the test and returns its directory."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     return folder
@@ -19,7 +19,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, cache):
-    """A hub without repositories."""
+    """Yields a fake hub without repositories, set as HF_ENDPOINT."""
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     yield server
@@ -29,7 +29,7 @@ def hub(monkeypatch, cache):
 
 @contextlib.contextmanager
 def unprivileged():
-    """Root may write everywhere; for a while this process is not root."""
+    """Context in which the process is not root, because root can write everywhere."""
     if os.geteuid() != 0:
         yield
         return

@@ -1,6 +1,6 @@
-"""Files of weights that a stranger might send, made by rule: damaged, mislabelled, malicious.
+"""Malicious, malformed and damaged weight files.
 
-`crafted` makes those that somebody thought of, `fuzzed` those that nobody did.
+`crafted` generates hand-designed cases, `fuzzed` random mutations.
 """
 
 import io
@@ -21,16 +21,16 @@ ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202e"
 
 
 def crafted(folder, tensors, keras_files):
-    """Write crafted files one after another.
+    """Writes crafted files one after another.
 
     Args:
-        folder: where to write.
-        tensors: dict from names to arrays, as a checkpoint that fits.
-        keras_files: paths of a `.keras` and a `.weights.h5` file that fit.
+        folder: directory to write to.
+        tensors: dict of arrays by name, a checkpoint that matches the model.
+        keras_files: paths of a matching `.keras` and `.weights.h5` file.
 
     Yields:
-        (path, fits): fits is whether the file holds `tensors`, and loads; None where either is
-        right.
+        (path, fits): `fits` is whether the file must load and contains `tensors`. `None` if both
+        outcomes are acceptable.
     """
     cases = itertools.chain(
         torch_tensors(tensors),
@@ -47,7 +47,13 @@ def crafted(folder, tensors, keras_files):
 
 
 def fuzzed(folder, originals, count, seed=0):
-    """Write `count` files, each one of `originals` with a few random changes.
+    """Writes `count` files, each a mutation of one of `originals`.
+
+    Args:
+        folder: directory to write to.
+        originals: paths of valid files.
+        count: number of files.
+        seed: seed of the mutations. Defaults to 0.
 
     Yields:
         The paths.
@@ -64,7 +70,7 @@ def fuzzed(folder, originals, count, seed=0):
 
 
 def change(data, random):
-    """One random change, half of the time in the first or last bytes, where the structure is."""
+    """Applies a random mutation, half of the time near either end, where the headers are."""
     size = len(data)
     start = int(random.integers(size + 1))
     if random.random() < 0.5:
@@ -91,7 +97,7 @@ def change(data, random):
     return data[:start] + piece + data[start + length :]
 
 
-# === Files of torch.save ===
+# === torch.save files ===
 
 
 def saved(content, zipped=True):
@@ -139,13 +145,13 @@ HARMLESS = {
 
 
 def torch_tensors(tensors):
-    """One tensor of another kind among good ones: the first, one in the middle, the last."""
+    """Yields checkpoints with one invalid tensor: the first, a middle one, or the last."""
     content = as_torch(tensors)
     names = [name for name in content if content[name].ndim > 1 or name == "norm.bias"]
     places = [names[0], names[len(names) // 2], "norm.bias"]
     for (kind, make), place in itertools.product(FAULTS.items(), places):
         if kind in ("csr", "flat") and content[place].ndim != 2:
-            continue  # It would be another fault, or none.
+            continue  # Another fault, or none.
         yield ".pth", saved(content | {place: make(content[place])}), False
     for kind in ("meta", "NaN", "expanded", "huge", "scalar", "int8"):
         fault = FAULTS[kind](content[places[1]])
@@ -157,7 +163,7 @@ def torch_tensors(tensors):
 
 
 class Call:
-    """A pickle that calls something."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function, *arguments):
         self.reduced = function, arguments
@@ -218,7 +224,7 @@ def torch_contents(tensors, folder):
 
 
 def archives(tensors):
-    """Zip archives of `torch.save` with other entries, and other bytes around them."""
+    """Yields `torch.save` zip archives with modified entries or surrounding bytes."""
     whole = saved(as_torch(tensors))
 
     def rewritten(change=lambda name, data: data, method=zipfile.ZIP_STORED, more=()):
@@ -250,7 +256,8 @@ def archives(tensors):
     yield ".pth", rewritten(more=[("archive/constants.pkl", b"x")]), None
     yield ".pth", rewritten(more=[("../../../outside", b"x"), ("/etc/outside", b"x")]), None
     yield ".pth", rewritten(more=[("archive/data/999", bytes(100))]), False
-    # Sizes in the pickle: the width 16 as one byte becomes 255, or, in a longer form, negative.
+    # Sizes in the pickle: the width 16, stored as one byte, becomes 255, or negative in a longer
+    # form.
     yield ".pth", edited(b"K\x10", b"K\xff"), False
     yield ".pth", edited(b"K\x10", b"J\xff\xff\xff\xff"), False
     yield ".pth", edited(b"K\x10", b"\x8a\x08" + b"\xff" * 7 + b"\x7f"), False
@@ -269,7 +276,7 @@ def archives(tensors):
         yield ".pth", older[:size], False
 
 
-# === Files of safetensors ===
+# === safetensors files ===
 
 
 def safetensors(tensors):
@@ -355,11 +362,11 @@ def safetensors(tensors):
         yield ".safetensors", stored(tensors | grids), False
 
 
-# === Files of Keras ===
+# === Keras files ===
 
 
 def keras(path):
-    """A file of Keras whose weights are changed in one place each."""
+    """Yields variants of a Keras file with one change to the weights each."""
     whole = path.read_bytes()
     ending = "".join(path.suffixes)
     yield ending, whole, True
@@ -446,7 +453,7 @@ def virtual(h5, name, path):
     h5.create_virtual_dataset(name, layout)
 
 
-# === Files of another kind under each of the names ===
+# === Unrelated contents under each extension ===
 
 
 def anything(tensors):

@@ -1,4 +1,4 @@
-"""A test double of the Hugging Face hub on the loopback: files of repositories, over HTTP."""
+"""Fake Hugging Face hub on the loopback interface: serves repository files over HTTP."""
 
 import base64
 import hashlib
@@ -13,21 +13,21 @@ COMMIT = "5" * 40
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Answers as the hub does to whoever downloads a file, or uploads small ones.
+    """HTTP server that implements the hub's downloads, and uploads of small files.
 
     Attributes:
-        files: dict from (repository, file) to the path of what is served.
-        requests: list of (method, repository, file) as they came.
+        files: dict from (repository, file) to the path that is served.
+        requests: list of (method, repository, file) in order.
         etags: dict from a file's path to an ETag other than its sha256.
-        cut: serve only so many bytes of any file, and close the connection.
-        size: the size to promise instead of the true one.
+        cut: number of bytes after which the connection is closed.
+        size: the size to announce instead of the true one.
         stall: seconds to wait before the bytes of a file.
-        status: HTTP status to give to everything.
-        headers: dict of headers that every answer has beside, or in place of, the usual ones.
-        endless: send more than was promised.
-        folder: where files go that are uploaded.
-        created: what was said of each repository that was to be made.
-        tokens: set of what uploads proved their right with.
+        status: HTTP status of every response.
+        headers: dict of headers that are added to every response, or replace the usual ones.
+        endless: whether to send more bytes than announced.
+        folder: directory for uploaded files.
+        created: list of the requests that create a repository.
+        tokens: set of the Authorization headers of uploads.
     """
 
     daemon_threads = True
@@ -54,11 +54,11 @@ class Hub(http.server.ThreadingHTTPServer):
             return self.etags.get(path, self.hashes[path])
 
     def downloads(self, file="model.safetensors"):
-        """How many times the bytes of a file were asked for."""
+        """Returns the number of GET requests for a file."""
         return sum(method == "GET" and name == file for method, _, name in self.requests)
 
     def handle_error(self, request, client_address):
-        """A client that goes away in the middle is no error of the server's."""
+        """Ignores errors of clients that disconnect during a response."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

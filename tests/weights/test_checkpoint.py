@@ -1,4 +1,4 @@
-"""Checkpoints into models and back: all of it, exactly, or nothing and the reason."""
+"""Checkpoints are loaded and saved exactly, or not at all with the reason."""
 
 import os
 import subprocess
@@ -91,11 +91,11 @@ def path(tmp_path):
     return tmp_path / "checkpoint.safetensors"
 
 
-# === There and back ===
+# === Round trips ===
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_round_trip_is_exact(name, path):
+def test_checkpoint_round_trip_is_exact(name, path):
     model = randomise(MODELS[name]())
     keras_tnt.save_checkpoint(model, path)
     other = MODELS[name]()
@@ -104,7 +104,7 @@ def test_a_round_trip_is_exact(name, path):
 
 
 @pytest.mark.parametrize("name", ["tnt_official", "tnt_legacy", "deit", "deit_distilled", "cait"])
-def test_tensors_of_the_public_implementation_come_back_as_they_were(name, path, tmp_path):
+def test_public_checkpoint_tensors_round_trip(name, path, tmp_path):
     reference = golden.load(name)
     model = golden_model(name, reference)
     keras_tnt.load_checkpoint(model, reference.save_checkpoint(path))
@@ -117,7 +117,7 @@ def test_tensors_of_the_public_implementation_come_back_as_they_were(name, path,
 
 
 def golden_model(name, reference):
-    """A model of the reference's architecture."""
+    """Returns a model with the reference's architecture."""
     config = reference.config
     common = {
         "input_shape": reference.images.shape[1:],
@@ -139,7 +139,7 @@ def golden_model(name, reference):
     return keras_tnt.DeiT(distilled="distilled" in name, **options)
 
 
-def test_half_precision_weights_fill_a_model_of_float32(path, tmp_path):
+def test_float16_checkpoint_fills_a_float32_model(path, tmp_path):
     model = randomise(MODELS["tnt"]())
     keras_tnt.save_checkpoint(model, path)
     halves = {name: value.astype("float16") for name, value in load_file(path).items()}
@@ -152,7 +152,7 @@ def test_half_precision_weights_fill_a_model_of_float32(path, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_of_half_precision_weights_is_saved_and_loaded(path):
+def test_bfloat16_model_round_trip(path):
     keras.config.set_dtype_policy("bfloat16")
     model = randomise(MODELS["tnt"]())
     keras_tnt.save_checkpoint(model, path)
@@ -164,7 +164,7 @@ def test_a_model_of_half_precision_weights_is_saved_and_loaded(path):
     )
 
 
-def test_a_model_without_its_top_leaves_the_heads_alone(path):
+def test_headless_model_ignores_the_heads(path):
     model = randomise(MODELS["deit distilled"]())
     keras_tnt.save_checkpoint(model, path)
     backbone = keras_tnt.load_checkpoint(MODELS["deit distilled"](include_top=False), path)
@@ -172,7 +172,7 @@ def test_a_model_without_its_top_leaves_the_heads_alone(path):
     assert_same(values(backbone), {k: v for k, v in full.items() if not k.startswith("head")})
 
 
-def test_a_head_of_ones_own_is_saved_with_the_backbone(path):
+def test_custom_head_is_saved_with_the_backbone(path):
     backbone = MODELS["tnt"](include_top=False, pooling="token")
     model = keras.Sequential([backbone, keras.layers.Dense(7, name="head")])
     keras_tnt.save_checkpoint(randomise(model), path)
@@ -180,7 +180,7 @@ def test_a_head_of_ones_own_is_saved_with_the_backbone(path):
     assert_same_predictions(model, other)
 
 
-def test_lora_is_added_to_the_kernels_that_it_adapts(path):
+def test_lora_update_is_merged_into_saved_kernels(path):
     model = MODELS["tnt"]()
     for layer in dense_layers(model):
         layer.enable_lora(2)
@@ -190,7 +190,7 @@ def test_lora_is_added_to_the_kernels_that_it_adapts(path):
     assert_same_predictions(model, other)
 
 
-def test_lora_starts_afresh_on_loaded_kernels(path):
+def test_loading_resets_lora(path):
     keras_tnt.save_checkpoint(randomise(MODELS["tnt"]()), path)
     plain, adapted = MODELS["tnt"](), MODELS["tnt"]()
     for layer in dense_layers(adapted):
@@ -201,7 +201,7 @@ def test_lora_starts_afresh_on_loaded_kernels(path):
     assert_same_predictions(plain, adapted)
 
 
-def test_saving_replaces_the_file_at_once_or_not_at_all(path, monkeypatch):
+def test_saving_is_atomic(path, monkeypatch):
     path.write_text("what was there before")
 
     def fill_the_disk(tensors, file, **_):
@@ -215,12 +215,12 @@ def test_saving_replaces_the_file_at_once_or_not_at_all(path, monkeypatch):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_saving_under_another_ending_is_refused(tmp_path):
+def test_saving_with_another_extension_raises(tmp_path):
     with pytest.raises(ValueError, match="must end in .safetensors"):
         keras_tnt.save_checkpoint(MODELS["tnt"](), tmp_path / "weights.pth")
 
 
-def test_a_quantized_model_is_refused(path):
+def test_quantized_model_raises(path):
     model = MODELS["tnt"]()
     keras_tnt.save_checkpoint(model, path)
     dense_layers(model)[0].quantize("int8")
@@ -230,7 +230,7 @@ def test_a_quantized_model_is_refused(path):
         keras_tnt.load_checkpoint(model, path)
 
 
-def test_layers_that_no_checkpoint_has_are_named(path):
+def test_layers_without_a_checkpoint_name_raise(path):
     backbone = MODELS["tnt"](include_top=False, pooling="token")
     model = keras.Sequential([backbone, keras.layers.Dense(7, name="flowers")])
     with pytest.raises(ValueError, match="/flowers/kernel'.*name='head'"):
@@ -239,7 +239,7 @@ def test_layers_that_no_checkpoint_has_are_named(path):
         keras_tnt.save_checkpoint(keras.Sequential([keras.layers.Dense(3)]), path)
 
 
-def test_layers_of_ones_own_before_and_behind_the_model_stay_as_they_are(path):
+def test_custom_layers_around_the_model_are_not_changed(path):
     source = randomise(MODELS["tnt"]())
     keras_tnt.save_checkpoint(source, path)
     grey = keras.Input((32, 32, 1))
@@ -259,7 +259,7 @@ def test_layers_of_ones_own_before_and_behind_the_model_stay_as_they_are(path):
         np.testing.assert_array_equal(values(model)[variable], value)
 
 
-# === What does not fit ===
+# === Mismatches ===
 
 MISMATCHES = {
     "another variant": ("tnt", {"outer_dim": 32}, "dimension 16 and 2 blocks.*dimension 32"),
@@ -278,7 +278,7 @@ MISMATCHES = {
 
 
 @pytest.mark.parametrize("case", MISMATCHES)
-def test_what_does_not_fit_changes_nothing_and_tells_the_cause(case, path):
+def test_mismatch_raises_with_the_cause_and_changes_nothing(case, path):
     name, difference, message = MISMATCHES[case]
     keras_tnt.save_checkpoint(MODELS[name](), path)
     model = MODELS[name](**difference)
@@ -288,7 +288,7 @@ def test_what_does_not_fit_changes_nothing_and_tells_the_cause(case, path):
     assert_same(values(model), before)
 
 
-def test_another_family_is_told_by_its_names(path):
+def test_checkpoint_of_another_family_raises(path):
     keras_tnt.save_checkpoint(MODELS["cait"](), path)
     tensors = {f"encoder.{name}": value for name, value in load_file(path).items()}
     save_file(tensors, path)
@@ -296,13 +296,13 @@ def test_another_family_is_told_by_its_names(path):
         keras_tnt.load_checkpoint(MODELS["tnt"](), path)
 
 
-def test_a_file_without_a_head_is_told(path):
+def test_checkpoint_without_a_head_raises(path):
     keras_tnt.save_checkpoint(MODELS["tnt"](include_top=False), path)
     with pytest.raises(ValueError, match="no classifier: .*include_top=False"):
         keras_tnt.load_checkpoint(MODELS["tnt"](), path)
 
 
-def test_missing_unused_and_misshaped_tensors_are_listed(path):
+def test_missing_unused_and_mismatched_tensors_are_listed(path):
     keras_tnt.save_checkpoint(MODELS["tnt"](), path)
     tensors = load_file(path)
     tensors["foo.weight"] = np.zeros((2, 3), "float32")
@@ -317,7 +317,7 @@ def test_missing_unused_and_misshaped_tensors_are_listed(path):
     assert "  unused: foo.weight (2, 3)" in lines
 
 
-def test_ten_differences_are_listed_and_the_rest_counted(path):
+def test_at_most_ten_differences_are_listed(path):
     keras_tnt.save_checkpoint(MODELS["tnt"](), path)
     tensors = load_file(path)
     save_file(tensors | {f"extra.{i}": np.zeros(1, "float32") for i in range(25)}, path)
@@ -328,18 +328,18 @@ def test_ten_differences_are_listed_and_the_rest_counted(path):
     assert lines[-1].strip() == "and 15 more"
 
 
-def test_tensors_that_no_forward_pass_reads_are_not_missed_nor_minded(path):
+def test_tensors_unused_by_the_forward_pass_are_ignored(path):
     keras_tnt.save_checkpoint(MODELS["tnt"](), path)
     save_file(load_file(path) | {"outer_tokens": np.zeros((1, 4, 16), "float32")}, path)
     keras_tnt.load_checkpoint(MODELS["tnt"](), path)
 
 
-# === Files by path, as `weights=` ===
+# === File paths as `weights` ===
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".weights.h5", ".keras"])
 @pytest.mark.parametrize("name", ["tnt", "deit distilled", "cait", "pyramid"])
-def test_a_file_of_ours_as_weights(name, ending, tmp_path):
+def test_saved_file_as_weights_argument(name, ending, tmp_path):
     model = randomise(MODELS[name]())
     path = str(tmp_path / f"model{ending}")
     if ending == ".safetensors":
@@ -352,7 +352,7 @@ def test_a_file_of_ours_as_weights(name, ending, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".weights.h5", ".keras"])
-def test_a_file_of_ours_into_a_model_without_its_top_at_another_resolution(ending, tmp_path):
+def test_saved_file_for_a_headless_model_at_another_resolution(ending, tmp_path):
     model = randomise(MODELS["tnt"]())
     path = str(tmp_path / f"model{ending}")
     if ending == ".safetensors":
@@ -369,7 +369,7 @@ def test_a_file_of_ours_into_a_model_without_its_top_at_another_resolution(endin
             np.testing.assert_array_equal(loaded[variable], full[variable], err_msg=variable)
 
 
-def test_a_torch_file_as_weights(tmp_path):
+def test_torch_file_as_weights_argument(tmp_path):
     torch = pytest.importorskip("torch")
     model = randomise(MODELS["tnt"]())
     keras_tnt.save_checkpoint(model, tmp_path / "model.safetensors")
@@ -401,8 +401,8 @@ print((status("VmHWM") - before) / (4 * model.count_params()))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_takes_no_second_copy_of_the_model(path):
-    """Building and loading DeiT-B, 346 MB, within 1.5 times its weights."""
+def test_loading_does_not_copy_the_model(path):
+    """Builds and loads DeiT-B, 346 MB, within 1.5 times its weights."""
     shapes = golden.checkpoints()["deit_base_patch16_224.fb_in1k"]["tensors"]
     save_file({name: np.ones(shape, "float32") for name, shape in shapes.items()}, path)
     result = subprocess.run(

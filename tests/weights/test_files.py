@@ -1,4 +1,4 @@
-"""Files of tensors: what is read, what is found inside, and what is refused."""
+"""Tensor files: supported formats, wrappers around the tensors, and errors."""
 
 import argparse
 import os
@@ -44,7 +44,7 @@ def assert_holds(path, expected, **options):
 
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".pth.tar", ".bin"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_torch_files_of_either_format(ending, zipped, tmp_path):
+def test_both_torch_formats_are_read(ending, zipped, tmp_path):
     path = tmp_path / f"weights{ending}"
     torch.save(tensors(a__weight=A), path, _use_new_zipfile_serialization=zipped)
     assert_holds(path, {"a.weight": A})
@@ -52,20 +52,20 @@ def test_torch_files_of_either_format(ending, zipped, tmp_path):
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module__", "module__module__"])
-def test_nesting_and_the_prefix_of_data_parallel_are_taken_off(key, prefix, tmp_path):
+def test_nesting_and_data_parallel_prefix_are_removed(key, prefix, tmp_path):
     path = tmp_path / "weights.pth"
     content = {key: tensors(**{f"{prefix}a": A}), "epoch": 3, "args": argparse.Namespace(lr=0.1)}
     torch.save(content, path)
     assert_holds(path, {"a": A})
 
 
-def test_the_prefix_is_taken_off_in_safetensors_too(tmp_path):
+def test_data_parallel_prefix_is_removed_from_safetensors(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"module.a": A, "module.b.c": B}, path)
     assert_holds(path, {"a": A, "b.c": B})
 
 
-def test_a_layer_that_is_called_module_keeps_its_name(tmp_path):
+def test_layer_named_module_keeps_its_name(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"module.a": A, "b": B}, path)
     assert_holds(path, {"module.a": A, "b": B})
@@ -74,20 +74,20 @@ def test_a_layer_that_is_called_module_keeps_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("key", "ema_key"), [("model", "model_ema"), ("state_dict", "state_dict_ema")]
 )
-def test_the_moving_average_is_read_on_request(key, ema_key, tmp_path):
+def test_ema_weights_are_read_on_request(key, ema_key, tmp_path):
     path = tmp_path / "weights.pth.tar"
     torch.save({key: tensors(a=A), ema_key: tensors(module__a=B)}, path)
     assert_holds(path, {"a": A})
     assert_holds(path, {"a": B}, ema=True)
 
 
-def test_a_moving_average_nested_once_more(tmp_path):
+def test_nested_ema_weights_are_read(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"model": tensors(a=A), "model_ema": {"state_dict": tensors(a=B)}}, path)
     assert_holds(path, {"a": B}, ema=True)
 
 
-def test_a_moving_average_that_is_not_there(tmp_path):
+def test_missing_ema_weights_raise(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"model": tensors(a=A)}, path)
     with pytest.raises(ValueError, match="no moving average"):
@@ -97,7 +97,7 @@ def test_a_moving_average_that_is_not_there(tmp_path):
         open_tensors(tmp_path / "weights.safetensors", ema=True)
 
 
-def test_a_moving_average_alone_is_not_taken_for_the_weights(tmp_path):
+def test_ema_weights_alone_are_not_read_by_default(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"state_dict_ema": tensors(a=A)}, path)
     with pytest.raises(ValueError, match="ema=True"):
@@ -105,7 +105,7 @@ def test_a_moving_average_alone_is_not_taken_for_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_every_floating_point_type(dtype, tmp_path):
+def test_every_floating_point_dtype_is_read(dtype, tmp_path):
     array = A.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     save_file({"a": array}, tmp_path / "weights.safetensors")
     torch.save({"a": torch.tensor(A).to(getattr(torch, dtype))}, tmp_path / "weights.pth")
@@ -122,7 +122,7 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("ending", [".pth", ".bin"])
-def test_a_file_that_would_run_code_is_refused_and_runs_none(ending, tmp_path):
+def test_file_that_would_run_code_is_refused(ending, tmp_path):
     path, marker = tmp_path / f"weights{ending}", tmp_path / "ran"
     torch.save({"model": tensors(a=A), "extra": RunsCode(marker)}, path)
     with pytest.raises(ValueError, match="is refused.*could run code"):
@@ -135,7 +135,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(ending, tmp_path):
 
 @pytest.mark.parametrize("size", [0, 5, 60, 300])
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_a_truncated_file_is_said_to_be_damaged(ending, size, tmp_path):
+def test_truncated_file_raises(ending, size, tmp_path):
     path = tmp_path / f"weights{ending}"
     if ending == ".pth":
         torch.save(tensors(a=np.zeros(1000, "float32")), path)
@@ -146,7 +146,7 @@ def test_a_truncated_file_is_said_to_be_damaged(ending, size, tmp_path):
         open_tensors(path)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_missing_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no.safetensors"):
         open_tensors(tmp_path / "no.safetensors")
 
@@ -159,18 +159,18 @@ def test_a_file_that_is_not_there(tmp_path):
         ("weights.weights.h5", r"model.load_weights\(path\)"),
     ],
 )
-def test_another_kind_of_file(name, message, tmp_path):
+def test_unsupported_extension_raises(name, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         open_tensors(tmp_path / name)
 
 
-def test_a_file_of_something_else_than_a_dict(tmp_path):
+def test_file_without_a_dict_raises(tmp_path):
     torch.save(torch.tensor(A), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="holds a Tensor, not a dict"):
         open_tensors(tmp_path / "weights.pth")
 
 
-def test_without_torch_the_extra_is_named(tmp_path):
+def test_missing_torch_error_names_the_extra(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(tensors(a=A), path)
     code = """
@@ -186,7 +186,7 @@ open_tensors(sys.argv[1])
     assert 'pip install "keras-tnt[torch]"' in result.stderr
 
 
-# === What no file of weights holds ===
+# === Invalid tensors ===
 
 
 def sparse(layout):
@@ -212,7 +212,7 @@ UNREADABLE = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_tensor_that_is_no_array_of_finite_numbers(kind, tmp_path):
+def test_invalid_torch_tensor_raises(kind, tmp_path):
     make, message = UNREADABLE[kind]
     path = tmp_path / "weights.pth"
     torch.save({"a": torch.tensor(A), "b\x1b[2J": make()}, path)
@@ -235,7 +235,7 @@ def test_a_tensor_that_is_no_array_of_finite_numbers(kind, tmp_path):
         (A + np.float64(1e300), "holds NaN or infinity"),
     ],
 )
-def test_such_tensors_of_safetensors(array, message, tmp_path):
+def test_invalid_safetensors_tensor_raises(array, message, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"a": array}, path)
     with pytest.raises(ValueError, match=f"{path}.*'a' {message}"):
@@ -243,14 +243,14 @@ def test_such_tensors_of_safetensors(array, message, tmp_path):
 
 
 @pytest.mark.parametrize("key", [3, ("a", 1), b"a"])
-def test_a_name_that_is_no_text(key, tmp_path):
+def test_non_string_tensor_name_raises(key, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({key: torch.tensor(A)}, path)
     with pytest.raises(ValueError, match=f"{path}.*is no text"):
         open_tensors(path)
 
 
-def test_a_compressed_archive_is_not_read_as_if_it_were_none(tmp_path):
+def test_compressed_archive_raises(tmp_path):
     whole, path = tmp_path / "whole.pth", tmp_path / "weights.pth"
     torch.save(tensors(a=np.zeros(1000, "float32")), whole)
     with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
@@ -260,7 +260,7 @@ def test_a_compressed_archive_is_not_read_as_if_it_were_none(tmp_path):
         open_tensors(path)
 
 
-def test_a_changed_byte_of_an_archive_is_noticed(tmp_path):
+def test_archive_checksum_error_raises(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(tensors(a=np.full(1000, 3, "float32")), path)
     data = path.read_bytes()
@@ -269,7 +269,7 @@ def test_a_changed_byte_of_an_archive_is_noticed(tmp_path):
         open_tensors(path)
 
 
-def test_a_tensor_that_claims_more_than_its_entry_has(tmp_path):
+def test_tensor_larger_than_its_storage_raises(tmp_path):
     whole, path = tmp_path / "whole.pth", tmp_path / "weights.pth"
     torch.save(tensors(a=A, b=np.zeros(1000, "float32")), whole)
     with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
@@ -279,7 +279,7 @@ def test_a_tensor_that_claims_more_than_its_entry_has(tmp_path):
         open_tensors(path)
 
 
-def test_text_that_is_called_a_checkpoint(tmp_path):
+def test_text_file_as_checkpoint_raises(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=f"{path}.*is no file of torch.save.*version https"):
@@ -287,7 +287,7 @@ def test_text_that_is_called_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("size", [3, 500])
-def test_a_file_of_the_older_format_cut_off(size, tmp_path):
+def test_truncated_legacy_file_raises(size, tmp_path):
     path = tmp_path / "weights.pth"
     content = tensors(a=np.zeros(1000, "float32"))
     torch.save(content, path, _use_new_zipfile_serialization=False)
@@ -297,7 +297,7 @@ def test_a_file_of_the_older_format_cut_off(size, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_a_file_that_may_not_be_read(ending, tmp_path):
+def test_unreadable_file_raises(ending, tmp_path):
     path = tmp_path / f"weights{ending}"
     path.write_bytes(b"")
     path.chmod(0)
@@ -305,7 +305,7 @@ def test_a_file_that_may_not_be_read(ending, tmp_path):
         open_tensors(path)
 
 
-def test_a_folder_and_a_pipe(tmp_path):
+def test_folder_and_fifo_raise(tmp_path):
     (tmp_path / "folder.pth").mkdir()
     os.mkfifo(tmp_path / "pipe.pth")
     for name in ("folder.pth", "pipe.pth"):

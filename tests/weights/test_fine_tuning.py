@@ -1,4 +1,4 @@
-"""Fine-tuning a checkpoint on the digits, as the README shows it, in a dozen lines."""
+"""Fine-tuning a checkpoint on handwritten digits, as in the README."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ from tests import golden
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A TNT-S of two blocks, as it might have been trained on a thousand classes of 224x224."""
+    """Returns the path of a TNT-S checkpoint of two blocks for 1000 classes at 224x224."""
     keras.utils.set_random_seed(1)
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
     keras_tnt.save_checkpoint(keras_tnt.TNTSmall(depth=2, weights=None), path)
@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits():
-    """(images of 64x64 pixels in [0, 255], labels)"""
+    """Returns (images of 64x64 pixels in [0, 255], labels)."""
     data = load_digits()
     images = np.kron(data.images[:256] * (255 / 16), np.ones((8, 8)))
     return np.repeat(images[..., None], 3, axis=-1).astype("float32"), data.target[:256]
@@ -32,7 +32,7 @@ def classifier(backbone):
 
 
 def train(model, digits, rate, epochs):
-    """The losses of the epochs."""
+    """Returns the loss of each epoch."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(rate), loss, metrics=["accuracy"])
     return model.fit(*digits, batch_size=32, epochs=epochs, verbose=0).history["loss"]
@@ -43,7 +43,7 @@ def predict(model, digits):
 
 
 def through_a_checkpoint(model, path):
-    """A TNT-S with its own head, filled from the checkpoint that `model` is saved as."""
+    """Returns a TNT-S with its own head, loaded from a checkpoint of `model`."""
     keras_tnt.save_checkpoint(model, path)
     return keras_tnt.TNTSmall(
         input_shape=(64, 64, 3), weights=path, classes=10, classifier_activation=None, depth=2
@@ -51,7 +51,7 @@ def through_a_checkpoint(model, path):
 
 
 @pytest.mark.slow
-def test_a_head_first_then_everything(checkpoint, digits, tmp_path):
+def test_train_the_head_then_all_layers(checkpoint, digits, tmp_path):
     backbone = keras_tnt.TNTSmall(
         include_top=False, pooling="token", input_shape=(64, 64, 3), weights=checkpoint, depth=2
     )
@@ -79,7 +79,7 @@ def test_a_head_first_then_everything(checkpoint, digits, tmp_path):
 
 @pytest.mark.one_backend
 @pytest.mark.slow
-def test_lora_trains_few_weights_and_is_saved_and_loaded_again(checkpoint, digits, tmp_path):
+def test_lora_trains_few_weights_and_round_trips(checkpoint, digits, tmp_path):
     backbone = keras_tnt.TNTSmall(
         include_top=False, pooling="token", input_shape=(64, 64, 3), weights=checkpoint, depth=2
     )

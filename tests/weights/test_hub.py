@@ -1,4 +1,4 @@
-"""Downloads: kept once, checked, and one clear message for each thing that can go wrong."""
+"""Hub downloads: caching, verification, and one clear error per failure."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ REPOSITORY, FILE = "someone/flowers", "model.safetensors"
 
 @pytest.fixture
 def content(tmp_path):
-    """A checkpoint of 2 MB."""
+    """Returns the path of a 2 MB checkpoint."""
     path = tmp_path / "content.safetensors"
     save_file({"a": np.arange(500_000, dtype="float32")}, path)
     return path
@@ -43,13 +43,13 @@ def fetch(**arguments):
 
 
 def kept(cache):
-    """All files of the cache that hold something of a checkpoint, finished or not."""
+    """Returns all blobs in the cache, complete or not."""
     return [path for path in cache.rglob("*") if path.is_file() and "blobs" in path.parts]
 
 
 @contextlib.contextmanager
 def fails(kind, *words, cache=None):
-    """One error with these words in it, within 30 seconds, and nothing left in the cache."""
+    """Asserts one error with these words within 30 seconds, and no blobs in the cache."""
     start = time.monotonic()
     with pytest.raises(kind) as caught:
         yield caught
@@ -60,15 +60,15 @@ def fails(kind, *words, cache=None):
         assert kept(cache) == []
 
 
-def test_a_file_is_downloaded_once(served, content):
+def test_file_is_downloaded_once(served, content):
     path = fetch()
     assert Path(path).read_bytes() == content.read_bytes()
     assert fetch() == path
-    assert len(served.requests) == 2  # a question and a download
+    assert len(served.requests) == 2  # a HEAD request and a download
     assert served.downloads() == 1
 
 
-def test_renewing_asks_but_downloads_only_what_changed(served, content, tmp_path):
+def test_renew_downloads_only_changed_files(served, content, tmp_path):
     path = fetch()
     assert fetch(renew=True) == path
     assert served.downloads() == 1
@@ -80,13 +80,13 @@ def test_renewing_asks_but_downloads_only_what_changed(served, content, tmp_path
     assert Path(fetch(renew=True)).read_bytes() == newer.read_bytes()
 
 
-def test_a_renewal_without_network_gives_the_file_of_the_cache(served, monkeypatch):
+def test_renew_without_network_returns_the_cached_file(served, monkeypatch):
     path = fetch()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
     assert fetch(renew=True) == path
 
 
-def test_offline_mode_gives_the_file_of_the_cache_without_a_request(served, monkeypatch):
+def test_offline_mode_returns_the_cached_file_without_requests(served, monkeypatch):
     path = fetch()
     served.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -94,13 +94,13 @@ def test_offline_mode_gives_the_file_of_the_cache_without_a_request(served, monk
     assert served.requests == []
 
 
-def test_offline_mode_without_the_file_says_so(served, cache, monkeypatch):
+def test_offline_mode_without_a_cached_file_raises(served, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with fails(ConnectionError, "HF_HUB_OFFLINE", "weights='<path>'", cache=cache):
         fetch()
 
 
-def test_a_commit_can_be_asked_for(served):
+def test_revision_can_be_a_commit(served):
     assert COMMIT in fetch(revision=COMMIT)
 
 
@@ -110,21 +110,21 @@ def closed_port():
         return probe.getsockname()[1]
 
 
-def test_no_network(cache, monkeypatch):
+def test_unreachable_host_raises(cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
     with fails(ConnectionError, "Check the network", "weights='<path>'", cache=cache):
         fetch()
 
 
 @pytest.mark.slow
-def test_a_host_that_takes_connections_and_never_answers(cache, monkeypatch):
+def test_unresponsive_host_raises(cache, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with fails(ConnectionError, "Check the network", cache=cache):
             fetch()
 
 
-def test_a_download_that_stalls(served, monkeypatch):
+def test_stalled_download_raises(served, monkeypatch):
     assert downloads.PATIENCE < 30
     monkeypatch.setattr(downloads, "PATIENCE", 2)
     served.stall = 60
@@ -132,27 +132,27 @@ def test_a_download_that_stalls(served, monkeypatch):
         fetch()
 
 
-def test_an_unknown_repository(hub, cache):
+def test_unknown_repository_raises(hub, cache):
     with fails(ValueError, "There is no repository 'someone/flowers'", "log in", cache=cache):
         fetch()
 
 
-def test_a_name_that_no_repository_can_have(hub, cache):
+def test_invalid_repository_name_raises(hub, cache):
     with fails(ValueError, "'some one/flow ers'", cache=cache):
         downloads.fetch("some one/flow ers", FILE)
 
 
-def test_an_unknown_revision(served, cache):
+def test_unknown_revision_raises(served, cache):
     with fails(ValueError, "no revision 'v9'", cache=cache):
         fetch(revision="v9")
 
 
-def test_a_repository_without_the_file(served, cache):
+def test_file_missing_in_the_repository_raises(served, cache):
     with fails(downloads.MissingFile, "no file 'other.safetensors'", cache=cache):
         downloads.fetch(REPOSITORY, "other.safetensors")
 
 
-def test_that_a_file_is_missing_is_remembered_without_network(served, monkeypatch):
+def test_missing_file_is_cached(served, monkeypatch):
     with pytest.raises(downloads.MissingFile):
         downloads.fetch(REPOSITORY, "config.json")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
@@ -160,25 +160,25 @@ def test_that_a_file_is_missing_is_remembered_without_network(served, monkeypatc
         downloads.fetch(REPOSITORY, "config.json", renew=True)
 
 
-def test_a_hub_in_trouble(served, cache):
+def test_hub_status_503_raises(served, cache):
     served.status = 503
     with fails(ConnectionError, "answered 503", "Try again later", cache=cache):
         fetch()
 
 
-def test_a_server_that_is_no_hub(cache, monkeypatch, served):
+def test_server_that_is_not_a_hub_raises(cache, monkeypatch, served):
     served.status = 200
     with fails(ConnectionError, served.url, cache=cache):
         fetch()
 
 
-def test_a_connection_that_breaks_at_the_same_place_each_time(served, cache):
+def test_connection_that_always_breaks_raises(served, cache):
     served.cut = 100_000
     with fails(ConnectionError, "Check the network", cache=cache):
         fetch()
 
 
-def test_a_download_goes_on_where_the_connection_broke(served, content):
+def test_broken_download_is_resumed(served, content):
     served.cut = 1_000_000
     times = iter([content.stat().st_size])
     send = served.RequestHandlerClass.send
@@ -194,7 +194,7 @@ def test_a_download_goes_on_where_the_connection_broke(served, content):
     assert served.downloads() == 2
 
 
-def test_bytes_that_are_not_those_of_the_hubs_hash(served, content, cache):
+def test_hash_mismatch_with_the_hub_raises(served, content, cache):
     served.etags[content] = "a" * 64
     with fails(OSError, "came damaged", "sha256", "try again", cache=cache):
         fetch()
@@ -202,31 +202,31 @@ def test_bytes_that_are_not_those_of_the_hubs_hash(served, content, cache):
     assert Path(fetch()).read_bytes() == content.read_bytes()
 
 
-def test_bytes_that_are_not_those_of_the_tables_hash(served, cache):
+def test_hash_mismatch_with_the_table_raises(served, cache):
     with fails(OSError, "came damaged", "sha256", cache=cache):
         fetch(sha256="b" * 64)
 
 
-def test_a_file_that_is_truncated_on_the_hub(served, content, cache):
+def test_truncated_file_on_the_hub_raises(served, content, cache):
     content.write_bytes(content.read_bytes()[:1_000_000])
     with fails(OSError, "came damaged", "no whole .safetensors", cache=cache):
         fetch()
 
 
-def test_a_page_of_text_in_place_of_the_file(served, content, cache):
+def test_html_instead_of_the_file_raises(served, content, cache):
     content.write_text("<html>Please log in to this network</html>" * 100)
     with fails(OSError, "came damaged", cache=cache):
         fetch()
 
 
-def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(served, content):
+def test_damaged_cached_file_is_downloaded_again(served, content):
     path = fetch()
     os.truncate(path, 1000)
     assert Path(fetch()).read_bytes() == content.read_bytes()
     assert served.downloads() == 2
 
 
-def test_a_file_larger_than_the_free_space_is_not_begun(served, cache):
+def test_file_larger_than_the_disk_space_is_not_downloaded(served, cache):
     served.size = 10**16
     with fails(OSError, "disk is full", "MB free", "HF_HOME", cache=cache) as caught:
         fetch()
@@ -236,7 +236,7 @@ def test_a_file_larger_than_the_free_space_is_not_begun(served, cache):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """The system refuses to write more into a file than this, as a full disk or a quota does."""
+    """Context that limits the size of written files, as a full disk or a quota does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -245,26 +245,26 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_fills_up_on_the_way(served, content, cache):
+def test_full_disk_during_a_download_raises(served, content, cache):
     with largest_file(1_000_000), fails(OSError, "disk is full", "HF_HOME", cache=cache):
         fetch()
     assert Path(fetch()).read_bytes() == content.read_bytes()
 
 
-def test_a_cache_without_write_permission(served, cache):
+def test_cache_without_write_permission_raises(served, cache):
     cache.mkdir(mode=0o500)
     with unprivileged(), fails(PermissionError, "cache cannot be written", "HF_HOME"):
         fetch()
     assert kept(cache) == []
 
 
-def test_a_cache_below_a_file(served, tmp_path, monkeypatch):
+def test_cache_below_a_regular_file_raises(served, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "content.safetensors" / "cache"))
     with fails(PermissionError, "cache cannot be written", "HF_HOME"):
         fetch()
 
 
-def test_a_file_in_a_cache_without_write_permission_is_read(served, cache):
+def test_cached_file_is_read_without_write_permission(served, cache):
     path = fetch()
     for folder in [cache, *cache.rglob("*")]:
         if folder.is_dir():
@@ -284,7 +284,7 @@ print(hub.fetch({REPOSITORY!r}, {FILE!r}))
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_both_succeed(served, content, tmp_path):
+def test_two_processes_can_download_at_once(served, content, tmp_path):
     served.stall = 1
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     environment.pop("HF_HUB_CACHE", None)
@@ -306,12 +306,12 @@ def test_two_processes_at_once_both_succeed(served, content, tmp_path):
     assert served.downloads() == 1
 
 
-# === An endpoint that is not trusted ===
+# === Untrusted endpoint ===
 
 
 @pytest.fixture
 def surroundings(cache, tmp_path):
-    """What lies beside the cache, among it a file of the user's; the test may not change it."""
+    """Asserts that files outside of the cache, such as the user's, do not change."""
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
 
     def files():
@@ -328,7 +328,7 @@ NO_NAMES = ("", "..", "../../x", "a/b", "a\\b", "..%2f", "\x1b[2J", "a" * 300)
 
 @pytest.mark.parametrize("etag", [*NO_NAMES, "{outside}/mine.safetensors"])
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
-def test_an_etag_that_is_no_name(etag, header, served, cache, surroundings):
+def test_invalid_etag_raises(etag, header, served, cache, surroundings):
     served.headers[header] = f'"{etag.format(outside=surroundings)}"'
     if header == "X-Linked-Etag" and not etag:
         served.headers["ETag"] = None
@@ -340,7 +340,7 @@ def test_an_etag_that_is_no_name(etag, header, served, cache, surroundings):
 
 @pytest.mark.parametrize("commit", [*NO_NAMES, "main", "5" * 39, "{outside}"])
 @pytest.mark.parametrize("file", [FILE, "none.safetensors"])
-def test_a_commit_that_is_none(commit, file, served, cache, surroundings):
+def test_invalid_commit_raises(commit, file, served, cache, surroundings):
     served.headers["X-Repo-Commit"] = commit.format(outside=surroundings)
     kind = ConnectionError if file == FILE else downloads.MissingFile
     with fails(kind, cache=cache):
@@ -352,7 +352,7 @@ def test_a_commit_that_is_none(commit, file, served, cache, surroundings):
     "revision",
     ["", "..", "../../x", "/etc", "a//b", "a/../b", "a\0b", "a\nb", "\x1b[2J", "a" * 300],
 )
-def test_a_revision_that_is_none(revision, served, cache, surroundings):
+def test_invalid_revision_raises(revision, served, cache, surroundings):
     with fails(ValueError, "cannot be the name of a revision", cache=cache) as caught:
         fetch(revision=revision)
     assert str(caught.value).isprintable()
@@ -360,26 +360,26 @@ def test_a_revision_that_is_none(revision, served, cache, surroundings):
 
 
 @pytest.mark.parametrize("repository", ["../x", "a/..", "a/b/c", "/etc/passwd", "a/b\n", "a/\x1b"])
-def test_a_repository_that_is_none(repository, served, cache, surroundings):
+def test_invalid_repository_raises_without_a_request(repository, served, cache, surroundings):
     with fails(ValueError, cache=cache):
         downloads.fetch(repository, FILE)
     assert served.requests == []
 
 
-def test_more_bytes_than_were_promised(served, cache, surroundings):
+def test_more_bytes_than_announced_raise(served, cache, surroundings):
     served.endless = True
     with fails(ConnectionError, "sends more than the", "promised", cache=cache):
         fetch()
 
 
-def test_a_file_larger_than_it_may_be(served, cache):
+def test_file_above_the_size_limit_raises(served, cache):
     with fails(ValueError, "more than 1,000", cache=cache):
         fetch(largest=1000)
     assert served.downloads() == 0
 
 
 @pytest.mark.parametrize("kind", ["content", "folder"])
-def test_what_a_name_in_the_cache_leads_to_outside_is_left(kind, served, cache, tmp_path):
+def test_links_out_of_the_cache_are_not_followed(kind, served, cache, tmp_path):
     name = Path(fetch())
     mine = tmp_path / "mine" / FILE
     mine.parent.mkdir()
@@ -407,19 +407,19 @@ def test_what_a_name_in_the_cache_leads_to_outside_is_left(kind, served, cache, 
         (504, "Try again later"),
     ],
 )
-def test_each_status_says_what_to_do(status, words, served, cache):
+def test_each_http_status_has_advice(status, words, served, cache):
     served.status, served.headers["Retry-After"] = status, "7"
     with fails(ConnectionError, f"answered {status}", FILE, REPOSITORY, words, cache=cache):
         fetch()
 
 
-def test_a_gated_repository(served, cache):
+def test_gated_repository_raises(served, cache):
     served.status, served.headers["X-Error-Code"] = 403, "GatedRepo"
     with fails(ValueError, "accept its terms at", cache=cache):
         fetch()
 
 
-def test_the_double_serves_bytes_and_ranges(content):
+def test_fake_hub_serves_files_and_ranges(content):
     server = Hub()
     server.add(REPOSITORY, FILE, content)
     import urllib.request

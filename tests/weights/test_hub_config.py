@@ -1,4 +1,4 @@
-"""A config.json of the hub: what it tells, and one clear error for each wrong kind."""
+"""Parsing of the hub's config.json, and one clear error per invalid value."""
 
 import json
 
@@ -28,7 +28,7 @@ def parse(config):
     return parse_config(json.dumps(config).encode(), "hf://someone/flowers")
 
 
-def test_everything_that_it_tells():
+def test_all_fields_are_parsed():
     config = parse(FLOWERS)
     assert config == HubConfig(
         architecture="tnt_s_patch16_224",
@@ -44,18 +44,18 @@ def test_everything_that_it_tells():
     assert config.class_names == ("rose", "n02", "daisy, marguerite")
 
 
-def test_what_it_does_not_tell():
+def test_missing_fields_are_none():
     assert parse({}) == HubConfig()
     assert parse({}).class_names is None
     assert parse({"num_classes": None, "pretrained_cfg": {"num_classes": 5}}).classes is None
 
 
-def test_the_fields_of_pretrained_cfg_beside_the_others():
+def test_pretrained_cfg_fields_at_the_top_level_are_parsed():
     config = parse({"num_classes": 5, "input_size": [3, 64, 96], "mean": [0.5], "std": [0.2]})
     assert (config.classes, config.size, config.mean) == (5, (64, 96), (0.5,))
 
 
-def test_names_by_the_numbers_of_the_classes():
+def test_label_names_by_class_index():
     assert parse({"label_names": {"1": "b", "0": "a"}}).label_names == ("a", "b")
 
 
@@ -76,7 +76,7 @@ BYTES = {
 
 
 @pytest.mark.parametrize("kind", BYTES)
-def test_bytes_that_are_no_config(kind):
+def test_invalid_bytes_raise(kind):
     data, message = BYTES[kind]
     with pytest.raises(ValueError) as caught:
         parse_config(data, "hf://someone/flowers")
@@ -120,14 +120,14 @@ def test_bytes_that_are_no_config(kind):
         *((wrong, "must be an object") for wrong in ([FLOWERS], "tnt", 3, None, True)),
     ],
 )
-def test_a_value_of_another_kind(config, message):
+def test_invalid_value_raises(config, message):
     with pytest.raises(ValueError, match="config.json of hf://someone/flowers cannot be") as caught:
         parse(config)
     assert message in str(caught.value)
     assert len(str(caught.value)) < 500
 
 
-def test_control_characters_are_not_printed_as_they_are():
+def test_control_characters_are_escaped_in_errors():
     with pytest.raises(ValueError) as caught:
         parse({"architecture": ["\x1b[2J\u202e"]})
     assert str(caught.value).isprintable()

@@ -1,4 +1,4 @@
-"""Files of weights that Keras wrote: all of one, or nothing and the reason."""
+"""Keras weight files are loaded completely, or not at all with the reason."""
 
 import zipfile
 
@@ -23,7 +23,7 @@ def same(first, second):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model whose optimiser's state is saved with it."""
+    """Returns a model with an optimizer state that is saved with it."""
     model = keras_tnt.DeiT(**DEIT, dropout=0.1)
     model.compile("adam", "sparse_categorical_crossentropy")
     model.optimizer.build(model.trainable_variables)
@@ -39,12 +39,12 @@ def files(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_file_fills_every_variable(ending, files, trained):
+def test_keras_file_fills_every_variable(ending, files, trained):
     model = keras_tnt.DeiT(**DEIT, dropout=0.1, weights=files[ending])
     assert same(model.get_weights(), trained.get_weights())
 
 
-def test_a_model_without_its_top_leaves_the_heads_alone(files, trained):
+def test_headless_model_ignores_the_heads(files, trained):
     model = keras_tnt.DeiT(**DEIT, include_top=False, weights=files[".keras"])
     assert same(model.get_weights(), trained.get_weights()[: len(model.weights)])
 
@@ -59,7 +59,7 @@ def test_a_model_without_its_top_leaves_the_heads_alone(files, trained):
         ({"embed_dim": 32}, "shape: class_token has (1, 1, 16) in the file, (1, 1, 32) in the"),
     ],
 )
-def test_another_model_is_told_what_differs_and_left_alone(arguments, message, files):
+def test_mismatch_raises_with_the_difference_and_changes_nothing(arguments, message, files):
     model = keras_tnt.DeiT(**DEIT | arguments)
     before = values(model)
     for path in files.values():
@@ -71,7 +71,7 @@ def test_another_model_is_told_what_differs_and_left_alone(arguments, message, f
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_truncated_file(ending, files, trained, tmp_path):
+def test_truncated_keras_file_raises(ending, files, trained, tmp_path):
     path = tmp_path / f"cut{ending}"
     with open(files[ending], "rb") as file:
         whole = file.read()
@@ -81,7 +81,7 @@ def test_a_truncated_file(ending, files, trained, tmp_path):
             load_keras_file(trained, str(path))
 
 
-def test_a_model_of_a_file(files, trained, tmp_path):
+def test_load_keras_model_reads_or_raises(files, trained, tmp_path):
     assert same(load_keras_model(files[".keras"]).get_weights(), trained.get_weights())
     with open(files[".keras"], "rb") as file:
         whole = file.read()
@@ -96,6 +96,6 @@ def test_a_model_of_a_file(files, trained, tmp_path):
         load_keras_model(str(path))
 
 
-def test_a_file_that_is_not_there(trained, tmp_path):
+def test_missing_file_raises(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.keras"):
         load_keras_file(trained, str(tmp_path / "none.keras"))

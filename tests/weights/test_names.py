@@ -1,4 +1,4 @@
-"""Every tensor of every public checkpoint has its place in the model that it belongs to."""
+"""Every tensor of every public checkpoint maps to a variable of its model."""
 
 import math
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.one_backend
 
 CHECKPOINTS = golden.checkpoints()
 
-# checkpoint: variant, what it is told, image side, naming convention
+# {checkpoint: (variant, arguments, image side, naming convention)}
 MODELS = {
     "tnt_s_patch16_224.in1k": ("TNTSmall", {}, 224, 0),
     "tnt_s_legacy_patch16_224.in1k": ("TNTSmall", {"legacy": True}, 224, 0),
@@ -53,12 +53,12 @@ NATIVE_SIZES = {
     "PyramidTNTSmall": 256,
     "PyramidTNTMedium": 256,
     "PyramidTNTBase": 256,
-}  # where they are not 224
+}  # sides other than 224
 
 
 @pytest.fixture(autouse=True)
 def no_values():
-    """Variables have shapes and no values: the largest model would take 1.4 GB."""
+    """Builds models without values: the largest would take 1.4 GB."""
     with keras.StatelessScope(initialize_variables=False):
         yield
     keras.utils.clear_session(free_memory=False)
@@ -68,12 +68,12 @@ def parameters(model):
     return sum(math.prod(variable.shape) for variable in model.trainable_variables)
 
 
-def test_no_public_checkpoint_is_missing():
+def test_every_public_checkpoint_is_tested():
     assert set(MODELS) == set(CHECKPOINTS)
 
 
 @pytest.mark.parametrize("checkpoint", MODELS)
-def test_tensors_and_variables_match_one_to_one(checkpoint):
+def test_tensors_and_variables_map_one_to_one(checkpoint):
     variant, arguments, size, convention = MODELS[checkpoint]
     native = size == NATIVE_SIZES.get(variant, 224)
     shape = None if native else (size, size, 3)
@@ -93,7 +93,7 @@ def test_tensors_and_variables_match_one_to_one(checkpoint):
     assert parameters(model) == CHECKPOINTS[checkpoint]["params"]
 
 
-def test_every_variant_has_a_public_checkpoint_but_tnt_tiny_whose_parameters_are_the_papers():
+def test_only_tnt_tiny_has_no_public_checkpoint():
     families = (keras_tnt.tnt, keras_tnt.deit, keras_tnt.cait, keras_tnt.pyramid_tnt)
     variants = {name.replace("_", "") for family in families for name in family.VARIANTS}
     assert variants == {row[0].lower() for row in MODELS.values()} | {"tnttiny"}

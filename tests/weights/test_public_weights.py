@@ -1,4 +1,4 @@
-"""`weights="imagenet"` against a hub that holds full-size checkpoints under timm's names."""
+"""`weights="imagenet"`, with a fake hub that has full-size checkpoints under timm's names."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.checks import BACKEND
 
 ROWS = {row.name: row for row in registry.checkpoints()}
 PUBLISHED = golden.checkpoints()
-# Name, and what one types beside the variant's name to get it.
+# Weights by name, and the variant's arguments that select them.
 CASES = {
     "tnt_s_patch16_224.in1k": {},
     "tnt_s_legacy_patch16_224.in1k": {"legacy": True},
@@ -25,25 +25,25 @@ CASES = {
     "deit_base_patch16_384.fb_in1k": {"input_shape": (384, 384, 3)},
     "cait_xxs24_224.fb_dist_in1k": {},
 }
-if BACKEND != "tensorflow":  # the same code reads the large ones and the legacy TNT
+if BACKEND != "tensorflow":  # the loader is the same on every backend
     for name in ("tnt_s_legacy_patch16_224", "tnt_b_patch16_224"):
         del CASES[f"{name}.in1k"]
     del CASES["deit_base_patch16_384.fb_in1k"]
 
 
 def images(model):
-    """One image of noise, of the model's size."""
+    """Returns a noise image of the model's size."""
     return np.random.default_rng(0).uniform(0, 255, (1, *model.input_shape[1:])).astype("float32")
 
 
 def logits(model):
-    if keras.backend.backend() == "jax":  # which compiles operation by operation elsewhere
+    if keras.backend.backend() == "jax":  # JAX would compile each operation separately
         return model.predict(images(model), verbose=0)
     return keras.ops.convert_to_numpy(model(images(model)))
 
 
 def randomise(model):
-    """Give every variable random values, so that none that is not loaded goes unseen."""
+    """Assigns random values to every variable, so that none that is not loaded is missed."""
     rng = np.random.default_rng(1)
     for variable in model.variables:
         if variable.dtype == "float32":
@@ -52,7 +52,10 @@ def randomise(model):
 
 
 def publish(hub, row, model, path):
-    """Have the hub hold a model under a row's name; its tensors are those of the public file."""
+    """Adds a model to the hub under a row's name, after checking its tensors.
+
+    The tensor names and shapes must be those of the public file.
+    """
     keras_tnt.save_checkpoint(model, path)
     with safe_open(path, framework="np") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
@@ -62,7 +65,7 @@ def publish(hub, row, model, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_imagenet_gives_the_logits_of_the_model_on_the_hub(name, hub, tmp_path):
+def test_imagenet_weights_give_the_logits_of_the_published_model(name, hub, tmp_path):
     row = ROWS[name]
     build = getattr(keras_tnt, row.model)
     arguments = {"classifier_activation": None, **CASES[name]}
@@ -74,7 +77,7 @@ def test_imagenet_gives_the_logits_of_the_model_on_the_hub(name, hub, tmp_path):
     assert hub.downloads() == 1
     for actual, expected in zip(model.get_weights(), reference.get_weights(), strict=True):
         np.testing.assert_array_equal(actual, expected)
-    if row.parameters < 50e6:  # of the others equal weights must do, for time's sake
+    if row.parameters < 50e6:  # equal weights suffice for larger models
         golden.assert_close(logits(model), logits(reference), 1e-6)
 
     hub.requests.clear()
@@ -84,7 +87,7 @@ def test_imagenet_gives_the_logits_of_the_model_on_the_hub(name, hub, tmp_path):
 
 @pytest.mark.one_backend
 @pytest.mark.slow
-def test_a_model_built_again_has_the_same_weights_without_a_request(hub, tmp_path):
+def test_rebuilt_model_uses_the_cached_weights(hub, tmp_path):
     row = ROWS["deit_tiny_patch16_224.fb_in1k"]
     reference = keras_tnt.DeiTTiny(weights=None, classifier_activation=None)
     publish(hub, row, reference, tmp_path / "model.safetensors")
@@ -94,12 +97,12 @@ def test_a_model_built_again_has_the_same_weights_without_a_request(hub, tmp_pat
         golden.assert_close(logits(model), logits(reference), 1e-6)
 
 
-# === Which row, without a download ===
+# === Selection of a row, without a download ===
 
 
 @pytest.fixture
 def asked_for(monkeypatch):
-    """The repositories that were to be downloaded from; each download fails."""
+    """Makes downloads fail, and returns the list of repositories that they requested."""
     asked = []
 
     def fetch(repository, *_, **__):
@@ -137,14 +140,14 @@ def asked_for(monkeypatch):
         ("CaiTM48", {}, "cait_m48_448.fb_dist_in1k"),
     ],
 )
-def test_imagenet_means_the_row_that_fits(model, arguments, expected, asked_for):
+def test_imagenet_selects_the_matching_row(model, arguments, expected, asked_for):
     with pytest.raises(ConnectionError):
         getattr(keras_tnt, model)(**arguments)
     assert asked_for == [expected]
 
 
 @pytest.mark.one_backend
-def test_the_size_is_read_as_channels_first_where_keras_is_set_so(asked_for):
+def test_image_size_is_read_in_channels_first_format(asked_for):
     keras.config.set_image_data_format("channels_first")
     with pytest.raises(ConnectionError):
         keras_tnt.DeiTBase(input_shape=(3, 384, 384))
@@ -157,7 +160,7 @@ def test_the_size_is_read_as_channels_first_where_keras_is_set_so(asked_for):
 @pytest.mark.parametrize(
     "name", ["TNTTiny", *(f"PyramidTNT{size}" for size in ("Tiny", "Small", "Medium", "Base"))]
 )
-def test_a_variant_without_public_weights_starts_random_and_says_so(name, asked_for):
+def test_variant_without_public_weights_raises(name, asked_for):
     with pytest.raises(ValueError, match=rf"no public weights of {name}\. .*weights='<path>'"):
         getattr(keras_tnt, name)(weights="imagenet")
     assert asked_for == []
@@ -183,20 +186,20 @@ def test_a_variant_without_public_weights_starts_random_and_says_so(name, asked_
         ({"pooling": "mean"}, "`pooling` must be one of"),
     ],
 )
-def test_what_cannot_be_is_said_before_a_download(arguments, message, asked_for):
+def test_invalid_arguments_raise_before_a_download(arguments, message, asked_for):
     with pytest.raises(ValueError, match=message):
         keras_tnt.TNTSmall(**arguments)
     assert asked_for == []
 
 
 @pytest.mark.one_backend
-def test_an_unknown_argument_is_a_type_error_before_a_download(asked_for):
+def test_unknown_argument_raises_before_a_download(asked_for):
     with pytest.raises(TypeError, match=r"TNTSmall\(\) .*unexpected keyword argument 'deepth'"):
         keras_tnt.TNTSmall(deepth=6)
     assert asked_for == []
 
 
 @pytest.mark.one_backend
-def test_a_builder_asks_for_a_variant_or_a_name():
+def test_builder_does_not_accept_imagenet():
     with pytest.raises(ValueError, match="belongs to the variants, such as keras_tnt.TNTSmall"):
         keras_tnt.TNT(weights="imagenet")

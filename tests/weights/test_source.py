@@ -1,4 +1,4 @@
-"""Anyone's fine-tuned checkpoint: its classes, size and normalisation become the model's."""
+"""Fine-tuned checkpoints from any hub repository: classes, size and normalization are applied."""
 
 import json
 
@@ -29,7 +29,7 @@ DEIT = {"embed_dim": 192, "num_heads": 3, "distilled": True, "input_shape": (64,
 
 @pytest.fixture(scope="module")
 def reference():
-    """The model that someone has trained."""
+    """Returns the model that was trained."""
     return keras_tnt.DeiT(**DEIT, classes=7, include_preprocessing=False)
 
 
@@ -42,7 +42,7 @@ def checkpoint(reference, tmp_path_factory):
 
 @pytest.fixture
 def publish(hub, checkpoint, tmp_path):
-    """A function that puts the checkpoint and a config.json on the hub."""
+    """Returns a function that adds the checkpoint and a config.json to the hub."""
 
     def put(config, **more):
         if config is not None:
@@ -58,7 +58,7 @@ def images():
     return np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
 
 
-def test_classes_size_tokens_and_normalisation_are_those_of_the_repository(publish, reference):
+def test_model_uses_classes_size_and_normalization_of_the_repository(publish, reference):
     publish(CONFIG)
     model = keras_tnt.DeiTTiny(weights=FLOWERS)
     assert model.input_shape == (None, 64, 64, 3)
@@ -68,7 +68,7 @@ def test_classes_size_tokens_and_normalisation_are_those_of_the_repository(publi
     golden.assert_close(model.predict(images(), verbose=0), expected)
 
 
-def test_the_normalisation_is_saved_with_the_model(publish, tmp_path):
+def test_normalization_is_saved_with_the_model(publish, tmp_path):
     publish(CONFIG)
     model = keras_tnt.DeiTTiny(weights=FLOWERS)
     model.save(tmp_path / "flowers.keras")
@@ -78,40 +78,40 @@ def test_the_normalisation_is_saved_with_the_model(publish, tmp_path):
     )
 
 
-def test_a_model_without_its_top_takes_them_too(publish):
+def test_headless_model_uses_the_repository(publish):
     publish(CONFIG)
     backbone = keras_tnt.DeiTTiny(weights=FLOWERS, include_top=False, input_shape=(32, 96, 3))
     assert backbone.output_shape == (None, 2, 6, 192)
 
 
-def test_another_number_of_classes_is_refused_before_the_download(publish):
+def test_other_number_of_classes_raises_before_the_download(publish):
     hub = publish(CONFIG)
     with pytest.raises(ValueError, match="have 7 classes, the model 5. Say classes=7, or include"):
         keras_tnt.DeiTTiny(weights=FLOWERS, classes=5)
     assert hub.downloads() == 0
 
 
-def test_another_variant_is_refused_before_the_download(publish):
+def test_other_variant_raises_before_the_download(publish):
     hub = publish(CONFIG)
     with pytest.raises(ValueError, match="belong to keras_tnt.DeiTTiny, not to TNTSmall"):
         keras_tnt.TNTSmall(weights=FLOWERS)
     assert hub.downloads() == 0
 
 
-def test_an_architecture_of_another_package_is_refused(publish):
+def test_architecture_of_another_package_raises(publish):
     hub = publish(CONFIG, architecture="resnet50")
     with pytest.raises(ValueError, match="holds a 'resnet50'. keras_tnt reads .*tnt_s_patch16_224"):
         keras_tnt.DeiTTiny(weights=FLOWERS)
     assert hub.downloads() == 0
 
 
-def test_features_without_a_classifier(publish):
+def test_repository_without_a_classifier_raises(publish):
     publish(CONFIG, num_classes=0)
     with pytest.raises(ValueError, match="no classifier, the model 1000. Say include_top=False"):
         keras_tnt.DeiTTiny(weights=FLOWERS)
 
 
-def test_a_repository_without_config_is_read_for_what_it_holds(publish, reference):
+def test_repository_without_config_is_matched_by_its_tensors(publish, reference):
     publish(None)
     with pytest.raises(ValueError, match="7 classes, the model 1000: .*classes=7"):
         keras_tnt.DeiTTiny(weights=FLOWERS, distilled=True, input_shape=(64, 64, 3))
@@ -120,7 +120,7 @@ def test_a_repository_without_config_is_read_for_what_it_holds(publish, referenc
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_a_torch_file_where_there_is_no_other(hub, checkpoint, reference, tmp_path):
+def test_torch_file_is_the_fallback(hub, checkpoint, reference, tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {name: torch.tensor(value) for name, value in load_file(checkpoint).items()}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
@@ -130,7 +130,7 @@ def test_a_torch_file_where_there_is_no_other(hub, checkpoint, reference, tmp_pa
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_a_repository_without_weights(hub, tmp_path):
+def test_repository_without_weights_raises(hub, tmp_path):
     (tmp_path / "README.md").write_text("soon")
     hub.add("someone/flowers", "README.md", tmp_path / "README.md")
     with pytest.raises(
@@ -139,7 +139,7 @@ def test_a_repository_without_weights(hub, tmp_path):
         keras_tnt.DeiT(**DEIT, weights=FLOWERS)
 
 
-def test_a_repository_is_read_again_without_network(publish, monkeypatch):
+def test_cached_repository_is_loaded_offline(publish, monkeypatch):
     hub = publish(CONFIG)
     first = keras_tnt.DeiTTiny(weights=FLOWERS)
     hub.requests.clear()
@@ -150,14 +150,14 @@ def test_a_repository_is_read_again_without_network(publish, monkeypatch):
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_a_revision_is_asked_for(publish):
+def test_revision_is_requested(publish):
     publish(CONFIG)
     assert find(f"{FLOWERS}@main").classes == 7
     with pytest.raises(ValueError, match="no revision 'v2'"):
         find(f"{FLOWERS}@v2")
 
 
-def test_a_name_brings_the_size_and_arguments_of_its_row():
+def test_weights_name_sets_size_and_arguments():
     source = find("deit_base_distilled_patch16_384.fb_in1k")
     assert source.model == "DeiTBase"
     assert source.arguments == {"distilled": True}

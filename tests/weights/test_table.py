@@ -1,4 +1,4 @@
-"""The table of public weights against what was published, and the README against the table."""
+"""The table of public weights matches the published data, and the README matches the table."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from tests import golden
 CHECKPOINTS = registry.checkpoints()
 pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parents[2]
-# Top-1 of the papers and of timm's evaluation, in percent.
+# Top-1 accuracy in percent, from the papers and timm's evaluation.
 TOP1 = {
     "TNTSmall": 81.5,
     "TNTBase": 82.9,
@@ -31,7 +31,7 @@ TOP1 = {
 }
 
 
-def test_every_checkpoint_of_the_hub_has_a_row_that_says_what_was_published():
+def test_every_hub_checkpoint_has_a_row_with_published_data():
     published = {k: v for k, v in golden.checkpoints().items() if "hub_repo" in v}
     assert {row.name for row in CHECKPOINTS} == set(published)
     for row in CHECKPOINTS:
@@ -45,7 +45,7 @@ def test_every_checkpoint_of_the_hub_has_a_row_that_says_what_was_published():
         assert row.arguments.get("legacy", False) == ("legacy" in row.name)
 
 
-def test_accuracies_are_those_published():
+def test_accuracies_are_the_published_ones():
     for model, top1 in TOP1.items():
         assert keras_tnt.list_weights(model)[0].top1 == pytest.approx(top1, abs=0.11)
     for row in CHECKPOINTS:
@@ -53,13 +53,13 @@ def test_accuracies_are_those_published():
         assert row.source
 
 
-def test_rows_name_variants_and_arguments_that_exist():
+def test_rows_name_existing_variants():
     for row in CHECKPOINTS:
         assert callable(getattr(keras_tnt, row.model))
         assert getattr(keras_tnt, row.model).__name__ == row.model
 
 
-def test_the_list_shows_as_a_table_and_prints_nothing(capsys):
+def test_list_weights_is_formatted_as_a_table(capsys):
     rows = keras_tnt.list_weights()
     assert rows == list(CHECKPOINTS)
     assert capsys.readouterr().out == ""
@@ -72,7 +72,7 @@ def test_the_list_shows_as_a_table_and_prints_nothing(capsys):
     assert len({len(line) for line in lines}) == 1
 
 
-def test_the_list_of_one_model():
+def test_list_weights_of_one_model():
     rows = keras_tnt.list_weights("DeiTBase")
     assert [row.name for row in rows] == [
         "deit_base_patch16_224.fb_in1k",
@@ -85,12 +85,12 @@ def test_the_list_of_one_model():
         keras_tnt.list_weights("TNTTiny")
 
 
-def test_the_readme_has_the_table():
+def test_readme_has_the_current_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == with_table(readme), "run `python -m keras_tnt.pretrained README.md`"
 
 
-def test_the_command_writes_the_table_between_the_markers(tmp_path):
+def test_command_writes_the_table_between_the_markers(tmp_path):
     file = tmp_path / "README.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     command = [sys.executable, "-m", "keras_tnt.pretrained"]
@@ -103,6 +103,6 @@ def test_the_command_writes_the_table_between_the_markers(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{BEGIN} {END} {BEGIN} {END}"])
-def test_a_text_without_the_markers_is_refused(text):
+def test_text_without_the_markers_raises(text):
     with pytest.raises(ValueError, match="once each"):
         with_table(text)

@@ -31,7 +31,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A model and its tensors by their plain names."""
+    """Returns a model, and its tensors by their names without a wrapper."""
     path = tmp_path_factory.mktemp("plain") / "plain.safetensors"
     keras.utils.set_random_seed(1)
     model = tiny()
@@ -44,7 +44,7 @@ def prefixed(tensors, prefix):
 
 
 def compiled_blocks(tensors):
-    """The names that `torch.compile` of each block gives."""
+    """Returns the tensors under the names of a model with `torch.compile` on each block."""
     return {
         name.replace("blocks.0.", "blocks.0._orig_mod."): torch.tensor(value)
         for name, value in tensors.items()
@@ -87,7 +87,7 @@ def test_wrapped_checkpoint_loads_as_plain_one(wrapped, ending, plain, tmp_path)
         np.testing.assert_array_equal(variable.numpy(), expected.numpy())
 
 
-def test_moving_average_of_a_compiled_model_loads(plain, tmp_path):
+def test_ema_of_a_compiled_model_loads(plain, tmp_path):
     _, tensors = plain
     twice = {name: 2 * value for name, value in tensors.items()}
     path = tmp_path / "weights.pth"
@@ -113,13 +113,13 @@ def test_wrapped_safetensors_load_without_torch(prefix, tmp_path):
     np.testing.assert_array_equal(file.read(["b"])[0], W + 1)
 
 
-def test_layers_with_a_wrappers_name_keep_it():
+def test_layers_with_a_wrapper_name_keep_it():
     assert set(without_wrappers("x", ["model.a", "b"])) == {"model.a", "b"}
     assert set(without_wrappers("x", ["module.a", "net.b"])) == {"module.a", "net.b"}
     assert set(without_wrappers("x", ["a.model.b", "a.c"])) == {"a.model.b", "a.c"}
 
 
-def test_two_tensors_of_one_name_are_refused():
+def test_two_tensors_of_one_name_raise():
     with pytest.raises(ValueError, match="holds 'a' twice, as '_orig_mod.a' and as 'a'"):
         without_wrappers("x", ["_orig_mod.a", "a"])
 
@@ -149,7 +149,7 @@ COMPANIONS = {
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("companion", COMPANIONS)
-def test_companions_of_the_weights_are_no_obstacle(companion, zipped, tmp_path):
+def test_other_contents_of_a_checkpoint_are_ignored(companion, zipped, tmp_path):
     path = tmp_path / "weights.pth"
     content = {"model": {"w": torch.tensor(W)}, "extra": COMPANIONS[companion]}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
