@@ -1,6 +1,7 @@
-"""The trainer is TensorFlow's alone: on another backend there is nothing to test here.
+"""Skips the trainer's tests on backends other than TensorFlow, which the trainer requires.
 
-The tests have two CPU devices; one MirroredStrategy a process is all that TensorFlow bears.
+The tests have two CPU devices. They share one MirroredStrategy, because TensorFlow supports only
+one per process.
 """
 
 import keras
@@ -21,7 +22,7 @@ else:
 
     @pytest.fixture
     def tiny(monkeypatch):
-        """tnt_digits at its smallest."""
+        """Replaces tnt_digits by its smallest configuration."""
         from training import models
 
         sizes = {"depth": 1, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_stride": 4}

@@ -1,10 +1,11 @@
-"""Workers that meet a fault: python -m tests.training.faults DIRECTORY WORKERS nan|service
+"""Faults in multi-worker runs: python -m tests.training.faults DIRECTORY WORKERS nan|service.
 
-    nan      a loss is NaN, checkpoints are due by the clock, and a worker is killed
+    nan      a loss is NaN, checkpoints are time-based, and a worker is killed
     service  images come from a tf.data service, which is killed
 
-The other workers have to end by themselves, with one line; started again, they have to reach the
-bits of a run that met the same NaN, or none, and no kill. Prints how long they took to end.
+The other workers must exit by themselves with a one-line error. The restarted run must be
+bit-identical to one with the same NaN, or none, and without a kill. Prints the seconds until all
+workers had exited.
 """
 
 import json
@@ -22,12 +23,12 @@ from tests.training.killing import outcome
 from training import loop
 from training.cluster import data_service
 
-SLOW = 0.2  # seconds of an update, so that a fault comes between two
+SLOW = 0.2  # seconds per update, so that a fault happens between two updates
 NAN_AT = 5
 
 
 def slow_updates(nan_at):
-    """Makes updates slow, and one loss a NaN, in this process and those forked from it."""
+    """Slows down updates and makes the loss of one step NaN, in this process and its forks."""
     update = loop.Run.update
 
     def slow(self, batch, step):
@@ -41,7 +42,7 @@ def slow_updates(nan_at):
 
 
 def ends(cluster):
-    """Waits until all processes of a cluster have ended; returns seconds and statuses."""
+    """Waits for all processes of a cluster to exit, and returns (seconds, exit statuses)."""
     began, statuses = time.monotonic(), []
     for process in cluster.processes.values():
         _, status = os.waitpid(process, 0)
@@ -76,10 +77,10 @@ def assert_identical(found, expected):
 def nan_and_kill(directory, number):
     slow_updates(NAN_AT)
     expected = finish(workers.Cluster(directory / "undisturbed", number))
-    # Each worker's clock would be due after every update.
+    # Each worker's own clock would request a checkpoint after every update.
     clock = {"checkpoint_steps": 0, "checkpoint_minutes": 1e-5, "report_steps": 4}
     cluster = workers.Cluster(directory / "disturbed", number, **clock)
-    wait_for(cluster, NAN_AT + 1)  # behind the rollback
+    wait_for(cluster, NAN_AT + 1)  # after the rollback
     os.kill(cluster.processes[number - 1], signal.SIGKILL)
     seconds, statuses = ends(cluster)
     assert statuses == [1] * (number - 1) + [-signal.SIGKILL], statuses
@@ -117,7 +118,7 @@ def service_killed(directory, number):
 
 
 def start_service(directory, *at):
-    """A dispatcher and a worker, in processes; returns (host:port of the former, processes)."""
+    """Starts a dispatcher and a worker; returns (dispatcher's host:port, process ids)."""
     at = [
         port or int(free.split(":")[1])
         for port, free in zip(at, workers.free_addresses(2), strict=True)

@@ -1,9 +1,9 @@
-"""Trains and is killed, many times: python -m tests.training.killing DIRECTORY STRATEGY KILLS
+"""Kills training at random times: python -m tests.training.killing DIRECTORY STRATEGY KILLS.
 
-Values of the configuration may follow: optimizer=lion jit=on. The trainer runs in processes forked
-after TensorFlow is imported and before it starts, and each run has to end with the weights and
-reports of one that nobody disturbed. Each kill is told on standard error; what was counted is
-printed at the end, however that comes.
+Configuration values may follow: optimizer=lion jit=on. The trainer runs in processes that are
+forked after TensorFlow is imported and before it starts. Each run must end with the weights and
+reports of an uninterrupted one. Each kill is logged on standard error; the counts are printed at
+the end, also after an error.
 """
 
 import collections
@@ -23,20 +23,20 @@ from tests.killing import finish, forked, is_killed
 from training import checkpoint, configuration, loop, models
 
 STEPS = 8
-# Those with most to remember.
+# The optimizers with the most state.
 OPTIMIZERS = {"one_device": "muon", "mirrored": "adamw"}
 TINY = {"depth": 1, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_stride": 4}
 
 
 def start(workdir, strategy, given=()):
-    """Begin a run, or go on with it, in a process of its own; returns its id."""
+    """Starts or resumes a run in a forked process, and returns its id."""
     values = {"strategy": strategy, "cpu_devices": 2, "stochastic_depth": 0.2}
     values |= {"optimizer": OPTIMIZERS[strategy], **dict(each.split("=") for each in given)}
     return fork(workdir, workdir.with_suffix(".log"), {}, **values)
 
 
 def fork(workdir, log, environment, **values):
-    """The same with other values, and a log and environment variables of the process's own."""
+    """Starts or resumes a run with other values, log and environment variables; returns its id."""
 
     def train():
         os.environ |= environment
@@ -49,7 +49,7 @@ def fork(workdir, log, environment, **values):
 
 
 def outcome(workdir):
-    """The state at the end of a run, and the losses that it reported."""
+    """Returns the final checkpoint's tensors, and the reported losses."""
     state = load_file(workdir / "checkpoints" / checkpoint.NAME.format(STEPS))
     reports = checkpoint.read_metrics(workdir / "metrics.jsonl")
     state["losses"] = np.array([[r["step"], r["loss"]] for r in reports if "loss" in r])
@@ -57,7 +57,7 @@ def outcome(workdir):
 
 
 def check(workdir, expected):
-    """Exit with the difference, if there is one, between a run's end and the undisturbed one's."""
+    """Exits with an error if a run differs from the uninterrupted one or leaves temporary files."""
     found = outcome(workdir)
     different = [name for name in expected if not np.array_equal(found[name], expected[name])]
     left = [str(path) for path in workdir.rglob("*") if path.name.startswith(".writing-")]
@@ -77,7 +77,7 @@ def main(directory, strategy, kills, *values):
             workdir = directory / f"killed_{finished}"
             reached, seconds, begun = newest_step(workdir), 1.1 * length, None
             if killed % 2 == 0 and reached < STEPS - 1:
-                # Starting takes the most time of such a run: every other kill lies behind it.
+                # Startup dominates such a short run: every other kill happens after it.
                 wanted, seconds = random.integers(reached + 1, STEPS), 0.2
                 begun = functools.partial(has_reached, workdir, wanted)
             process = start(workdir, strategy, values)
@@ -103,7 +103,7 @@ def has_reached(workdir, step):
 
 
 def newest_step(workdir):
-    """The step of the newest checkpoint; 0 without any."""
+    """Returns the step of the newest checkpoint. 0 if there is none."""
     paths = (workdir / "checkpoints").glob("step_*.safetensors")
     return max(map(checkpoint.step_of, paths), default=0)
 

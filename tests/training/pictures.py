@@ -1,4 +1,4 @@
-"""JPEG files made up for the tests."""
+"""Generated JPEG files and data sets for tests."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def jpeg(seed, size=(40, 60), mode="RGB"):
-    """Bytes of a JPEG of random blocks."""
+    """Returns the bytes of a JPEG of random blocks."""
     random = np.random.default_rng(seed)
     channels = {"L": 1, "RGB": 3, "CMYK": 4}[mode]
     blocks = random.integers(0, 256, (size[0] // 10, size[1] // 10, channels), "uint8")
@@ -20,10 +20,16 @@ def jpeg(seed, size=(40, 60), mode="RGB"):
 
 
 def class_folders(root, split, images, classes=7):
-    """Write a split of class folders, among it every kind of file that goes wrong in practice.
+    """Writes a split of class folders that includes unreadable, grayscale and CMYK files.
+
+    Args:
+        root: directory of the data set.
+        split: name of the split.
+        images: number of images.
+        classes: number of classes. Defaults to 7.
 
     Returns:
-        The names of the files that cannot be read.
+        The paths of the files that cannot be read.
     """
     broken = []
     for i in range(images):
@@ -43,13 +49,13 @@ def class_folders(root, split, images, classes=7):
 
 
 def prepare(root, name, examples, label_names=None):
-    """Prepare a data set as tensorflow-datasets itself lays it out.
+    """Prepares a data set in the layout of tensorflow-datasets.
 
     Args:
         root: its `data_dir`.
-        name: of the data set, with its configuration.
-        examples: dict from split to a list of examples, as its features have them.
-        label_names: the classes' names, where the package has none before it is prepared.
+        name: name of the data set, with its configuration.
+        examples: dict from split to a list of examples with the features' values.
+        label_names: names of the classes, if the package has none before preparation.
     """
     import tensorflow_datasets as tfds
 
@@ -66,7 +72,7 @@ def prepare(root, name, examples, label_names=None):
 
 
 def prepare_imagenet(root, images):
-    """Prepare imagenet2012 of so many made-up JPEGs a split."""
+    """Prepares imagenet2012 with the given number of generated JPEGs per split."""
     examples = {
         split: [
             {"file_name": f"{split}_{i}.JPEG", "image": io.BytesIO(jpeg(i)), "label": 37 * i % 1000}

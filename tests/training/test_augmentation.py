@@ -1,4 +1,4 @@
-"""Each augmentation compared with Pillow's result, and the rules of the random ones."""
+"""Each augmentation op is compared with Pillow, and random draws with their distributions."""
 
 import io
 import math
@@ -14,7 +14,7 @@ FILL = (124, 116, 104)
 
 
 def picture(size=(48, 64), seed=0):
-    """A smooth picture with edges, whose channels differ and do not span the whole range."""
+    """Returns a smooth picture with edges, different channels and a limited range of values."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width]
     random = np.random.default_rng(seed)
@@ -36,7 +36,7 @@ def assert_close(ours, pillow, levels=1):
     assert difference.max() <= levels
 
 
-# Ours at a value, Pillow's at the same; both must be equal to the last bit.
+# Our op and Pillow's at the same value; the results must be identical.
 EXACT = {
     "autocontrast": (lambda x: augmentation.autocontrast(x), ImageOps.autocontrast),
     "equalize": (lambda x: augmentation.equalize(x), ImageOps.equalize),
@@ -58,7 +58,7 @@ ENHANCE = {
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("seed", range(3))
-def test_op_equals_pillow_s(name, seed):
+def test_op_equals_pillow(name, seed):
     ours, pillow = EXACT[name]
     image = picture(seed=seed)
     expected = np.array(pillow(Image.fromarray(image)))
@@ -67,7 +67,7 @@ def test_op_equals_pillow_s(name, seed):
 
 @pytest.mark.parametrize("name", ENHANCE)
 @pytest.mark.parametrize("factor", [0.1, 0.73, 1.0, 1.81])
-def test_enhancement_equals_pillow_s_to_one_level(name, factor):
+def test_enhancement_equals_pillow_to_one_level(name, factor):
     ours, pillow = ENHANCE[name]
     image = picture()
     expected = np.array(pillow(Image.fromarray(image)).enhance(factor)).astype(int)
@@ -76,7 +76,7 @@ def test_enhancement_equals_pillow_s_to_one_level(name, factor):
     assert (difference > 0).mean() < 0.01
 
 
-# RandAugment's ops by Pillow, at a magnitude of 0 to 1 and a sign.
+# RandAugment's ops in Pillow, at a magnitude in [0, 1] and a sign.
 RANDAUGMENT_BY_PILLOW = {
     "autocontrast": lambda i, m, s, cubic: ImageOps.autocontrast(i),
     "equalize": lambda i, m, s, cubic: ImageOps.equalize(i),
@@ -86,7 +86,7 @@ RANDAUGMENT_BY_PILLOW = {
         Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR,
         fillcolor=FILL,
     ),
-    # Pillow of 2020 made a black image of 0 bits, today's refuses them.
+    # Pillow of 2020 returned a black image for 0 bits, the current one raises an error.
     "posterize": lambda i, m, s, cubic: (
         ImageOps.posterize(i, 4 - int(4 * m)) if m < 1 else i.point([0] * 768)
     ),
@@ -123,13 +123,13 @@ def test_randaugment_ops_equal_pillow_at_every_magnitude(place, size):
                 assert_close(ours(tf.constant(image), m, sign, FILL, cubic), expected)
 
 
-def test_there_is_no_op_that_timm_does_not_have():
+def test_randaugment_has_the_ops_of_timm():
     assert len(augmentation.RANDAUGMENT) == len(RANDAUGMENT_BY_PILLOW)
 
 
 @pytest.mark.parametrize("cubic", [False, True], ids=["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(7, 12), (40, 25)], ids=str)
-def test_geometric_ops_equal_pillow_by_tensors_in_a_graph(size, cubic):
+def test_rotation_by_tensors_in_a_graph_equals_pillow(size, cubic):
     image = picture(size, seed=3)
     run = tf.function(lambda x, v, c: augmentation.rotate(x, v, FILL, c))
     for degrees in (-30.0, -11.3, 0.0, 14.25, 90.0, 180.0):
@@ -141,7 +141,7 @@ def test_geometric_ops_equal_pillow_by_tensors_in_a_graph(size, cubic):
 
 
 @pytest.mark.parametrize("share", [1 / 16, -1 / 16, 1 / 8, -1 / 8])
-def test_a_source_exactly_on_the_edge_is_inside_where_it_is_for_pillow(share):
+def test_source_exactly_on_the_edge_is_treated_as_in_pillow(share):
     image = picture((8, 8))
     pixels = share * 8
     for cubic in (False, True):
@@ -179,7 +179,7 @@ def test_gaussian_blur_equals_pillow(size, radius):
     )
 
 
-def test_a_channel_of_one_value_survives_autocontrast_and_equalize():
+def test_constant_channel_in_autocontrast_and_equalize():
     image = picture()
     image[..., 1] = 90
     for name in ("autocontrast", "equalize"):
@@ -188,7 +188,7 @@ def test_a_channel_of_one_value_survives_autocontrast_and_equalize():
         np.testing.assert_array_equal(ours(tf.constant(image)), expected)
 
 
-def test_resizing_is_pillow_s_bicubic():
+def test_resize_equals_pillow_bicubic():
     image = picture((61, 83))
     expected = np.array(Image.fromarray(image).resize((40, 32), Image.Resampling.BICUBIC))
     difference = np.abs(augmentation.resize(image, (32, 40)).numpy().astype(int) - expected)
@@ -196,7 +196,7 @@ def test_resizing_is_pillow_s_bicubic():
 
 
 @pytest.mark.parametrize("shape", [(61, 83), (83, 61), (20, 30), (224, 224)])
-def test_evaluation_shows_the_middle(shape):
+def test_evaluation_image_is_the_center_crop(shape):
     image = picture(shape)
     short = int(32 / 0.875)
     scale = short / min(shape)
@@ -208,7 +208,7 @@ def test_evaluation_shows_the_middle(shape):
     assert np.abs(ours - expected).max() <= 1
 
 
-def test_random_crops_have_the_areas_and_aspects_asked_for_and_lie_inside():
+def test_random_crops_have_the_given_areas_and_aspects_and_lie_inside():
     shape = tf.constant([120, 200])
     draw = tf.function(lambda i: augmentation.inception_box(shape, tf.stack([7, i]), 0.08))
     boxes = np.array([draw(tf.constant(i)) for i in range(300)])
@@ -221,7 +221,7 @@ def test_random_crops_have_the_areas_and_aspects_asked_for_and_lie_inside():
 
 
 @pytest.mark.parametrize("shape", [(10, 1000), (1000, 10)])
-def test_a_random_crop_of_a_strip_falls_back_to_its_middle(shape):
+def test_random_crop_of_a_strip_falls_back_to_its_center(shape):
     box = augmentation.inception_box(tf.constant(shape), tf.constant([0, 1]), 0.5).numpy()
     middle = (shape[0] - box[2]) // 2, (shape[1] - box[3]) // 2
     assert tuple(box[:2]) == middle
@@ -233,18 +233,18 @@ def randaugment(image, seed):
 
 
 @pytest.mark.slow
-def test_randaugment_is_a_function_of_its_seed_and_changes_about_three_images_in_four():
+def test_randaugment_depends_on_its_seed_and_changes_most_images():
     image = tf.constant(picture((32, 32)))
     run = tf.function(lambda seed: randaugment(image, seed))
     results = [run(tf.constant([3, i])).numpy() for i in range(200)]
     np.testing.assert_array_equal(results[5], run(tf.constant([3, 5])))
     changed = np.mean([(result != image.numpy()).any() for result in results])
-    # Each of two ops is applied with even odds.
+    # Each of two ops is applied with probability 0.5.
     assert 0.65 < changed < 0.85
     assert len({result.tobytes() for result in results}) > 100
 
 
-def test_random_erasing_erases_as_often_and_as_much_as_told():
+def test_random_erasing_has_the_given_probability_and_area():
     draw = tf.function(lambda i: augmentation.erasing_box(tf.stack([1, i]), 0.25, (64, 64)))
     boxes = np.array([draw(tf.constant(i)) for i in range(600)])
     erased = boxes[boxes[:, 1] > 0]
@@ -255,7 +255,7 @@ def test_random_erasing_erases_as_often_and_as_much_as_told():
     assert bottom.max() <= 64 and right.max() <= 64
 
 
-def test_mixing_pairs_image_i_with_the_last_but_i_of_its_group():
+def test_mix_pairs_image_i_with_the_ith_last_of_its_group():
     x = tf.reshape(tf.range(8.0) ** 2, (8, 1))
     mixed = augmentation.mix(x, tf.constant([[0.75], [0.25]]))[:, 0]
     x = x[:, 0].numpy()
@@ -264,7 +264,7 @@ def test_mixing_pairs_image_i_with_the_last_but_i_of_its_group():
     np.testing.assert_allclose(mixed, kept * x + (1 - kept) * x[partner])
 
 
-def test_mixing_does_not_depend_on_how_groups_are_divided_among_devices():
+def test_mix_does_not_depend_on_the_distribution_of_groups():
     x = tf.random.stateless_normal([12, 3, 2, 1], [0, 0])
     kept = tf.random.stateless_uniform([3, 3, 2, 1], [0, 1])
     whole = augmentation.mix(x, kept)
@@ -272,13 +272,13 @@ def test_mixing_does_not_depend_on_how_groups_are_divided_among_devices():
     np.testing.assert_array_equal(whole, tf.concat(parts, 0))
 
 
-def test_a_box_covers_its_pixels():
+def test_box_mask_covers_its_pixels():
     mask = augmentation.box_mask(tf.constant([[1, 3, 0, 2], [0, 0, 0, 0]]), (4, 5)).numpy()
     assert mask.shape == (2, 4, 5, 1)
     assert mask[0, 1:3, 0:2].all() and mask[0].sum() == 4 and not mask[1].any()
 
 
-def test_an_image_s_augmentation_is_a_function_of_its_seed():
+def test_image_augmentation_depends_on_its_seed():
     values = configuration.make(
         "digits", min_crop=0.3, flip=True, shift=2, randaugment=False, color_jitter=0.4
     )
@@ -292,11 +292,11 @@ def test_an_image_s_augmentation_is_a_function_of_its_seed():
     assert (prepare(1) != prepare(2)).any()
 
 
-# === The formulas, in numbers worked out by hand ===
+# === Formulas, with values computed by hand ===
 
 
 def draw(monkeypatch, *draws):
-    """Let `tf.random.stateless_uniform` give these values, one after the other."""
+    """Makes `tf.random.stateless_uniform` return these values, one per call."""
     coming = iter(draws)
     monkeypatch.setattr(
         tf.random, "stateless_uniform", lambda *_, **__: tf.constant(next(coming), tf.float32)
@@ -304,21 +304,21 @@ def draw(monkeypatch, *draws):
 
 
 def ten(*first):
-    """Ten draws, the first of them given."""
+    """Returns ten draws that begin with the given ones."""
     return [*first, *[0.5] * (10 - len(first))]
 
 
 SEED = tf.constant([0, 0])
 
 
-def test_an_erased_box_has_the_area_and_aspect_that_were_drawn(monkeypatch):
-    # Area 0.02 of 100 x 100 pixels at aspect 1: 14.14 a side. Places: 0.5 and 0.99 of 87.
+def test_erased_box_has_the_drawn_area_and_aspect(monkeypatch):
+    # Area 0.02 of 100 x 100 pixels at aspect 1: side 14.14. Positions: 0.5 and 0.99 of 87.
     draw(monkeypatch, [ten(0), ten(0.5), ten(0.5), ten(0.99)], 0.1)
     box = augmentation.erasing_box(SEED, 0.25, (100, 100))
     assert box.numpy().tolist() == [43, 57, 86, 100]
 
 
-def test_a_box_that_does_not_fit_is_drawn_again(monkeypatch):
+def test_box_that_does_not_fit_is_drawn_again(monkeypatch):
     # A third of the area at aspect 0.3 is 32 x 105; at 1/0.3, 105 x 32; 0.02 of it at 0.3, 8 x 26.
     draw(monkeypatch, [ten(1, 1, 0), ten(0, 1, 0), ten(0, 0, 0.99), ten(0, 0, 0)], 0.1)
     box = augmentation.erasing_box(SEED, 0.25, (100, 100))
@@ -326,22 +326,22 @@ def test_a_box_that_does_not_fit_is_drawn_again(monkeypatch):
     assert box.numpy().tolist() == [92, 100, 0, 26]
 
 
-def test_nothing_is_erased_at_the_probability_itself(monkeypatch):
+def test_erasing_probability_is_exclusive(monkeypatch):
     areas = [ten(0), ten(0.5), ten(0), ten(0)]
     draw(monkeypatch, areas, 0.25, areas, 0.2499)
     assert augmentation.erasing_box(SEED, 0.25, (100, 100)).numpy().tolist() == [0, 0, 0, 0]
     assert augmentation.erasing_box(SEED, 0.25, (100, 100)).numpy().tolist() == [0, 14, 0, 14]
 
 
-def test_a_random_crop_has_the_area_and_aspect_that_were_drawn(monkeypatch):
-    # 0.25 + 0.75 * 0.52 of 100 x 200 pixels is 12,800; the middle of 3/4 to 4/3 is 1: 113 a side
-    # does not fit. At 0.25 it is 5,000: 71 a side, of 30 and 130 places the last and the middle.
+def test_random_crop_has_the_drawn_area_and_aspect(monkeypatch):
+    # 0.25 + 0.75 * 0.52 of 100 x 200 pixels is 12,800; the middle of 3/4 to 4/3 is 1: side 113 does
+    # not fit. At 0.25 it is 5,000: side 71, at the last of 30 and the middle of 130 positions.
     draw(monkeypatch, [ten(0.52, 0), ten(0.5, 0.5), ten(0, 0.99), ten(0, 0.5)])
     box = augmentation.inception_box([100, 200], SEED, 0.25)
     assert box.numpy().tolist() == [29, 65, 71, 71]
 
 
-def test_a_random_crop_is_as_wide_as_its_aspect_says(monkeypatch):
+def test_random_crop_aspect_is_width_over_height(monkeypatch):
     # 0.3 of 100 x 100 at width over height of 4/3: 47.4 x 63.2.
     draw(monkeypatch, [ten(0), ten(1), ten(0), ten(0)])
     assert augmentation.inception_box([100, 100], SEED, 0.3).numpy().tolist() == [0, 0, 47, 63]
@@ -349,8 +349,8 @@ def test_a_random_crop_is_as_wide_as_its_aspect_says(monkeypatch):
     assert augmentation.inception_box([100, 100], SEED, 0.3).numpy().tolist() == [0, 0, 63, 47]
 
 
-def test_a_random_crop_may_be_the_whole_image_and_no_more(monkeypatch):
-    # All of 100 x 100 at aspect 1 fits; then 0.3 of it, 55 a side.
+def test_random_crop_can_be_the_whole_image_but_not_larger(monkeypatch):
+    # All of 100 x 100 at aspect 1 fits; then 0.3 of it, side 55.
     draw(monkeypatch, [ten(1, 0), ten(0.5, 0.5), ten(0, 0), ten(0, 0)])
     assert augmentation.inception_box([100, 100], SEED, 0.3).numpy().tolist() == [0, 0, 100, 100]
     # At aspect 4/3 it is 87 x 115, too wide; at 3/4 too high.
@@ -359,7 +359,7 @@ def test_a_random_crop_may_be_the_whole_image_and_no_more(monkeypatch):
         assert augmentation.inception_box([100, 100], SEED, 0.3).numpy().tolist() == [0, 0, 55, 55]
 
 
-def test_an_image_is_flipped_at_even_odds(monkeypatch):
+def test_flip_probability_is_one_half(monkeypatch):
     image = tf.constant(picture((32, 32)))
     values = configuration.make(
         "digits", flip=True, **{"min_crop": 1.0, "crop": 1.0, "shift": 0, "rotate": 0.0}
@@ -371,7 +371,7 @@ def test_an_image_is_flipped_at_even_odds(monkeypatch):
         np.testing.assert_array_equal(flipped, expected)
 
 
-def test_black_fills_in_where_an_image_is_rotated(monkeypatch):
+def test_rotation_fills_in_black(monkeypatch):
     image = tf.fill((32, 32, 3), tf.constant(200, tf.uint8))
     values = configuration.make("digits", rotate=30.0, **{"min_crop": 1.0, "crop": 1.0, "shift": 0})
     draw(monkeypatch, 30.0)
@@ -380,7 +380,7 @@ def test_black_fills_in_where_an_image_is_rotated(monkeypatch):
     assert not rotated[0, 0].any() and (rotated[8:24, 8:24] == 200).all()
 
 
-def test_a_shift_reaches_every_place_and_fills_in_black():
+def test_shift_reaches_every_position_and_fills_in_black():
     image = np.zeros((5, 5, 3), "uint8")
     image[2, 2] = [255, 100, 50]
     move = tf.function(lambda seed: augmentation.shift(tf.constant(image), seed, 2))
@@ -396,7 +396,7 @@ ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_color_jitter_enhances_in_the_order_that_was_drawn(monkeypatch, order):
+def test_color_jitter_applies_ops_in_the_drawn_order(monkeypatch, order):
     factors = (1.3, 0.7, 1.2)
     ranks = [0.0] * 3
     for place, op in enumerate(order):
@@ -408,9 +408,9 @@ def test_color_jitter_enhances_in_the_order_that_was_drawn(monkeypatch, order):
     assert_close(augmentation.color_jitter(tf.constant(picture()), SEED, 0.4), expected, 2)
 
 
-def test_color_jitter_draws_factors_about_1_and_every_order_alike(monkeypatch):
+def test_color_jitter_factors_and_orders_are_uniform(monkeypatch):
     def recording(place):
-        # The op's place in the order and its factor, in the pixel of the op.
+        # Records the op's position in the order and its factor in the pixel of the op.
         def op(x, factor):
             code = tf.cast(tf.round(factor * 100), tf.uint8)
             count = x[0, 0, 2] + 1
@@ -439,7 +439,7 @@ def test_color_jitter_draws_factors_about_1_and_every_order_alike(monkeypatch):
     assert_same_distribution(strong.ravel() / 100, np.random.default_rng(0).uniform(0, 2.5, 4000))
 
 
-def test_colour_jitter_is_off_under_randaugment_whoever_s_it_is():
+def test_color_jitter_is_disabled_with_randaugment():
     image = tf.constant(picture((32, 32)))
     images = [
         augmentation.training_image(
@@ -458,7 +458,7 @@ def test_colour_jitter_is_off_under_randaugment_whoever_s_it_is():
     np.testing.assert_array_equal(*images)
 
 
-def test_randaugment_applies_the_ops_that_were_drawn_at_even_odds(monkeypatch):
+def test_randaugment_applies_the_drawn_ops_with_probability_one_half(monkeypatch):
     image = tf.constant(picture((20, 24)))
     monkeypatch.setattr(tf.random, "stateless_normal", lambda *_, **__: tf.constant([12.0, 5.0]))
 
@@ -467,7 +467,8 @@ def test_randaugment_applies_the_ops_that_were_drawn_at_even_odds(monkeypatch):
         monkeypatch.setattr(tf.random, "stateless_uniform", lambda *_, **__: next(coming))
         return augmentation.randaugment(image, SEED, FILL).numpy()
 
-    # Invert, then brightness 1 + 0.9 * 0.5; a magnitude of 12 counts as 10: solarize inverts all.
+    # Invert, then brightness 1 + 0.9 * 0.5; a magnitude of 12 is clipped to 10: solarize inverts
+    # all.
     inverted = 255 - image
     brighter = augmentation.brightness(inverted, 1.45)
     np.testing.assert_array_equal(given([2, 9], [[0.1, 0.49], [0.49, 0.1]]), brighter)
@@ -481,7 +482,7 @@ def test_randaugment_applies_the_ops_that_were_drawn_at_even_odds(monkeypatch):
 
 
 def drawings(draw, count):
-    """What a function of a seed gives for `count` seeds, as one array."""
+    """Returns the results of a function of a seed for `count` seeds, as one array."""
     seeds = tf.stack([tf.fill([count], 11), tf.range(count)], axis=1)
     shape = tf.type_spec_from_value(draw(seeds[0]))
     run = tf.function(lambda: tf.map_fn(draw, seeds, fn_output_signature=shape))
@@ -489,7 +490,7 @@ def drawings(draw, count):
 
 
 def assert_same_distribution(first, second, level=1.95):
-    """Two-sample Kolmogorov-Smirnov test; 1.95 rejects one equal pair in a thousand."""
+    """Runs a two-sample Kolmogorov-Smirnov test; 1.95 rejects one equal pair in a thousand."""
     grid = np.concatenate([first, second])
     below = [
         np.searchsorted(np.sort(sample), grid, side="right") / len(sample)
@@ -499,7 +500,7 @@ def assert_same_distribution(first, second, level=1.95):
     assert distance < level * math.sqrt(1 / len(first) + 1 / len(second))
 
 
-def test_random_crops_are_distributed_as_the_reference_s():
+def test_random_crops_have_the_reference_distribution():
     height, width, least = 90, 160, 0.08
     random = np.random.default_rng(0)
 
@@ -525,7 +526,7 @@ def test_random_crops_are_distributed_as_the_reference_s():
         assert_same_distribution(of(ours), of(expected))
 
 
-def test_erased_boxes_are_distributed_as_the_reference_s():
+def test_erased_boxes_have_the_reference_distribution():
     height, width = 64, 48
     random = np.random.default_rng(0)
 
@@ -554,7 +555,7 @@ def test_erased_boxes_are_distributed_as_the_reference_s():
 
 
 @pytest.mark.parametrize("interpolation", ["random", "bilinear", "bicubic"])
-def test_randaugment_s_draws_are_distributed_as_the_reference_s(monkeypatch, interpolation):
+def test_randaugment_draws_have_the_reference_distribution(monkeypatch, interpolation):
     def recording(place):
         def op(x, m, s, fill, cubic):
             assert fill == FILL
@@ -580,7 +581,7 @@ def test_randaugment_s_draws_are_distributed_as_the_reference_s(monkeypatch, int
     assert abs(applied[:, 3].mean() - cubic) < (0.05 if interpolation == "random" else 1e-9)
 
 
-def test_two_ops_of_an_image_are_drawn_apart(monkeypatch):
+def test_randaugment_ops_of_an_image_are_independent(monkeypatch):
     def op(place):
         return lambda x, m, s, fill, cubic: x * 4 + tf.cast(place + 1, tf.uint8)
 
@@ -590,10 +591,10 @@ def test_two_ops_of_an_image_are_drawn_apart(monkeypatch):
     counts = np.bincount(drawn, minlength=16)
     assert abs(counts[0] / 1500 - 0.25) < 0.06
     pairs = [counts[4 * i + j] for i in range(1, 4) for j in range(1, 4)]
-    assert min(pairs) > 20 and max(pairs) < 70  # 1500 / 36 each, equal ones too
+    assert min(pairs) > 20 and max(pairs) < 70  # 1500 / 36 each, including equal ones
 
 
-# === 3-Augment and the crops ===
+# === 3-Augment and crop modes ===
 
 
 def test_three_augment_applies_exactly_one_of_three_ops(monkeypatch):
@@ -613,7 +614,7 @@ def test_three_augment_applies_exactly_one_of_three_ops(monkeypatch):
     assert min(seen.values()) > 65 and max(seen.values()) < 135
 
 
-def test_three_augment_s_blur_has_a_uniform_radius(monkeypatch):
+def test_three_augment_blur_radius_is_uniform(monkeypatch):
     monkeypatch.setattr(
         augmentation,
         "gaussian_blur",
@@ -638,12 +639,12 @@ def test_color_jitter_follows_three_augment(monkeypatch):
 
 
 def plain_values(**values):
-    """The configuration of images that nothing changes but what is given."""
+    """Returns a configuration without augmentation, except for the given values."""
     nothing = {"min_crop": 1.0, "crop": 1.0, "shift": 0, "rotate": 0.0}
     return configuration.make("digits", **{**nothing, **values})
 
 
-def test_three_augment_and_randaugment_exclude_each_other():
+def test_three_augment_and_randaugment_are_exclusive():
     with pytest.raises(ValueError, match="--three_augment .*--norandaugment"):
         configuration.make("tnt_small", three_augment=True)
     configuration.make("tnt_small", three_augment=True, randaugment=False)
@@ -673,7 +674,7 @@ def test_simple_random_crop_is_a_crop_of_the_padded_image(shape, size):
     assert np.min(list(places), 0).max() <= 1 and (np.max(list(places), 0) >= reach - 1).all()
 
 
-def test_simple_random_crop_takes_encoded_images():
+def test_simple_random_crop_accepts_encoded_images():
     image = picture((40, 50))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
@@ -687,7 +688,7 @@ def test_simple_random_crop_takes_encoded_images():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
-def test_random_resized_crops_are_interpolated_as_asked_for(monkeypatch, interpolation):
+def test_random_resized_crop_uses_the_given_interpolation(monkeypatch, interpolation):
     image = tf.constant(picture((40, 50)))
     box = [3, 5, 30, 26]
     monkeypatch.setattr(augmentation, "inception_box", lambda *_, **settings: tf.constant(box))

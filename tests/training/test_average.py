@@ -1,4 +1,4 @@
-"""Averages of checkpoints: which, of what, compared with NumPy; and what is refused."""
+"""Checkpoint averaging: selection of files, the mean compared with NumPy, and errors."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def fill(model, seed):
 
 
 def make_run(run, keep_best=2, ema=True, model="pyramid_tnt", model_args=PYRAMID):
-    """Writes what a run of four evaluations leaves, with batch normalization in its model."""
+    """Writes the files of a run with four evaluations and a model with batch normalization."""
     config = configuration.make(
         "digits", model=model, model_args=model_args, image_size=32, workdir=str(run), classes=10
     )
@@ -62,7 +62,7 @@ def whole(tmp_path_factory):
 
 
 def numpy_mean(run, names, ema=False):
-    """Mean by path in float64, of files of a run."""
+    """Returns the mean in float64 of a run's files, by variable path."""
     files = [load_file(run / "checkpoints" / f"{name}.safetensors") for name in names]
     means = {}
     for name in files[0]:
@@ -86,7 +86,7 @@ def assert_holds(run, means):
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_the_last_checkpoints_are_averaged_moving_statistics_too(whole, ema):
+def test_last_checkpoints_are_averaged_with_moving_statistics(whole, ema):
     result = average.average(whole, last=3, ema=ema)
     names = [f"step_{step:09d}" for step in (8, 12, 16)]
     means = numpy_mean(whole, names, ema)
@@ -101,15 +101,15 @@ def test_the_last_checkpoints_are_averaged_moving_statistics_too(whole, ema):
     assert result["results"] is None
 
 
-def test_the_best_are_those_of_the_best_evaluations(whole):
+def test_best_selects_the_best_evaluations(whole):
     assert average.average(whole, best=2)["steps"] == [8, 16]
     assert_holds(whole, numpy_mean(whole, ["step_000000008", "step_000000016"]))
-    # Of the two that are kept the better by the average's accuracy.
+    # Of the two retained checkpoints, the one with the better accuracy of the moving average.
     assert average.average(whole, best=1, ema=True)["steps"] == [16]
 
 
-def test_sums_are_made_in_float64(tmp_path, whole):
-    """In float32 the small ones would be lost next to the large one."""
+def test_sums_are_computed_in_float64(tmp_path, whole):
+    """In float32 the small values would be lost next to the large one."""
     config = evaluate.make_config({}, str(whole))
     model = models.build_plain(config, 10, None)
     paths = []
@@ -123,7 +123,7 @@ def test_sums_are_made_in_float64(tmp_path, whole):
     assert all((mean == np.float32((2.0**24 + 4) / 4)).all() for mean in means.values())
 
 
-def test_files_of_any_kind_are_averaged_together(whole, tmp_path):
+def test_files_of_different_formats_are_averaged(whole, tmp_path):
     models.write_model(
         keras.models.load_model(whole / "averaged.keras")
         if (whole / "averaged.keras").exists()
@@ -142,7 +142,7 @@ def test_files_of_any_kind_are_averaged_together(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_result_is_evaluated_and_loaded_by_name(whole):
+def test_average_is_evaluated_and_exported_by_name(whole):
     result = average.average(whole, last=2, evaluate_with={"batch_size": 120})
     assert result["results"]["images"] == 360
     again = evaluate.evaluate({"batch_size": 120}, run=str(whole), checkpoint="averaged")
@@ -155,7 +155,7 @@ def test_the_result_is_evaluated_and_loaded_by_name(whole):
     assert_holds(whole, {v.path: v.numpy() for v in loaded.weights})
 
 
-def test_without_an_average_the_command_that_writes_it_is_named(tmp_path):
+def test_missing_average_error_names_the_command(tmp_path):
     run = tmp_path / "run"
     make_run(run)
     with pytest.raises(ValueError, match="holds no averaged.weights.h5: python training/average.p"):
@@ -175,12 +175,12 @@ def test_without_an_average_the_command_that_writes_it_is_named(tmp_path):
         ({"files": ["x.txt"]}, "x.txt is no checkpoint"),
     ],
 )
-def test_what_there_is_to_average_is_said(whole, arguments, message):
+def test_invalid_selection_raises(whole, arguments, message):
     with pytest.raises(ValueError, match=message):
         average.average(whole, **arguments)
 
 
-def test_a_run_without_keep_best_has_one_best(tmp_path):
+def test_run_without_keep_best_has_one_best_checkpoint(tmp_path):
     run = tmp_path / "run"
     make_run(run, keep_best=0, ema=False)
     assert average.average(run, best=1)["steps"] == [8]
@@ -191,7 +191,7 @@ def test_a_run_without_keep_best_has_one_best(tmp_path):
             average.average(run, ema=True, **arguments)
 
 
-def test_damaged_files_and_those_of_other_models_are_named_and_nothing_is_written(tmp_path, whole):
+def test_damaged_or_mismatched_files_raise_and_nothing_is_written(tmp_path, whole):
     run = tmp_path / "run"
     make_run(run)
     good = run / "checkpoints" / "step_000000012.safetensors"
@@ -215,17 +215,17 @@ def test_damaged_files_and_those_of_other_models_are_named_and_nothing_is_writte
     assert not [name for name in os.listdir(run) if name.startswith("averaged")]
 
 
-def test_a_directory_that_is_no_run_is_named(tmp_path):
+def test_directory_without_a_run_raises(tmp_path):
     with pytest.raises(ValueError, match="is no directory of a run"):
         average.average(tmp_path, last=1)
     with pytest.raises(ValueError, match="give --run"):
         average.average(None, last=1)
 
 
-# === The best evaluations' checkpoints ===
+# === Checkpoints of the best evaluations ===
 
 
-def test_checkpoints_of_the_best_evaluations_outlive_the_last(tmp_path):
+def test_keep_best_retains_checkpoints_of_the_best_evaluations(tmp_path):
     make_run(tmp_path / "run")
     names = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
     assert names == [
@@ -240,13 +240,13 @@ def test_checkpoints_of_the_best_evaluations_outlive_the_last(tmp_path):
     assert notes["results"]["accuracy"] == 0.7
 
 
-def test_without_keep_best_a_run_keeps_what_it_kept(tmp_path):
+def test_without_keep_best_only_one_best_checkpoint_is_retained(tmp_path):
     make_run(tmp_path / "run", keep_best=0)
     names = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
     assert [name for name in names if name.startswith("best")] == ["best.safetensors"]
 
 
-def test_values_that_are_not_finite_are_named(tmp_path):
+def test_non_finite_values_raise(tmp_path):
     run = tmp_path / "run"
     built = make_run(run)
     built.weights[1].assign(np.full(built.weights[1].shape, np.inf))

@@ -1,4 +1,4 @@
-"""What runs the trainer on several machines: SLURM's script, Kubernetes' objects, data service."""
+"""Cluster setups of the trainer: SLURM script, Kubernetes objects, tf.data service."""
 
 import subprocess
 from pathlib import Path
@@ -16,7 +16,7 @@ OBJECTS = list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text(encodi
 
 
 @pytest.mark.parametrize("number", range(len(OBJECTS)))
-def test_each_object_keeps_to_the_published_schema(number):
+def test_kubernetes_objects_match_the_schema(number):
     version = kubernetes_validate.latest_version()
     kubernetes_validate.validate(OBJECTS[number], version, strict=True)
 
@@ -26,7 +26,7 @@ def named(kind, name):
     return found
 
 
-def test_the_job_s_pods_find_each_other():
+def test_job_pods_find_each_other():
     job = named("Job", "keras-tnt")["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
@@ -42,7 +42,7 @@ def test_the_job_s_pods_find_each_other():
     assert container["ports"] == [{"containerPort": strategies.PORT}]
 
 
-def test_the_job_s_flags_are_the_trainer_s_and_its_data_service_is_there():
+def test_job_flags_are_valid_and_its_data_service_is_defined():
     (container,) = named("Job", "keras-tnt")["spec"]["template"]["spec"]["containers"]
     values = dict(flag.removeprefix("--").split("=") for flag in container["command"][2:])
     config = configuration.make(values.pop("recipe"), **values)
@@ -53,11 +53,11 @@ def test_the_job_s_flags_are_the_trainer_s_and_its_data_service_is_there():
     assert named("Deployment", labels["app"])["spec"]["selector"]["matchLabels"] == labels
 
 
-def test_the_script_for_slurm_is_one_that_bash_reads():
+def test_slurm_script_has_valid_syntax():
     subprocess.run(["bash", "-n", str(CLUSTER / "slurm.sh")], check=True)
 
 
-def test_a_data_service_of_two_processes_serves():
+def test_data_service_with_one_worker_serves():
     dispatcher = data_service.start(0)
     address = dispatcher.target.removeprefix("grpc://")
     worker = data_service.start(0, address)

@@ -1,4 +1,4 @@
-"""`--config`: files of values, what overrides them, and what is refused."""
+"""`--config`: files of values, their precedence, and errors."""
 
 import json
 
@@ -9,7 +9,7 @@ from training import config_files, configuration
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes a file and returns its path."""
+    """Returns a function that writes a file and returns its path."""
 
     def write(text, name="run.yaml"):
         path = tmp_path / name
@@ -19,7 +19,7 @@ def written(tmp_path):
     return write
 
 
-def test_flags_override_the_file_the_file_the_recipe_and_that_the_defaults(written):
+def test_precedence_is_flags_file_recipe_defaults(written):
     path = written("recipe: tnt_small\nepochs: 7\nseed: 3\n")
     config = configuration.make(config=path, seed=5)
     assert (config.recipe, config.epochs, config.seed) == ("tnt_small", 7, 5)
@@ -30,7 +30,7 @@ def test_flags_override_the_file_the_file_the_recipe_and_that_the_defaults(writt
     assert configuration.make(config=path, recipe="deit_tiny").model == "deit_tiny"
 
 
-def test_a_file_without_a_recipe_takes_the_one_for_its_data_set(written):
+def test_recipe_defaults_to_that_of_the_data_set(written):
     path = written("dataset: folder\ndata_dir: images\n")
     assert configuration.make(config=path).recipe == "finetune"
 
@@ -57,7 +57,7 @@ def test_a_file_without_a_recipe_takes_the_one_for_its_data_set(written):
         ("", "epochs", 60),
     ],
 )
-def test_values_are_those_that_a_flag_would_be_given(written, line, name, value):
+def test_values_have_the_types_of_flags(written, line, name, value):
     found = getattr(configuration.make("digits", config=written(line + "\n")), name)
     assert found == value and type(found) is type(value)
 
@@ -91,7 +91,7 @@ def test_values_are_those_that_a_flag_would_be_given(written, line, name, value)
         ("[" * 5000, "nested too deeply"),
     ],
 )
-def test_what_cannot_be_meant_is_named_with_the_file(written, text, message):
+def test_invalid_file_error_names_the_file(written, text, message):
     path = written(text + "\n")
     with pytest.raises(ValueError, match=message) as caught:
         configuration.make("digits", config=path)
@@ -109,12 +109,12 @@ def test_what_cannot_be_meant_is_named_with_the_file(written, text, message):
         ("[" * 100_000, "nested too deeply"),
     ],
 )
-def test_json_is_checked_alike(written, text, message):
+def test_json_is_validated_too(written, text, message):
     with pytest.raises(ValueError, match=message):
         configuration.make("digits", config=written(text, "run.json"))
 
 
-def test_a_file_that_is_none_is_named(tmp_path, written):
+def test_missing_or_unsupported_file_raises(tmp_path, written):
     for path, message in (
         (tmp_path / "none.yaml", "there is no file"),
         (written("epochs: 3", "run.txt"), "must be a .yaml, .yml or .json file"),
@@ -126,7 +126,7 @@ def test_a_file_that_is_none_is_named(tmp_path, written):
         configuration.make("digits", config=str(tmp_path / "directory.yaml"))
 
 
-def test_the_record_of_a_run_is_a_file_of_values(written):
+def test_recorded_config_of_a_run_can_be_used(written):
     values = vars(configuration.make("digits", epochs=3, change=True, find_learning_rate=True))
     path = written({"config": values, "command": ["train.py"], "classes": 10}, "config.json")
     config = configuration.make(config=path, workdir="elsewhere")
@@ -144,7 +144,7 @@ def test_the_record_of_a_run_is_a_file_of_values(written):
         {"train_split": "x" * 500 + " " + "y" * 500},
     ],
 )
-def test_what_is_written_is_read_as_the_same_values(tmp_path, values):
+def test_yaml_round_trip_preserves_values(tmp_path, values):
     config = vars(configuration.Config(**values))
     path = tmp_path / "config.yaml"
     path.write_bytes(config_files.to_yaml(config, ["resumes"]).encode("utf-8"))
@@ -154,7 +154,7 @@ def test_what_is_written_is_read_as_the_same_values(tmp_path, values):
     assert {k: type(v) for k, v in read.items()} == {k: kinds[k] for k in read}
 
 
-def test_a_flag_of_the_file_s_plugin_is_known(written, tmp_path, monkeypatch):
+def test_plugin_in_the_file_is_loaded_before_validation(written, tmp_path, monkeypatch):
     (tmp_path / "plug_of_file.py").write_text(
         "from training import loggers\nloggers.register_logger('of_file', print)\n"
     )

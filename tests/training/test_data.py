@@ -1,4 +1,4 @@
-"""Sources and batches: what is in them, in which order, and what happens to broken images."""
+"""Sources and batches: contents, order, and unreadable images."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ FILL = (128, 128, 128)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Seven classes, 37 training and 31 held-out images, three broken in each."""
+    """Returns (root, {split: broken files}) of 7 classes, 37 training and 31 held-out images."""
     root = tmp_path_factory.mktemp("folder")
     broken = {split: class_folders(root, split, n) for split, n in (("train", 37), ("val", 31))}
     return root, broken
@@ -29,7 +29,7 @@ def folder_config(root, **values):
 
 
 def collect(dataset):
-    """The elements' values, joined over the batches, by key."""
+    """Returns the values of all batches, concatenated by key."""
     batches = list(dataset.as_numpy_iterator())
     return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
 
@@ -50,7 +50,7 @@ def evaluation(source, values, share=None, unreadable=None):
 # === Sources ===
 
 
-def test_digits_are_split_once_and_for_all_and_alike_in_every_class():
+def test_digits_split_is_fixed_and_stratified():
     (train_images, train_labels), (test_images, test_labels) = sources.digits()
     assert train_images.shape == (1437, 32, 32, 3) and test_images.shape == (360, 32, 32, 3)
     assert train_images.dtype == "uint8" and test_images.max() == 255
@@ -58,7 +58,7 @@ def test_digits_are_split_once_and_for_all_and_alike_in_every_class():
     assert test_labels[:8].tolist() == sources.digits()[1][1][:8].tolist()
 
 
-def test_a_folder_s_broken_images_are_named_counted_and_weigh_nothing(folder, capsys):
+def test_unreadable_images_are_logged_once_and_have_no_weight(folder, capsys):
     root, broken = folder
     source = sources.open_split(folder_config(root), held_out=True)
     assert (source.size, source.classes) == (31, 7)
@@ -72,7 +72,7 @@ def test_a_folder_s_broken_images_are_named_counted_and_weigh_nothing(folder, ca
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_evaluation_shows_each_image_once_whatever_the_devices(folder, replicas):
+def test_evaluation_has_each_image_once_for_any_number_of_devices(folder, replicas):
     root, _ = folder
     values = folder_config(root, batch_size=8)
     source = sources.open_split(values, held_out=True)
@@ -85,7 +85,7 @@ def test_evaluation_shows_each_image_once_whatever_the_devices(folder, replicas)
     assert len({image.tobytes() for image in images}) == 28
 
 
-def test_grey_and_cmyk_images_are_read_as_colour(folder):
+def test_gray_and_cmyk_images_are_converted_to_rgb(folder):
     root, _ = folder
     values = folder_config(root)
     seen = collect(evaluation(sources.open_split(values, held_out=True), values))
@@ -94,7 +94,7 @@ def test_grey_and_cmyk_images_are_read_as_colour(folder):
     assert sum(grey) == 1
 
 
-def test_too_many_broken_images_are_an_error(folder):
+def test_too_many_unreadable_images_raise(folder):
     root, _ = folder
     values = folder_config(root, max_corrupt=0.05)
     source = sources.open_split(values, held_out=True)
@@ -104,7 +104,7 @@ def test_too_many_broken_images_are_an_error(folder):
         unreadable.check()
 
 
-def test_a_held_out_class_unknown_to_training_is_an_error(tmp_path):
+def test_held_out_class_without_training_images_raises(tmp_path):
     class_folders(tmp_path, "train", 3, classes=3)
     class_folders(tmp_path, "val", 4, classes=4)
     with pytest.raises(ValueError, match="class_3"):
@@ -112,14 +112,14 @@ def test_a_held_out_class_unknown_to_training_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["folder", "tfrecord"])
-def test_a_directory_without_images_is_an_error(tmp_path, dataset):
+def test_directory_without_images_raises(tmp_path, dataset):
     with pytest.raises(ValueError, match=str(tmp_path)):
         sources.open_split(folder_config(tmp_path, dataset=dataset), held_out=False)
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Three TFRecord files of 11 images each, labels from 1, one image broken."""
+    """Writes three TFRecord files of 11 images per split; labels from 1, one broken image."""
     root = tmp_path_factory.mktemp("records")
     for split in ("train", "validation"):
         for shard in range(3):
@@ -145,7 +145,7 @@ def record_config(root, **values):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_workers_divide_the_held_out_records_among_them(records, workers):
+def test_workers_partition_the_held_out_records(records, workers):
     values = record_config(records)
     source = sources.open_split(values, held_out=True)
     assert source.size == 33
@@ -162,7 +162,7 @@ def test_workers_divide_the_held_out_records_among_them(records, workers):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["records", "folder"])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_an_epoch_gone_on_with_in_the_middle_shows_the_same_images(request, kind, repeats):
+def test_epoch_resumed_in_the_middle_has_the_same_images(request, kind, repeats):
     root = request.getfixturevalue(kind)
     root = root if kind == "records" else root[0]
     make = record_config if kind == "records" else folder_config
@@ -180,7 +180,7 @@ def test_an_epoch_gone_on_with_in_the_middle_shows_the_same_images(request, kind
 # === Order ===
 
 
-def test_an_epoch_shows_each_image_once_in_an_order_of_its_own():
+def test_each_epoch_is_a_different_permutation():
     values = configuration.make("digits", batch_size=10)
     orders = [data.training_order(values, 100, 10, epoch) for epoch in (0, 1)]
     assert all(sorted(order.reshape(-1)) == list(range(100)) for order in orders)
@@ -188,7 +188,7 @@ def test_an_epoch_shows_each_image_once_in_an_order_of_its_own():
     np.testing.assert_array_equal(orders[0], data.training_order(values, 100, 10, 0))
 
 
-def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each_in_one_batch():
+def test_repeated_augmentation_has_all_copies_of_an_image_in_one_batch():
     values = configuration.make("digits", batch_size=12, repeats=3)
     order = data.training_order(values, 120, 10, 0)
     assert order.shape == (10, 12)
@@ -208,7 +208,7 @@ def test_copies_of_an_image_are_augmented_differently(folder):
 
 
 @pytest.mark.slow
-def test_workers_and_replicas_see_the_batches_that_one_device_sees(folder):
+def test_workers_and_replicas_see_the_batches_of_one_device(folder):
     root, _ = folder
     values = folder_config(root, min_crop=0.3)
     source = sources.open_split(values, held_out=False)
@@ -220,10 +220,10 @@ def test_workers_and_replicas_see_the_batches_that_one_device_sees(folder):
     np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
 
 
-def test_the_order_of_an_epoch_in_numbers():
+def test_training_and_evaluation_order():
     values = configuration.make("digits", batch_size=5, repeats=2, seed=3)
     a = np.random.default_rng([3, 4]).permutation(7).tolist()
-    # Three images a batch, the second time as many of them as there is room for.
+    # Three images per batch, and the first of them again up to the batch size.
     expected = [
         [a[0], a[1], a[2], a[0], a[1]],
         [a[3], a[4], a[5], a[3], a[4]],
@@ -237,12 +237,12 @@ def test_the_order_of_an_epoch_in_numbers():
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        # Batches of 4 for two workers: from the second update on, each one's places of an epoch.
+        # Batches of 4 for two workers: each one's positions in the epoch from the second update on.
         ("indexed", [[4, 5, 8, 9], [6, 7, 10, 11]]),
         ("streamed", [[4, 6, 8, 10], [5, 7, 9, 11]]),
     ],
 )
-def test_an_image_s_place_in_the_epoch_is_its_own_whoever_feeds_it(monkeypatch, kind, expected):
+def test_image_position_in_the_epoch_does_not_depend_on_workers(monkeypatch, kind, expected):
     monkeypatch.setattr(data, "batches", lambda items, *_: items.map(lambda *item: item[3]))
     source = sources.in_memory(np.zeros((16, 8, 8, 3), "uint8"), np.arange(16) % 2, 2, "x")
     if kind == "streamed":
@@ -254,7 +254,7 @@ def test_an_image_s_place_in_the_epoch_is_its_own_whoever_feeds_it(monkeypatch, 
 
 
 def streamed(count):
-    """A source of so many images, whose labels are their numbers."""
+    """Returns a source of `count` images, labeled by their indices."""
 
     def stream(seed, worker, workers):
         return tf.data.Dataset.range(count).map(lambda i: ("", "", i)).shard(workers, worker)
@@ -263,7 +263,7 @@ def streamed(count):
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
-def test_a_streamed_batch_holds_each_image_as_often_as_asked(monkeypatch, repeats):
+def test_streamed_batch_has_the_given_number_of_repeats(monkeypatch, repeats):
     monkeypatch.setattr(data, "batches", lambda items, *_: items.map(lambda *item: item[2]))
     values = configuration.make("digits", batch_size=6, repeats=repeats)
     labels = [int(label) for label in train(streamed(24), values, steps=2)]
@@ -273,13 +273,13 @@ def test_a_streamed_batch_holds_each_image_as_often_as_asked(monkeypatch, repeat
     assert set(labels[:6]).isdisjoint(labels[6:])
 
 
-def test_a_streamed_epoch_longer_than_its_source_begins_it_again_in_the_same_order(monkeypatch):
+def test_streamed_epoch_longer_than_its_source_repeats_its_order(monkeypatch):
     monkeypatch.setattr(data, "batches", lambda items, *_: items.map(lambda *item: item[2]))
     labels = [int(x) for x in train(streamed(8), configuration.make("digits", batch_size=8))]
     assert labels == labels[:8] * 4 and labels[:8] != sorted(labels[:8])
 
 
-def test_each_streamed_image_is_evaluated_at_its_place_and_what_fills_up_at_none(monkeypatch):
+def test_streamed_evaluation_positions_and_padding(monkeypatch):
     def places(items, *_):
         return items.map(lambda *item: item[3])
 
@@ -291,14 +291,14 @@ def test_each_streamed_image_is_evaluated_at_its_place_and_what_fills_up_at_none
     assert found == [[0, 2, 4, -1], [1, 3, -1, -1]]
 
 
-def test_a_batch_is_one_replica_s_share_of_the_global_one():
+def test_batch_is_the_share_of_one_replica():
     source = sources.in_memory(np.zeros((16, 32, 32, 3), "uint8"), np.arange(16) % 2, 2, "x")
     values = configuration.make("digits", batch_size=8)
     batches = train(source, values, steps=2, share=data.WorkerShare(0, 1, 4))
     assert batches.element_spec["image"].shape[0] == 2 and len(list(batches)) == 8
 
 
-def test_what_tensorflow_says_of_records_becomes_a_line(tmp_path):
+def test_tensorflow_errors_of_records_become_one_line(tmp_path):
     path = tmp_path / "a.tfrecord"
     with tf.io.TFRecordWriter(str(path)) as writer:
         writer.write(b"whole" * 20)
@@ -315,13 +315,13 @@ def test_what_tensorflow_says_of_records_becomes_a_line(tmp_path):
         raise tf.errors.InvalidArgumentError(None, None, "shapes differ")
 
 
-def test_each_image_is_erased_by_its_own_draw_and_only_if_asked_for():
+def test_each_image_is_erased_by_its_own_draw_if_enabled():
     source = sources.in_memory(np.zeros((16, 32, 32, 3), "uint8"), np.arange(16) % 2, 2, "x")
 
     def boxes(epoch=0, **values):
         values = configuration.make("digits", batch_size=8, min_crop=1.0, **values)
         batches = train(source, values, epoch, steps=2)
-        assert batches.element_spec["erase"].shape == (8, 4)  # known before the images are
+        assert batches.element_spec["erase"].shape == (8, 4)  # drawn before the images are decoded
         return collect(batches)["erase"].tolist()
 
     erased = boxes(erasing=1.0)
@@ -338,13 +338,13 @@ def test_streamed_images_are_repeated_within_their_batch():
     assert all(first == -second for first, second in repeated)
 
 
-def test_a_worker_feeds_its_columns_of_a_batch():
+def test_worker_feeds_its_columns_of_a_batch():
     batch = np.arange(12)
     columns = [batch[data.WorkerShare(i, 3, 6).columns(12)].tolist() for i in range(3)]
     assert columns == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_unreadable_images_are_counted_once_each_up_to_the_share(capsys):
+def test_unreadable_images_are_counted_once_up_to_the_limit(capsys):
     source = sources.in_memory(np.zeros((1000, 1, 1, 3), "uint8"), np.zeros(1000), 2, "x")
     unreadable = data.UnreadableImages(source, 0.0029)
     for name in (b"one", b"one", b"two\xff"):
@@ -356,7 +356,7 @@ def test_unreadable_images_are_counted_once_each_up_to_the_share(capsys):
         unreadable.check()
 
 
-# === ImageNet as tensorflow-datasets has it ===
+# === ImageNet of tensorflow-datasets ===
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +371,7 @@ def imagenet_config(root, **values):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_imagenet_is_evaluated_image_by_image(imagenet, workers):
+def test_imagenet_evaluation_has_each_image_once(imagenet, workers):
     values = imagenet_config(imagenet)
     source = sources.open_split(values, held_out=True)
     assert (source.size, source.classes) == (23, 1000)
@@ -382,7 +382,7 @@ def test_imagenet_is_evaluated_image_by_image(imagenet, workers):
 
 
 @pytest.mark.slow
-def test_imagenet_s_order_is_a_function_of_seed_and_epoch(imagenet):
+def test_imagenet_order_depends_on_seed_and_epoch(imagenet):
     values = imagenet_config(imagenet, min_crop=0.2)
     source = sources.open_split(values, held_out=False)
     epochs = [collect(train(source, values, epoch, steps=5)) for epoch in (0, 0, 1)]
@@ -391,13 +391,13 @@ def test_imagenet_s_order_is_a_function_of_seed_and_epoch(imagenet):
     assert sorted(epochs[0]["label"]) == sorted(37 * i % 1000 for i in range(40))
 
 
-def test_imagenet_that_is_not_prepared_is_an_error_that_says_how(tmp_path):
+def test_imagenet_that_is_not_prepared_raises(tmp_path):
     with pytest.raises(ValueError, match="tfds build imagenet2012"):
         sources.open_split(imagenet_config(tmp_path), held_out=False)
 
 
 @pytest.mark.slow
-def test_the_workers_of_a_data_service_show_each_image_once(folder):
+def test_data_service_workers_have_each_image_once(folder):
     root, broken = folder
     service = tf.data.experimental.service
     dispatcher = service.DispatchServer()
@@ -416,7 +416,7 @@ def test_the_workers_of_a_data_service_show_each_image_once(folder):
 
 
 @pytest.mark.slow
-def test_what_a_data_service_cannot_read_is_counted_by_the_trainer(folder):
+def test_unreadable_images_of_a_data_service_are_counted(folder):
     root, broken = folder
     service = tf.data.experimental.service
     dispatcher = service.DispatchServer()

@@ -1,4 +1,4 @@
-"""benchmarks/input_pipeline.py, at its smallest."""
+"""Smallest run of benchmarks/input_pipeline.py."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from benchmarks import input_pipeline
 pytestmark = pytest.mark.slow
 
 
-def test_the_benchmark_measures_each_stage_in_both_modes(capsys):
+def test_benchmark_measures_each_stage_in_both_modes(capsys):
     arguments = ["--seconds=0.05", "--rounds=1", "--images=4", "--image_size=32"]
     medians = input_pipeline.main([*arguments, "--batch_size=4", "--gpu=1000"])
     assert list(medians) == list(input_pipeline.STAGES)

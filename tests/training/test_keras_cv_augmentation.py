@@ -1,6 +1,6 @@
-"""KerasCV's layers as functions of a seed: in themselves, and in a run that is stopped and goes on.
+"""KerasCV's layers as functions of a seed, and in a run that is interrupted and resumed.
 
-KerasCV changes Keras when it is imported: what needs it runs in a process of its own.
+Importing KerasCV modifies Keras, so tests that need it run in a separate process.
 """
 
 import subprocess
@@ -61,7 +61,7 @@ print("the same to the bit")
 """
 
 
-def test_draws_are_a_function_of_the_seed_and_their_number():
+def test_draws_depend_on_the_seed_and_their_order():
     def draw(seed):
         with keras_cv_augmentation.draws_from(tf.constant(seed)):
             generator = tf.random.get_global_generator()
@@ -85,7 +85,7 @@ def test_draws_are_a_function_of_the_seed_and_their_number():
     assert sorted(first[5]) == list(range(500))
 
 
-def test_tensorflow_s_own_draws_come_back_after_an_error():
+def test_random_functions_are_restored_after_an_error():
     original = tf.random.uniform
     with pytest.raises(RuntimeError), keras_cv_augmentation.draws_from(tf.constant([0, 0])):
         raise RuntimeError
@@ -93,7 +93,7 @@ def test_tensorflow_s_own_draws_come_back_after_an_error():
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_and_goes_on_ends_bit_identical(tmp_path):
+def test_resumed_run_is_bit_identical(tmp_path):
     command = [sys.executable, "-c", COMMAND, str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert "the same to the bit" in result.stdout, result.stdout[-2000:] + result.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Experiment trackers: what they receive, when, and that they never end or hold up a run."""
+"""Experiment trackers: the data they receive, and that they never stop or delay a run."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from training import configuration, loggers
 
 
 class Recorder:
-    """Notes every call."""
+    """A logger that records every call."""
 
     def __init__(self, config, run_id):
         self.calls = [("start", config.workdir, run_id)]
@@ -40,7 +40,7 @@ def make(tmp_path, names="recorder", active=True, **values):
     return loggers.Loggers(config, active)
 
 
-def test_a_logger_receives_numbers_with_their_step_and_the_results(tmp_path):
+def test_logger_receives_numbers_by_step_and_results(tmp_path):
     group = make(tmp_path)
     group.start()
     group.log(4, {"loss": np.float32(0.5), "images": np.int64(3), "name": "x", "flag": True})
@@ -54,7 +54,7 @@ def test_a_logger_receives_numbers_with_their_step_and_the_results(tmp_path):
     assert type(made.calls[1][2]["loss"]) is float and type(made.calls[1][2]["images"]) is int
 
 
-def test_a_resumed_run_is_the_same_run_of_each_logger(tmp_path):
+def test_resumed_run_has_the_same_id_in_each_logger(tmp_path):
     loggers.register_logger("other", lambda config, run_id: Recorder(config, run_id))
     for _ in range(2):
         group = make(tmp_path, "recorder,other")
@@ -66,7 +66,7 @@ def test_a_resumed_run_is_the_same_run_of_each_logger(tmp_path):
     assert sorted(json.loads((tmp_path / "loggers.json").read_text())) == ["other", "recorder"]
 
 
-def test_processes_that_do_not_report_log_nothing(tmp_path):
+def test_inactive_processes_do_not_log(tmp_path):
     group = make(tmp_path, active=False)
     group.start()
     group.log(1, {"loss": 1.0})
@@ -76,7 +76,7 @@ def test_processes_that_do_not_report_log_nothing(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("no disk"), SystemExit(1), OSError(28, "full")])
 @pytest.mark.parametrize("where", ["factory", "log", "finish", "all"])
-def test_exceptions_of_a_logger_are_one_warning_and_others_continue(tmp_path, capsys, where, error):
+def test_failing_logger_warns_once_and_others_continue(tmp_path, capsys, where, error):
     def fail(*arguments):
         raise error
 
@@ -97,7 +97,7 @@ def test_exceptions_of_a_logger_are_one_warning_and_others_continue(tmp_path, ca
     assert [call[0] for call in whole.calls] == ["start", *["log"] * 5, "finish"]
 
 
-def test_a_logger_that_keeps_failing_gets_no_more_reports_and_still_an_end(tmp_path, capsys):
+def test_logger_that_keeps_failing_is_disabled_until_finish(tmp_path, capsys):
     class Failing(Recorder):
         def log(self, step, values):
             super().log(step, values)
@@ -114,7 +114,7 @@ def test_a_logger_that_keeps_failing_gets_no_more_reports_and_still_an_end(tmp_p
     assert steps == [0, 1, 2] and made.calls[-1] == ("finish", {})
 
 
-def test_a_logger_that_does_not_answer_holds_nothing_up(tmp_path, capsys, monkeypatch):
+def test_unresponsive_logger_does_not_block(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loggers, "FINISH_SECONDS", 0.05)
     answer = threading.Event()
 
@@ -135,7 +135,7 @@ def test_a_logger_that_does_not_answer_holds_nothing_up(tmp_path, capsys, monkey
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"recorder": 3}', b"\xff", b"[" * 100_000])
-def test_damaged_ids_are_a_warning_and_a_new_run(tmp_path, capsys, content):
+def test_damaged_ids_warn_and_start_a_new_run(tmp_path, capsys, content):
     (tmp_path / "loggers.json").write_bytes(content)
     group = make(tmp_path)
     group.start()
@@ -145,14 +145,14 @@ def test_damaged_ids_are_a_warning_and_a_new_run(tmp_path, capsys, content):
     assert json.loads((tmp_path / "loggers.json").read_text()) == {"recorder": "id0"}
 
 
-def test_an_unknown_logger_is_named_with_the_nearest(tmp_path):
+def test_unknown_logger_error_suggests_the_nearest(tmp_path):
     with pytest.raises(ValueError, match=r"no logger 'recoder'. Did you mean recorder\?.*mlflow"):
         make(tmp_path, "recoder")
     with pytest.raises(ValueError, match=r"Did you mean wandb\?"):
         make(tmp_path, "recorder, wandbb")
 
 
-def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch):
+def test_missing_package_error_names_the_extra(tmp_path, monkeypatch):
     for name in ("wandb", "mlflow"):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ImportError, match=rf'--logger={name}.*"keras-tnt\[{name}\]"'):
@@ -160,15 +160,15 @@ def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", " a", "a,b", "wandb"])
-def test_a_name_that_cannot_be_one_is_refused(name):
+def test_invalid_logger_name_raises(name):
     with pytest.raises(ValueError, match="logger"):
         loggers.register_logger(name, Recorder)
 
 
-# === Weights & Biases, a stand-in with its interface ===
+# === Weights & Biases, mocked ===
 
 
-def test_wandb_continues_its_run_and_takes_the_step_as_axis(tmp_path, monkeypatch):
+def test_wandb_resumes_its_run_with_step_as_axis(tmp_path, monkeypatch):
     run = mock.MagicMock(id="abc123")
     stand_in = types.ModuleType("wandb")
     stand_in.init = mock.Mock(return_value=run)
@@ -198,7 +198,7 @@ def test_wandb_continues_its_run_and_takes_the_step_as_axis(tmp_path, monkeypatc
 
 
 def mlflow_runs(tmp_path):
-    """Logs a run that is stopped and resumed."""
+    """Logs a run that is interrupted and resumed."""
     (tmp_path / "run").mkdir(exist_ok=True)
     for step, results in ((4, None), (8, {"accuracy": 0.5, "step": 8})):
         group = make(tmp_path / "run", "mlflow")
@@ -207,7 +207,7 @@ def mlflow_runs(tmp_path):
         group.finish(results)
 
 
-def test_mlflow_continues_its_run_within_the_limits_of_a_batch(tmp_path, monkeypatch):
+def test_mlflow_resumes_its_run_within_batch_limits(tmp_path, monkeypatch):
     client = mock.MagicMock()
     client.get_experiment_by_name.return_value = None
     client.create_experiment.return_value = "7"
@@ -237,7 +237,7 @@ def test_mlflow_continues_its_run_within_the_limits_of_a_batch(tmp_path, monkeyp
     ]
 
 
-def test_mlflow_s_local_file_store_holds_the_run(tmp_path, monkeypatch):
+def test_mlflow_file_store_contains_the_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

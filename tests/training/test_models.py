@@ -1,4 +1,4 @@
-"""What the trainer knows of the models."""
+"""Models of the trainer: building, initial weights, teachers, freezing."""
 
 import dataclasses
 from unittest import mock
@@ -12,13 +12,13 @@ import keras_tnt
 from training import configuration, models
 
 
-def test_a_forward_pass_costs_the_published_operations():
-    # 5.2 G, less what the last block's unread patches would cost.
+def test_forward_flops_match_the_published_number():
+    # The published 5.2 G, less the last block's patch outputs, which are not computed.
     macs = models.forward_flops(keras_tnt.TNTSmall(weights=None)) / 2e9
     assert 4.85 < macs < 5.2
 
 
-def test_normalised_noise_comes_back_as_pixels():
+def test_normalized_noise_is_inverted_to_pixels():
     model = models.tnt_digits()
     scale, offset = models.normalisation(model)
     noise = np.random.default_rng(0).normal(size=(2, 4, 4, 3))
@@ -26,20 +26,20 @@ def test_normalised_noise_comes_back_as_pixels():
     assert models.mean_colour(model) == (128, 128, 128)
 
 
-def test_the_peak_is_what_was_given_and_unknown_on_a_cpu():
+def test_peak_tflops_is_the_given_one_or_0_on_a_cpu():
     assert models.peak_tflops(configuration.make("digits", peak_tflops=3.5)) == 3.5
     assert models.peak_tflops(configuration.make("digits")) == 0
 
 
-def test_a_model_keeps_the_names_of_a_data_set_s_classes():
+def test_model_has_the_class_names_of_the_data_set():
     names = [f"class {i}" for i in range(10)]
     values = configuration.make("digits")
     assert keras_tnt.class_names(models.build(values, 10, names)) == names
-    # More outputs than names: --classes says so.
+    # There are more outputs than names, as with --classes.
     assert keras_tnt.class_names(models.build(values, 12, names)) is None
 
 
-def test_a_checkpoint_of_other_classes_gives_all_but_its_head(tmp_path):
+def test_checkpoint_of_other_classes_loads_all_but_the_head(tmp_path):
     donor = keras_tnt.DeiTTiny(weights=None, distilled=True)
     keras_tnt.save_checkpoint(donor, tmp_path / "donor.safetensors")
     values = {"model": "deit_tiny", "distilled": True, "image_size": 64}
@@ -53,8 +53,8 @@ def test_a_checkpoint_of_other_classes_gives_all_but_its_head(tmp_path):
     assert others == {"patch_position/table", *(p for p in theirs if p.startswith("head"))}
 
 
-def test_weights_of_other_classes_of_any_kind_give_all_but_the_heads(tmp_path, capsys):
-    """A run's directory, Keras's files and safetensors; what starts afresh is said."""
+def test_weights_of_other_classes_in_any_format_load_all_but_the_heads(tmp_path, capsys):
+    """Covers a run directory, Keras files and safetensors; the reset heads are printed."""
     donor = models.tnt_digits(classes=8, depth=1)
     donor.save(tmp_path / "final.keras")
     donor.save_weights(tmp_path / "donor.weights.h5")
@@ -78,7 +78,7 @@ def test_weights_of_other_classes_of_any_kind_give_all_but_the_heads(tmp_path, c
         models.build(config, classes=6)
 
 
-def test_a_teacher_has_its_public_weights(monkeypatch):
+def test_teacher_has_its_public_weights(monkeypatch):
     asked = []
 
     def deit_tiny(weights):
@@ -100,13 +100,13 @@ def test_a_teacher_has_its_public_weights(monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["tnt_digits", "tnt_tiny", "tnt"])
-def test_where_no_public_weights_are_the_flag_that_does_without_is_named(model):
+def test_missing_public_weights_error_names_the_flag(model):
     config = configuration.make("digits", model=model, weights="imagenet", image_size=32)
     with pytest.raises(ValueError, match=f"no public weights of {model}. Type --weights= to"):
         models.build(config, 10)
 
 
-def test_freeze_lets_the_named_part_stand_still():
+def test_freeze_disables_training_of_the_selected_layers():
     model = models.tnt_digits(depth=2)
     models.freeze(configuration.make("digits", freeze="head"), model)
     assert {v.path for v in model.trainable_variables} == {"head/kernel", "head/bias"}
@@ -117,7 +117,7 @@ def test_freeze_lets_the_named_part_stand_still():
         models.freeze(configuration.make("digits", freeze="3"), model)
 
 
-def test_the_crop_is_the_model_s_own_unless_it_is_given():
+def test_crop_defaults_to_that_of_the_model():
     model = keras_tnt.CaiT(input_shape=(32, 32, 3), depth=1, embed_dim=32, num_heads=2)
     assert models.crop_share(configuration.make("digits", crop=0.0), model) == 1.0
     assert models.crop_share(configuration.make("digits", crop=0.8), model) == 0.8
@@ -164,13 +164,13 @@ def test_model_args_build_any_architecture(model, arguments, blocks):
         ("pyramid_tnt", '{"depths": 4}', "--model_args"),
     ],
 )
-def test_model_args_that_do_not_fit_are_named(model, arguments, message):
+def test_invalid_model_args_raise(model, arguments, message):
     config = configuration.make("digits", model=model, model_args=arguments, image_size=32)
     with pytest.raises(ValueError, match=message):
         models.build(config, 7)
 
 
-def test_final_files_hold_the_custom_architecture(tmp_path):
+def test_final_files_have_the_custom_architecture(tmp_path):
     config = configuration.make("digits", model_args='{"depth": 1}')
     model = models.build(config, 10)
     files = models.save_final(model, config, 10, None, tmp_path)
@@ -178,7 +178,7 @@ def test_final_files_hold_the_custom_architecture(tmp_path):
     assert len(keras_tnt.anatomy(again).blocks) == 1
 
 
-def test_weights_none_begin_at_random():
+def test_weights_none_is_accepted():
     config = dataclasses.replace(configuration.make("digits"), weights="none")
     assert (
         models.build(config, 10).count_params()
@@ -201,7 +201,7 @@ def test_weights_none_begin_at_random():
 @pytest.mark.filterwarnings("ignore:Cannot tell:UserWarning")
 def test_teacher_preprocessing_is_applied_to_pixels(name, expected, tmp_path):
     inputs = keras.Input((8, 8, 3))
-    # A teacher that returns what it is given, as logits: three pixels' first (last) channel.
+    # This teacher returns its input as logits: the first (last) channel of three pixels.
     path = tmp_path / "teacher.keras"
     keras.Model(inputs, inputs[:, 0, :3, 2 if name == "caffe" else 0]).save(path)
     config = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The learning rate of each update, the groups, and AdamW itself."""
+"""Learning rate schedules, parameter groups, AdamW, weight averages and configuration checks."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from training import configuration, models, optimization, recipes
 GOLDEN = Path(__file__).parent.parent / "golden" / "cosine_schedule.json"
 
 
-def test_the_schedule_runs_through_the_published_one():
+def test_schedule_matches_the_published_one():
     expected = json.loads(GOLDEN.read_text())["lr"]
     values = configuration.make("tnt_small")
     rates = [optimization.learning_rate(values, 1251 * epoch, 1251) for epoch in range(310)]
@@ -23,7 +23,7 @@ def test_the_schedule_runs_through_the_published_one():
     np.testing.assert_allclose(rates[300:], 1e-5, rtol=1e-9)
 
 
-def test_a_schedule_per_epoch_is_the_published_one_in_every_update():
+def test_schedule_per_epoch_matches_the_published_one_in_every_update():
     expected = json.loads(GOLDEN.read_text())["lr"]
     values = configuration.make("tnt_small", schedule_per_epoch=True)
     for epoch in (0, 1, 4, 5, 6, 150, 298, 299):
@@ -32,8 +32,8 @@ def test_a_schedule_per_epoch_is_the_published_one_in_every_update():
             assert rate == pytest.approx(expected[epoch], rel=1e-9)
 
 
-def test_a_schedule_per_epoch_lags_as_in_deit_s_code():
-    """main.py:432 sets after epoch e the rate of e: epochs 0 and 1 start at the least rate."""
+def test_schedule_per_epoch_lags_as_in_deit():
+    """In main.py:432, the rate after epoch e is that of e: epochs 0 and 1 have the initial rate."""
     values = configuration.make("deit_small", schedule_per_epoch=True)
     tnt = configuration.make("deit_small", schedule_per_epoch=True, schedule_delay=0)
     for epoch, source in ((0, 0), (1, 0), (2, 1), (5, 4), (6, 5), (300, 299)):
@@ -42,7 +42,7 @@ def test_a_schedule_per_epoch_lags_as_in_deit_s_code():
     assert optimization.learning_rate(values, 19, 10) == 1e-6
 
 
-def test_a_delay_has_no_effect_on_a_schedule_per_update():
+def test_schedule_delay_has_no_effect_on_a_schedule_per_update():
     rates = [
         optimization.learning_rate(configuration.make("deit_small", schedule_delay=delay), 77, 10)
         for delay in (0, 1)
@@ -51,25 +51,25 @@ def test_a_delay_has_no_effect_on_a_schedule_per_update():
 
 
 @pytest.mark.parametrize(("schedule", "rate"), [("cosine", 0.2), ("linear", 0.2), ("constant", 1)])
-def test_cooldown_epochs_stay_at_the_last_rate(schedule, rate):
+def test_cooldown_epochs_have_the_last_rate(schedule, rate):
     config = configuration.make("digits", schedule=schedule, cooldown_epochs=4, **RATES)
     assert config.total_epochs == 14
     for epoch in (10, 10.05, 12.5, 13.95):
         assert optimization.learning_rate(config, 20 * epoch, 20) == pytest.approx(rate)
 
 
-def test_the_rate_changes_with_every_update():
+def test_learning_rate_changes_in_every_update():
     values = configuration.make("tnt_small")
     rates = [optimization.learning_rate(values, step, 100) for step in range(1000)]
     assert len(set(rates)) == 1000
 
 
-def test_the_rate_scales_with_the_batch():
+def test_learning_rate_scales_with_the_batch_size():
     rates = [
         optimization.learning_rate(configuration.make("tnt_small", batch_size=size), 600, 100)
         for size in (512, 1024)
     ]
-    # The minimum does not scale.
+    # The minimum is not scaled.
     assert rates[0] == pytest.approx(rates[1] / 2, rel=0.02)
 
 
@@ -96,19 +96,19 @@ RATES = {
         *(("constant", 2, 1), ("constant", 9, 1)),
     ],
 )
-def test_the_rate_is_that_of_its_schedule(schedule, epoch, rate):
+def test_learning_rate_follows_its_schedule(schedule, epoch, rate):
     config = configuration.make("digits", schedule=schedule, **RATES)
     assert optimization.learning_rate(config, 20 * epoch, 20) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_rate_below_the_least_stays_where_it_is(schedule):
+def test_learning_rate_below_the_minimum_is_constant(schedule):
     values = {**RATES, "min_learning_rate": 2.0, "schedule": schedule}
     config = configuration.make("digits", **values)
     assert optimization.learning_rate(config, 140, 20) == pytest.approx(1)
 
 
-def test_without_a_batch_to_scale_by_the_rate_is_the_rate():
+def test_learning_rate_without_a_reference_batch_is_not_scaled():
     values = {**RATES, "learning_rate_batch": 0, "schedule": "constant"}
     assert optimization.learning_rate(configuration.make("digits", **values), 60, 20) == 0.25
 
@@ -118,11 +118,11 @@ def model():
     return models.tnt_digits(distilled=True, layer_scale=1e-3, depth=2)
 
 
-# By family, what decays and what does not, by the published code. timm 0.3.2, which it requires,
-# spares vectors, biases and the model's `no_weight_decay` (optim_factory.py:25-37):
-# tnt.py:286 outer_pos, inner_pos, cls_token; pyramid_tnt.py:423 outer_pos, inner_pos;
-# timm vision_transformer.py:256 and cait_models.py:223 pos_embed, cls_token. So `dist_token`
-# (DeiT models.py:23) and `relative_pos` (pyramid_tnt.py:343) decay.
+# Weight decay by family in the published code. timm 0.3.2, which it requires, excludes vectors,
+# biases and the model's `no_weight_decay` (optim_factory.py:25-37): tnt.py:286 outer_pos,
+# inner_pos, cls_token; pyramid_tnt.py:423 outer_pos, inner_pos; timm vision_transformer.py:256 and
+# cait_models.py:223 pos_embed, cls_token. So `dist_token` (DeiT models.py:23) and `relative_pos`
+# (pyramid_tnt.py:343) decay.
 VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2}
 DECAYS = {
     "tnt": (
@@ -147,7 +147,7 @@ DECAYS = {
 
 
 @pytest.mark.parametrize("family", DECAYS)
-def test_weight_decay_applies_to_what_the_published_code_decays(family):
+def test_weight_decay_matches_the_published_code(family):
     arguments, decayed, spared = DECAYS[family]
     model = keras_tnt.create_model(
         family, weights=None, input_shape=(32, 32, 3), classes=5, **arguments
@@ -163,7 +163,7 @@ def test_weight_decay_applies_to_what_the_published_code_decays(family):
     }
 
 
-def test_a_variable_decays_whatever_model_holds_it():
+def test_weight_decay_does_not_depend_on_the_outer_model():
     inner = keras_tnt.DeiT(
         weights=None, input_shape=(32, 32, 3), classes=5, distilled=True, name="nested", **VIT
     )
@@ -173,7 +173,7 @@ def test_a_variable_decays_whatever_model_holds_it():
     assert any(path.endswith("distillation_token/token") for path in decayed)
 
 
-def test_layers_learn_slower_the_earlier_they_stand(model):
+def test_layer_decay_reduces_the_rate_of_earlier_layers(model):
     values = configuration.make("digits", layer_decay=0.5)
     rates = dict(
         zip(
@@ -206,7 +206,7 @@ def dense():
     return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
 
 
-def test_adamw_takes_keras_s_steps():
+def test_adamw_matches_keras():
     random = np.random.default_rng(0)
     gradients = [
         [random.normal(size=(3, 2)).astype("float32"), random.normal(size=2).astype("float32")]
@@ -232,7 +232,7 @@ def test_gradients_are_clipped_to_their_global_norm():
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-def test_the_average_follows_the_weights_and_is_put_in_their_place_for_a_while():
+def test_ema_follows_the_weights_and_replaces_them_temporarily():
     model = dense()
     start = model.get_weights()
     gradients = [[np.ones((3, 2), "float32"), np.ones(2, "float32")]]
@@ -246,13 +246,13 @@ def test_the_average_follows_the_weights_and_is_put_in_their_place_for_a_while()
 
 
 def model_ema_v3(decay, step, gamma=1.0, power=2 / 3):
-    """The decay of timm's ModelEmaV3 in its `step`-th update, counted from 1."""
+    """Returns the decay of timm's ModelEmaV3 in its `step`-th update, counted from 1."""
     past = max(0, step - 1)
     return 0.0 if past == 0 else min(1 - (1 + past / gamma) ** -power, decay)
 
 
 @pytest.mark.parametrize("ema", [0.5, 0.9, 0.99996])
-def test_the_average_warms_up_as_timm_s(ema):
+def test_ema_warmup_matches_timm(ema):
     config = configuration.make("digits", ema=ema, ema_warmup=True)
     for step in (0, 1, 2, 5, 100, 20_000):
         decay = optimization.ema_decay(config, tf.constant(float(step)))
@@ -260,7 +260,7 @@ def test_the_average_warms_up_as_timm_s(ema):
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_few_updates_leave_much_of_the_initial_weights_only_without_warm_up(warmup):
+def test_ema_warmup_forgets_the_initial_weights(warmup):
     config = configuration.make("digits", ema=0.9999, ema_warmup=warmup)
     optimizer = optimization.Optimizer(model := dense(), config)
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
@@ -279,7 +279,7 @@ def test_few_updates_leave_much_of_the_initial_weights_only_without_warm_up(warm
     assert share > 0.5 if warmup else share < 0.01
 
 
-def test_the_loss_scale_doubles_after_its_steps_and_halves_at_an_overflow(monkeypatch):
+def test_loss_scale_doubles_periodically_and_halves_on_overflow(monkeypatch):
     keras_s = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
     assert optimization.Optimizer.growth_steps == keras_s.dynamic_growth_steps
     monkeypatch.setattr(optimization.Optimizer, "growth_steps", 2)
@@ -289,7 +289,7 @@ def test_the_loss_scale_doubles_after_its_steps_and_halves_at_an_overflow(monkey
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
 
     def update(value):
-        """Update by gradients of a loss that was scaled; tell weights, their average and scale."""
+        """Applies scaled gradients, and returns ([weights, average], loss scale, its age)."""
         gradients = [value * optimizer.loss_scale() * tf.ones_like(w) for w in model.weights]
         arguments = (gradients, tf.constant(0.0), tf.constant(1e-2))
         norm = strategy.run(optimizer.apply, args=arguments)
@@ -315,7 +315,7 @@ def test_the_loss_scale_doubles_after_its_steps_and_halves_at_an_overflow(monkey
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-def test_a_recipe_is_one_that_can_be_run(name):
+def test_recipe_is_valid(name):
     recipe = recipes.get(name)
     values = configuration.make(name, data_dir="images")
     models.find_builder(values.model)
@@ -355,17 +355,17 @@ def test_every_variant_has_a_recipe():
         ({"model_args": '{"pooling": "avg"}'}, "must not set 'pooling': the trainer sets it"),
     ],
 )
-def test_a_value_that_cannot_be_is_named(values, message):
+def test_invalid_value_raises(values, message):
     with pytest.raises(ValueError, match=message):
         configuration.make("digits", **values)
 
 
-def test_an_unknown_recipe_is_answered_with_the_list():
+def test_unknown_recipe_error_lists_recipes():
     with pytest.raises(ValueError, match="there is no 'tnt'.*tnt_small"):
         configuration.make("tnt")
 
 
-def test_random_initial_values_can_be_asked_for():
+def test_weights_none_overrides_the_recipe():
     assert configuration.make("finetune", data_dir="images", weights="none").weights == ""
     assert configuration.make("finetune", data_dir="images").weights == "imagenet"
 
@@ -374,7 +374,7 @@ def test_random_initial_values_can_be_asked_for():
     ("warmup", "epochs", "warned"),
     [(5.0, 5, True), (5.0, 2, True), (4.5, 5, False), (0.0, 1, False)],
 )
-def test_a_warm_up_that_outlasts_the_run_is_warned_of(warmup, epochs, warned):
+def test_warmup_longer_than_the_run_warns(warmup, epochs, warned):
     config = configuration.make("digits", warmup_epochs=warmup, epochs=epochs)
     found = [w for w in configuration.warnings(config) if "--warmup_epochs" in w]
     assert bool(found) == warned
@@ -402,7 +402,7 @@ def test_shares_are_at_most_one(name):
         configuration.make("digits", **{name: 1.01})
 
 
-def test_a_run_needs_a_directory_and_cpu_devices_a_strategy_that_uses_them():
+def test_workdir_is_required_and_cpu_devices_need_a_matching_strategy():
     with pytest.raises(ValueError, match="--workdir must name a directory"):
         configuration.make("digits", workdir="")
     assert configuration.make("digits", cpu_devices=2, strategy="mirrored").cpu_devices == 2
@@ -410,7 +410,7 @@ def test_a_run_needs_a_directory_and_cpu_devices_a_strategy_that_uses_them():
         configuration.make("digits", cpu_devices=2, strategy="multi_worker")
 
 
-def test_records_of_earlier_versions_have_the_defaults_of_what_they_lack():
+def test_values_missing_in_old_records_have_their_defaults():
     config = configuration.make("digits")
     recorded = {"recipe": "digits", **recipes.get("digits").values}
     assert configuration.differences(config, recorded) == {}
@@ -428,5 +428,5 @@ def test_records_of_earlier_versions_have_the_defaults_of_what_they_lack():
         *(("precision", "float32", "bfloat16", "change"), ("seed", 1, 2, ""), ("loss", "", "", "")),
     ],
 )
-def test_the_flag_that_allows_a_change(name, old, new, flag):
+def test_change_flag_of_each_value(name, old, new, flag):
     assert configuration.change_flag(name, old, new) == flag

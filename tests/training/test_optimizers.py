@@ -1,4 +1,4 @@
-"""Each optimizer's updates: those of Keras, the same on two devices, gone on with to the bit."""
+"""Optimizer updates: equal to Keras's, equal on two devices, and bit-identical after resuming."""
 
 import keras
 import numpy as np
@@ -11,7 +11,7 @@ RATE, DECAY = 1e-2, 0.1
 
 
 def model_of_two():
-    """Two matrices, of which Muon leaves the head to AdamW, and a vector."""
+    """Returns a model of two matrices and a vector; Muon leaves the head's matrix to AdamW."""
     keras.utils.set_random_seed(1)
     layers = [keras.layers.Dense(4, name="fc"), keras.layers.Dense(2, use_bias=False, name="head")]
     return keras.Sequential([keras.Input((3,)), *layers], name="two")
@@ -26,7 +26,7 @@ def gradients(model, updates=5):
 
 
 def take(optimizer, strategy, steps, first=0):
-    """Apply gradients, of which each replica has its share."""
+    """Applies gradients, divided evenly among replicas."""
     replicas = strategy.num_replicas_in_sync
 
     @tf.function(autograph=False)
@@ -49,7 +49,7 @@ def trained(name, strategy, updates=5, **values):
 
 
 @pytest.mark.parametrize("name", ["sgd", "lion", "lamb", "muon"])
-def test_a_keras_optimizer_takes_the_steps_of_its_own_apply(name, one_device):
+def test_rule_matches_the_keras_optimizer(name, one_device):
     found, _ = trained(name, one_device, weight_decay=0.0)
     expected = model_of_two()
     config = configuration.make("digits", beta_2=0.99, optimizer=name)
@@ -62,7 +62,7 @@ def test_a_keras_optimizer_takes_the_steps_of_its_own_apply(name, one_device):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_lion_takes_the_sign_of_a_blend_and_decays_kernels_alone(one_device):
+def test_lion_matches_its_equation_and_decays_only_kernels(one_device):
     found, _ = trained("lion", one_device)
     for i, value in enumerate(model_of_two().get_weights()):
         mean, decay = 0.0, DECAY if value.ndim == 2 else 0.0
@@ -72,7 +72,7 @@ def test_lion_takes_the_sign_of_a_blend_and_decays_kernels_alone(one_device):
         np.testing.assert_allclose(found.get_weights()[i], value, rtol=1e-5, atol=1e-7)
 
 
-def test_sgd_is_nesterov_s(one_device):
+def test_sgd_has_nesterov_momentum(one_device):
     found, _ = trained("sgd", one_device, weight_decay=0.0)
     for i, value in enumerate(model_of_two().get_weights()):
         speed = 0.0
@@ -83,7 +83,7 @@ def test_sgd_is_nesterov_s(one_device):
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_two_devices_take_the_steps_of_one(name, one_device, mirrored):
+def test_two_devices_match_one(name, one_device, mirrored):
     values = {"ema": 0.9, "clip_norm": 1.0, "precision": "float16"}
     _, one = trained(name, one_device, **values)
     _, two = trained(name, mirrored, **values)
@@ -93,7 +93,7 @@ def test_two_devices_take_the_steps_of_one(name, one_device, mirrored):
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_what_is_saved_goes_on_to_the_bit(name, one_device):
+def test_restored_state_resumes_bit_identically(name, one_device):
     model, through = trained(name, one_device, ema=0.9)
     half, optimizer = trained(name, one_device, updates=3, ema=0.9)
     again, other = trained(name, one_device, updates=1, ema=0.9)
@@ -108,7 +108,7 @@ def test_what_is_saved_goes_on_to_the_bit(name, one_device):
 
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
-def test_an_overflow_in_float16_changes_nothing_but_the_scale(name, one_device):
+def test_float16_overflow_changes_only_the_loss_scale(name, one_device):
     model, optimizer = trained(name, one_device, updates=2, precision="float16", ema=0.9)
     before = {key: value.numpy() for key, value in optimizer.state().items()}
     weights = model.get_weights()
@@ -123,7 +123,7 @@ def test_an_overflow_in_float16_changes_nothing_but_the_scale(name, one_device):
         np.testing.assert_array_equal(value, expected)
 
 
-def test_a_scaled_loss_takes_the_steps_of_the_loss_and_its_scale_grows(one_device, monkeypatch):
+def test_scaled_loss_matches_the_unscaled_and_its_scale_grows(one_device, monkeypatch):
     monkeypatch.setattr(optimization.Optimizer, "growth_steps", 2)
     values = {"optimizer": "sgd", "weight_decay": DECAY, "ema": 0.9}
     with one_device.scope():
@@ -146,10 +146,10 @@ def test_a_scaled_loss_takes_the_steps_of_the_loss_and_its_scale_grows(one_devic
     overflow = [[np.full_like(g, np.inf) for g in steps[0]]]
     scaled.scale[0].assign(1.5)
     take(scaled, one_device, 2 * overflow)
-    assert float(scaled.loss_scale()) == 1.0  # never below
+    assert float(scaled.loss_scale()) == 1.0  # the lower limit
 
 
-def test_the_rate_of_a_layer_scales_its_weight_decay_too(one_device):
+def test_layer_rate_scales_weight_decay_too(one_device):
     with one_device.scope():
         model = model_of_two()
         values = {"weight_decay": DECAY, "optimizer": "adamw", "clip_norm": 0.0}
@@ -163,7 +163,7 @@ def test_the_rate_of_a_layer_scales_its_weight_decay_too(one_device):
         np.testing.assert_allclose(value, first * factor, rtol=1e-6)
 
 
-def test_an_optimizer_of_one_s_own_is_a_function_and_a_row(one_device, monkeypatch):
+def test_custom_optimizer_can_be_registered(one_device, monkeypatch):
     monkeypatch.setattr(optimizers, "OPTIMIZERS", dict(optimizers.OPTIMIZERS))
 
     def adamax(variables, config):
@@ -176,7 +176,7 @@ def test_an_optimizer_of_one_s_own_is_a_function_and_a_row(one_device, monkeypat
         optimizers.register_optimizer("adamax", optimizers.sgd)
 
 
-def test_an_unknown_optimizer_is_answered_with_the_nearest():
+def test_unknown_optimizer_error_suggests_the_nearest():
     with pytest.raises(ValueError, match="no 'adam'. Did you mean adamw.*: adamw, sgd, lion"):
         optimizers.find_optimizer("adam")
     with pytest.raises(ValueError, match="no 'tnt_smal'. Did you mean tnt_small"):
@@ -192,7 +192,7 @@ def test_an_unknown_optimizer_is_answered_with_the_nearest():
         ("cosine", [1.0, 0.9779754323, 0.55, 0.1220245677]),
     ],
 )
-def test_a_schedule_s_rates(schedule, expected):
+def test_learning_rates_of_each_schedule(schedule, expected):
     values = {"schedule": schedule, "epochs": 10, "learning_rate": 1.0, "min_learning_rate": 0.1}
     values |= {"warmup_epochs": 0.0, "step_epochs": 4.0, "step_factor": 0.5}
     config = configuration.make("digits", **values)
@@ -203,14 +203,14 @@ def test_a_schedule_s_rates(schedule, expected):
 # === Recipes ===
 
 
-def test_images_of_one_s_own_take_the_recipe_for_them():
+def test_recipe_defaults_to_that_of_the_data_set():
     for dataset in ("folder", "table", "tfds:cifar10"):
         assert configuration.make(dataset=dataset, data_dir="images").recipe == "finetune"
     assert configuration.make(dataset="synthetic").recipe == "digits"
     assert configuration.make().recipe == "digits"
 
 
-def test_transfer_recipes_aim_for_the_paper_s_figures():
+def test_transfer_recipes_state_the_published_accuracies():
     found = {name: recipe for name, recipe in recipes.RECIPES.items() if "transfer_" in name}
     assert len(found) == 10 and all("Table 9" in recipe.result for recipe in found.values())
     assert "98.7%" in found["transfer_cifar10"].result

@@ -1,4 +1,4 @@
-"""What a model answers to each image, and the tables and pictures made of it."""
+"""Predictions of a model, the tables and plots made of them, and the learning rate finder."""
 
 import csv
 from types import SimpleNamespace
@@ -13,37 +13,37 @@ from keras_tnt import figures
 from training import configuration, data, find_rate, loop, models, pictures, predictions, sources
 
 
-def test_calibration_error_is_the_mean_distance_of_certainty_and_accuracy():
+def test_expected_calibration_error_matches_a_manual_calculation():
     certainty = np.array([0.95, 0.97, 0.55, 0.55, 0.58, 0.1])
     right = np.array([True, True, True, False, False, False])
-    # Bins of a fifteenth: the first two (0.04 off in the mean), the three (0.56 - 1/3), the last.
+    # 15 bins: the first two (0.04 off on average), the next three (0.56 - 1/3), and the last.
     expected = (2 * 0.04 + 3 * (0.56 - 1 / 3) + 0.1) / 6
     assert predictions.calibration_error(certainty, right) == pytest.approx(expected)
     assert predictions.calibration_error(np.array([1.0]), np.array([True])) == 0
 
 
 @pytest.mark.parametrize("upper", range(1, 15))
-def test_neighboring_bins_of_certainty_do_not_cancel_out(upper):
-    """One answer too certain, one not certain enough, in two bins of a fifteenth."""
+def test_errors_of_neighboring_bins_do_not_cancel(upper):
+    """One prediction is overconfident and one underconfident, in adjacent bins."""
     certainty = np.array([upper + 0.5, upper - 0.5]) / 15
     right = np.array([False, True])
     expected = (certainty[0] + 1 - certainty[1]) / 2
     assert predictions.calibration_error(certainty, right) == pytest.approx(expected)
 
 
-def test_the_last_bin_holds_full_certainty():
+def test_last_bin_includes_confidence_1():
     certainty, right = np.array([1.0, 0.95]), np.array([True, False])
     assert predictions.calibration_error(certainty, right) == pytest.approx(0.95 / 2)
 
 
-def test_a_confusion_matrix_counts_labels_by_row_and_answers_by_column():
+def test_confusion_matrix_has_labels_in_rows():
     matrix = predictions.confusion_matrix(np.array([0, 0, 2, 1]), np.array([0, 2, 2, 0]), 3)
     assert matrix.tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 1]]
 
 
 @keras.saving.register_keras_serializable(package="tests")
 class Corner(keras.layers.Layer):
-    """Logits that say the class which an image's first pixel names."""
+    """A layer whose logits select the class in an image's first pixel."""
 
     def call(self, images):
         return 8.0 * tf.one_hot(tf.cast(images[:, 0, 0, 0], tf.int32), 3)
@@ -51,7 +51,7 @@ class Corner(keras.layers.Layer):
 
 @pytest.fixture
 def telling(monkeypatch):
-    """(model, source) of 7 images whose pixels say 0, 1, 2, 0, 1, 2, 0; the last label differs."""
+    """Returns (model, source) of 7 images with classes 0, 1, 2, 0, ... The last label differs."""
     said = np.arange(7) % 3
     labels = np.where(np.arange(7) == 6, 2, said)
     images = np.tile(said.astype("uint8")[:, None, None, None], (1, 4, 4, 3))
@@ -69,7 +69,7 @@ def table(path):
 
 
 @pytest.mark.parametrize("devices", ["one_device", "mirrored"])
-def test_answers_stand_in_the_order_of_the_images_whatever_the_devices(
+def test_predictions_are_in_image_order_for_any_number_of_devices(
     devices, telling, tmp_path, request
 ):
     strategy = request.getfixturevalue(devices)
@@ -94,7 +94,7 @@ def test_answers_stand_in_the_order_of_the_images_whatever_the_devices(
 
 
 @pytest.mark.parametrize("classes", [2, 5, 31])
-def test_pictures_are_drawn_for_few_and_for_many_classes(classes, tmp_path):
+def test_confusion_plot_for_few_and_many_classes(classes, tmp_path):
     names = [f"a class with a long name {i}" for i in range(classes)]
     matrix = np.eye(classes, dtype=int) + np.eye(classes, k=1, dtype=int)
     pictures.confusion(matrix, names, tmp_path / "confusion.png")
@@ -106,7 +106,7 @@ def test_pictures_are_drawn_for_few_and_for_many_classes(classes, tmp_path):
 
 @pytest.fixture
 def figure(monkeypatch):
-    """Lets a test look at what the picture that it draws contains."""
+    """Returns a function that returns the last figure that was drawn."""
     drawn = []
 
     def keep(figure, path):
@@ -126,7 +126,7 @@ def texts(figure):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 20, 100])
-def test_confusion_is_labeled_and_its_title_has_the_accuracy(classes, figure):
+def test_confusion_plot_has_labels_and_accuracy(classes, figure):
     draw = np.random.default_rng(classes)
     matrix = draw.integers(0, 9, (classes, classes)) + 90 * np.eye(classes, dtype=int)
     pictures.confusion(matrix, [f"name {i}" for i in range(classes)], "unused.png")
@@ -139,13 +139,13 @@ def test_confusion_is_labeled_and_its_title_has_the_accuracy(classes, figure):
         assert len(axes.texts) == np.count_nonzero(matrix)
         boxes = [text.get_window_extent() for text in axes.texts]
         cell = abs(np.diff(axes.transData.transform([(0, 0), (1, 1)])[:, 0]))[0]
-        assert max(box.width for box in boxes) < cell  # numerals stay in their cells
+        assert max(box.width for box in boxes) < cell  # numbers do not exceed their cells
         assert min(text.get_fontsize() for text in axes.texts) >= 7
     else:
         assert "class index, from 0" in axes.get_xlabel()
 
 
-def test_numerals_of_confusion_have_contrast_with_their_cells(figure):
+def test_confusion_numbers_have_contrast_with_their_cells(figure):
     for share in (0, 15, 30, 45):
         matrix = np.array([[share, 100 - share], [100 - share, share]])
         pictures.confusion(matrix, ["a", "b"], "unused.png")
@@ -165,7 +165,7 @@ def luminance(color):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 13, 16])
-def test_mistakes_fill_their_grid_and_name_predicted_and_true(count, figure):
+def test_mistakes_plot_fills_its_grid_with_titled_images(count, figure):
     image = np.zeros((8, 8, 3), "uint8")
     shown = [(image, "West Highland white terrier", f"owl {i}", 0.9) for i in range(count)]
     pictures.mistakes(shown, count, 100, "unused.png")
@@ -175,7 +175,7 @@ def test_mistakes_fill_their_grid_and_name_predicted_and_true(count, figure):
     assert all(title.startswith("predicted: West") for title in titles)
     assert [title.split("true: ")[1] for title in titles] == [f"owl {i}" for i in range(count)]
     rows = {round(each.get_position().y0, 3) for each in axes}
-    for row in rows:  # each is centered, the last with fewer too
+    for row in rows:  # each row is centered, also an incomplete last one
         inside = [a for a in axes if round(a.get_position().y0, 3) == row]
         middle = np.mean([[a.get_position().x0, a.get_position().x1] for a in inside])
         assert middle == pytest.approx(0.5, abs=0.02)
@@ -186,17 +186,17 @@ def test_mistakes_fill_their_grid_and_name_predicted_and_true(count, figure):
         assert left.x1 < right.x0  # titles do not overlap
 
 
-def test_no_mistakes_are_a_sentence_without_empty_panels(figure):
+def test_mistakes_plot_without_mistakes_is_a_sentence(figure):
     pictures.mistakes([], 0, 1234, "unused.png")
     assert not figure().axes
     assert texts(figure()) == ["None of 1,234 images is misclassified."]
 
 
-def test_curves_show_every_epoch_and_name_every_line(figure):
+def test_curves_show_every_epoch_and_label_every_line(figure):
     reports = [{"epoch": e, "loss": 3 / e, "learning_rate": 0.01 / e} for e in range(1, 9)]
     reports += [{"epoch": e, "accuracy": 0.1 * e, "ema_accuracy": 0.08 * e} for e in (0.5, 1, 4, 8)]
     pictures.curves(reports, "unused.png", target=0.7)
-    loss, rate, accuracy = figure().axes  # no second axis over another
+    loss, rate, accuracy = figure().axes  # no twin axes
     assert [axes.get_xlabel() for axes in (loss, rate, accuracy)] == ["epoch"] * 3
     for axes in (loss, rate, accuracy):
         for line in axes.lines[:2]:
@@ -212,8 +212,8 @@ def test_curves_show_every_epoch_and_name_every_line(figure):
     ]
 
 
-def test_names_of_any_script_are_drawn_or_escaped(tmp_path):
-    """matplotlib's warning of a glyph that a font lacks is an error here."""
+def test_names_in_any_script_are_drawn_or_escaped(tmp_path):
+    """A warning of matplotlib about a missing glyph is an error here."""
     names = ["猫", "big dog", "птица", "\U0010fffd", "$1"]
     pictures.confusion(np.eye(5, k=1, dtype=int), names, tmp_path / "confusion.png")
     image = np.zeros((8, 8, 3), "uint8")
@@ -223,13 +223,13 @@ def test_names_of_any_script_are_drawn_or_escaped(tmp_path):
     assert figures.drawable("$1, птица\n") == r"\$1, птица\n"
 
 
-def test_of_a_long_name_beginning_and_end_are_shown():
+def test_long_names_are_shortened_in_the_middle():
     assert pictures.shortened("n02123045_tabby_cat_with_stripes", 12) == "n0212…tripes"
     assert pictures.shortened("West Highland white terrier", 16) == "West Hi…terrier"
     assert pictures.shortened("just as long", 12) == "just as long"
 
 
-def test_a_learning_rate_is_named_and_drawn_and_no_run_begun(tiny, tmp_path):
+def test_find_learning_rate_plots_and_starts_no_run(tiny, tmp_path):
     values = {"batch_size": 8, "tensorboard": False, "deterministic": False}
     config = configuration.make(
         "digits", workdir=str(tmp_path), find_learning_rate=True, seed=1, **values
@@ -240,7 +240,7 @@ def test_a_learning_rate_is_named_and_drawn_and_no_run_begun(tiny, tmp_path):
 
 
 def ramp(losses, tmp_path):
-    """What is named where the updates of a ramp have these losses."""
+    """Returns the rate that the finder suggests if the updates have these losses."""
     values = iter(losses)
     run = SimpleNamespace(
         config=configuration.make("digits", mixup=0.0, cutmix=0.0),
@@ -254,8 +254,8 @@ def ramp(losses, tmp_path):
     return find_rate.find_learning_rate(run, lambda epoch, step: range(7))["learning_rate"]
 
 
-def test_a_lucky_first_batch_names_no_learning_rate(tmp_path):
-    """The loss falls from 2 to 1 about a rate of 0.01, and is 100 from 0.1 on."""
+def test_low_first_loss_does_not_mislead_the_rate_finder(tmp_path):
+    """The loss falls from 2 to 1 around a rate of 0.01, and is 100 from 0.1 on."""
     rates = np.geomspace(1e-6, 10, 100)
     losses = np.where(rates < 0.1, 2 - np.exp(-(np.log10(rates / 0.01) ** 2)), 100.0)
     losses[:3] = 0.5
@@ -263,6 +263,6 @@ def test_a_lucky_first_batch_names_no_learning_rate(tmp_path):
     assert 1e-3 < named < 1e-2
 
 
-def test_a_loss_that_never_falls_names_no_learning_rate(tmp_path):
+def test_loss_that_never_falls_raises(tmp_path):
     with pytest.raises(ValueError, match="the loss never fell between"):
         ramp(np.linspace(1.0, 3.0, 100), tmp_path)

@@ -1,4 +1,4 @@
-"""Each recipe's values next to the line of the published code that they come from.
+"""Recipe values, each with the line of the published code that it comes from.
 
 TNT: huawei-noah/Efficient-AI-Backbones f90e129, tnt_pytorch. DeiT and CaiT: facebookresearch/deit
 7e160fe. timm: 0.3.2, which both require.
@@ -136,7 +136,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_values_are_those_of_the_published_code(name):
+def test_recipe_values_match_the_published_code(name):
     config = configuration.make(name)
     differences = {
         field: (getattr(config, field), value, source)
@@ -147,7 +147,7 @@ def test_values_are_those_of_the_published_code(name):
 
 
 @pytest.mark.parametrize("name", [n for n in STOCHASTIC_DEPTH if n != "cait_m48"])
-def test_second_stages_of_cait_without_a_source_say_so(name):
+def test_cait_384_recipes_state_that_they_have_no_source(name):
     recipe = recipes.get(f"{name}_384")
     assert "no source for this size" in recipe.source
     own = {**recipe.values}
@@ -158,7 +158,7 @@ def test_second_stages_of_cait_without_a_source_say_so(name):
     assert own == {key: m48[key] for key in own}
 
 
-def test_a_second_stage_asks_for_the_first(tmp_path, monkeypatch):
+def test_second_stage_recipe_requires_the_first(tmp_path, monkeypatch):
     from training import models
 
     monkeypatch.chdir(tmp_path)
@@ -167,13 +167,13 @@ def test_a_second_stage_asks_for_the_first(tmp_path, monkeypatch):
         models.build(config, 1000)
 
 
-def test_transfer_recipes_average_with_warm_up():
+def test_transfer_recipes_use_ema_with_warmup():
     for name, recipe in recipes.RECIPES.items():
         if name.startswith("transfer_"):
             assert recipe.values["ema"] and recipe.values["ema_warmup"], name
 
 
-def test_a_variant_without_a_recipe_takes_its_family_s(monkeypatch):
+def test_variant_without_a_recipe_uses_that_of_its_family(monkeypatch):
     rows = registry.family("cait").variants
     monkeypatch.setitem(rows, "cait_nano", registry.Variant({"embed_dim": 32, "num_heads": 2}))
     assert configuration.make("cait_nano").epochs == 400
@@ -182,14 +182,14 @@ def test_a_variant_without_a_recipe_takes_its_family_s(monkeypatch):
 # === Published accuracies ===
 
 
-def test_results_of_recipes_name_evaluator_crop_and_source():
+def test_recipe_results_state_evaluator_crop_and_source():
     result = recipes.get("deit_base").result
     assert "81.8% top-1 at 224, crop 0.875 (authors: facebookresearch/deit" in result
     assert "82.0% top-1 at 224, crop 0.9 (timm:" in result
     assert recipes.get("cait_s36").result.startswith("no published result at 224")
 
 
-def test_weights_and_recipes_give_the_same_published_numbers():
+def test_weights_and_recipes_have_the_same_accuracies():
     for row in registry.checkpoints():
         variant = next(
             name
@@ -205,7 +205,7 @@ def test_weights_and_recipes_give_the_same_published_numbers():
         assert row.source in text
 
 
-def test_the_table_of_accuracies_is_read_alike_by_library_and_trainer():
+def test_library_and_trainer_read_the_same_accuracies():
     rows = library_table.accuracies()
     assert len(rows) == len(published.rows()) > 40
     for row, text in zip(rows, published.rows(), strict=True):
@@ -219,6 +219,6 @@ def test_the_table_of_accuracies_is_read_alike_by_library_and_trainer():
     assert len({(r.dataset, r.model, r.image_size, r.evaluated_by) for r in rows}) == len(rows)
 
 
-def test_an_accuracy_that_was_not_published_is_an_error():
+def test_missing_accuracy_raises():
     with pytest.raises(KeyError, match="no row for cait_m48 at 224"):
         library_table.accuracy("cait_m48", 224)

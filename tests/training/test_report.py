@@ -1,4 +1,4 @@
-"""What a run reports: speeds, the time left, and a metrics.jsonl that grows at its end."""
+"""Reports of a run: speed, remaining time, and appending to metrics.jsonl."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from training import checkpoint, configuration, report
 
 
 class Clock:
-    """A clock that moves when it is set."""
+    """A fake clock that is set by tests."""
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
@@ -35,14 +35,14 @@ def updates(made, clock, count, seconds):
         made.executed(1)
 
 
-def test_the_speed_leaves_the_compilation_out_and_the_time_left_counts_evaluations(tmp_path, clock):
+def test_speed_excludes_compilation_and_time_left_includes_evaluations(tmp_path, clock):
     made = reporter(tmp_path)
     updates(made, clock, 1, 60.0)
     updates(made, clock, 9, 2.0)
     made.training(10, 1.0, 0.1)
     (line,) = made.lines
     assert line["images_per_second"] == 3.0
-    # 30 updates of 2 s, and 4 evaluations of 90 images at three times the speed of training.
+    # 30 updates of 2 s, and 4 evaluations of 90 images at three times the training speed.
     assert line["seconds_left"] == pytest.approx(60 + 4 * 10)
     clock.now += 25
     made.evaluation(10, {"accuracy": 0.5, "images": 90}, 25.0)
@@ -52,7 +52,7 @@ def test_the_speed_leaves_the_compilation_out_and_the_time_left_counts_evaluatio
     assert made.lines[-1]["images_per_second"] == 3.0
 
 
-def test_a_report_of_the_compilation_alone_has_no_time_left(tmp_path, clock, capsys):
+def test_report_of_the_first_update_has_no_time_left(tmp_path, clock, capsys):
     made = reporter(tmp_path)
     updates(made, clock, 1, 60.0)
     made.training(1, 1.0, 0.1)
@@ -63,7 +63,7 @@ def test_a_report_of_the_compilation_alone_has_no_time_left(tmp_path, clock, cap
     ("every", "step", "left"),
     [(1, 0, 4), (1, 10, 4), (1, 11, 3), (3, 5, 2), (3, 31, 1), (4, 40, 1)],
 )
-def test_evaluations_left_include_the_last_epoch_s(tmp_path, every, step, left):
+def test_evaluations_left_include_the_last_epoch(tmp_path, every, step, left):
     assert reporter(tmp_path, evaluate_epochs=every).evaluations_left(step) == left
 
 
@@ -71,11 +71,11 @@ def test_evaluations_left_include_the_last_epoch_s(tmp_path, every, step, left):
     ("number", "text"),
     [(1234.4, "1,234"), (100, "100"), (31.44, "31.4"), (9.876, "9.88"), (0.05, "0.05")],
 )
-def test_slow_speeds_are_shown_with_decimals(number, text):
+def test_low_speeds_are_shown_with_decimals(number, text):
     assert report.rate_text(number) == text
 
 
-def test_a_line_shows_gradients_loss_scale_skipped_updates_and_memory(tmp_path, clock, capsys):
+def test_line_shows_gradient_norm_loss_scale_skips_and_memory(tmp_path, clock, capsys):
     made = reporter(tmp_path)
     updates(made, clock, 2, 1.0)
     extra = {"gradient_norm": 1.5, "loss_scale": 1024.0, "skipped_updates": 2}
@@ -94,7 +94,7 @@ def test_a_line_shows_gradients_loss_scale_skipped_updates_and_memory(tmp_path, 
 # === metrics.jsonl ===
 
 
-def test_lines_are_appended_to_the_file_that_is_there(tmp_path):
+def test_lines_are_appended_to_an_existing_file(tmp_path):
     made = reporter(tmp_path)
     made.write(1, loss=1.0)
     before = os.stat(made.path).st_ino
@@ -105,7 +105,7 @@ def test_lines_are_appended_to_the_file_that_is_there(tmp_path):
     assert os.stat(made.path).st_ino == before
 
 
-def test_reports_of_steps_that_run_again_are_removed_and_others_stay(tmp_path):
+def test_resuming_removes_reports_of_repeated_steps(tmp_path):
     made = reporter(tmp_path)
     for step in (1, 2, 3):
         made.write(step, loss=1.0)
@@ -120,7 +120,7 @@ def test_reports_of_steps_that_run_again_are_removed_and_others_stay(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b"\x00" * 100, b"{", b'{"step": 2}'])
-def test_a_line_that_was_cut_off_is_repaired_before_the_next(tmp_path, torn):
+def test_truncated_line_is_repaired_before_the_next(tmp_path, torn):
     made = reporter(tmp_path)
     made.write(1, loss=1.0)
     made.path.write_bytes(made.path.read_bytes() + torn)
@@ -131,7 +131,7 @@ def test_a_line_that_was_cut_off_is_repaired_before_the_next(tmp_path, torn):
     assert [line["step"] for line in checkpoint.read_metrics(made.path)] == [1, *whole, 3]
 
 
-def test_a_full_disk_leaves_no_part_of_a_line(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_partial_line(tmp_path, monkeypatch):
     made = reporter(tmp_path)
     made.write(1, loss=1.0)
     before, write = made.path.read_bytes(), os.write
@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_no_part_of_a_line(tmp_path, monkeypatch):
     assert [line["step"] for line in checkpoint.read_metrics(made.path)] == [1, 2]
 
 
-def test_nothing_is_written_through_a_link(tmp_path):
+def test_symlink_is_replaced_not_followed(tmp_path):
     (tmp_path / "run").mkdir()
     mine = tmp_path / "mine"
     mine.write_text('{"step": 1}\n')
@@ -162,17 +162,17 @@ def test_nothing_is_written_through_a_link(tmp_path):
     assert stat.S_ISREG(os.lstat(made.path).st_mode)
 
 
-def test_a_process_that_does_not_report_writes_nothing(tmp_path):
+def test_inactive_process_writes_nothing(tmp_path):
     made = reporter(tmp_path, active=False)
     made.write(1, loss=1.0)
     made.go_on_from(0)
     assert not made.path.exists()
 
 
-# === On a terminal ===
+# === Terminal output ===
 
 
-def test_a_terminal_shows_a_bar_and_a_file_plain_lines(tmp_path, capsys, monkeypatch):
+def test_progress_bar_is_shown_only_on_a_terminal(tmp_path, capsys, monkeypatch):
     made = reporter(tmp_path)
     made.open_bar(0)
     assert made.bar is None

@@ -1,4 +1,4 @@
-"""Batch normalization's moving statistics: the same on every replica, and those of all of them."""
+"""Moving statistics of batch normalization: equal on every replica, averaged over all of them."""
 
 import functools
 
@@ -22,7 +22,7 @@ TINY_PYRAMID = {
 
 
 def normalized(strategy, batches, kept=None):
-    """Each replica's (mean, variance) after training steps of a BatchNormalization."""
+    """Returns each replica's means and variances after training steps of a BatchNormalization."""
     with strategy.scope():
         layer = keras.layers.BatchNormalization(momentum=0.9)
         model = keras.Sequential([keras.Input((3,)), layer])
@@ -52,7 +52,7 @@ def batches(replicas, number=3):
     return random.normal(2.0, 3.0, (number, replicas, 5, 3)).astype("float32")
 
 
-def test_every_replica_has_the_mean_of_what_the_replicas_saw(mirrored):
+def test_replicas_have_the_mean_of_their_statistics(mirrored):
     given = batches(2)
     means, variances = normalized(mirrored, given)
     mean, variance = np.zeros(3), np.ones(3)
@@ -64,7 +64,7 @@ def test_every_replica_has_the_mean_of_what_the_replicas_saw(mirrored):
         np.testing.assert_allclose(found[0], expected, rtol=1e-5)
 
 
-def test_an_update_that_overflowed_leaves_no_trace_in_them(mirrored, one_device):
+def test_overflowed_update_does_not_change_statistics(mirrored, one_device):
     given = batches(2, 1) * np.float32(np.inf)
     for strategy in (mirrored, one_device):
         means, variances = normalized(strategy, given, kept=tf.constant(False))
@@ -74,7 +74,7 @@ def test_an_update_that_overflowed_leaves_no_trace_in_them(mirrored, one_device)
     assert (means[0] != 0).all()
 
 
-def test_one_device_s_are_those_of_the_layer(one_device):
+def test_statistics_on_one_device_match_the_layer(one_device):
     given = batches(1)
     (mean,), _ = normalized(one_device, given)
     expected = 0.0
@@ -84,7 +84,7 @@ def test_one_device_s_are_those_of_the_layer(one_device):
 
 
 @pytest.mark.slow
-def test_a_run_on_two_devices_its_evaluation_and_its_resumed_run_have_the_same(
+def test_statistics_are_equal_on_replicas_and_after_evaluation_and_resume(
     mirrored, tmp_path, monkeypatch
 ):
     build = functools.partial(keras_tnt.PyramidTNT, **TINY_PYRAMID)
@@ -121,12 +121,12 @@ def test_a_run_on_two_devices_its_evaluation_and_its_resumed_run_have_the_same(
     assert evaluated["evaluation_loss"] == result["evaluation_loss"]
 
 
-# === Several updates in one execution ===
+# === Several updates per execution ===
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_execution_makes_the_updates_of_as_many_steps_in_their_order(mirrored, count):
-    """Of a step that is sensitive to the order and the values of everything that it is given."""
+def test_execution_runs_its_updates_in_order(mirrored, count):
+    """The step function is sensitive to the order and to each of its arguments."""
     with mirrored.scope():
         weight = tf.Variable(1.0, aggregation=tf.VariableAggregation.MEAN)
 

@@ -1,4 +1,4 @@
-"""What a worker makes of the environment that a cluster gives it."""
+"""Cluster configuration from a worker's environment variables."""
 
 import json
 
@@ -7,13 +7,13 @@ import pytest
 from training import configuration, strategies
 
 
-def test_tf_config_is_taken_as_it_is():
+def test_tf_config_is_used_unchanged():
     cluster = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
     assert strategies.cluster({"TF_CONFIG": json.dumps(cluster)}) == cluster
 
 
 @pytest.mark.parametrize(("task", "index"), [("chief", 0), ("master", 0), ("worker", 2)])
-def test_a_tfjob_s_chief_is_the_first_worker(task, index):
+def test_tfjob_chief_is_the_first_worker(task, index):
     kind = "chief" if task == "worker" else task
     tf_config = {
         "cluster": {kind: ["c:1"], "worker": ["a:1", "b:1"]},
@@ -26,7 +26,7 @@ def test_a_tfjob_s_chief_is_the_first_worker(task, index):
     }
 
 
-def test_slurm_s_tasks_get_a_port_each():
+def test_slurm_tasks_have_separate_ports():
     environment = {
         "SLURM_PROCID": "3",
         "SLURM_STEP_NODELIST": "gpu[09-10]",
@@ -47,7 +47,7 @@ def test_slurm_s_tasks_get_a_port_each():
         ("gpu[098-101]-ib,x2", ["gpu098-ib", "gpu099-ib", "gpu100-ib", "gpu101-ib", "x2"]),
     ],
 )
-def test_slurm_s_host_lists_are_expanded(short, full):
+def test_slurm_host_lists_are_expanded(short, full):
     assert strategies.expand_hosts(short) == full
 
 
@@ -66,7 +66,7 @@ def test_slurm_s_host_lists_are_expanded(short, full):
         ),
     ],
 )
-def test_an_incomplete_cluster_is_an_error(environment, message):
+def test_incomplete_cluster_raises(environment, message):
     with pytest.raises(ValueError, match=message):
         strategies.cluster(environment)
 
@@ -81,12 +81,12 @@ def test_an_incomplete_cluster_is_an_error(environment, message):
         ({"strategy": "mirrored", "cross_device_ops": "nccl", "cpu_devices": 2}, True, "needs GPU"),
     ],
 )
-def test_collectives_that_do_not_go_with_the_devices_are_an_error(values, on_gpu, message):
+def test_collectives_that_do_not_match_the_devices_raise(values, on_gpu, message):
     with pytest.raises(ValueError, match=message):
         strategies.check_collectives(configuration.make("digits", **values), on_gpu)
 
 
-def test_collectives_that_go_with_them_are_none():
+def test_valid_collectives_are_accepted():
     for values in ({"strategy": "mirrored", "cross_device_ops": "nccl"}, {}):
         strategies.check_collectives(configuration.make("digits", **values), True)
     each = configuration.make("digits", strategy="multi_worker", communication="ring")
@@ -95,7 +95,7 @@ def test_collectives_that_go_with_them_are_none():
     assert set(strategies.COMMUNICATION) == set(configuration.COMMUNICATION)
 
 
-def test_numbers_of_one_worker_are_its_own(one_device, mirrored):
+def test_single_worker_collects_only_its_own_numbers(one_device, mirrored):
     for strategy in (one_device, mirrored):
         assert strategies.of_each_worker(strategy, [3, -1]).tolist() == [[3, -1]]
         assert strategies.total(strategy, 3) == 3

@@ -1,4 +1,4 @@
-"""Traces, trackers and files of values in whole runs, which change no bit of the result."""
+"""Traces, loggers and config files in whole runs, none of which changes the result."""
 
 import json
 
@@ -10,7 +10,7 @@ from training import configuration, loggers, loop, profiling
 
 
 def short(workdir, **values):
-    """A run of two epochs of four updates."""
+    """Returns the configuration of a run with two epochs of four updates."""
     defaults = {"epochs": 2, "steps_per_epoch": 4, "batch_size": 8, "warmup_epochs": 1.0}
     quiet = {"tensorboard": False, "report": False, "evaluate_epochs": 2, "checkpoint_steps": 2}
     return configuration.make(workdir=str(workdir), **{**defaults, **quiet, **values})
@@ -32,18 +32,18 @@ def traces(workdir):
 @pytest.mark.parametrize(
     "text", ["10", "20,10", "0,3", "a,b", "1,2,3", "-1,4", "3,", "1.5,2", "²,³", "3;4"]
 )
-def test_steps_to_trace_that_cannot_be_are_refused_at_once(text):
+def test_invalid_profile_steps_raise(text):
     with pytest.raises(ValueError, match="--profile_steps must be the first and the last update"):
         configuration.make("digits", profile_steps=text)
 
 
-def test_steps_after_the_end_of_the_run_are_refused(tmp_path):
+def test_profile_steps_after_the_end_raise(tmp_path):
     config = configuration.make("digits", workdir=str(tmp_path), profile_steps="3,9")
     with pytest.raises(ValueError, match="--profile_steps=3,9: the run has 8 updates"):
         profiling.Profiler(config, 8, True)
 
 
-def test_executions_end_where_the_trace_begins_and_ends(tmp_path):
+def test_executions_end_at_the_trace_boundaries(tmp_path):
     config = configuration.make("digits", workdir=str(tmp_path), profile_steps="3,5")
     for active in (True, False):
         profiler = profiling.Profiler(config, 8, active)
@@ -52,7 +52,7 @@ def test_executions_end_where_the_trace_begins_and_ends(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the profiler of TensorFlow is asked for."""
+    """Returns a list of the calls of TensorFlow's profiler."""
     made = []
     monkeypatch.setattr(
         profiling.tf.profiler.experimental, "start", lambda path: made.append("start")
@@ -61,7 +61,7 @@ def calls(monkeypatch):
     return made
 
 
-def test_the_trace_holds_the_updates_asked_for(tmp_path, calls):
+def test_trace_covers_the_given_updates(tmp_path, calls):
     config = configuration.make("digits", workdir=str(tmp_path), profile_steps="3,5")
     profiler = profiling.Profiler(config, 8, True, calls.append)
     for step in range(8):
@@ -72,7 +72,7 @@ def test_the_trace_holds_the_updates_asked_for(tmp_path, calls):
     assert said.startswith("trace of updates 3 to 5 in ") and [six, seven, eight] == [6, 7, 8]
 
 
-def test_a_run_that_ends_early_writes_what_it_traced(tmp_path, calls):
+def test_partial_trace_is_written_when_a_run_ends_early(tmp_path, calls):
     config = configuration.make("digits", workdir=str(tmp_path), profile_steps="3,5")
     profiler = profiling.Profiler(config, 8, True, calls.append)
     with profiler.updates(3, 1, None):  # resumed after update 3
@@ -82,7 +82,7 @@ def test_a_run_that_ends_early_writes_what_it_traced(tmp_path, calls):
     assert calls[:2] == ["start", "stop"] and "updates 4 to 4" in calls[2] and len(calls) == 3
 
 
-def test_a_profiler_that_fails_is_a_warning(tmp_path, calls, monkeypatch, capsys):
+def test_failing_profiler_warns(tmp_path, calls, monkeypatch, capsys):
     def fail(path):
         raise profiling.tf.errors.AlreadyExistsError(None, None, "another one is active")
 
@@ -119,7 +119,7 @@ def recorder(monkeypatch):
 
 
 @pytest.mark.slow
-def test_trace_and_loggers_change_no_bit_and_config_yaml_repeats_the_run(
+def test_tracing_and_logging_do_not_change_the_result_and_config_yaml_repeats_the_run(
     tiny, tmp_path, recorder, capsys
 ):
     values = {"stochastic_depth": 0.3, "ema": 0.9, "mixup": 0.5, "steps_per_execution": 4}
@@ -144,16 +144,14 @@ def test_trace_and_loggers_change_no_bit_and_config_yaml_repeats_the_run(
     assert repeated.keep_best == 2 and repeated.profile_steps == "3,6"
     loop.train(repeated)
     assert_same_end(plain, again)
-    # The same command resumes the run, which is the same run of the logger.
+    # The same command resumes the run under the same id.
     loop.train(configuration.make(config=str(watched / "config.yaml")))
     assert recorder.made[-1].given == "run-7" and recorder.made[-1].config.workdir == str(watched)
     loop.train(configuration.make(config=str(watched / "config.json"), logger="", keep_best=0))
 
 
 @pytest.mark.slow
-def test_a_stopped_run_tells_its_loggers_that_it_has_no_results(
-    tiny, tmp_path, recorder, monkeypatch
-):
+def test_stopped_run_finishes_its_loggers_without_results(tiny, tmp_path, recorder, monkeypatch):
     update = loop.Run.update
 
     def terminated(self, batch, step):
@@ -173,7 +171,7 @@ def test_a_stopped_run_tells_its_loggers_that_it_has_no_results(
     assert [step for step, _ in second.reports] == [8, 8]
 
 
-def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path):
+def test_unknown_logger_raises_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="--logger: there is no logger 'tensorbord'"):
         loop.train(short(tmp_path / "run", recipe="digits", logger="tensorbord"))
     assert not (tmp_path / "run").exists()

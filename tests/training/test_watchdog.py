@@ -1,4 +1,4 @@
-"""A main thread that runs no Python any more: signals, stalls and a silent data service end it."""
+"""The watchdog ends a run whose main thread is blocked: signals, stalls, a lost data service."""
 
 import signal
 import socket
@@ -14,7 +14,7 @@ from training import service, watchdog
 
 ROOT = Path(__file__).parent.parent.parent
 
-# A mutex that is locked twice: neither a signal nor an exception gets a thread out of that.
+# Locks a mutex twice: neither a signal nor an exception interrupts that.
 STUCK = """
 import ctypes, sys
 from training import watchdog
@@ -66,7 +66,7 @@ def end_of(process):
         ("evaluation", "it was in an evaluation", "the last checkpoint counts"),
     ],
 )
-def test_a_signal_ends_a_process_that_is_stuck_in_one_line(phase, where, kept, number):
+def test_signal_ends_a_blocked_process_with_one_line(phase, where, kept, number):
     process = stuck(phase)
     process.send_signal(number)
     assert end_of(process) == (
@@ -76,22 +76,22 @@ def test_a_signal_ends_a_process_that_is_stuck_in_one_line(phase, where, kept, n
     )
 
 
-def test_a_second_signal_ends_it_at_once():
+def test_second_signal_ends_the_process_at_once():
     process = stuck("update", graces=(1000, 1000))
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-    # By the watchdog, or by the system if the handler of the first one has run.
+    # Either the watchdog ends it, or the system if the first signal's handler has run.
     assert end_of(process)[0] in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
-def test_a_stall_ends_it_with_status_1():
+def test_stall_ends_the_process_with_status_1():
     status, error = end_of(stuck("input", stall=0.3))
     assert status == 1 and "(--stall_minutes); a checkpoint of step 7 is written" in error
     assert error.count("\n") == 1
 
 
-def test_a_silent_data_service_ends_it():
+def test_lost_data_service_ends_the_process():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"grpc://127.0.0.1:{unused.getsockname()[1]}"
@@ -99,7 +99,7 @@ def test_a_silent_data_service_ends_it():
     assert status == 1 and f"--data_service={address} is gone (no dispatcher answers" in error
 
 
-def test_a_main_thread_that_gets_on_is_left_alone(monkeypatch):
+def test_watchdog_does_not_end_a_process_that_makes_progress(monkeypatch):
     monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
     told = []
     before = signal.getsignal(signal.SIGTERM)
@@ -115,7 +115,7 @@ def test_a_main_thread_that_gets_on_is_left_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_a_signal_ends_a_start(number, error):
+def test_signal_during_startup_raises(number, error):
     before = signal.getsignal(number)
     with pytest.raises(error), watchdog.starting(0):
         signal.raise_signal(number)
@@ -128,12 +128,12 @@ def test_a_signal_ends_a_start(number, error):
 @pytest.mark.parametrize(
     "address", ["localhost:5050", "grpc://localhost", "grpc://:1", "grpc://a:0", "http://a:1", "x"]
 )
-def test_what_is_no_address_is_named_with_the_form_of_one(address):
+def test_invalid_address_error_shows_the_format(address):
     with pytest.raises(ValueError, match="is written grpc://HOST:PORT"):
         service.wait_for(address)
 
 
-def test_an_address_where_nobody_or_somebody_else_listens_is_an_error():
+def test_address_without_a_dispatcher_raises():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         address = f"grpc://127.0.0.1:{other.getsockname()[1]}"
@@ -144,12 +144,12 @@ def test_an_address_where_nobody_or_somebody_else_listens_is_an_error():
             service.wait_for(address, seconds=0.1)
 
 
-def test_a_host_that_has_no_address_is_an_error():
+def test_unresolvable_host_raises():
     with pytest.raises(service.NoAnswer, match="--data_service=grpc://no.such.host.invalid:5 can"):
         service.wait_for("grpc://no.such.host.invalid:5", seconds=0)
 
 
-def test_a_service_answers_once_it_has_a_worker_that_listens():
+def test_wait_for_returns_once_a_worker_listens():
     from training.cluster import data_service
 
     dispatcher = data_service.start(0)

@@ -1,4 +1,4 @@
-"""The directory of a run: who holds it, what it records, and what is said when it is damaged."""
+"""The run directory: its lock, recorded configuration and checkpoints, and errors about damage."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    """Those of a run of three, the best among them of step 2."""
+    """Writes the checkpoints of a run of three steps with the best at step 2."""
     saved = checkpoint.Checkpoints(tmp_path / "checkpoints", {"w": tf.Variable(0.0)}, keep=3)
     for step in (1, 2, 3):
         saved.variables["w"].assign(float(step))
@@ -35,7 +35,7 @@ def checkpoints(tmp_path):
     return saved
 
 
-def test_a_second_trainer_is_told_who_holds_the_directory_until_that_one_dies(tmp_path):
+def test_lock_error_names_the_holder_until_it_dies(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path / workdir.LOCK)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
@@ -47,7 +47,7 @@ def test_a_second_trainer_is_told_who_holds_the_directory_until_that_one_dies(tm
         assert "process" in (tmp_path / workdir.LOCK).read_text()
 
 
-def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path):
+def test_symlink_as_lock_raises(tmp_path):
     (tmp_path / "mine").write_text("kept")
     (tmp_path / workdir.LOCK).symlink_to(tmp_path / "mine")
     with pytest.raises(ValueError, match=r"\.lock is a link to another file: remove it"):
@@ -56,7 +56,7 @@ def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path):
     assert (tmp_path / "mine").read_text() == "kept"
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+def test_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch, capsys):
     def refuse(*arguments, **settings):
         raise OSError(37, "No locks available")
 
@@ -66,7 +66,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("name", ["run", "run/checkpoints", "run/deeper/still"])
-def test_a_file_where_a_directory_has_to_be_is_named(tmp_path, name):
+def test_file_instead_of_a_directory_raises(tmp_path, name):
     (tmp_path / "run").mkdir()
     if name == "run/checkpoints":
         (tmp_path / name).write_text("")
@@ -80,12 +80,12 @@ def test_a_file_where_a_directory_has_to_be_is_named(tmp_path, name):
             pass
 
 
-def test_a_directory_that_cannot_be_made_is_named():
+def test_directory_that_cannot_be_created_raises():
     with pytest.raises(ValueError, match="--workdir=/proc/run cannot be made: No such file"):
         workdir.make_directory("/proc/run")
 
 
-# === Names of something else than files ===
+# === Paths that are not regular files ===
 
 
 def link_to_absent_disk(path):
@@ -120,21 +120,21 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("make", OTHERS)
-def test_a_config_json_that_is_no_file_is_damage(tmp_path, make):
+def test_config_json_that_is_not_a_regular_file_raises(tmp_path, make):
     make(tmp_path / "config.json")
     with pytest.raises(ValueError, match="config.json is damaged"):
         workdir.read_config(tmp_path)
 
 
 @pytest.mark.parametrize("make", OTHERS)
-def test_a_metrics_jsonl_that_is_no_file_is_damage(tmp_path, make):
+def test_metrics_jsonl_that_is_not_a_regular_file_raises(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="metrics.jsonl cannot be read"):
         checkpoint.read_metrics(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("make", OTHERS)
-def test_a_checkpoint_that_is_no_file_is_set_aside(checkpoints, make):
+def test_checkpoint_that_is_not_a_regular_file_is_set_aside(checkpoints, make):
     newest = checkpoints.paths()[0]
     newest.unlink()
     make(newest)
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_is_no_file_is_set_aside(checkpoints, make):
 
 @pytest.mark.parametrize("make", OTHERS)
 @pytest.mark.parametrize("name", ["step_000000004.safetensors", "best.safetensors"])
-def test_where_no_checkpoint_is_a_file_a_run_does_not_begin_at_step_0(tmp_path, make, name):
+def test_run_without_a_readable_checkpoint_does_not_restart(tmp_path, make, name):
     (tmp_path / "checkpoints").mkdir()
     make(tmp_path / "checkpoints" / name)
     saved = checkpoint.Checkpoints(tmp_path / "checkpoints", {"w": tf.Variable(0.0)}, keep=3)
@@ -164,14 +164,14 @@ class WithoutWeights:
     weights = ()
 
 
-def test_checkpoints_on_an_absent_disk_are_not_none(tmp_path):
+def test_checkpoints_on_a_missing_disk_raise(tmp_path):
     (tmp_path / "checkpoints").symlink_to("/absent/disk")
     saved = checkpoint.Checkpoints(tmp_path / "checkpoints", {"w": tf.Variable(0.0)}, keep=3)
     with pytest.raises(checkpoint.NoneReadable, match="is it on a disk that is absent"):
         saved.restore()
 
 
-def test_a_checkpoint_is_written_where_something_else_had_its_name(checkpoints):
+def test_checkpoint_replaces_a_directory_of_its_name(checkpoints):
     (checkpoints.directory / "best.safetensors").unlink()
     for path in (
         checkpoints.directory / name for name in ("best.safetensors", "step_000000004.safetensors")
@@ -183,17 +183,17 @@ def test_a_checkpoint_is_written_where_something_else_had_its_name(checkpoints):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64])
-def test_files_that_tools_leave_are_no_checkpoints(tmp_path, content):
+def test_unrelated_files_are_not_checkpoints(tmp_path, content):
     (tmp_path / ".nfs0001.safetensors").write_bytes(content)
     (tmp_path / "lost+found").mkdir()
     assert checkpoint.Checkpoints(tmp_path, {}, keep=1).restore() is None
 
 
-# === The configuration ===
+# === Configuration ===
 
 
 @pytest.mark.parametrize("content", [b'{"config": {', b"\xff\xfe\x00", b"[]", b'{"config": 3}'])
-def test_a_damaged_config_json_is_named(tmp_path, content):
+def test_damaged_config_json_raises(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match="config.json is damaged"):
         workdir.read_config(tmp_path)
@@ -204,7 +204,7 @@ def recorded(directory, **values):
     (directory / "config.json").write_text(json.dumps({"config": vars(config)}))
 
 
-def test_a_change_is_refused_with_the_flag_that_allows_it(tmp_path):
+def test_change_error_names_the_flag_that_allows_it(tmp_path):
     recorded(tmp_path)
     values = {"workdir": str(tmp_path), "learning_rate": 0.5, "epochs": 90}
     refusal = r"--epochs: 60 -> 90\n  --learning_rate: 0.004 -> 0.5\n.*, or --change --extend to"
@@ -222,7 +222,7 @@ def test_a_change_is_refused_with_the_flag_that_allows_it(tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"epochs": 30}, {"seed": 1}, {"beta_1": 0.8}])
-def test_no_flag_makes_a_run_shorter_or_another(tmp_path, values):
+def test_no_flag_allows_a_shorter_or_another_run(tmp_path, values):
     recorded(tmp_path)
     config = configuration.make("digits", workdir=str(tmp_path), change=True, extend=True, **values)
     with pytest.raises(ValueError, match="Give another --workdir, or the same flags.*run.$"):
@@ -230,7 +230,7 @@ def test_no_flag_makes_a_run_shorter_or_another(tmp_path, values):
 
 
 @pytest.mark.parametrize("values", [{"model": "deit_tiny"}, {"distilled": True}])
-def test_a_run_of_another_architecture_is_not_extended_and_that_is_one_line(tmp_path, values):
+def test_run_of_another_architecture_cannot_be_extended(tmp_path, values):
     recorded(tmp_path)
     config = configuration.make("digits", workdir=str(tmp_path), extend=True, epochs=90, **values)
     ((name, _),) = values.items()
@@ -238,7 +238,7 @@ def test_a_run_of_another_architecture_is_not_extended_and_that_is_one_line(tmp_
         workdir.check_config(config)
 
 
-def test_a_run_is_extended_by_cooldown_epochs_and_not_shortened_by_them(tmp_path):
+def test_cooldown_epochs_can_be_extended_but_not_reduced(tmp_path):
     values = {"workdir": str(tmp_path)}
     first = configuration.make("digits", cooldown_epochs=4, **values)
     workdir.write_config(first, None, [], 10, None, {}, step=0)
@@ -256,7 +256,7 @@ def damage(path):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
 
 
-def test_the_newest_whole_checkpoint_counts_and_damaged_ones_are_set_aside(checkpoints):
+def test_restore_uses_the_newest_intact_checkpoint_and_sets_damaged_ones_aside(checkpoints):
     damage(checkpoints.paths()[0])
     assert checkpoints.restore()["step"] == 2 and checkpoints.variables["w"].numpy() == 2
     assert [path.name for path in checkpoints.directory.glob("*.corrupt")] == [
@@ -264,7 +264,7 @@ def test_the_newest_whole_checkpoint_counts_and_damaged_ones_are_set_aside(check
     ]
 
 
-def test_where_all_are_damaged_nothing_is_touched_and_what_there_is_is_said(checkpoints):
+def test_restore_without_an_intact_checkpoint_raises_and_changes_nothing(checkpoints):
     for path in checkpoints.paths():
         damage(path)
     before = sorted(checkpoints.directory.iterdir())
@@ -283,14 +283,14 @@ def test_where_all_are_damaged_nothing_is_touched_and_what_there_is_is_said(chec
 
 
 @pytest.mark.parametrize("variables", [{"w": [0.0], "v": 0.0}, {"w": [0.0]}])
-def test_a_checkpoint_without_a_tensor_of_the_model_is_named(checkpoints, variables):
+def test_checkpoint_with_missing_tensors_raises(checkpoints, variables):
     checkpoints.variables = {name: tf.Variable(value) for name, value in variables.items()}
     with pytest.raises(ValueError, match=r"step_000000003.safetensors does not hold .* first 'w'"):
         checkpoints.restore()
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
-def test_as_many_checkpoints_as_asked_for_are_left(tmp_path, keep):
+def test_keep_limits_the_number_of_checkpoints(tmp_path, keep):
     saved = checkpoint.Checkpoints(tmp_path, {"w": tf.Variable(0.0)}, keep)
     for step in range(1, 7):
         saved.save(step, {"healthy": step - 1})
@@ -299,26 +299,26 @@ def test_as_many_checkpoints_as_asked_for_are_left(tmp_path, keep):
         )
 
 
-def test_checkpoints_behind_a_step_that_was_left_out_are_all_kept(tmp_path):
+def test_checkpoints_after_a_skipped_step_are_all_retained(tmp_path):
     saved = checkpoint.Checkpoints(tmp_path, {"w": tf.Variable(0.0)}, keep=1)
     for step, healthy, left in ((1, 0, 1), (2, 0, 2), (3, 0, 3), (4, 3, 1)):
         saved.save(step, {"healthy": healthy})
         assert len(saved.paths()) == left
 
 
-def test_restoring_a_step_takes_that_one(checkpoints):
+def test_restore_step_loads_that_checkpoint(checkpoints):
     assert checkpoints.restore_step(1)["step"] == 1 and checkpoints.variables["w"].numpy() == 1
     damage(checkpoints.paths()[0])
     with pytest.raises(ValueError, match="step_000000003.safetensors"):
         checkpoints.restore_step(3)
 
 
-# === In the background ===
+# === Background writes ===
 
 
 @pytest.fixture
 def held_write(tmp_path, monkeypatch):
-    """Checkpoints whose writes wait for an event, and the event."""
+    """Yields (checkpoints whose writes wait for an event, event)."""
     saved = checkpoint.Checkpoints(tmp_path, {"w": tf.Variable([1.0, 1.0])}, 9, background=True)
     released, write = threading.Event(), saved._write
 
@@ -332,7 +332,7 @@ def held_write(tmp_path, monkeypatch):
     saved.wait()
 
 
-def test_training_continues_while_the_values_of_the_step_are_written(held_write):
+def test_background_write_has_the_values_of_its_step(held_write):
     saved, released = held_write
     notes = {"healthy": 0, "results": {"accuracy": 0.5}}
     saved.save(1, notes)
@@ -345,7 +345,7 @@ def test_training_continues_while_the_values_of_the_step_are_written(held_write)
     assert tensors["w"].tolist() == [1.0, 1.0] and written["results"]["accuracy"] == 0.5
 
 
-def test_one_write_is_in_flight_and_they_keep_their_order(held_write):
+def test_background_writes_are_sequential(held_write):
     saved, released = held_write
     saved.save(1, {"healthy": 0})
     second = threading.Thread(target=saved.save, args=(2, {"healthy": 1}))
@@ -359,7 +359,7 @@ def test_one_write_is_in_flight_and_they_keep_their_order(held_write):
 
 
 @pytest.mark.parametrize("then", ["save", "wait", "set_aside"])
-def test_an_error_of_a_write_comes_out_next_time_and_once(tmp_path, monkeypatch, then):
+def test_background_write_error_is_raised_once_by_the_next_call(tmp_path, monkeypatch, then):
     saved = checkpoint.Checkpoints(tmp_path / "c", {"w": tf.Variable(1.0)}, 9, background=True)
 
     def full(*arguments):
@@ -378,7 +378,7 @@ def test_an_error_of_a_write_comes_out_next_time_and_once(tmp_path, monkeypatch,
     assert saved.step() == 2
 
 
-def test_a_copy_of_the_state_is_made_and_no_view(tmp_path, monkeypatch):
+def test_background_write_copies_the_state(tmp_path, monkeypatch):
     value = np.ones(3, "float32")
 
     class Variable:
@@ -403,14 +403,14 @@ def test_a_copy_of_the_state_is_made_and_no_view(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line", [b'{"step": 2, "lo', b"\xff", b"3", b'{"loss": 1.0}'])
-def test_a_damaged_metrics_jsonl_is_named_with_the_line(tmp_path, line):
+def test_damaged_metrics_jsonl_error_names_the_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2"):
         checkpoint.read_metrics(path)
 
 
-def test_a_last_line_that_is_whole_and_no_report_is_damage(tmp_path):
+def test_complete_but_invalid_last_line_raises(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\n')
     with pytest.raises(ValueError, match="metrics.jsonl is damaged: line 2"):
@@ -420,7 +420,7 @@ def test_a_last_line_that_is_whole_and_no_report_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize(("after", "left"), [(0, []), (1, [1]), (2, [2, 1]), (3, [3, 2, 1])])
-def test_the_checkpoints_behind_a_step_are_set_aside(checkpoints, after, left):
+def test_set_aside_moves_checkpoints_after_a_step(checkpoints, after, left):
     checkpoints.set_aside(after=after)
     assert [checkpoint.step_of(path) for path in checkpoints.paths()] == left
     aside = checkpoints.directory.with_name("checkpoints_set_aside_1")
@@ -428,7 +428,7 @@ def test_the_checkpoints_behind_a_step_are_set_aside(checkpoints, after, left):
     assert (checkpoints.directory / "best.safetensors").exists()
 
 
-def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_nothing(checkpoints, monkeypatch):
+def test_full_disk_leaves_no_partial_checkpoint(checkpoints, monkeypatch):
     free = shutil.disk_usage("/")._replace(free=10)
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     before = sorted(checkpoints.directory.iterdir())
@@ -439,7 +439,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_nothing(checkpoints, 
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "directory", "dangling link", "deep"])
-def test_a_config_json_that_is_no_file_is_an_error_and_no_absence(tmp_path, kind):
+def test_invalid_config_json_is_not_treated_as_missing(tmp_path, kind):
     path = tmp_path / "config.json"
     if kind == "FIFO":
         os.mkfifo(path)
@@ -453,13 +453,13 @@ def test_a_config_json_that_is_no_file_is_an_error_and_no_absence(tmp_path, kind
         workdir.read_config(tmp_path)
 
 
-def test_a_metrics_jsonl_that_is_a_fifo_is_named(tmp_path):
+def test_metrics_jsonl_that_is_a_fifo_raises(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match=r"metrics\.jsonl' is a FIFO"):
         checkpoint.read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_a_tilde_is_the_home_directory_in_values_and_flags(tmp_path, monkeypatch):
+def test_tilde_expands_to_the_home_directory_in_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = configuration.make("digits", workdir="~/runs/x", data_dir="~/data", weights="~/w.h5")
     assert config.workdir == str(tmp_path / "runs" / "x")
@@ -483,7 +483,7 @@ commands.run(main)
 """
 
 
-def test_the_trainers_commands_expand_a_tilde_and_print_to_any_terminal(tmp_path):
+def test_commands_expand_tilde_and_print_to_any_terminal(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", TWO, "--workdir=~/runs", "~/other"],
         env={**os.environ, "HOME": "/somewhere", "PYTHONIOENCODING": "ascii"},

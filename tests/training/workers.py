@@ -1,10 +1,9 @@
-"""Trains on several processes, of which some are killed: python -m tests.training.workers
+"""Multi-worker training with killed workers, compared with a single process.
 
     python -m tests.training.workers DIRECTORY WORKERS KILLS
 
-A worker that ends before the run does is started again, as a cluster would. The run has to reach
-the weights of one process to 1e-5, and give its report, with every image in it once. Prints what
-was counted.
+A worker that dies is restarted, as by a cluster manager. The run must reach the weights of one
+process to 1e-5, and give the same report, with each image once. Prints the counts.
 """
 
 import csv
@@ -20,11 +19,11 @@ import numpy as np
 
 from tests.training.killing import STEPS, fork, outcome
 
-PATIENCE = 900  # seconds, in which the trainer has to make progress
+PATIENCE = 900  # seconds within which the trainer must make progress
 
 
 def free_addresses(number):
-    """Addresses of the loopback that nobody listens at."""
+    """Returns unused loopback addresses."""
     listening = [socket.socket() for _ in range(number)]
     for each in listening:
         each.bind(("127.0.0.1", 0))
@@ -35,12 +34,12 @@ def free_addresses(number):
 
 
 class Cluster:
-    """The workers of one run, each started again when it dies.
+    """The workers of one run, each of which is restarted when it dies.
 
     Args:
-        workdir: of the run.
-        number: of workers.
-        values: more values of the configuration.
+        workdir: directory of the run.
+        number: number of workers.
+        **values: further values of the configuration.
     """
 
     def __init__(self, workdir, number, **values):
@@ -59,12 +58,12 @@ class Cluster:
         return self.workdir.with_name(f"{self.workdir.name}_{index}.log")
 
     def reached(self):
-        """The step of the newest checkpoint."""
+        """Returns the step of the newest checkpoint. -1 if there is none."""
         found = [int(p.stem.split("_")[1]) for p in self.workdir.glob("checkpoints/step_*.s*")]
         return max(found, default=-1)
 
     def run(self, until):
-        """Start dead workers again until a checkpoint of a step is there, or all have ended."""
+        """Restarts dead workers until a checkpoint of step `until` exists or all have exited."""
         deadline = time.monotonic() + PATIENCE
         while self.processes and self.reached() < until:
             if time.monotonic() > deadline:
@@ -82,7 +81,7 @@ class Cluster:
 
 
 def answers(workdir):
-    """Image, label and answer of each row of a run's report."""
+    """Returns image, label and prediction of each row of a run's report."""
     with open(workdir / "report" / "predictions.csv", encoding="utf-8", newline="") as file:
         return [row[:3] for row in csv.reader(file)]
 
