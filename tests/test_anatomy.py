@@ -1,4 +1,4 @@
-"""What a built model is, asked of it as built, loaded, cloned, quantized and wrapped."""
+"""`anatomy` of built, loaded, cloned, quantized and wrapped models."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ NAMES = ["cat", "dog", "owl"]
 
 
 def told(model):
-    """What anatomy tells of a model, in values that compare."""
+    """Returns what `anatomy` describes, as comparable values."""
     found = keras_tnt.anatomy(model)
     return (
         *(found.family, found.image, found.patch_size, found.grid),
@@ -26,7 +26,7 @@ def told(model):
     )
 
 
-def test_a_tnt_is_what_it_was_built_as():
+def test_anatomy_describes_a_tnt():
     found = keras_tnt.anatomy(tiny_tnt(distilled=True, inner_blocks=(0,)))
     assert (found.family, found.patch_size, found.grid) == ("tnt", 16, (2, 2))
     assert (found.prefix_tokens, found.class_tokens) == (2, 2)
@@ -39,7 +39,7 @@ def test_a_tnt_is_what_it_was_built_as():
     assert image.normalises and image.mean == (0.5, 0.5, 0.5)
 
 
-def test_families_differ_where_they_do():
+def test_anatomy_of_other_families():
     cait = keras_tnt.anatomy(tiny("cait"))
     assert (cait.prefix_tokens, cait.class_tokens) == (0, 1)
     assert [type(layer) for layer in cait.class_blocks] == [ClassAttentionBlock]
@@ -58,7 +58,7 @@ def test_families_differ_where_they_do():
     [("deit", 224, 0.9), ("deit", 384, 1.0), ("cait", 224, 1.0), ("pyramid_tnt", 192, 0.9)],
 )
 @pytest.mark.one_backend
-def test_the_crop_is_the_published_one(family, side, crop):
+def test_crop_is_the_published_one(family, side, crop):
     with keras.StatelessScope(initialize_variables=False):
         model = tiny(family, size=(side, side))
     image = keras_tnt.anatomy(model).image
@@ -80,7 +80,7 @@ ONE_BACKEND = pytest.mark.one_backend
         ),
     ],
 )
-def test_it_is_told_alike_of_a_model_loaded_cloned_and_quantized(family, tmp_path):
+def test_loaded_cloned_and_quantized_models_have_the_same_anatomy(family, tmp_path):
     build = tiny_tnt if family == "tnt" else lambda **options: tiny(family, **options)
     model = build(class_names=NAMES)
     expected = told(model)
@@ -96,7 +96,7 @@ def test_it_is_told_alike_of_a_model_loaded_cloned_and_quantized(family, tmp_pat
     assert told(model) == expected
 
 
-def test_it_is_told_of_the_model_inside_another():
+def test_anatomy_of_a_nested_model():
     backbone = tiny("deit", include_top=False, pooling="token", include_preprocessing=False)
     head = keras.layers.Dense(5, activation="softmax")
     outer = keras.Sequential(
@@ -104,7 +104,7 @@ def test_it_is_told_of_the_model_inside_another():
     )
     found = keras_tnt.anatomy(outer)
     assert found.model is backbone and found.heads == (head,)
-    # The wrapper takes pixels and gives them to the model in [0, 1].
+    # The outer model takes pixels and passes values in [0, 1] to the nested model.
     assert found.image.normalises
     np.testing.assert_allclose(found.image.mean, 0, atol=1e-6)
     np.testing.assert_allclose(found.image.std, 1, atol=1e-5)
@@ -112,7 +112,7 @@ def test_it_is_told_of_the_model_inside_another():
     assert keras_tnt.class_names(outer) is None
 
 
-def test_it_is_told_of_a_model_inside_a_sequential_one_that_was_never_called():
+def test_anatomy_inside_an_unbuilt_sequential_model():
     model = tiny("deit", classes=3)
     outer = keras.Sequential([model, keras.layers.Softmax()])
     found = keras_tnt.anatomy(outer)
@@ -124,14 +124,14 @@ def test_it_is_told_of_a_model_inside_a_sequential_one_that_was_never_called():
 
 
 @pytest.mark.parametrize("family", ["tnt", "deit_distilled", "cait", "pyramid_tnt"])
-def test_two_models_of_one_kind_have_layers_of_equal_names(family):
+def test_models_of_one_kind_have_equal_layer_names(family):
     build = tiny_tnt if family == "tnt" else lambda: tiny(family)
     first, second = build(), build()
     assert [layer.name for layer in first.layers] == [layer.name for layer in second.layers]
     assert first.layers[0].name == "images"
 
 
-def test_what_is_none_of_ours_or_several_is_refused():
+def test_no_or_several_keras_tnt_models_raise():
     plain = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="not built from one of keras_tnt"):
         keras_tnt.anatomy(plain)
@@ -142,8 +142,8 @@ def test_what_is_none_of_ours_or_several_is_refused():
         keras_tnt.anatomy(both)
 
 
-def test_several_models_of_ours_share_an_input_and_a_name_of_the_user_s():
-    """Layers take the model's name in front where theirs is taken."""
+def test_models_can_share_an_input_and_a_user_layer_name():
+    """Layer names that are already used are prefixed with the model's name."""
     x = keras.Input((32, 32, 3))
     scaled = keras.layers.Rescaling(1.0, name="rescaling")(x)
     first = tiny("deit", input_shape=None, input_tensor=scaled)
@@ -157,7 +157,7 @@ def test_several_models_of_ours_share_an_input_and_a_name_of_the_user_s():
     assert_equal(compute(second, images), compute(first, images))
 
 
-def test_weights_go_between_models_of_either_names(tmp_path):
+def test_weights_transfer_between_models_with_and_without_prefix(tmp_path):
     x = keras.Input((32, 32, 3))
     tiny("deit", input_shape=None, input_tensor=x)
     named = tiny("deit", input_shape=None, input_tensor=x, name="named")
@@ -189,7 +189,7 @@ def test_class_names_set_the_classes_and_decode_predictions():
         keras_tnt.decode_predictions(np.ones((1, 3)), model=tiny_tnt(depth=1))
 
 
-def test_a_dtype_is_that_of_every_layer_and_changes_no_setting():
+def test_dtype_argument_applies_to_all_layers_without_changing_the_global_policy():
     model = tiny_tnt(dtype="mixed_bfloat16", distilled=True)
     assert keras.config.dtype_policy().name == "float32"
     policies = {layer.name: layer.dtype_policy.name for layer in model.layers[1:]}

@@ -1,4 +1,4 @@
-"""keras_tnt.backbone: maps by level, of every family, and everything Keras does with a model."""
+"""`keras_tnt.backbone`: feature maps by level for every family, and Keras's operations on it."""
 
 import json
 
@@ -39,10 +39,10 @@ def images(classifier):
     return 100 * normal((2, *classifier.input_shape[1:]))
 
 
-# === Maps ===
+# === Feature maps ===
 
 
-def test_each_quarter_of_the_blocks_comes_to_its_stride(classifier, backbone, images):
+def test_block_quarters_are_resized_to_their_strides(classifier, backbone, images):
     found = compute(backbone, images)
     quarters = compute(feature_maps(classifier, (1, 2, 3, 4)), images)
     assert [x.shape for x in found.values()] == [
@@ -55,7 +55,7 @@ def test_each_quarter_of_the_blocks_comes_to_its_stride(classifier, backbone, im
 
 
 def transposed_convolution(backbone, level, number, x):
-    """What Keras's own transposed convolution makes of a map with the weights of ours."""
+    """Returns the output of `ops.conv_transpose` for a map, with the weights of our level."""
     projection = backbone.get_layer(level).projections[number]
     kernel = ops.convert_to_numpy(projection.kernel).reshape(16, 2, 2, 16)
     bias = ops.convert_to_numpy(projection.bias).reshape(2, 2, 16)
@@ -64,11 +64,11 @@ def transposed_convolution(backbone, level, number, x):
 
 
 @pytest.mark.parametrize("steps", [2, 1, 0, -2])
-def test_a_level_is_a_layer_as_keras_wants_them(steps):
+def test_pyramid_level_is_a_valid_keras_layer(steps):
     check_layer(PyramidLevel, (2, 4, 8, 6), steps=steps, data_format="channels_last", epsilon=1e-5)
 
 
-def test_between_two_transposed_convolutions_stand_a_norm_and_gelu():
+def test_norm_and_gelu_separate_two_transposed_convolutions():
     level = PyramidLevel(2)
     x = normal((1, 2, 3, 4))
     level(x)
@@ -82,7 +82,7 @@ def test_between_two_transposed_convolutions_stand_a_norm_and_gelu():
 
 @pytest.mark.parametrize("patch_size", [4, 8, 32])
 @pytest.mark.one_backend
-def test_patches_of_any_power_of_two_come_to_the_same_strides(patch_size):
+def test_patch_sizes_that_are_powers_of_two_give_the_same_strides(patch_size):
     inner = {"inner_stride": patch_size // 4}
     found = keras_tnt.backbone(tiny_tnt(patch_size=patch_size, **inner))
     assert [found.pyramid_outputs[level].shape[1:3] for level in LEVELS] == [
@@ -90,7 +90,7 @@ def test_patches_of_any_power_of_two_come_to_the_same_strides(patch_size):
     ]  # fmt: skip
 
 
-def test_a_pyramid_gives_its_own_stages():
+def test_pyramid_tnt_levels_are_its_stages():
     model = tiny("pyramid_tnt", size=(32, 64))
     found = keras_tnt.backbone(model)
     assert list(found.pyramid_outputs) == ["P3", "P4"]
@@ -99,7 +99,7 @@ def test_a_pyramid_gives_its_own_stages():
 
 
 @pytest.mark.one_backend
-def test_the_levels_of_pyramid_tnt_are_p3_to_p6():
+def test_pyramid_tnt_levels_are_p3_to_p6():
     found = keras_tnt.backbone("pyramid_tnt_tiny", weights=None, input_shape=(64, 128, 3))
     assert {level: x.shape[1:3] for level, x in found.pyramid_outputs.items()} == {
         "P3": (8, 16), "P4": (4, 8), "P5": (2, 4), "P6": (1, 2)
@@ -108,7 +108,7 @@ def test_the_levels_of_pyramid_tnt_are_p3_to_p6():
 
 @pytest.mark.parametrize("family", ["deit", "deit_distilled", "cait"])
 @pytest.mark.one_backend
-def test_other_families_have_levels_too(family):
+def test_other_families_have_levels(family):
     found = keras_tnt.backbone(tiny(family, size=(32, 64), depth=2), levels=("P3", "P5"))
     assert {level: x.shape for level, x in found.pyramid_outputs.items()} == {
         "P3": (None, 4, 8, 16),
@@ -118,7 +118,7 @@ def test_other_families_have_levels_too(family):
 
 
 @pytest.mark.one_backend
-def test_twelve_blocks_give_those_after_3_6_9_and_12():
+def test_twelve_blocks_use_blocks_3_6_9_and_12():
     found = keras_tnt.backbone("deit_tiny", weights=None, input_shape=(32, 32, 3), depth=12)
     sources = [x._keras_history.operation.input for x in found.pyramid_outputs.values()]
     blocks = [upstream_block(x) for x in sources]
@@ -132,7 +132,7 @@ def upstream_block(x):
 
 
 @pytest.mark.one_backend
-def test_a_plug_in_family_in_stages_has_the_levels_of_its_strides():
+def test_registered_family_with_stages_has_levels_by_stride():
     from tests.toy_stages import StageNet
 
     found = keras_tnt.backbone(StageNet(input_shape=(32, 32, 3), distilled=True))
@@ -142,7 +142,7 @@ def test_a_plug_in_family_in_stages_has_the_levels_of_its_strides():
     }
 
 
-def test_channels_first_gives_channels_first(classifier, backbone, images):
+def test_channels_first_backbone_gives_channels_first_maps(classifier, backbone, images):
     if keras.backend.backend() == "tensorflow":
         pytest.skip("TensorFlow has no channels-first convolution on CPUs.")
     expected = compute(backbone, images)
@@ -158,7 +158,7 @@ def test_channels_first_gives_channels_first(classifier, backbone, images):
 # === Weights ===
 
 
-def test_the_weights_are_the_classifier_s(classifier, backbone):
+def test_backbone_shares_the_weights_of_the_classifier(classifier, backbone):
     shared = [layer for layer in backbone.layers if layer in classifier.layers]
     assert {"word_embedding", "block_3"} <= {layer.name for layer in shared}
     new = [layer.name for layer in backbone.layers if layer.weights and layer not in shared]
@@ -166,7 +166,7 @@ def test_the_weights_are_the_classifier_s(classifier, backbone):
     assert not {"norm", "head", "predictions"} & {layer.name for layer in backbone.layers}
 
 
-def test_a_model_by_name_takes_weights_of_another_size(classifier, tmp_path):
+def test_backbone_by_name_loads_weights_of_another_size(classifier, tmp_path):
     classifier.save_weights(tmp_path / "classifier.weights.h5")
     found = keras_tnt.backbone(
         "tnt",
@@ -181,18 +181,16 @@ def test_a_model_by_name_takes_weights_of_another_size(classifier, tmp_path):
         )
 
 
-def test_a_loss_upon_the_maps_reaches_every_weight(backbone, images):
-    # All but the class token of the last block, which no patch reads.
+def test_loss_on_the_maps_reaches_every_weight(backbone, images):
+    # The class token after the last block has no gradient, because no patch reads it.
     check_gradients(backbone, backbone, [images])
 
 
-# === As Keras has it ===
+# === Keras operations ===
 
 
 @pytest.mark.slow
-def test_it_is_saved_loaded_cloned_and_serialized_without_custom_objects(
-    backbone, images, tmp_path
-):
+def test_save_load_clone_and_serialize_without_custom_objects(backbone, images, tmp_path):
     backbone.save(tmp_path / "backbone.keras")
     copies = [
         keras.saving.load_model(tmp_path / "backbone.keras"),
@@ -212,7 +210,7 @@ def test_it_is_saved_loaded_cloned_and_serialized_without_custom_objects(
 
 
 @pytest.mark.one_backend
-def test_it_keeps_its_dtype_policy():
+def test_dtype_policy_is_preserved():
     found = keras_tnt.backbone(tiny_tnt(dtype="mixed_bfloat16"))
     copy = keras.layers.deserialize(keras.layers.serialize(found))
     for model in (found, copy):
@@ -222,7 +220,7 @@ def test_it_keeps_its_dtype_policy():
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_it_is_quantized_and_saved_as_such(tmp_path):
+def test_quantized_backbone_round_trip(tmp_path):
     keras.utils.set_random_seed(0)
     found = keras_tnt.backbone(tiny_tnt())
     images = 100 * normal((2, 64, 96, 3))
@@ -237,10 +235,10 @@ def test_it_is_quantized_and_saved_as_such(tmp_path):
         assert_close(after[level], before[level], 0.2)
 
 
-# === Looking inside, and fine-tuning ===
+# === Anatomy and fine-tuning ===
 
 
-def test_anatomy_knows_the_levels(classifier, backbone):
+def test_anatomy_includes_the_levels(classifier, backbone):
     found = keras_tnt.anatomy(backbone)
     assert [layer.name for layer in found.levels] == ["p2", "p3", "p4", "p5"]
     assert [b.grid for b in found.blocks] == [(4, 6)] * 4
@@ -249,8 +247,8 @@ def test_anatomy_knows_the_levels(classifier, backbone):
 
 
 @pytest.mark.one_backend
-def test_one_model_held_twice_is_one():
-    """KerasHub's models keep the backbone beside a model of its layers."""
+def test_backbone_referenced_twice_is_one_model():
+    """KerasHub's models hold the backbone next to a model of its layers."""
     found = keras_tnt.backbone(tiny_tnt())
     inputs = keras.Input((64, 96, 3))
     features = keras.Model(found.inputs, found.pyramid_outputs)
@@ -262,7 +260,7 @@ def test_one_model_held_twice_is_one():
 
 
 @pytest.mark.one_backend
-def test_freezing_lets_the_levels_train():
+def test_freezing_keeps_the_levels_trainable():
     found = keras_tnt.backbone(tiny_tnt())
 
     def trained():
@@ -277,18 +275,18 @@ def test_freezing_lets_the_levels_train():
 
 
 @pytest.mark.one_backend
-def test_levels_take_whole_steps(backbone):
+def test_levels_have_distance_zero(backbone):
     distances = keras_tnt.finetuning.distances(backbone)
     assert {distances[w.path] for w in backbone.get_layer("p2").weights} == {0}
     assert {distances[w.path] for w in backbone.get_layer("block_3").weights} == {1}
 
 
-# === Images of any size ===
+# === Free image sizes ===
 
 
 @pytest.fixture(scope="module", params=["tnt", "pyramid_tnt"])
 def free_backbone(request):
-    """A backbone for images of any size, and how one is made for a size."""
+    """Returns (backbone for images of any size, function that builds one for a given size)."""
     keras.utils.set_random_seed(0)
 
     def make(size):
@@ -299,7 +297,7 @@ def free_backbone(request):
 
 
 @pytest.mark.slow
-def test_a_free_backbone_computes_what_one_made_for_the_size_does(free_backbone, tmp_path):
+def test_free_size_backbone_matches_one_of_fixed_size(free_backbone, tmp_path):
     free, make = free_backbone
     free.save_weights(tmp_path / "free.weights.h5")
     images = 100 * normal((1, 64, 96, 3))
@@ -312,7 +310,7 @@ def test_a_free_backbone_computes_what_one_made_for_the_size_does(free_backbone,
 
 
 @pytest.mark.one_backend
-def test_a_free_backbone_wants_its_coarsest_stride(free_backbone):
+def test_free_size_backbone_requires_multiples_of_its_coarsest_stride(free_backbone):
     free, _ = free_backbone
     stride = 2 ** int(list(free.pyramid_outputs)[-1][1:])
     assert keras_tnt.anatomy(free).image.multiple_of == stride
@@ -321,14 +319,14 @@ def test_a_free_backbone_wants_its_coarsest_stride(free_backbone):
 
 
 @pytest.mark.one_backend
-def test_a_map_that_cannot_be_halved_is_told_in_pixels():
+def test_map_that_cannot_be_halved_raises_with_the_size_in_pixels():
     free = keras_tnt.backbone(tiny_tnt((None, None)), ("P5",))
     told = "Level 'p5': .* multiples of 32. Received: 48x64. The nearest .* 64x64;.*pad_to_fit"
     with pytest.raises(ValueError, match=told):
         free(np.zeros((1, 48, 64, 3), "float32"))
 
 
-# === Bad input ===
+# === Invalid input ===
 
 
 def small(**arguments):
@@ -350,14 +348,14 @@ def small(**arguments):
         (lambda: keras_tnt.backbone("tnt_smal"), "Did you mean tnt_small"),
     ],
 )
-def test_what_cannot_be_made_is_told_in_a_line(call, told):
+def test_invalid_arguments_raise_one_line_errors(call, told):
     with pytest.raises(ValueError, match=told) as raised:
         call()
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.one_backend
-def test_patches_that_are_no_power_of_two_are_refused_and_sizes_without_the_level_are_not():
+def test_only_required_levels_limit_patch_and_image_sizes():
     with pytest.raises(ValueError, match="patches of 12 pixels"):
         keras_tnt.backbone(
             tiny_tnt(size=(96, 96), patch_size=12, inner_stride=3), levels=("P2", "P3")

@@ -1,4 +1,4 @@
-"""Folders to share: written by us, read by us, by timm, and from a hub."""
+"""Bundles (`save_pretrained`): read back by us and by timm, and pushed to a hub."""
 
 import importlib.machinery
 import importlib.util
@@ -33,7 +33,7 @@ def images(model, scale=255):
     return scale * np.abs(normal((2, *model.input_shape[1:])))
 
 
-def test_a_model_of_any_architecture_comes_back(tmp_path):
+def test_any_architecture_round_trips(tmp_path):
     model = keras_tnt.TNT(**TINY, class_names=NAMES, distilled=True, classifier_activation=None)
     entrance = keras_tnt.anatomy(model).entrance
     entrance.mean, entrance.crop, entrance.interpolation = (0.1, 0.2, 0.3), 0.8, "bilinear"
@@ -47,7 +47,7 @@ def test_a_model_of_any_architecture_comes_back(tmp_path):
 
 
 @pytest.mark.one_backend
-def test_weights_takes_the_folder_and_brings_classes_names_and_size(tmp_path):
+def test_weights_argument_reads_classes_names_and_size_of_a_bundle(tmp_path):
     model = keras_tnt.DeiTTiny(weights=None, input_shape=(64, 64, 3), class_names=NAMES)
     folder = keras_tnt.save_pretrained(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -70,7 +70,7 @@ def test_weights_takes_the_folder_and_brings_classes_names_and_size(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_the_architecture_is_the_one_that_the_model_has():
+def test_bundle_has_the_architecture_of_the_model():
     size = {"weights": None, "input_shape": (32, 32, 3), "classes": 3}
     for build, arguments, architecture in (
         ("DeiTTiny", {"distilled": True}, "deit_tiny_distilled_patch16_224"),
@@ -86,7 +86,7 @@ def test_the_architecture_is_the_one_that_the_model_has():
 
 
 @pytest.mark.one_backend
-def test_a_classifier_around_a_model_is_written_where_it_reads_what_a_head_reads(tmp_path):
+def test_wrapped_classifier_is_saved_if_equivalent_to_a_head(tmp_path):
     def around(pooling):
         body = keras_tnt.TNT(**TINY, include_top=False, pooling=pooling)
         return keras.Sequential([body, keras.layers.Dense(3, "softmax", name="head")])
@@ -104,7 +104,7 @@ def test_a_classifier_around_a_model_is_written_where_it_reads_what_a_head_reads
 
 
 @pytest.mark.one_backend
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_folder_without_a_bundle_raises(tmp_path):
     with pytest.raises(ValueError, match="holds no model"):
         keras_tnt.DeiTTiny(weights=str(tmp_path))
     (tmp_path / "config.json").write_text('{"architecture": "resnet50"}')
@@ -121,7 +121,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 class Anything(type):
-    """Makes a class that has every attribute."""
+    """A metaclass whose classes have every attribute."""
 
     def __getattr__(cls, name):
         return name
@@ -134,7 +134,7 @@ def anything(name):
 
 
 class NoTorchvision:
-    """Stands in for torchvision, which timm imports and these models do not use."""
+    """An import finder that fakes torchvision, which timm imports and these models do not use."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "torchvision":
@@ -153,7 +153,7 @@ class NoTorchvision:
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm, which `pip install --no-deps timm` brings where torchvision has no build for torch."""
+    """Yields timm, which may be installed without a torchvision that matches torch."""
     pytest.importorskip("torch")
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
@@ -180,7 +180,7 @@ def timm():
         ("cait_xxs24", {}),
     ],
 )
-def test_timm_takes_the_folder(name, arguments, timm, tmp_path):
+def test_timm_loads_the_bundle(name, arguments, timm, tmp_path):
     import torch
 
     settings = {"input_shape": (64, 64, 3), "class_names": NAMES, "classifier_activation": None}
@@ -208,7 +208,7 @@ def test_timm_takes_the_folder(name, arguments, timm, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_what_is_pushed_to_a_hub_loads_from_it(hub, tmp_path):  # noqa: F811
+def test_pushed_model_loads_from_the_hub(hub, tmp_path):  # noqa: F811
     model = keras_tnt.DeiTTiny(weights=None, input_shape=(32, 32, 3), class_names=NAMES)
     hub.folder = tmp_path
     source = keras_tnt.push_to_hub(model, "someone/flowers", token="hf_secret")

@@ -1,4 +1,4 @@
-"""Fresh heads on a model whose other layers stay the same ones."""
+"""`reset_classifier` and `set_class_names`: new heads or names, all other layers shared."""
 
 import keras
 import numpy as np
@@ -33,7 +33,7 @@ def values(variables):
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_heads_are_fresh_and_everything_else_is_shared(distilled):
+def test_reset_classifier_replaces_only_the_heads(distilled):
     model = tiny(distilled=distilled, dtype="mixed_bfloat16", classifier_activation=None)
     model.get_layer("block_0").trainable = False
     found = keras_tnt.reset_classifier(model, class_names=NAMES)
@@ -54,7 +54,7 @@ def test_heads_are_fresh_and_everything_else_is_shared(distilled):
 
 
 @pytest.mark.parametrize("wrap", [sequential, functional])
-def test_a_wrapped_model_is_wrapped_as_before(wrap):
+def test_reset_classifier_preserves_wrapper_models(wrap):
     model = wrap(tiny())
     found = keras_tnt.reset_classifier(model, class_names=NAMES)
     assert type(found) is type(model)
@@ -70,7 +70,7 @@ def test_a_wrapped_model_is_wrapped_as_before(wrap):
 
 
 @pytest.mark.one_backend
-def test_a_classifier_around_a_model_is_reset_and_keeps_no_names():
+def test_reset_classifier_with_a_custom_head():
     model = headed(tiny(include_top=False, pooling="token"))
     found = keras_tnt.reset_classifier(model, classes=3)
     assert found.output_shape == (None, 3)
@@ -81,7 +81,7 @@ def test_a_classifier_around_a_model_is_reset_and_keeps_no_names():
 
 
 @pytest.mark.one_backend
-def test_what_lora_and_quantization_made_of_a_head_is_gone():
+def test_reset_head_has_no_lora_and_no_quantization():
     model = tiny()
     model.quantize("int8")
     head = keras_tnt.reset_classifier(model, 3).get_layer("head")
@@ -93,7 +93,7 @@ def test_what_lora_and_quantization_made_of_a_head_is_gone():
 
 
 @pytest.mark.one_backend
-def test_it_trains_is_saved_and_keeps_its_names(tmp_path):
+def test_reset_model_trains_and_saves_its_class_names(tmp_path):
     found = keras_tnt.reset_classifier(tiny(), class_names=NAMES)
     images = 255 * np.abs(normal((6, 16, 16, 3)))
     found.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
@@ -116,13 +116,13 @@ def test_it_trains_is_saved_and_keeps_its_names(tmp_path):
         ({"class_names": [1, 2]}, "string"),
     ],
 )
-def test_wrong_classes_are_refused(arguments, message):
+def test_invalid_classes_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         keras_tnt.reset_classifier(tiny(), **arguments)
 
 
 @pytest.mark.one_backend
-def test_resetting_to_as_many_classes_warns_and_names_what_keeps_the_head():
+def test_reset_to_the_same_number_of_classes_warns():
     with pytest.warns(UserWarning, match=r"set_class_names\(model, names\).*warn=False") as found:
         keras_tnt.reset_classifier(tiny(classes=3), class_names=NAMES)
     assert len(found) == 1 and found[0].filename == __file__
@@ -130,7 +130,7 @@ def test_resetting_to_as_many_classes_warns_and_names_what_keeps_the_head():
     keras_tnt.reset_classifier(tiny(classes=4), class_names=NAMES)
 
 
-# === Names for a trained head ===
+# === Class names of a trained head ===
 
 
 def named(wrap=lambda model: model, **arguments):
@@ -175,7 +175,7 @@ def test_set_class_names_keeps_every_weight_and_is_saved(kind, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_set_class_names_reaches_a_bundle(tmp_path):
+def test_set_class_names_is_saved_in_a_bundle(tmp_path):
     model = keras_tnt.set_class_names(named(), NAMES)
     keras_tnt.save_pretrained(model, tmp_path / "bundle")
     assert keras_tnt.class_names(keras_tnt.load_pretrained(tmp_path / "bundle")) == NAMES
@@ -193,7 +193,7 @@ def test_set_class_names_reaches_a_bundle(tmp_path):
         ([1, 2, 3], "string"),
     ],
 )
-def test_set_class_names_refuses_wrong_names(names, message):
+def test_set_class_names_rejects_invalid_names(names, message):
     model = keras_tnt.set_class_names(named(), NAMES)
     with pytest.raises(ValueError, match=message):
         keras_tnt.set_class_names(model, names)
@@ -201,7 +201,7 @@ def test_set_class_names_refuses_wrong_names(names, message):
 
 
 @pytest.mark.one_backend
-def test_set_class_names_refuses_models_without_a_classifier():
+def test_set_class_names_rejects_models_without_a_classifier():
     with pytest.raises(ValueError, match="has no classifier"):
         keras_tnt.set_class_names(tiny(include_top=False, pooling="token"), NAMES)
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
@@ -210,7 +210,7 @@ def test_set_class_names_refuses_models_without_a_classifier():
 
 
 @pytest.mark.one_backend
-def test_a_model_without_a_classifier_has_none_to_reset():
+def test_reset_classifier_rejects_models_without_a_classifier():
     with pytest.raises(ValueError, match="has no classifier"):
         keras_tnt.reset_classifier(tiny(include_top=False, pooling="token"), 3)
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])

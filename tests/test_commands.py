@@ -1,4 +1,4 @@
-"""Every script of the repository, asked for help."""
+"""`--help` of every script in the repository."""
 
 import subprocess
 import sys
@@ -10,8 +10,8 @@ pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("training", "benchmarks", "savedmodels", "examples")
 
-# Runs a script with --help where nothing may be written below the repository, or removed, or begun
-# in another process by this Python. What takes seconds to import stands there in name alone.
+# Runs a script with --help under an audit hook that forbids writing or removing files in the
+# repository and starting this Python. Slow packages are replaced by mocks.
 WATCHED = """
 import importlib.abc, importlib.machinery, os, runpy, sys
 from unittest import mock
@@ -57,7 +57,7 @@ def scripts():
 
 
 @pytest.mark.parametrize("script", scripts())
-def test_help_says_what_a_script_does_and_does_nothing_else(script):
+def test_help_prints_usage_without_side_effects(script):
     result = subprocess.run(
         [sys.executable, "-c", WATCHED, str(ROOT), str(ROOT / script)],
         cwd=ROOT,

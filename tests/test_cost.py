@@ -1,4 +1,4 @@
-"""Multiply-accumulates, counted."""
+"""Counts of multiply-accumulates and parameters."""
 
 import keras
 import pytest
@@ -9,7 +9,7 @@ from keras_tnt.inspection import multiply_accumulates
 from keras_tnt.layers.base import without_initial_values
 
 
-def test_matrix_products_and_convolutions_are_counted_alike_on_every_backend():
+def test_matmuls_and_convolutions_are_counted_equally_on_every_backend():
     model = keras_tnt.DeiT(
         input_shape=(32, 32, 3),
         patch_size=16,
@@ -28,7 +28,7 @@ def test_matrix_products_and_convolutions_are_counted_alike_on_every_backend():
     assert multiply_accumulates(convolution) == 6 * 6 * 5 * 3 * 3 * 3
 
 
-# Not `list_models`, in which other test modules register families of theirs.
+# `list_models` would include families that other test modules register.
 NAMES = [
     name
     for family in (keras_tnt.tnt, keras_tnt.pyramid_tnt, keras_tnt.deit, keras_tnt.cait)
@@ -38,7 +38,7 @@ NAMES = [
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", NAMES)
-def test_cost_of_a_variant_is_known_and_that_of_its_weights(name):
+def test_variants_have_a_cost_that_matches_their_weights(name):
     family = next(family for family in registry.families() if name in family.variants)
     row = family.variants[name]
     assert row.cost is not None
@@ -51,7 +51,7 @@ def test_cost_of_a_variant_is_known_and_that_of_its_weights(name):
 @pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", NAMES)
-def test_stored_cost_is_what_is_counted(name):
+def test_stored_cost_matches_the_counted_one(name):
     row = next(f.variants[name] for f in registry.families() if name in f.variants)
     with without_initial_values():
         model = keras_tnt.create_model(name, weights=None)

@@ -1,3 +1,5 @@
+"""Knowledge distillation: losses, metrics, teachers, saving and errors."""
+
 import json
 
 import keras
@@ -22,7 +24,7 @@ TINY = {
     "classes": 5,
 }
 LABELS = np.arange(8) % 5
-# JAX compiles every operation that it runs eagerly.
+# JAX compiles every eager operation.
 QUICKER_EAGERLY = keras.backend.backend() != "jax"
 
 
@@ -41,7 +43,7 @@ def pixels(*shape):
 
 
 def distil(student, teacher, loss="crossentropy", images=None, **arguments):
-    """A distiller and what it says of 8 images."""
+    """Returns a distiller and its metrics on 8 images."""
     distiller = keras_tnt.Distiller(student, teacher, **arguments)
     distiller.compile("sgd", loss, metrics=["accuracy"], run_eagerly=QUICKER_EAGERLY)
     images = pixels(8, *student.input_shape[1:]) if images is None else images
@@ -49,7 +51,7 @@ def distil(student, teacher, loss="crossentropy", images=None, **arguments):
 
 
 class Subclassed(keras.Model):
-    """A model that shows neither its input nor its layers' graph."""
+    """A subclassed model, without a graph of layers."""
 
     def __init__(self, model):
         super().__init__()
@@ -64,7 +66,7 @@ class Subclassed(keras.Model):
 
 
 def given_logits():
-    """A student and a teacher that read their logits off their input, for the reference numbers."""
+    """Returns a student and a teacher that take their logits from the input."""
     inputs = keras.Input((30,))
     head = keras.layers.Activation("linear", name="head")(inputs[:, :10])
     distillation = keras.layers.Activation("linear", name="head_distillation")(inputs[:, 10:20])
@@ -74,7 +76,7 @@ def given_logits():
     return student, keras.Model(inputs, teacher)
 
 
-def test_losses_are_the_reference_ones():
+def test_losses_match_the_reference():
     arrays, metadata = golden.read("distillation_loss")
     names = ("class_logits", "distillation_logits", "teacher_logits")
     inputs = np.concatenate([arrays[name] for name in names], axis=1)
@@ -94,7 +96,7 @@ def test_losses_are_the_reference_ones():
         np.testing.assert_allclose(loss["loss"], value, rtol=1e-6, err_msg=case)
 
 
-def test_batchmean_is_the_textbook_divergence():
+def test_batchmean_is_the_kl_divergence():
     teacher, student = np.random.default_rng(0).normal(size=(2, 6, 10)).astype("float32")
     p, q = (np.exp(x / 2) / np.exp(x / 2).sum(-1, keepdims=True) for x in (teacher, student))
     divergence = 4 * np.mean(np.sum(p * np.log(p / q), axis=-1))
@@ -104,11 +106,11 @@ def test_batchmean_is_the_textbook_divergence():
     np.testing.assert_allclose(float(released), divergence / 10, rtol=1e-5)
 
 
-def test_logits_are_compared_as_they_are_by_default():
+def test_temperature_defaults_to_1():
     assert DistillationLoss().get_config()["temperature"] == 1.0
 
 
-def test_loss_survives_its_configuration():
+def test_loss_config_round_trip():
     loss = DistillationLoss("soft", 3.0, kl_reduction="batchmean")
     serialized = json.loads(json.dumps(keras.saving.serialize_keras_object(loss)))
     copy = keras.saving.deserialize_keras_object(serialized)
@@ -121,7 +123,7 @@ def test_loss_is_the_weighted_sum_of_its_parts():
     np.testing.assert_allclose(logs["loss"], expected, rtol=1e-5)
 
 
-def test_regularisation_is_not_weighted():
+def test_regularization_loss_is_not_weighted():
     student = dense(kernel_regularizer=keras.regularizers.L2(1.0))
     penalty = float(ops.convert_to_numpy(student.losses[0]))
     _, logs = distil(student, dense(), alpha=0.3)
@@ -137,7 +139,7 @@ def test_regularisation_is_not_weighted():
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     ],
 )
-def test_base_loss_reads_the_class_head_as_it_is_meant_to(loss):
+def test_base_loss_is_computed_from_the_class_head(loss):
     student = tnt(distilled=True)
     distiller, logs = distil(student, dense(), loss, alpha=0)
     logits = ops.convert_to_numpy(distiller(pixels(8, 16, 16, 3))["head"])
@@ -146,7 +148,7 @@ def test_base_loss_reads_the_class_head_as_it_is_meant_to(loss):
     np.testing.assert_allclose(logs["loss"], expected, rtol=1e-4)
 
 
-def test_default_loss_fits_a_student_without_activation():
+def test_default_loss_supports_a_student_without_activation():
     student = tnt(classifier_activation=None)
     _, logs = distil(student, dense(), alpha=0)
     expected = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(
@@ -155,7 +157,7 @@ def test_default_loss_fits_a_student_without_activation():
     np.testing.assert_allclose(logs["loss"], ops.convert_to_numpy(expected), rtol=1e-4)
 
 
-def test_other_losses_see_what_the_student_gives():
+def test_other_losses_use_the_output_of_the_student():
     student = tnt(classifier_activation=None)
     images = pixels(8, 16, 16, 3)
     distiller = keras_tnt.Distiller(student, dense(), alpha=0)
@@ -166,19 +168,19 @@ def test_other_losses_see_what_the_student_gives():
     np.testing.assert_allclose(logs["loss"], expected, rtol=1e-4)
 
 
-def test_the_teacher_alone_may_teach():
+def test_alpha_1_uses_only_the_teacher():
     _, logs = distil(dense(), dense(), alpha=1)
     np.testing.assert_allclose(logs["loss"], logs["distillation_loss"], rtol=1e-6)
 
 
-def test_a_call_drops_nothing():
+def test_call_applies_no_dropout():
     student = tnt(dropout=0.5)
     images = pixels(2, 16, 16, 3)
     found = keras_tnt.Distiller(student, dense())(images)["predictions"]
     golden.assert_close(found, student(images, training=False))
 
 
-def test_sample_weights_weigh_both_losses():
+def test_sample_weights_apply_to_both_losses():
     student, teacher = tnt(distilled=True), dense()
     images = pixels(8, 16, 16, 3)
     distiller, _ = distil(student, teacher)
@@ -194,7 +196,7 @@ def test_sample_weights_weigh_both_losses():
     np.testing.assert_allclose(losses(slice(None), weights), losses(first), rtol=1e-5)
 
 
-def test_sample_weights_weigh_the_agreement_and_the_accuracies():
+def test_sample_weights_apply_to_agreement_and_accuracies():
     student, teacher = tnt(distilled=True), dense()
     images = pixels(8, 16, 16, 3)
     distiller, _ = distil(student, teacher)
@@ -216,8 +218,8 @@ def test_sample_weights_weigh_the_agreement_and_the_accuracies():
 
 
 @pytest.mark.slow
-def test_fit_trains_every_weight_of_the_student_and_none_of_the_teacher():
-    # BatchNorm and Dropout in the teacher would tell if it ran in training mode.
+def test_fit_trains_all_student_weights_and_no_teacher_weight():
+    # BatchNormalization and Dropout in the teacher reveal if it runs in training mode.
     inputs = keras.Input((24, 24, 3))
     x = keras.layers.BatchNormalization()(inputs)
     x = keras.layers.Dropout(0.9)(keras.layers.Flatten()(x))
@@ -244,7 +246,7 @@ def test_fit_trains_every_weight_of_the_student_and_none_of_the_teacher():
     assert heads | {f"val_{name}" for name in heads} <= set(history)
 
 
-def test_student_learns_what_the_teacher_says_and_labels_do_not():
+def test_student_follows_the_teacher_not_the_labels():
     distiller = keras_tnt.Distiller(dense(), dense(), alpha=1.0)
     distiller.compile(keras.optimizers.Adam(1e-2))
     images = pixels(8, 16, 16, 3) / 255
@@ -254,7 +256,7 @@ def test_student_learns_what_the_teacher_says_and_labels_do_not():
     assert logs["head_accuracy"] < 1.0
 
 
-def test_metrics_are_those_of_the_heads():
+def test_metrics_are_computed_per_head():
     student, teacher = tnt(distilled=True), dense()
     distiller, logs = distil(student, teacher)
     outputs = distiller(pixels(8, 16, 16, 3))
@@ -266,7 +268,7 @@ def test_metrics_are_those_of_the_heads():
     assert logs["teacher_agreement"] == np.mean(classes["head_distillation"] == taught)
 
 
-def test_one_head_learns_from_both():
+def test_single_head_learns_from_labels_and_teacher():
     student, teacher = tnt(), dense()
     images = pixels(8, 16, 16, 3) / 255
     _, logs = distil(student, teacher, images=images, kind="soft", temperature=2.0)
@@ -276,7 +278,7 @@ def test_one_head_learns_from_both():
     assert "head_distillation_accuracy" not in logs
 
 
-def test_labels_may_be_soft():
+def test_soft_labels_are_supported():
     distiller = keras_tnt.Distiller(tnt(distilled=True), dense())
     distiller.compile("sgd", "categorical_crossentropy", run_eagerly=QUICKER_EAGERLY)
     images, labels = pixels(8, 16, 16, 3), np.eye(5, dtype="float32")[LABELS]
@@ -286,7 +288,7 @@ def test_labels_may_be_soft():
     assert soft["head_accuracy"] == hard["head_accuracy"]
 
 
-def test_half_precision_trains():
+def test_mixed_float16_student_trains():
     keras.config.set_dtype_policy("mixed_float16")
     distiller, _ = distil(tnt(distilled=True), dense(), kind="soft")
     logs = distiller.fit(pixels(8, 16, 16, 3), LABELS, verbose=0).history
@@ -297,7 +299,7 @@ def test_half_precision_trains():
 
 
 @pytest.mark.slow
-def test_teachers_in_every_form_say_the_same():
+def test_teachers_with_any_output_activation_agree():
     softmax = dense()
     weights = softmax.get_weights()
     linear = dense(activation=None)
@@ -315,7 +317,7 @@ def test_teachers_in_every_form_say_the_same():
         Subclassed(linear),
     ]
     student = tnt()
-    # Pixels this small keep the teacher's probabilities away from 0 and 1.
+    # Small pixel values keep the teacher's probabilities away from 0 and 1.
     images = pixels(8, 16, 16, 3) / 255
     losses = [
         distil(student, teacher, images=images, kind="soft")[1]["distillation_loss"]
@@ -325,7 +327,7 @@ def test_teachers_in_every_form_say_the_same():
     np.testing.assert_allclose(losses, losses[0], rtol=1e-3)
 
 
-def test_what_the_teacher_gives_can_be_said():
+def test_teacher_from_logits_can_be_set():
     linear = dense(activation=None)
     images = pixels(2, 16, 16, 3)
     read = keras_tnt.Distiller(tnt(), linear).teacher(images)
@@ -334,13 +336,13 @@ def test_what_the_teacher_gives_can_be_said():
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_images_reach_the_teacher_at_its_size(data_format):
+def test_images_are_resized_for_the_teacher(data_format):
     keras.config.set_image_data_format(data_format)
 
     def shape(height, width):
         return (3, height, width) if data_format == "channels_first" else (height, width, 3)
 
-    # A ramp is still one when it is resampled, but for the edges.
+    # A linear ramp stays linear when it is resampled, except near the edges.
     ramp = np.arange(16, dtype="float32")[:, None, None] + 10 * np.arange(24)[None, :, None]
     images = np.broadcast_to(ramp, (1, 16, 24, 3))
     if data_format == "channels_first":
@@ -358,7 +360,7 @@ def test_images_reach_the_teacher_at_its_size(data_format):
 @pytest.mark.parametrize("student_takes_pixels", [True, False])
 @pytest.mark.parametrize("teacher_takes_pixels", [True, False])
 @pytest.mark.parametrize("channels", [3, 1])
-def test_images_reach_the_teacher_as_it_was_trained(
+def test_images_are_converted_to_the_teacher_preprocessing(
     student_takes_pixels, teacher_takes_pixels, channels
 ):
     shape = (16, 16, channels)
@@ -389,14 +391,14 @@ def test_images_reach_the_teacher_as_it_was_trained(
     golden.assert_close(logits, with_preprocessing(images))
 
 
-def test_preprocessing_can_be_given():
+def test_teacher_preprocessing_can_be_a_function():
     teacher = dense(None)
     images = pixels(2, 16, 16, 3)
     distiller = keras_tnt.Distiller(tnt(), teacher, teacher_preprocessing=lambda x: x / 255 - 0.5)
     golden.assert_close(distiller.teacher(images), teacher(images / 255 - 0.5))
 
 
-def test_bytes_are_images_too():
+def test_uint8_images_are_supported():
     images = pixels(2, 16, 16, 3).astype("uint8")
     teacher = keras_tnt.Distiller(tnt(), dense(None, (24, 24, 3))).teacher
     golden.assert_close(teacher(images), teacher(images.astype("float32")))
@@ -421,7 +423,7 @@ def test_only_the_student_is_saved(tmp_path):
     golden.assert_close(distiller.predict(images, verbose=0), expected)
 
 
-def test_weights_of_a_distiller_hold_no_teacher(tmp_path):
+def test_distiller_weights_exclude_the_teacher(tmp_path):
     path = str(tmp_path / "distiller.weights.h5")
     distiller = keras_tnt.Distiller(tnt(distilled=True), dense())
     distiller.save_weights(path)
@@ -453,7 +455,7 @@ def test_weights_of_a_distiller_hold_no_teacher(tmp_path):
         ({"student": "subclassed"}, "must be a functional or Sequential model"),
     ],
 )
-def test_misfits_are_refused(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     students = {
         "wrapped": lambda: keras.Sequential([keras.Input((16, 16, 3)), tnt(distilled=True)]),
         "sigmoid": lambda: dense("sigmoid"),

@@ -1,4 +1,4 @@
-"""On JAX, Keras's own `fit` shares a batch between devices, and so do meshes of JAX."""
+"""JAX: data-parallel `fit` with keras.distribution, and models under JAX meshes."""
 
 import os
 
@@ -32,7 +32,7 @@ np.savez(sys.argv[2], *[np.asarray(v.value) for v in model.trainable_variables])
 
 @pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is JAX's")
-def test_two_devices_learn_what_one_does(tmp_path):
+def test_two_devices_learn_the_weights_of_one(tmp_path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     weights = []
     for devices in ("one", "both"):
@@ -106,6 +106,6 @@ for kind in (AxisType.Explicit, AxisType.Auto):
 
 @pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="meshes are JAX's")
-def test_every_family_learns_in_meshes_of_explicit_and_of_automatic_axes():
+def test_every_family_trains_in_meshes_with_explicit_and_auto_axes():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     assert len(run_python(MESHES, XLA_FLAGS=flags).splitlines()) == 20

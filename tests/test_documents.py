@@ -1,8 +1,8 @@
-"""Every code block of the README and of docs/ runs as printed, or says above it why it cannot.
+"""Every code block of the README and docs/ runs as printed, or has a note with the reason.
 
-A page is one session, in a folder with some photographs, where published variants are small and a
-hub on the loopback has their weights. Python runs; so do the lines of `keras-tnt` in shell blocks.
-A block under `<!-- needs ...: why -->` is not run, but its commands must exist with their flags.
+Each page is one session, in a directory with photographs, where published variants are shrunken and
+a fake hub has their weights. Python blocks run; so do the `keras-tnt` lines in shell blocks. Blocks
+under `<!-- needs ...: why -->` are not run, but their commands and flags must exist.
 """
 
 import re
@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 START = ROOT / "docs" / "start.md"
 BLOCK = re.compile(r"(?:<!-- (needs [^>]*?) ?-->\n)?^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# Languages of blocks that nothing runs: output, and files shown.
+# Languages of blocks that are never run: output and example files.
 SHOWN = ("text", "json", "yaml", "dockerfile")
 CHECKPOINTS = (
     "deit_tiny_patch16_224.fb_in1k",
@@ -45,11 +45,11 @@ def blocks(page):
 
 
 WITH_CODE = [page for page in PAGES if blocks(page)]
-APART = (START, CONTRIBUTING)  # pages with tests of their own
+APART = (START, CONTRIBUTING)  # pages with separate tests
 
 
 def commands(code):
-    """The commands of a shell block, as lists of words."""
+    """Returns the commands of a shell block, as lists of words."""
     lines = code.replace("\\\n", " ").splitlines()
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
@@ -60,7 +60,7 @@ def identity(page):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder of files, and the small models and the hub that stand for the real ones."""
+    """Yields a directory of files; the models are shrunken and the hub is fake."""
     folder = tmp_path_factory.mktemp("files")
     hub = Hub()
     hub.folder = tmp_path_factory.mktemp("hub")
@@ -81,7 +81,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def eagerly():
-    """TensorFlow calls what it would trace for half of a minute and run for half of a second."""
+    """Makes TensorFlow run functions eagerly, because tracing takes far longer than the run."""
     tensorflow = pytest.importorskip("tensorflow")
     tensorflow.config.run_functions_eagerly(True)
     with warnings.catch_warnings():
@@ -92,13 +92,13 @@ def eagerly():
 
 @pytest.fixture
 def session(world, tmp_path, monkeypatch):
-    """The namespace of a reader who sits in a folder with some files."""
+    """Yields an empty namespace, in a working directory with the reader's files."""
     shutil.copytree(world, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     tables = [registry._families, sources.DATASETS, *(f.variants for f in registry.families())]
     before = [dict(table) for table in tables]
     yield {}
-    for table, rows in zip(tables, before, strict=True):  # what a page registered is forgotten
+    for table, rows in zip(tables, before, strict=True):  # undoes registrations of a page
         table.clear()
         table.update(rows)
 
@@ -109,7 +109,7 @@ def test_code_runs_as_printed(page, session, eagerly):
     run(page, session)
 
 
-def test_the_first_page_runs_as_printed_on_each_backend(session):
+def test_start_page_runs_as_printed_on_each_backend(session):
     run(START, session)
 
 
@@ -129,7 +129,7 @@ def run(page, session):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("page", WITH_CODE, ids=identity)
-def test_what_cannot_run_here_says_why_and_names_what_exists(page):
+def test_skipped_code_has_a_reason_and_names_existing_commands(page):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for block in blocks(page):
         if block.needs:
@@ -148,7 +148,7 @@ def test_what_cannot_run_here_says_why_and_names_what_exists(page):
 
 
 def check_flags(script, flags):
-    """Raise an AssertionError if a script of the repository, or a flag of it, does not exist."""
+    """Asserts that a script accepts the flags."""
     known = script.read_text(encoding="utf-8")
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0]
@@ -158,15 +158,15 @@ def check_flags(script, flags):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_links_to_files_lead_somewhere(name):
-    """Those of docs/ are held by `make docs`."""
+def test_links_to_files_exist(name):
+    """`make docs` checks the links of docs/."""
     text = (ROOT / name).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.one_backend
-def test_a_newcomers_optimiser_and_data_set_are_found_by_name(session, monkeypatch):
+def test_custom_optimizer_and_data_set_are_found_by_name(session, monkeypatch):
     pytest.importorskip("tensorflow")
     from training import optimizers
 
@@ -178,33 +178,33 @@ def test_a_newcomers_optimiser_and_data_set_are_found_by_name(session, monkeypat
     assert (training.size, held_out.size, training.classes) == (64, 16, 2)
 
 
-# === Tables of what one types there and here ===
+# === Tables of equivalents in other packages ===
 
 COMING_FROM = ROOT / "docs" / "coming_from.md"
 
 
 def ours(page):
-    """The code in the last cell of every row."""
+    """Returns the code in the last cell of every row."""
     rows = re.findall(r"^\| .* \| (.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return [code for cell in rows for code in re.findall(r"`([^`]+)`", cell)]
 
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_every_line_of_ours_beside_those_of_others_runs(session, eagerly):
+def test_every_equivalent_python_line_runs(session, eagerly):
     for block in blocks(COMING_FROM):
         exec(compile(block.code, COMING_FROM.name, "exec"), session)
     lines = [code for code in dict.fromkeys(ours(COMING_FROM)) if not code.startswith("--")]
     arguments = [code for code in lines if re.match(r"\w+=", code)]
     assert len(lines) > 60 and len(arguments) > 10
-    lines.append(f"keras_tnt.TNT({', '.join(arguments)})")  # those of the architecture, at once
+    lines.append(f"keras_tnt.TNT({', '.join(arguments)})")  # all architecture arguments at once
     for line in lines:
         if line not in arguments:
             exec(compile(line, COMING_FROM.name, "exec"), session)
 
 
 @pytest.mark.one_backend
-def test_every_flag_of_ours_beside_those_of_others_is_taken():
+def test_every_equivalent_flag_is_accepted():
     lines = [code for code in ours(COMING_FROM) if code.startswith("--")]
     assert len(lines) > 10
     for words in map(shlex.split, lines):
@@ -216,7 +216,7 @@ def test_every_flag_of_ours_beside_those_of_others_is_taken():
 
 
 @pytest.mark.one_backend
-def test_every_function_that_the_architecture_names_is_in_its_file():
+def test_functions_named_in_the_architecture_page_exist():
     text = re.sub(r"\s+", " ", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
     named = re.findall(r"`((?:keras_tnt|training)/[\w/]+\.py)(?:: (\w+))?`", text)
     assert len(named) > 25

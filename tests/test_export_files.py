@@ -1,4 +1,4 @@
-"""Exports on disks that are or run full, and in a process that is killed, leave nothing behind."""
+"""Exports on full disks and in killed processes leave no partial files."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ from tests.test_export import ROOT, TINY
 
 @contextlib.contextmanager
 def small_disk(folder):
-    """A file system of 8 MB there; yields a function that leaves so many bytes of it free."""
+    """Mounts an 8 MB file system; yields a function that leaves `free` bytes available."""
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True
@@ -52,12 +52,10 @@ def small_disk(folder):
 @pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("checked", [True, False])
-def test_on_a_disk_that_is_or_runs_full_nothing_half_written_is_left(
-    checked, tmp_path, monkeypatch
-):
+def test_full_disk_leaves_no_partial_export(checked, tmp_path, monkeypatch):
     model = keras_tnt.TNT(**TINY)
     disk = tmp_path / "disk"
-    if not checked:  # as if another process took the room meanwhile
+    if not checked:  # as if another process filled the disk after the check
         for module in (servable, onnx_file, checkpoint):
             monkeypatch.setattr(module, "check_space", lambda *_: None)
     exports = {
@@ -87,7 +85,7 @@ def test_on_a_disk_that_is_or_runs_full_nothing_half_written_is_left(
 
 
 @pytest.mark.slow
-def test_a_version_takes_no_more_room_than_was_counted_and_nothing_elsewhere(tmp_path, monkeypatch):
+def test_export_uses_no_more_space_than_estimated_and_no_temporary_directory(tmp_path, monkeypatch):
     temporary, counted = tmp_path / "temporary", []
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
@@ -98,13 +96,13 @@ def test_a_version_takes_no_more_room_than_was_counted_and_nothing_elsewhere(tmp
     written = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
     if keras.backend.backend() != "torch":
         assert written <= counted[-1] < 2 * written
-        # Such as TensorFlow's, which a process that is killed would leave behind.
+        # TensorFlow's temporary files would remain after a killed process.
         assert os.listdir(temporary) == []
 
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_the_process_that_is_handed_over_to_gives_back_the_error_as_it_is(tmp_path):
+def test_error_of_the_tensorflow_process_is_raised_unchanged(tmp_path):
     network = serving_network(keras_tnt.TNT(**TINY))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "3").mkdir()
@@ -139,7 +137,7 @@ in_tensorflow("keras_tnt.export.onnx_file:write_onnx", network, references, argu
 
 @pytest.mark.one_backend
 @pytest.mark.slow
-def test_a_killed_export_leaves_no_temporary_files_and_no_process(tmp_path):
+def test_killed_export_leaves_no_temporary_files_and_no_process(tmp_path):
     temporary, folder = tmp_path / "tmp", tmp_path / "out"
     temporary.mkdir()
     code = KILLED.replace("PATH", repr(str(folder / "tnt.onnx")))
@@ -151,7 +149,7 @@ def test_a_killed_export_leaves_no_temporary_files_and_no_process(tmp_path):
         assert writer.poll() is None
         time.sleep(0.001)
     writer.send_signal(signal.SIGKILL)
-    # The pipe is open for as long as one of both processes runs.
+    # The pipe stays open while either process runs.
     assert writer.communicate(timeout=60)[0] == b""
     assert os.listdir(temporary) == []
     assert not (folder / "tnt.onnx").exists()

@@ -1,4 +1,4 @@
-"""The evaluation transform inside the graph gives what `load_image` gives by Pillow."""
+"""The evaluation transform in an exported graph matches `load_image` with Pillow."""
 
 import functools
 import io
@@ -91,7 +91,7 @@ def model_and_graph(shape):
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 3), (32, 80, 3), (64, 64, 1)])
-def test_pixels_are_within_one_of_pillows(shape):
+def test_pixels_are_within_one_level_of_pillow(shape):
     model, graph = model_and_graph(shape)
     for name, encoded in PICTURES.items():
         found = graph(tf.constant([encoded]))[0].numpy()
@@ -100,7 +100,7 @@ def test_pixels_are_within_one_of_pillows(shape):
         assert (difference > 0).mean() < 0.005, name
 
 
-def test_predictions_are_the_same():
+def test_predictions_match_load_image():
     model, graph = model_and_graph((64, 64, 3))
     expected = model.predict_on_batch(keras_tnt.load_images(list(PICTURES.values()), model))
     found = model.predict_on_batch(graph(tf.constant(list(PICTURES.values()))))
@@ -108,7 +108,7 @@ def test_predictions_are_the_same():
     assert (found.argmax(-1) == expected.argmax(-1)).all()
 
 
-def test_a_jpeg_whose_exif_is_damaged_is_taken_as_it_lies():
+def test_damaged_exif_is_ignored():
     _, graph = model_and_graph((64, 64, 3))
     plain = encode(picture(90, 60))
     for damaged in (b"Exif\0\0MM\0*\xff\xff\xff\x08\0\x01", b"Exif\0\0II*\0", b"Exif\0\0"):
@@ -117,7 +117,7 @@ def test_a_jpeg_whose_exif_is_damaged_is_taken_as_it_lies():
         assert (found == expected).all()
 
 
-def test_the_places_of_broken_images_are_told():
+def test_indices_of_broken_images_are_reported():
     _, graph = model_and_graph((64, 64, 3))
     good = PICTURES["png"]
     batch = [good, b"nonsense", good, PICTURES["progressive"][:900], b""]
@@ -127,7 +127,7 @@ def test_the_places_of_broken_images_are_told():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP, extended"])
-def test_what_claims_to_be_too_large_is_refused_before_it_is_decoded(kind):
+def test_image_above_the_pixel_limit_is_refused_before_decoding(kind):
     _, graph = model_and_graph((64, 64, 3))
     large = [hostile_images.claiming(kind, side, side) for side in (13_000, 65_535)]
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"67,108,864 pixels.*\] \[1 2\]"):
@@ -135,13 +135,13 @@ def test_what_claims_to_be_too_large_is_refused_before_it_is_decoded(kind):
 
 
 @pytest.mark.parametrize("sides", [(60_000, 1), (1, 60_000)])
-def test_of_a_strip_no_more_is_resized_than_is_shown(sides):
+def test_only_the_visible_part_of_a_strip_is_resized(sides):
     _, graph = model_and_graph((64, 64, 3))
     crop = graph(tf.constant([hostile_images.png(*sides, color=2)])).numpy()
     assert crop.shape == (1, 64, 64, 3) and not crop.any()
 
 
-# Run by itself, so that a decoder that ends the process is no more than a test that fails.
+# Runs in a separate process, so that a decoder crash fails only this test.
 SWEEP = """
 import resource, sys
 import numpy as np
@@ -185,7 +185,7 @@ print("read", read, "refused", refused)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_whatever_the_bytes_the_process_lives_and_the_place_is_told(tmp_path):
+def test_malformed_images_report_their_index_and_never_crash(tmp_path):
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join("abcdefg"))
     count = hostile_images.number_of(300)

@@ -1,4 +1,4 @@
-"""DeiT, CaiT and PyramidTNT: the reference's numbers, and what holds for every family."""
+"""DeiT, CaiT and PyramidTNT match the references; properties of every family."""
 
 import functools
 
@@ -49,7 +49,7 @@ TINY = {
         "reductions": (2, 1),
     },
 }
-# Names in the reference's configurations that are others here.
+# Names in the reference configurations that differ from ours.
 RENAMED = {"depth_class_attention": "class_attention_depth", "sr_ratios": "reductions"}
 ABOUT = ("family", "source", "img_size", "num_classes")
 
@@ -60,7 +60,7 @@ def tiny(family, size=(32, 48), **arguments):
 
 
 def reference(family, directory, **arguments):
-    """The reference's numbers and the model that it is, holding its weights."""
+    """Returns the golden values and a model with the reference's weights."""
     numbers = golden.load(family)
     architecture = {
         RENAMED.get(key, key): value for key, value in numbers.config.items() if key not in ABOUT
@@ -79,7 +79,7 @@ def reference(family, directory, **arguments):
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """Each family's numbers and model, built once."""
+    """Returns a function from a family to its (golden values, model), built once."""
     directory, built = tmp_path_factory.mktemp("checkpoints"), {}
     return lambda family: (
         built.get(family) or built.setdefault(family, reference(family, directory))
@@ -87,7 +87,7 @@ def references(tmp_path_factory):
 
 
 def run(model, images):
-    """The model's result as arrays, op by op: what is compiled for one model serves the others."""
+    """Returns the model's eager outputs as arrays; models share compiled operations."""
     return keras.tree.map_structure(ops.convert_to_numpy, model(images, training=False))
 
 
@@ -96,12 +96,12 @@ def run(model, images):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", BUILDERS)
-def test_logits_are_the_reference_s(references, family, mode):
+def test_logits_match_the_reference(references, family, mode):
     numbers, model = references(family)
     assert_close(predict(model, numbers.images, mode), numbers.outputs["logits"])
 
 
-def test_each_head_of_a_distilled_model_gives_its_own_logits(references):
+def test_distilled_heads_match_the_reference(references):
     numbers, model = references("deit_distilled")
     layers = ("head", "head_distillation", "norm", "predictions")
     outputs = keras.Model(model.input, [model.get_layer(name).output for name in layers])
@@ -113,7 +113,7 @@ def test_each_head_of_a_distilled_model_gives_its_own_logits(references):
 
 
 @pytest.mark.parametrize("family", ["deit_distilled", "cait"])
-def test_without_top_the_result_is_the_reference_s_patches(family, tmp_path):
+def test_headless_output_matches_the_reference_patches(family, tmp_path):
     numbers, model = reference(family, tmp_path, include_top=False)
     prefix_tokens = 2 if "distilled" in family else 1
     patches = numbers.outputs["tokens"][:, prefix_tokens:]
@@ -121,7 +121,7 @@ def test_without_top_the_result_is_the_reference_s_patches(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_variables_go_back_into_the_tensors_that_they_came_from(references, family):
+def test_variables_convert_back_to_the_reference_tensors(references, family):
     numbers, model = references(family)
     tensors = torch_tensors(model)
     assert tensors.keys() == numbers.weights.keys()
@@ -130,7 +130,7 @@ def test_variables_go_back_into_the_tensors_that_they_came_from(references, fami
 
 
 def torch_tensors(model):
-    """The model's weights as a checkpoint holds them."""
+    """Returns the model's weights under their checkpoint names."""
     return {
         name: tensor
         for entry in entries(model)
@@ -145,19 +145,19 @@ def torch_tensors(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", BUILDERS)
-def test_the_model_is_what_keras_users_expect(family):
+def test_model_passes_the_keras_checks(family):
     check_model(tiny, family=family, size=(32, 32))
 
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_files_load_in_a_process_that_imports_no_more_than_the_package(tmp_path):
+def test_files_load_in_a_process_that_imports_only_the_package(tmp_path):
     models = {family: tiny(family) for family in ("deit_distilled", "cait", "pyramid_tnt")}
     check_fresh_process(models, tmp_path)
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_weights_of_another_resolution_are_resampled_from_every_kind_of_file(family, tmp_path):
+def test_weights_of_another_resolution_are_resampled_from_any_file(family, tmp_path):
     square, other = tiny(family, (64, 64)), tiny(family, (32, 48))
     for variable in square.variables:
         variable.assign(normal(variable.shape))
@@ -181,7 +181,7 @@ def test_weights_of_another_resolution_are_resampled_from_every_kind_of_file(fam
 
 
 def assert_resampled(source, target):
-    """Every weight of `target` is `source`'s, position tables resampled."""
+    """Asserts that `target` has the weights of `source`, with position tables resampled."""
     for theirs, ours in zip(source.layers, target.layers, strict=True):
         expected = [ops.convert_to_numpy(variable) for variable in theirs.variables]
         if isinstance(theirs, PositionEmbedding):
@@ -194,7 +194,7 @@ def assert_resampled(source, target):
 
 
 def resampled_relative_positions(table, theirs, ours):
-    """First over the patches, each pooled patch a channel; then the other way about."""
+    """Resamples over patches, with pooled patches as channels, and then vice versa."""
     heads = len(table)
     for reduction in (1, theirs.reduction):
         grids = [[side // reduction for side in layer.grid] for layer in (theirs, ours)]
@@ -206,7 +206,7 @@ def resampled_relative_positions(table, theirs, ours):
 
 
 @pytest.mark.parametrize("family", ["tnt", *BUILDERS])
-def test_channels_first_and_preprocessing_outside_give_the_same_predictions(family):
+def test_channels_first_and_external_preprocessing_predict_the_same(family):
     build = tiny_tnt if family == "tnt" else functools.partial(tiny, family)
     model = build(size=(32, 48))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), "uint8")
@@ -232,7 +232,7 @@ def test_channels_first_and_preprocessing_outside_give_the_same_predictions(fami
     assert_close(run(outside, images), expected, 1e-5)
 
 
-def test_grey_images_are_normalised_inside_and_outside_alike():
+def test_gray_images_are_normalized_equally_inside_and_outside():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), "uint8")
     model = tiny("deit", input_shape=(32, 32, 1))
     outside = tiny("deit", input_shape=(32, 32, 1), include_preprocessing=False)
@@ -243,7 +243,7 @@ def test_grey_images_are_normalised_inside_and_outside_alike():
 
 
 @pytest.mark.parametrize("family", ["deit", "cait", "pyramid_tnt"])
-def test_preprocessing_takes_arrays_and_tensors_of_either_layout(family):
+def test_preprocess_input_takes_arrays_and_tensors_in_either_data_format(family):
     module = getattr(keras_tnt, family)
     last = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), "uint8")
     mean, std = np.array(module.IMAGE.mean), np.array(module.IMAGE.std)
@@ -258,7 +258,7 @@ def test_preprocessing_takes_arrays_and_tensors_of_either_layout(family):
 
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("pooling", ["avg", "max", "token"])
-def test_pooled_features_are_vectors_of_the_feature_map_or_the_tokens(family, pooling):
+def test_pooling_reduces_the_feature_map_or_the_tokens(family, pooling):
     if family == "pyramid_tnt" and pooling == "token":
         with pytest.raises(ValueError, match="must be one of None, 'avg', 'max'"):
             tiny(family, include_top=False, pooling=pooling)
@@ -278,14 +278,14 @@ def test_pooled_features_are_vectors_of_the_feature_map_or_the_tokens(family, po
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_a_model_builds_on_the_output_of_other_layers(family):
+def test_model_can_be_built_on_other_layers(family):
     images = keras.Input((16, 24, 3))
     model = tiny(family, input_shape=None, input_tensor=keras.layers.UpSampling2D()(images))
     assert model.input_shape == (None, 16, 24, 3)
     assert run(model, normal((2, 16, 24, 3))).shape == (2, 3)
 
 
-# === What is refused ===
+# === Invalid arguments ===
 
 
 @pytest.mark.parametrize(
@@ -303,6 +303,6 @@ def test_a_model_builds_on_the_output_of_other_layers(family):
         ("pyramid_tnt", {"reductions": (2, 1, 1)}, r"one value for each stage.*\(2, 1, 1\)"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(family, arguments, message):
+def test_invalid_arguments_raise(family, arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny(family, **arguments)

@@ -1,4 +1,4 @@
-"""Folders for what is being written: whose they are, and when nobody's."""
+"""Scratch directories, atomic writes, locks, and reading of regular files only."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from tests.checks import ROOT
 
 pytestmark = pytest.mark.one_backend
 HOST = socket.gethostname()
-# The module alone, and a folder that it holds until it is killed.
+# Loads the module alone and holds a scratch directory until it is killed.
 HOLDER = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("files", sys.argv[1])
@@ -57,7 +57,7 @@ def left_after_another(tmp_path):
         return [name for name in os.listdir(tmp_path) if name != os.path.basename(aside)]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path, holder):
+def test_scratch_directory_of_a_killed_process_is_removed(tmp_path, holder):
     process, aside = holder
     assert left_after_another(tmp_path) == [os.path.basename(aside)]
     process.kill()
@@ -65,14 +65,14 @@ def test_what_a_killed_process_left_is_removed(tmp_path, holder):
     assert left_after_another(tmp_path) == []
 
 
-def test_what_a_process_that_ended_left_is_removed_and_other_hosts_is_not(tmp_path):
+def test_scratch_directory_of_another_host_is_kept(tmp_path):
     made_aside(tmp_path, ended_process())
     other = made_aside(tmp_path, ended_process(), host="elsewhere", age=1e6)
     assert left_after_another(tmp_path) == [other.name]
 
 
-def test_a_folder_whose_process_cannot_be_seen_is_kept_while_it_is_locked(tmp_path):
-    """As of another container with the name of this host."""
+def test_locked_scratch_directory_of_an_unknown_process_is_kept(tmp_path):
+    """The process may be in another container with the same host name."""
     path = made_aside(tmp_path, ended_process(), age=1e6)
     with files.locked(path, required=True):
         assert left_after_another(tmp_path) == [path.name]
@@ -80,21 +80,21 @@ def test_a_folder_whose_process_cannot_be_seen_is_kept_while_it_is_locked(tmp_pa
 
 
 @pytest.mark.parametrize("age", [0, 1e6])
-def test_a_number_that_another_process_has_by_now_keeps_no_folder_for_ever(tmp_path, age):
-    """As of a container that is started again: its processes have the same numbers."""
+def test_reused_process_id_does_not_keep_a_directory_forever(tmp_path, age):
+    """In a restarted container, processes have the same ids."""
     path = made_aside(tmp_path, os.getppid(), age=age)
     assert left_after_another(tmp_path) == ([] if age else [path.name])
 
 
 @pytest.mark.parametrize("age", [0, 1e6])
-def test_without_locks_the_numbers_of_processes_count(tmp_path, monkeypatch, age):
+def test_without_locks_the_process_id_decides(tmp_path, monkeypatch, age):
     monkeypatch.setattr(files, "fcntl", None)
     path = made_aside(tmp_path, os.getppid(), age=age)
     made_aside(tmp_path, ended_process(), age=age)
     assert left_after_another(tmp_path) == [path.name]
 
 
-def test_a_link_in_the_place_of_such_a_folder_is_not_followed(tmp_path):
+def test_symlink_in_place_of_a_scratch_directory_is_not_followed(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("kept")
     os.symlink(tmp_path / "mine", tmp_path / f"{files.ASIDE}{HOST}-{ended_process()}-abc")
@@ -103,11 +103,11 @@ def test_a_link_in_the_place_of_such_a_folder_is_not_followed(tmp_path):
     assert (tmp_path / "mine" / "file").read_text() == "kept"
 
 
-# === Systems that cannot flush directories, and those without locks ===
+# === Systems without directory fsync or locks ===
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF])
-def test_a_file_is_written_where_folders_cannot_be_flushed(tmp_path, monkeypatch, number):
+def test_write_atomically_without_directory_fsync(tmp_path, monkeypatch, number):
     flush = os.fsync
 
     def flush_files_only(descriptor):
@@ -121,8 +121,8 @@ def test_a_file_is_written_where_folders_cannot_be_flushed(tmp_path, monkeypatch
     assert os.listdir(tmp_path / "new") == ["a"]
 
 
-def test_a_file_is_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):
-    """As on Windows."""
+def test_write_atomically_if_directories_cannot_be_opened(tmp_path, monkeypatch):
+    """This is the case on Windows."""
     open_any = os.open
 
     def open_files_only(path, *arguments, **settings):
@@ -138,7 +138,7 @@ def test_a_file_is_written_where_folders_cannot_be_opened(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_a_disk_that_fails_is_no_disk_that_cannot_flush(tmp_path, monkeypatch, number):
+def test_disk_errors_during_fsync_are_raised(tmp_path, monkeypatch, number):
     def fail(descriptor):
         raise OSError(number, os.strerror(number))
 
@@ -147,7 +147,7 @@ def test_a_disk_that_fails_is_no_disk_that_cannot_flush(tmp_path, monkeypatch, n
         files.write_atomically(tmp_path / "a", "content")
 
 
-def test_no_other_module_needs_what_windows_lacks():
+def test_only_files_module_uses_what_windows_lacks():
     unguarded = [
         path.name
         for folder in ("keras_tnt", "training", "savedmodels")
@@ -172,7 +172,7 @@ with files.exclusive(sys.argv[2]):
 
 
 @pytest.mark.parametrize("remove", [False, True])
-def test_a_lock_is_held_until_its_process_is_killed(tmp_path, remove):
+def test_lock_is_held_until_its_process_dies(tmp_path, remove):
     path = tmp_path / "lock"
     command = [sys.executable, "-c", LOCKER, files.__file__, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -192,7 +192,7 @@ def test_a_lock_is_held_until_its_process_is_killed(tmp_path, remove):
 
 
 @pytest.mark.parametrize("kind", ["symbolic link", "directory", "FIFO"])
-def test_a_lock_is_not_taken_on_what_is_no_file(tmp_path, kind):
+def test_lock_path_that_is_not_a_regular_file_raises(tmp_path, kind):
     (tmp_path / "mine").write_text("mine")
     place_at(tmp_path / "lock", kind)
     with pytest.raises(ValueError, match=f"lock' is a {kind}, where a lock file has to be"):
@@ -201,11 +201,11 @@ def test_a_lock_is_not_taken_on_what_is_no_file(tmp_path, kind):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-# === Files of others ===
+# === Special files ===
 
 
 def place_at(path, kind):
-    """Puts a link to the file "mine" next to it, a directory, a FIFO or a socket at a path."""
+    """Creates a link to the sibling file "mine", a directory, a FIFO or a socket at a path."""
     if kind == "symbolic link":
         path.symlink_to(path.parent / "mine")
     elif kind == "directory":
@@ -218,7 +218,7 @@ def place_at(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["directory", "FIFO", "socket"])
-def test_only_regular_files_are_opened(tmp_path, kind):
+def test_only_regular_files_are_read(tmp_path, kind):
     place_at(tmp_path / "x", kind)
     (tmp_path / "y").symlink_to(tmp_path / "x")
     for name in ("x", "y"):
@@ -230,7 +230,7 @@ def test_only_regular_files_are_opened(tmp_path, kind):
         files.read_regular("/dev/zero", 100)
 
 
-def test_a_file_that_is_too_large_is_refused_whatever_size_it_claims(tmp_path):
+def test_file_above_the_size_limit_raises(tmp_path):
     (tmp_path / "x").write_bytes(bytes(101))
     assert files.read_regular(tmp_path / "x", 101) == bytes(101)
     with pytest.raises(ValueError, match=r"x' has 101 bytes; at most 100"):
@@ -241,7 +241,7 @@ def test_a_file_that_is_too_large_is_refused_whatever_size_it_claims(tmp_path):
         files.read_regular(tmp_path / ("x" * 5000), 100)
 
 
-def test_a_home_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):
+def test_tilde_expands_to_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     files.write_atomically("~/deep/x", "content")
     assert files.read_regular("~/deep/x", 100) == b"content"

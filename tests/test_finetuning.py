@@ -1,4 +1,4 @@
-"""Optimizers with a learning rate for each layer, and layers that stand still."""
+"""Layer-wise learning rates and frozen layers."""
 
 import contextlib
 import dataclasses
@@ -44,13 +44,13 @@ def pyramid():
 
 @pytest.fixture(scope="module")
 def model():
-    """A model, whose weights no test changes."""
+    """Returns a model whose weights no test changes."""
     return tiny()
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A weight of the model with values to start from and ten gradients."""
+    """A weight of the model with initial values and ten gradients."""
 
     path: str
     distance: int
@@ -73,7 +73,7 @@ class Trial:
 
 @pytest.fixture(scope="module")
 def trials(model):
-    """A kernel and a weight that is none at each distance."""
+    """Returns a kernel and another weight at each distance."""
     distance_of = finetuning.distances(model)
     found = {(distance_of[v.path], v.path.endswith("kernel")): v for v in model.weights}
     rng = np.random.default_rng(0)
@@ -84,12 +84,12 @@ def trials(model):
 
 
 def gradients(rng, shape):
-    """Numbers that are not near zero, where Adam's epsilon tells, which some add before a root."""
+    """Returns gradients away from zero, where optimizers differ by the position of epsilon."""
     return rng.choice([-0.1, 0.1], shape) * rng.uniform(0.5, 1.5, shape)
 
 
 def updated(optimizer, trials):
-    """What ten updates make of the variables of trials."""
+    """Returns the variables of the trials after ten updates."""
     variables = [trial.variable() for trial in trials]
     optimizer.build(variables)
     with no_gradients():
@@ -137,7 +137,7 @@ DISTANCES = {
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("kind", DISTANCES)
-def test_distances_are_counted_in_blocks_from_the_head(kind):
+def test_distances_count_blocks_from_the_head(kind):
     build, expected = DISTANCES[kind]
     found = finetuning.distances(build())
     assert {path.partition("/")[0]: far for path, far in found.items()} == expected
@@ -146,7 +146,7 @@ def test_distances_are_counted_in_blocks_from_the_head(kind):
 # === Updates ===
 
 
-def test_adamw_sgd_and_lion_take_the_steps_that_numpy_does(model, trials):
+def test_adamw_sgd_and_lion_match_numpy(model, trials):
     for optimizer, reference in (
         (keras.optimizers.AdamW(RATE, weight_decay=WEIGHT_DECAY, epsilon=1e-8), adamw),
         (keras.optimizers.SGD(RATE, weight_decay=WEIGHT_DECAY, momentum=0.9), sgd),
@@ -189,10 +189,8 @@ def lion(value, gradients, rate, weight_decay):
 
 
 @pytest.mark.parametrize("name", ["Muon", "Lamb", "Adafactor", "Nadam", "ScheduleFreeAdamW"])
-def test_any_optimizer_takes_the_steps_it_takes_with_the_learning_rate_of_the_layer(
-    model, trials, name
-):
-    """Muon leaves all but matrices to AdamW, with a weight decay for itself."""
+def test_any_optimizer_uses_the_learning_rate_of_the_layer(model, trials, name):
+    """Muon leaves all but matrices to AdamW, with a separate weight decay."""
     make = functools.partial(getattr(keras.optimizers, name), weight_decay=WEIGHT_DECAY)
     found = updated(finetuning.layerwise(make(RATE), model, DECAY), trials)
     for distance in {trial.distance for trial in trials}:
@@ -206,7 +204,7 @@ def test_any_optimizer_takes_the_steps_it_takes_with_the_learning_rate_of_the_la
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_adamw_takes_the_steps_of_the_trainers_layer_decay():
+def test_adamw_matches_the_layer_decay_of_the_trainer():
     import tensorflow as tf
 
     from training import configuration, optimization
@@ -250,7 +248,7 @@ def batch():
 
 @keras.saving.register_keras_serializable(package="tests")
 class OwnOptimizer(keras.optimizers.SGD):
-    """An optimizer of a user's."""
+    """A user's optimizer class."""
 
 
 def small(dtype=None):
@@ -277,8 +275,8 @@ def compiled(model, optimizer):
 
 
 @pytest.mark.slow
-def test_in_fit_it_is_the_optimizer_that_it_was_made_of_where_all_layers_learn_alike():
-    """With a schedule, clipping, accumulation, a moving average and loss scaling."""
+def test_decay_of_1_matches_the_wrapped_optimizer_in_fit():
+    """Covers a schedule, clipping, accumulation, a moving average and loss scaling."""
 
     def optimizer():
         schedule = keras.optimizers.schedules.CosineDecay(1e-2, 20)
@@ -296,7 +294,7 @@ def test_in_fit_it_is_the_optimizer_that_it_was_made_of_where_all_layers_learn_a
         assert np.any(a != start)
 
 
-def test_a_saved_model_goes_on_as_if_it_had_not_been_saved(tmp_path):
+def test_saved_model_resumes_identically(tmp_path):
     model = keras.Sequential([keras.Input((16, 16, 3)), keras.layers.Rescaling(0.5), small()])
     optimizer = OwnOptimizer(
         keras.optimizers.schedules.CosineDecay(1e-2, 20), momentum=0.9, weight_decay=0.1
@@ -321,7 +319,7 @@ def test_a_saved_model_goes_on_as_if_it_had_not_been_saved(tmp_path):
         (lambda: built(keras.optimizers.SGD()), 0.5, "in use"),
     ],
 )
-def test_what_layerwise_cannot_do_is_said(model, optimizer, decay, message):
+def test_invalid_arguments_of_layerwise_raise(model, optimizer, decay, message):
     with pytest.raises(ValueError, match=message):
         finetuning.layerwise(optimizer(), model, decay)
 
@@ -331,7 +329,7 @@ def built(optimizer):
     return optimizer
 
 
-# === Layers that stand still ===
+# === Frozen layers ===
 
 
 def trained(model):
@@ -339,7 +337,7 @@ def trained(model):
 
 
 @pytest.mark.one_backend
-def test_up_to_so_many_blocks_layers_stand_still():
+def test_freeze_up_to_a_block():
     model = tiny(class_attention_depth=1)
     everything = trained(model)
     stem = {"word_embedding", "word_position", "patch_embedding", "patch_position", "class_token"}
@@ -359,7 +357,7 @@ def test_up_to_so_many_blocks_layers_stand_still():
 
 
 @pytest.mark.one_backend
-def test_the_batch_norm_of_a_frozen_stem_normalises_as_at_inference():
+def test_frozen_stem_uses_inference_batch_normalization():
     model = pyramid()
     images = 255 * np.abs(normal((2, 64, 64, 3)))
     before = model.get_layer("stem").get_weights()
@@ -375,36 +373,36 @@ def stem_of(model, images, training=False):
     return ops.convert_to_numpy(patches)
 
 
-# === Variables that come later ===
+# === Variables added later ===
 
 
 def adapted(model):
-    """The model with adapters on every dense layer, heads included."""
+    """Enables LoRA on every dense layer, including the heads, and returns the model."""
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.Dense):
             layer.enable_lora(2)
     return model
 
 
-def test_adapters_that_are_added_later_have_the_rate_of_their_layer():
+def test_adapters_added_later_have_the_rate_of_their_layer():
     core = keras_tnt.DeiT(
         input_shape=(16, 16, 3), patch_size=8, embed_dim=8, depth=2, num_heads=1, classes=4
     )
     outer = keras.Sequential([core, keras.layers.Dense(3, name="behind")])
     optimizer = finetuning.layerwise(keras.optimizers.AdamW(RATE), outer, DECAY)
     adapted(outer)
-    expected = finetuning.distances(outer)  # which knows the adapters by now
+    expected = finetuning.distances(outer)  # which includes the adapters
     optimizer.build(outer.trainable_variables)
     found = dict(zip([v.path for v in outer.trainable_variables], optimizer.rates, strict=True))
     adapters = [path for path in found if "lora" in path]
-    # The patch embedding, two blocks, and what is behind them.
+    # The patch embedding, two blocks, and the layers after them.
     assert {found[path] for path in adapters} == {DECAY**far for far in range(4)}
     for path, rate in found.items():
         assert rate == pytest.approx(DECAY ** expected.get(path, 0)), path
 
 
 @pytest.mark.one_backend
-def test_a_variable_that_the_model_does_not_have_is_an_error():
+def test_variable_outside_of_the_model_raises():
     model = keras_tnt.DeiT(
         input_shape=(16, 16, 3), patch_size=8, embed_dim=8, depth=1, num_heads=1, classes=4
     )
@@ -420,7 +418,7 @@ def test_a_variable_that_the_model_does_not_have_is_an_error():
 
 
 @pytest.mark.one_backend
-def test_optimizers_of_earlier_files_know_a_part_of_the_variables():
+def test_optimizers_in_older_files_know_only_some_variables():
     model = keras_tnt.DeiT(
         input_shape=(16, 16, 3), patch_size=8, embed_dim=8, depth=1, num_heads=1, classes=4
     )

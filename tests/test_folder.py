@@ -1,4 +1,4 @@
-"""Images in a folder for each class."""
+"""`ImageFolder`: images in one subfolder per class."""
 
 import keras
 import numpy as np
@@ -24,7 +24,7 @@ def tiny(**arguments):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five images of a, three of b, and files that are none."""
+    """Writes five images of class a, three of class b, and files that are not images."""
     rng = np.random.default_rng(0)
     for name, count in (("b", 3), ("a", 5)):
         (tmp_path / name / "deeper").mkdir(parents=True)
@@ -41,7 +41,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_every_image_is_given_once_as_load_image_reads_it(folder):
+def test_each_image_is_loaded_once_as_by_load_image(folder):
     model = tiny(classes=2)
     data = keras_tnt.ImageFolder(folder, model, batch_size=3)
     assert data.class_names == ["a", "b"] and len(data) == 3
@@ -56,7 +56,7 @@ def test_every_image_is_given_once_as_load_image_reads_it(folder):
         np.testing.assert_array_equal(image, keras_tnt.load_image(path, model))
 
 
-def test_fit_takes_it_and_orders_follow_from_the_seed(folder):
+def test_fit_accepts_it_and_the_seed_sets_the_order(folder):
     model = tiny(classes=2)
     model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
     data, other, third = (
@@ -73,7 +73,7 @@ def test_fit_takes_it_and_orders_follow_from_the_seed(folder):
 
 
 @pytest.mark.one_backend
-def test_subsets_share_the_images_of_each_class(folder):
+def test_subsets_are_stratified_and_disjoint(folder):
     parts = [
         keras_tnt.ImageFolder(folder, tiny(), validation_share=0.4, subset=subset)
         for subset in ("training", "validation")
@@ -95,14 +95,14 @@ def test_subsets_share_the_images_of_each_class(folder):
         ({"directory": ""}, "must be a folder"),
     ],
 )
-def test_wrong_arguments_are_refused(folder, arguments, message):
+def test_invalid_arguments_raise(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         keras_tnt.ImageFolder(**{"directory": folder, "model": tiny(), **arguments})
     with pytest.raises(ValueError, match="a folder of images for each class"):
         keras_tnt.ImageFolder(folder / "empty", tiny())
 
 
-# Trains on a folder where TensorFlow cannot be imported.
+# Trains on a folder while TensorFlow cannot be imported.
 WITHOUT_TENSORFLOW = """
 import sys
 sys.modules["tensorflow"] = None
@@ -119,6 +119,6 @@ print(keras_tnt.class_names(keras_tnt.load_pretrained(sys.argv[2])))
 
 @pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="needs another backend")
-def test_fine_tuning_needs_no_tensorflow(folder, tmp_path):
+def test_fine_tuning_does_not_require_tensorflow(folder, tmp_path):
     printed = run_python(WITHOUT_TENSORFLOW, str(folder), str(tmp_path / "bundle"))
     assert "['a', 'b']" in str(printed)

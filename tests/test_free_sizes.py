@@ -1,4 +1,4 @@
-"""Models of images of any size: what a model built for each size with the same weights computes."""
+"""Models for any image size match models built for each size with the same weights."""
 
 import functools
 from types import SimpleNamespace
@@ -20,9 +20,9 @@ from tests.test_families import tiny as tiny_family
 from tests.test_tnt import tiny as tiny_tnt
 
 ANY = (None, None)
-# Height and width that the position tables are made for, and what differs from them.
+# Size that the position tables are made for, and the sizes to test.
 NATIVE, SIZES = (32, 48), ((32, 48), (48, 32), (64, 80))
-# Inner transformers of 16 words are what there is C++ for.
+# The C++ kernels support inner transformers of 16 words.
 WORDS = {"patch_size": 16, "inner_stride": 4}
 BUILD = {
     "tnt": functools.partial(tiny_tnt, **WORDS, distilled=True),
@@ -40,7 +40,7 @@ BUILD = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A function from a name to (model of any size, function from a size to the model of it)."""
+    """Returns a function from a name to (free-size model, function from a size to its model)."""
     folder = tmp_path_factory.mktemp("weights")
 
     @functools.cache
@@ -62,7 +62,7 @@ def models(tmp_path_factory):
 
 
 def filled(variable):
-    """Values that let every weight be felt."""
+    """Returns values such that every weight affects the output."""
     scale = {"table": 1.0, "gamma": 0.1, "moving_variance": 0.1}.get(variable.name, 0.2)
     offset = 1 if variable.name in ("gamma", "moving_variance") else 0
     return offset + scale * normal(variable.shape)
@@ -73,12 +73,12 @@ def pixels(size, batch=2, channels=3):
     return random.uniform(0, 255, (batch, *size, channels)).astype("float32")
 
 
-# === The same numbers ===
+# === Equal outputs ===
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILD)
-def test_any_size_gives_what_a_model_of_that_size_gives(name, models):
+def test_free_size_model_matches_a_model_of_that_size(name, models):
     free, of_size = models(name)
     assert free.input_shape == (None, None, None, 3)
     for size in SIZES:
@@ -89,8 +89,8 @@ def test_any_size_gives_what_a_model_of_that_size_gives(name, models):
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_gradients_are_those_of_a_model_of_that_size(name, models):
-    """Those of a table are the other model's, brought back along the resampling."""
+def test_gradients_match_a_model_of_that_size(name, models):
+    """Gradients of a position table pass through the resampling."""
     free, of_size = models(name)
     size = SIZES[-1]
     images, fixed = pixels(size), of_size(size)
@@ -102,13 +102,14 @@ def test_gradients_are_those_of_a_model_of_that_size(name, models):
         path = variable.path
         if isinstance(tables[path], (PositionEmbedding, RelativePosition)):
             theirs = brought_back(theirs, layers[path], tables[path])
-        # Of what the loss does not depend on, as on a shift of all scores, rounding is left.
+        # If the loss does not depend on a variable, such as a shift of all scores, only rounding
+        # remains.
         error = np.abs(ours - theirs).max() / max(np.ptp(theirs), 1e-3 * largest)
         assert error < 2e-5, f"{path}: {error:.1e}"
 
 
 def brought_back(gradient, layer, table):
-    """The gradient of a table from that of the table resampled of it."""
+    """Returns the gradient w.r.t. a table from that w.r.t. the resampled table."""
     if isinstance(layer, RelativePosition):
         new, old = (layer.table_sides(x.grid) for x in (layer, table))
         matrices = [resampling_matrix(*sides) for sides in zip(old, new, strict=True)]
@@ -124,7 +125,7 @@ def brought_back(gradient, layer, table):
     return np.concatenate([gradient[:prefix], places])
 
 
-def test_on_its_own_grid_a_table_is_used_as_it_is():
+def test_table_is_not_resampled_on_its_own_grid():
     for layer in (PositionEmbedding((3, 2), 1), RelativePosition(2, (4, 6), 2)):
         layer.build((None, None, 8))
         tokens = np.zeros((2, 7, 8), "float32")
@@ -136,7 +137,7 @@ def test_on_its_own_grid_a_table_is_used_as_it_is():
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the other backends know every size")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", BUILD)
-def test_a_graph_need_not_know_the_size(name, compiled, models):
+def test_graph_supports_unknown_sizes(name, compiled, models):
     import tensorflow as tf
 
     if compiled and name not in ("tnt", "pyramid_tnt"):
@@ -154,7 +155,7 @@ def test_a_graph_need_not_know_the_size(name, compiled, models):
 
 
 @pytest.mark.parametrize("name", ["tnt", "pyramid_tnt"])
-def test_channels_first_models_take_any_size(name, models):
+def test_channels_first_models_support_any_size(name, models):
     free, _ = models(name)
     images = pixels(SIZES[1])
     expected = compute(free, images)
@@ -164,11 +165,11 @@ def test_channels_first_models_take_any_size(name, models):
     assert_close(compute(turned, np.transpose(images, (0, 3, 1, 2))), expected, 1e-5)
 
 
-# === What does not fit ===
+# === Invalid sizes ===
 
 
 @pytest.mark.parametrize("name", ["tnt", "tnt_legacy", "deit", "pyramid_tnt"])
-def test_a_size_that_the_patches_do_not_divide_is_an_error_that_names_the_nearest(name, models):
+def test_size_not_divisible_by_the_patch_raises_with_the_nearest(name, models):
     free, _ = models(name)
     side = keras_tnt.anatomy(free).patch_size
     wrong = pixels((3 * side + 1, 2 * side))
@@ -177,21 +178,21 @@ def test_a_size_that_the_patches_do_not_divide_is_an_error_that_names_the_neares
             call(wrong)
 
 
-def test_fit_names_the_nearest_size_too(models):
+def test_fit_error_names_the_nearest_size(models):
     free, _ = models("deit")
     free.compile("sgd", "sparse_categorical_crossentropy")
     with pytest.raises(ValueError, match="nearest size that fits is 48x32"):
         free.fit(pixels((47, 33)), np.zeros(2), verbose=0)
 
 
-def test_an_image_with_fewer_patches_than_are_pooled_is_refused(models):
+def test_image_with_too_few_patches_to_pool_raises(models):
     free, _ = models("pyramid_tnt")
     with pytest.raises(ValueError, match=r"pools 2x2 patches, and has 1x4.*larger images"):
         free(pixels((8, 32)))
 
 
 @pytest.mark.one_backend
-def test_shapes_that_no_model_takes_are_refused_when_it_is_built():
+def test_invalid_input_shape_raises_at_construction():
     for shape, said in (
         ((None, None, None), r"\(height, width, channels\), of which height and width may be None"),
         ((None, 0, 3), "three sizes"),
@@ -205,7 +206,7 @@ def test_shapes_that_no_model_takes_are_refused_when_it_is_built():
 
 
 @pytest.mark.parametrize("name", ["tnt", "pyramid_tnt"])
-def test_files_are_those_of_a_model_of_one_size(name, models, tmp_path):
+def test_files_are_compatible_with_models_of_one_size(name, models, tmp_path):
     free, of_size = models(name)
     native, other = of_size(NATIVE), of_size(SIZES[-1])
     grid = keras_tnt.anatomy(native).grid
@@ -224,7 +225,7 @@ def test_files_are_those_of_a_model_of_one_size(name, models, tmp_path):
     expected = compute(free, images)
     assert_close(compute(loaded, images), expected, 1e-6)
 
-    # From other files the tables have the grid that the file is for, too, if it is square.
+    # From other files, tables take the grid of the file, if it is square.
     square = of_size((64, 64))
     keras_tnt.save_checkpoint(square, tmp_path / "square.safetensors")
     square.save(tmp_path / "square.keras")
@@ -236,7 +237,7 @@ def test_files_are_those_of_a_model_of_one_size(name, models, tmp_path):
 
 
 def weights_at(model, path):
-    """The variables of each layer of a model, as it has them once it has loaded a file."""
+    """Returns each layer's variables before zeroing the model's weights and loading a file."""
     before = model.get_weights()
     expected = [[np.array(v) for v in map(ops.convert_to_numpy, x.variables)] for x in model.layers]
     model.set_weights([np.zeros_like(w) for w in before])
@@ -244,7 +245,7 @@ def weights_at(model, path):
     return expected
 
 
-def test_a_shared_folder_holds_a_model_of_any_size(models, tmp_path):
+def test_bundle_of_a_free_size_model_round_trips(models, tmp_path):
     free, _ = models("tnt")
     keras_tnt.save_pretrained(free, tmp_path / "bundle")
     copy = keras_tnt.load_pretrained(tmp_path / "bundle")
@@ -255,18 +256,18 @@ def test_a_shared_folder_holds_a_model_of_any_size(models, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_tables_are_for_the_size_of_the_variant():
+def test_position_tables_have_the_size_of_the_variant():
     with without_initial_values():
         for name, size in (("deit_tiny", 224), ("pyramid_tnt_tiny", 192), ("cait_xxs24", 224)):
             model = keras_tnt.create_model(name, weights=None, input_shape=(None, None, 3))
             assert keras_tnt.anatomy(model).image.native_size == (size, size)
 
 
-# === What models are used for ===
+# === Uses of the models ===
 
 
 @pytest.mark.parametrize("name", ["tnt", "pyramid_tnt"])
-def test_looking_inside_sees_the_grid_of_the_images(name, models):
+def test_inspection_uses_the_grid_of_the_images(name, models):
     free, of_size = models(name)
     size = SIZES[-1]
     fixed, images = of_size(size), pixels(size, batch=1)
@@ -287,7 +288,7 @@ def test_looking_inside_sees_the_grid_of_the_images(name, models):
         assert_close(ours, theirs, 1e-5)
 
 
-def test_a_model_without_its_top_gives_a_map(models):
+def test_headless_free_size_model_gives_a_map(models):
     free, _ = models("tnt")
     bare = BUILD["tnt"](size=ANY, include_top=False, weights=free.weights_file)
     assert bare.output_shape == (None, None, None, 16)
@@ -298,12 +299,12 @@ def test_a_model_without_its_top_gives_a_map(models):
     assert_close(compute(bare, images), expected, 1e-5)
     backbone = keras_tnt.backbone(bare)
     assert backbone(pixels((64, 96)))["P5"].shape == (2, 2, 3, 16)
-    # Four by five patches of 16 pixels cannot be halved.
+    # 4x5 patches of 16 pixels cannot be halved.
     with pytest.raises(ValueError, match="multiples of 32. Received: 64x80.*64x96"):
         backbone(images)
 
 
-def test_fit_takes_batches_of_any_size(models):
+def test_fit_supports_batches_of_any_size(models):
     model = BUILD["deit"](size=ANY, weights=models("deit")[0].weights_file)
     before = model.get_weights()
     model.compile("sgd", "sparse_categorical_crossentropy")
@@ -315,7 +316,7 @@ def test_fit_takes_batches_of_any_size(models):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_keeps_a_bounded_number_of_sizes(models, monkeypatch):
+def test_compiled_model_caches_at_most_max_sizes_programs(models, monkeypatch):
     free, of_size = models("tnt")
     made = []
     make = inference.with_second_choice
@@ -332,7 +333,7 @@ def test_a_compiled_model_keeps_a_bounded_number_of_sizes(models, monkeypatch):
         keras_tnt.compile_inference(free, max_sizes=0)
 
 
-def test_images_are_loaded_at_the_native_size(models):
+def test_load_image_uses_the_native_size(models):
     free, of_size = models("deit")
     picture = np.random.default_rng(0).integers(0, 256, (50, 90, 3), "uint8")
     loaded = keras_tnt.load_image(picture, free)
@@ -391,7 +392,8 @@ def test_the_next_side_has_the_patches_that_the_stages_pool():
         found = SimpleNamespace(blocks=blocks, image=SimpleNamespace(multiple_of=multiple))
         return preprocessing.fitting_side(found, side, None)
 
-    # A block that pools 3x3 of a second stage's patches wants three of them: five patches at least.
+    # A block that pools 3x3 patches of a second stage needs three of them, so at least five
+    # patches.
     assert next_side(9, 8, (4, 0), (3, 1)) == 40
     assert next_side(41, 8, (4, 0), (3, 1)) == 48
     assert next_side(7, None, (1, 0)) == 7
@@ -422,7 +424,7 @@ def test_onnx_runs_at_every_size(models, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_saved_model_runs_at_every_size(models, tmp_path):
+def test_saved_model_runs_at_every_size(models, tmp_path):
     pytest.importorskip("tensorflow_serving")
     runtimes = pytest.importorskip("tests.savedmodels.runtimes")
     free, of_size = models("tnt")
@@ -441,7 +443,7 @@ def test_a_saved_model_runs_at_every_size(models, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_files_for_one_size_are_refused(models, tmp_path, monkeypatch):
+def test_export_formats_with_fixed_sizes_raise(models, tmp_path, monkeypatch):
     monkeypatch.setattr("keras_tnt.export.edge.require", lambda *_, **__: None)
     with pytest.raises(ValueError, match="takes images of any size, and such a file is for one"):
         keras_tnt.export.litert(models("deit")[0], tmp_path / "model.tflite")

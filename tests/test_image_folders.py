@@ -1,4 +1,4 @@
-"""Which files of a folder count as images: one walk for the trainer and every command."""
+"""Selection of image files in a folder, shared by the trainer and the commands."""
 
 import inspect
 import os
@@ -23,7 +23,7 @@ def walk(root):
     return [os.path.relpath(path, root) for path in walk_images(root, skipped)], dict(skipped)
 
 
-def test_images_are_sorted_and_suffixes_are_read_in_either_case(tmp_path):
+def test_images_are_sorted_and_suffixes_are_case_insensitive(tmp_path):
     touch(tmp_path, "b/2.JFIF", "b/1.jpe", "a.PNG", "c.webp", "notes.txt")
     assert walk(tmp_path) == (
         ["a.PNG", "b/1.jpe", "b/2.JFIF", "c.webp"],
@@ -59,7 +59,7 @@ def test_fifos_devices_and_broken_links_are_skipped(tmp_path):
     assert skipped["FIFOs, sockets and devices"] == 3 and sum(skipped.values()) == 5
 
 
-def test_linked_folders_are_walked_once_and_loops_end(tmp_path):
+def test_linked_folders_are_walked_once(tmp_path):
     root, other = tmp_path / "root", tmp_path / "other"
     touch(root, "a/1.jpg")
     touch(other, "2.jpg")
@@ -73,7 +73,7 @@ def test_linked_folders_are_walked_once_and_loops_end(tmp_path):
     assert skipped == {"links to folders that are walked already": 4}
 
 
-def test_folders_deeper_than_a_path_may_be_long_are_counted(tmp_path, monkeypatch):
+def test_folders_deeper_than_the_path_limit_are_counted(tmp_path, monkeypatch):
     touch(tmp_path, "1.jpg")
     monkeypatch.chdir(tmp_path)
     for _ in range(20):
@@ -84,7 +84,7 @@ def test_folders_deeper_than_a_path_may_be_long_are_counted(tmp_path, monkeypatc
     assert skipped == {"folders that cannot be listed (File name too long)": 1}
 
 
-def test_folders_nested_deeper_than_calls_are_walked(tmp_path):
+def test_folders_nested_deeper_than_the_recursion_limit_are_walked(tmp_path):
     path = "/".join("d" * 200)
     touch(tmp_path, f"{path}/1.jpg")
     limit = sys.getrecursionlimit()
@@ -96,7 +96,7 @@ def test_folders_nested_deeper_than_calls_are_walked(tmp_path):
     assert len(found) == 1
 
 
-def test_commands_walk_alike_and_print_what_they_skip(tmp_path, capsys):
+def test_commands_walk_equally_and_print_what_they_skip(tmp_path, capsys):
     touch(tmp_path, "a/1.jpg", "a/._1.jpg", ".git/x.png")
     skipped = Skipped()
     assert list(find_images([str(tmp_path), "b.txt"], skipped)) == [
@@ -110,7 +110,7 @@ def test_commands_walk_alike_and_print_what_they_skip(tmp_path, capsys):
         list(find_images([str(tmp_path / "empty")]))
 
 
-def test_names_match_in_their_own_case_first():
+def test_exact_case_has_precedence_in_name_matching():
     assert match_name("train", ["Train", "train"]) == "train"
     assert match_name("train", ["tRAIN"]) == "tRAIN" and match_name("train", ["trains"]) is None
     with pytest.raises(ValueError, match="differ in upper and lower case alone"):

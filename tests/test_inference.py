@@ -1,4 +1,4 @@
-"""`compile_inference` predicts what the model predicts, for any batch, from few programs."""
+"""`compile_inference`: predictions, batch sizes, bfloat16, and the program cache."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,7 +23,7 @@ TINY = {
     "outer_heads": 2,
     "inner_heads": 2,
 }
-# Of a model for one program: on torch the first is what the program is compared with.
+# Calls of a model for one program; torch compares its program with an additional eager call.
 CALLS = 2 if keras.backend.backend() == "torch" else 1
 
 
@@ -33,7 +33,7 @@ def images():
 
 
 @pytest.mark.one_backend
-def test_programs_are_for_powers_of_two():
+def test_batches_are_padded_to_powers_of_two():
     sizes = []
     program = inference.in_powers_of_two(lambda images: sizes.append(images.shape[0]) or images)
     for count in (1, 2, 3, 4, 5, 8, 9):
@@ -44,14 +44,14 @@ def test_programs_are_for_powers_of_two():
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A model, its function, what threads that called it first got, and the calls of the model."""
+    """Returns a model, its function, images, results of concurrent calls, and traced calls."""
     model = keras_tnt.TNT(**TINY)
     predict = keras_tnt.compile_inference(model, max_batch=4)
     call, traced = model.call, []
     model.call = lambda *args, **kwargs: (traced.append(args), call(*args, **kwargs))[1]
     images = np.random.default_rng(0).uniform(0, 255, (4, 16, 16, 3)).astype("float32")
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(6) as pool:
-        # Nothing is kept yet.
+        # The cache is empty.
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
         results = list(pool.map(lambda _: predict(images), range(12)))
     del model.call
@@ -59,7 +59,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_threads_that_come_first_share_one_compilation(compiled):
+def test_concurrent_first_calls_share_one_compilation(compiled):
     model, _, images, results, traced = compiled
     expected = compute(model, images)
     for result in results:
@@ -68,7 +68,7 @@ def test_threads_that_come_first_share_one_compilation(compiled):
 
 
 @pytest.mark.slow
-def test_a_forked_process_is_told_to_be_spawned(compiled):
+def test_forked_process_raises_with_advice_to_spawn(compiled):
     model, predict, images, *_ = compiled
 
     def call_in_child(queue):
@@ -83,7 +83,7 @@ def test_a_forked_process_is_told_to_be_spawned(compiled):
 
 
 @pytest.mark.slow
-def test_predicts_what_the_model_predicts_at_any_batch_size(compiled, images):
+def test_predictions_match_the_model_at_any_batch_size(compiled, images):
     model, predict, *_, traced = compiled
     expected = model.predict(images, verbose=0)
     for count in (3, 4, 11, 7, 1, 3):
@@ -99,7 +99,7 @@ def test_predicts_what_the_model_predicts_at_any_batch_size(compiled, images):
     np.testing.assert_allclose(predict(images[:4]), 1 / 5, atol=1e-6)
 
 
-def test_where_the_compiler_fails_predictions_are_slower_and_right(images, monkeypatch):
+def test_compiler_failure_falls_back_with_one_warning(images, monkeypatch):
     compiler = f"{keras.backend.backend()}_program"
     make, made = getattr(inference, compiler), []
 
@@ -116,17 +116,17 @@ def test_where_the_compiler_fails_predictions_are_slower_and_right(images, monke
     images = keras.ops.convert_to_tensor(images[:2])
     with pytest.warns(UserWarning, match="slower.*unknown custom call"):
         result = predict(images)
-    again = predict(images)  # and warns no more
+    again = predict(images)  # does not warn again
     assert_equal([result, again], [compute(model, images)] * 2)
 
 
-def test_refuses_images_of_another_size(images):
+def test_images_of_another_size_raise(images):
     predict = keras_tnt.compile_inference(keras_tnt.TNT(**TINY))
     with pytest.raises(ValueError, match=r"shape \(batch, 16, 16, 3\).*\(11, 8, 16, 3\)"):
         predict(images[:, :8])
 
 
-def test_refuses_a_batch_limit_that_is_no_power_of_two():
+def test_max_batch_that_is_no_power_of_two_raises():
     with pytest.raises(ValueError, match="power of two"):
         keras_tnt.compile_inference(keras_tnt.TNT(**TINY), max_batch=6)
 
@@ -138,7 +138,7 @@ BFLOAT16 = frozenset({"avx512_bf16"})
 
 @pytest.fixture(scope="module")
 def wide():
-    """A model of words and patches, images, and what it predicts for them in float32."""
+    """Returns a model, images, and its float32 predictions."""
     model = keras_tnt.TNT(**{**TINY, "outer_dim": 64, "inner_stride": 2, "qkv_bias": True})
     random = np.random.default_rng(0)
     for weight in model.weights:
@@ -149,8 +149,8 @@ def wide():
 
 
 @pytest.mark.slow
-def test_bfloat16_where_the_processor_has_it(wide, monkeypatch):
-    """Any computes it, some slowly: here it is but said to have the instructions."""
+def test_bfloat16_precision_rounds_predictions_only(wide, monkeypatch):
+    """Every processor can compute it, so the CPU features are mocked."""
     model, images, expected = wide
     monkeypatch.setattr(processor, "features", lambda: BFLOAT16)
     predict = keras_tnt.compile_inference(model, precision="bfloat16")
@@ -161,9 +161,9 @@ def test_bfloat16_where_the_processor_has_it(wide, monkeypatch):
     assert policies == {"float32"}
     np.testing.assert_array_equal(compute(model, images), expected)
 
-    if keras.backend.backend() == "torch":  # which would compile for another minute
+    if keras.backend.backend() == "torch":  # torch would compile for another minute
         return
-    # Weights are those of the model at each call.
+    # Later calls use the model's current weights.
     before = model.get_weights()
     for variable in model.trainable_variables:
         variable.assign(np.zeros(variable.shape))
@@ -172,7 +172,7 @@ def test_bfloat16_where_the_processor_has_it(wide, monkeypatch):
 
 
 @pytest.mark.slow
-def test_without_it_a_warning_and_float32(wide, monkeypatch):
+def test_without_bfloat16_support_warns_and_uses_float32(wide, monkeypatch):
     model, images, expected = wide
     monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2"}))
     with pytest.warns(UserWarning, match="no instructions for bfloat16.*float32 is computed"):
@@ -201,7 +201,7 @@ def test_without_it_a_warning_and_float32(wide, monkeypatch):
     ],
     ids=["DeiT", "CaiT", "TNT", "PyramidTNT"],
 )
-def test_attention_and_mlp_over_patches_of_any_family_are_in_bfloat16(build, monkeypatch):
+def test_patch_layers_of_any_family_are_bfloat16(build, monkeypatch):
     monkeypatch.setattr(processor, "features", lambda: frozenset({"bf16"}))
     model = build()
     copy = half.in_bfloat16(model)
@@ -210,7 +210,7 @@ def test_attention_and_mlp_over_patches_of_any_family_are_in_bfloat16(build, mon
     assert found.dtype == "float32"
     assert 0 < np.abs(found - expected).max() < 2e-2
     for layer in copy._flatten_layers():
-        words = "/inner/" in (layer.path or "")  # which layers without weights have not
+        words = "/inner/" in (layer.path or "")  # layers without weights have no path
         changed = layer.dtype_policy.name == half.POLICY
         assert not (words and changed)
         if isinstance(layer, SelfAttention | blocks.MLP) and not words:
@@ -218,7 +218,7 @@ def test_attention_and_mlp_over_patches_of_any_family_are_in_bfloat16(build, mon
 
 
 @pytest.mark.one_backend
-def test_a_precision_that_cannot_be_had_is_refused():
+def test_invalid_precision_raises():
     with pytest.raises(ValueError, match="one of float32, bfloat16. Received: 'int8'"):
         keras_tnt.compile_inference(keras_tnt.TNT(**TINY), precision="int8")
     mixed = keras_tnt.TNT(**TINY, dtype="mixed_bfloat16")
@@ -229,12 +229,12 @@ def test_a_precision_that_cannot_be_had_is_refused():
         keras_tnt.compile_inference(plain, precision="bfloat16")
 
 
-# === Programs that are kept ===
+# === Program cache ===
 
 
 @pytest.fixture
 def exports(monkeypatch):
-    """What torch exported: each is compiled."""
+    """Returns a list of torch's exports, each of which is compiled."""
     import torch
 
     exported, export = [], torch.export.export
@@ -248,7 +248,7 @@ def exports(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="of torch's programs")
-def test_inductors_program_is_kept_for_the_next_process(tmp_path, monkeypatch, images, exports):
+def test_inductor_program_is_cached_for_the_next_process(tmp_path, monkeypatch, images, exports):
     from torch._dynamo.utils import counters
 
     from keras_tnt.native import torch_program
@@ -267,24 +267,24 @@ def test_inductors_program_is_kept_for_the_next_process(tmp_path, monkeypatch, i
     assert predict() == 1 and counters["stats"]["unique_graphs"] == 1
     (kept,) = (tmp_path / "keras_tnt").glob("torch-*.safetensors")
     seeds = [v for v in model.variables if not any(v is weight for weight in model.weights)]
-    for seed in seeds:  # which are others in each process
+    for seed in seeds:  # seeds differ between processes
         seed.assign(seed + 1)
     assert seeds and predict() == 1  # found
     damaged = bytearray(kept.read_bytes())
     damaged[-10] ^= 1  # a weight
     kept.write_bytes(damaged)
-    assert predict() == 2  # compiled, and written again
+    assert predict() == 2  # recompiled and rewritten
     monkeypatch.setattr(torch_program, "KEPT_BYTES", 1.5 * kept.stat().st_size)
     model.get_layer("head").bias.assign(np.arange(5))
     expected = compute(model, images)
-    assert predict() == 3 and not kept.exists()  # other weights took its place
+    assert predict() == 3 and not kept.exists()  # replaced by that of other weights
     assert predict() == 3
-    monkeypatch.setattr(processor, "features", frozenset)  # the system does not tell
+    monkeypatch.setattr(processor, "features", frozenset)  # unknown CPU features
     assert predict() == 4
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's programs")
-def test_a_program_is_kept_for_the_next_process(tmp_path, monkeypatch, images):
+def test_jax_program_is_cached_for_the_next_process(tmp_path, monkeypatch, images):
     import jax
 
     model = keras_tnt.DeiT(input_shape=(16, 16, 3), depth=1, embed_dim=8, num_heads=2, classes=5)
@@ -307,11 +307,11 @@ def test_a_program_is_kept_for_the_next_process(tmp_path, monkeypatch, images):
     damaged = bytearray(kept.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     kept.write_bytes(damaged)
-    assert predict() == 2  # compiled, and written again
+    assert predict() == 2  # recompiled and rewritten
     assert predict() == 2
     monkeypatch.setattr(processor, "features", lambda: frozenset({"another"}))
     assert predict() == 3 and len(list(kept.parent.glob("jax-*.bin"))) == 2
-    monkeypatch.setattr(processor, "features", frozenset)  # the system does not tell
+    monkeypatch.setattr(processor, "features", frozenset)  # unknown CPU features
     assert predict() == 4
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(processor, "features", lambda: frozenset({"third"}))

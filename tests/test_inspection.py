@@ -1,3 +1,5 @@
+"""Inspection: feature maps, attention maps, rollout and attention plots."""
+
 import keras
 import numpy as np
 import pytest

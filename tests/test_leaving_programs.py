@@ -1,4 +1,4 @@
-"""Programs that may leave the process do not call C++, and those that stay here do."""
+"""Programs that may leave the process do not call C++ kernels; local programs do."""
 
 import keras
 import numpy as np
@@ -37,7 +37,7 @@ def model(request):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `runs_here` answered, with whether it was for training."""
+    """Returns a list of (answer of `runs_here`, training) that is filled by calls."""
     answers, ask = [], runtimes.runs_here
 
     def record(backend, x, training):
@@ -56,7 +56,7 @@ def saved_bytes(folder):
 
 
 def check_plain(folder):
-    """A SavedModel has the program, and calls nothing of ours in it."""
+    """Checks that a SavedModel contains the model's operations and no custom calls of ours."""
     data = saved_bytes(folder)
     assert b"MatMul" in data and b"Erf" in data
     assert b"XlaCallModule" not in data and b"keras_tnt_inner" not in data
@@ -64,7 +64,7 @@ def check_plain(folder):
 
 @only["tensorflow"]
 @pytest.mark.parametrize("training", [False, True])
-def test_an_endpoint_of_an_archive_is_plain(training, model, tmp_path):
+def test_export_archive_endpoint_has_no_native_call(training, model, tmp_path):
     import tensorflow as tf
 
     archive = keras.export.ExportArchive()
@@ -78,7 +78,7 @@ def test_an_endpoint_of_an_archive_is_plain(training, model, tmp_path):
 @only["tensorflow"]
 @pytest.mark.parametrize("compiled", [None, False, True])
 @pytest.mark.parametrize("name", ["predict", "train", "one_step_on_data"])
-def test_a_function_made_by_hand_is_plain_though_it_ran_here_first(name, compiled, tmp_path):
+def test_tf_function_run_before_export_has_no_native_call(name, compiled, tmp_path):
     import tensorflow as tf
 
     model = MODELS["tnt"]()
@@ -107,7 +107,7 @@ def test_a_function_made_by_hand_is_plain_though_it_ran_here_first(name, compile
 
 @only["tensorflow"]
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_saved_keras_model_is_plain_though_it_was_trained(trained, tmp_path):
+def test_exported_keras_model_has_no_native_call(trained, tmp_path):
     model = MODELS["tnt"]()
     model.compile("sgd", "sparse_categorical_crossentropy")
     images = np.zeros((4, 32, 32, 3), "float32")
@@ -121,7 +121,7 @@ def test_a_saved_keras_model_is_plain_though_it_was_trained(trained, tmp_path):
 @only["tensorflow"]
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_fit_computes_in_cpp_and_predict_too_where_xla_compiles_it(compiled, steps, asked):
+def test_fit_uses_kernels_and_predict_only_with_xla(compiled, steps, asked):
     model = MODELS["tnt"]()
     model.compile(
         "sgd",
@@ -139,7 +139,7 @@ def test_fit_computes_in_cpp_and_predict_too_where_xla_compiles_it(compiled, ste
 
 
 @only["tensorflow"]
-def test_a_layer_that_is_called_computes_in_cpp(asked):
+def test_eager_layer_call_uses_kernels(asked):
     model = MODELS["tnt"]()
     asked.clear()
     model(np.zeros((1, 32, 32, 3), "float32"), training=True)
@@ -147,7 +147,7 @@ def test_a_layer_that_is_called_computes_in_cpp(asked):
 
 
 @only["tensorflow"]
-def test_a_local_program_computes_in_cpp(asked):
+def test_local_program_uses_kernels(asked):
     import tensorflow as tf
 
     model = MODELS["tnt"]()
@@ -173,7 +173,7 @@ print(loaded.serve(images).shape, loaded.sample(images).shape)
 
 @only["tensorflow"]
 @pytest.mark.slow
-def test_an_archive_runs_in_a_process_without_this_package(tmp_path):
+def test_archive_runs_in_a_process_without_this_package(tmp_path):
     import tensorflow as tf
 
     model = MODELS["tnt"]()
@@ -190,13 +190,13 @@ def test_an_archive_runs_in_a_process_without_this_package(tmp_path):
 
 
 def calls_cpp(program):
-    """Returns whether a program in MLIR has a custom call of ours; its locations do not count."""
+    """Returns whether an MLIR program has a custom call of ours; locations do not count."""
     return any("keras_tnt" in line for line in program.splitlines() if "custom_call" in line)
 
 
 @only["jax"]
 @pytest.mark.parametrize("training", [False, True])
-def test_what_jax_exports_is_plain(training, model):
+def test_jax_export_has_no_native_call(training, model):
     import jax
 
     values = [v.value for v in model.variables]
@@ -212,13 +212,13 @@ def test_what_jax_exports_is_plain(training, model):
     gradient = jax.jit(jax.grad(lambda *args: run(*args).sum(), argnums=1))
     assert not calls_cpp(jax.export.export(gradient)(values, images).mlir_module())
     if model.name.startswith("tnt") or training and model.name.startswith("deit"):
-        assert calls_cpp(here)  # which stays in this process
+        assert calls_cpp(here)  # a program that stays in this process
 
 
 @only["jax"]
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
-def test_an_endpoint_of_jax_in_a_saved_model_is_plain(training, tmp_path):
+def test_saved_model_endpoint_of_jax_has_no_native_call(training, tmp_path):
     tf = pytest.importorskip("tensorflow")
     model = MODELS["tnt"]()
     archive = keras.export.ExportArchive()
@@ -234,7 +234,7 @@ def test_an_endpoint_of_jax_in_a_saved_model_is_plain(training, tmp_path):
 
 @only["torch"]
 @pytest.mark.parametrize("training", [False, True])
-def test_what_torch_exports_is_plain(training, model):
+def test_torch_export_has_no_native_call(training, model):
     import torch
 
     class Network(torch.nn.Module):
@@ -252,7 +252,7 @@ def test_what_torch_exports_is_plain(training, model):
 
 @only["torch"]
 @pytest.mark.parametrize("training", [False, True])
-def test_a_graph_that_torch_records_is_plain(training):
+def test_torch_fx_graph_has_no_native_call(training):
     import torch
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -276,7 +276,7 @@ WRONG = {
 
 @only["torch"]
 @pytest.mark.parametrize("case", [None, *WRONG])
-def test_the_operator_of_torch_refuses_what_it_was_not_made_for(case):
+def test_torch_operator_rejects_invalid_inputs(case):
     import torch
 
     from keras_tnt import native

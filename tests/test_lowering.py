@@ -1,4 +1,4 @@
-"""What can be known of other devices without one: programs of JAX for them are made, and plain."""
+"""JAX programs for GPUs and TPUs, lowered without such a device, have no native calls."""
 
 import re
 
@@ -11,7 +11,7 @@ from tests.test_tnt import tiny as tiny_tnt
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="this is JAX's export")
 
-# Custom calls that XLA knows on every device, or on the one that they are named after.
+# Custom calls that XLA supports on every device, or on the one in their name.
 KNOWN = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "cu_threefry2x32_ffi"}
 
 

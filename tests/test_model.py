@@ -1,4 +1,4 @@
-"""What Keras users do with a model: train, quantize, adapt, rematerialise, build upon."""
+"""Keras operations on models: training, quantization, adapters, rematerialization, composition."""
 
 import gc
 import importlib.util
@@ -29,7 +29,7 @@ def compiled(learning_rate=3e-3, **options):
 
 
 @pytest.mark.slow
-def test_a_model_learns_from_arrays_and_from_tf_data():
+def test_model_trains_on_arrays_and_tf_data():
     model = compiled(**RANDOM)
     sources = {"arrays": ({"x": IMAGES, "y": LABELS, "batch_size": 3}, IMAGES)}
     if importlib.util.find_spec("tensorflow"):
@@ -52,7 +52,7 @@ def test_a_model_learns_from_arrays_and_from_tf_data():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_a_model_trains_under_a_half_precision_policy(policy):
+def test_model_trains_with_mixed_precision(policy):
     keras.config.set_dtype_policy(policy)
     model = compiled(1e-3, squeeze_excite=True, layer_scale=0.1, **RANDOM)
     before = model.get_weights()
@@ -91,14 +91,14 @@ BUILDERS = {
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_float16_given_as_an_argument_reaches_the_model_and_scales_its_loss(family):
+def test_float16_dtype_argument_enables_loss_scaling(family):
     model = BUILDERS[family](dtype="mixed_float16")
     assert model.dtype_policy.name == "mixed_float16"
     assert scales_loss(model)
     assert scales_loss(keras_tnt.backbone(model, levels=["P3"]))
 
 
-def test_a_models_dtype_policy_survives_cloning_a_new_classifier_and_a_file(tmp_path):
+def test_dtype_policy_survives_cloning_reset_and_saving(tmp_path):
     model = tiny(depth=1, dtype=keras.DTypePolicy("mixed_float16"))
     model.save(tmp_path / "half.keras")
     for again in (
@@ -122,13 +122,13 @@ def test_a_models_dtype_policy_survives_cloning_a_new_classifier_and_a_file(tmp_
         ),
     ],
 )
-def test_a_policy_that_needs_no_loss_scaling_gets_none(policy):
+def test_other_dtype_policies_do_not_scale_the_loss(policy):
     model = tiny(depth=1, dtype=policy)
     assert model.dtype_policy.name == policy
     assert not scales_loss(model)
 
 
-def test_the_policy_of_a_model_is_its_own_and_not_the_global_one():
+def test_dtype_policy_of_a_model_overrides_the_global_one():
     keras.config.set_dtype_policy("mixed_float16")
     assert not scales_loss(tiny(depth=1, dtype="float32"))
     assert scales_loss(tiny(depth=1))
@@ -150,14 +150,14 @@ print(model.fit(images, labels, batch_size=4, epochs=1, verbose=0).history["loss
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute belongs to TensorFlow")
-def test_a_model_trains_on_two_replicas():
+def test_model_trains_on_two_replicas():
     assert np.isfinite(float(run_python(REPLICAS)))
 
 
 @pytest.mark.slow
-def test_rematerialised_blocks_train_with_the_same_gradients():
+def test_rematerialized_blocks_have_the_same_gradients():
     plain = randomise(tiny(depth=1))
-    # Mode "full" is not for models that index tensors: Keras's indexing itself fails in it.
+    # Mode "full" does not support models that index tensors: Keras's own indexing fails in it.
     with keras.RematScope(mode="list_of_layers", layer_names=["block_0"]):
         remat = tiny(depth=1)
     remat.set_weights(plain.get_weights())
@@ -170,11 +170,11 @@ def test_rematerialised_blocks_train_with_the_same_gradients():
     assert np.isfinite(remat.fit(IMAGES, LABELS, verbose=0).history["loss"][0])
 
 
-# === Images of another size ===
+# === Images of a wrong size ===
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_images_of_another_size_are_refused_with_what_to_do(family):
+def test_images_of_another_size_raise_with_advice(family):
     model = BUILDERS[family]()
     model.compile("sgd", "sparse_categorical_crossentropy")
     wrong = np.zeros((2, 48, 40, 3), "float32")
@@ -193,7 +193,7 @@ def test_images_of_another_size_are_refused_with_what_to_do(family):
         np.testing.assert_array_equal(weight, old)
 
 
-def test_channels_first_names_the_size_in_its_order():
+def test_channels_first_error_has_the_size_in_its_order():
     keras.config.set_image_data_format("channels_first")
     model = tiny(depth=1, input_shape=(3, 32, 32))
     with pytest.raises(ValueError, match="batch, 3, 32, 32.*channels first"):
@@ -203,7 +203,7 @@ def test_channels_first_names_the_size_in_its_order():
 
 
 @pytest.mark.slow
-def test_a_model_works_after_images_of_a_wrong_size_in_fit_evaluate_and_predict():
+def test_model_still_works_after_images_of_a_wrong_size():
     def trained(wrong):
         keras.utils.set_random_seed(4)
         model = compiled()
@@ -230,7 +230,7 @@ def dense_layers(model):
 
 
 def attention_projections(model):
-    """The Dense layers of every attention layer."""
+    """Returns the Dense layers of every attention layer."""
     attention = [layer for layer in model._flatten_layers() if isinstance(layer, SelfAttention)]
     return [dense for layer in attention for dense in (layer.qkv, layer.projection)]
 
@@ -239,10 +239,10 @@ def attention_projections(model):
     "options",
     [{"legacy": True, "distilled": True}, {"class_attention_depth": 1, "layer_scale": 0.1}],
 )
-def test_a_model_of_int8_predicts_nearly_the_same_also_when_saved_and_loaded(options, tmp_path):
+def test_int8_model_predicts_similarly_and_round_trips(options, tmp_path):
     model = randomise(tiny(classifier_activation=None, depth=1, **options))
     expected = compute(model, IMAGES)
-    gc.freeze()  # Keras collects garbage after every layer: not all that other tests have left.
+    gc.freeze()  # Keras collects garbage after every layer; objects of other tests are excluded.
     model.quantize("int8")
     gc.unfreeze()
     assert all(d.kernel.dtype == "int8" for d in dense_layers(model))
@@ -260,7 +260,7 @@ def test_a_model_of_int8_predicts_nearly_the_same_also_when_saved_and_loaded(opt
 
 
 @pytest.mark.slow
-def test_adapters_train_alone_and_are_saved_and_loaded(tmp_path):
+def test_adapters_train_alone_and_round_trip(tmp_path):
     model = compiled()
     projections = attention_projections(model)
     for layer in model._flatten_layers():
@@ -284,16 +284,16 @@ def test_adapters_train_alone_and_are_saved_and_loaded(tmp_path):
 
     expected = compute(model, IMAGES)
     model.save(tmp_path / "lora.keras")
-    # A file holds the kernels with their adapters added in, and no adapters.
+    # Files contain the kernels with the adapters merged, and no adapters.
     loaded = keras.models.load_model(tmp_path / "lora.keras", compile=False)
     assert_close(compute(loaded, IMAGES), expected, 1e-5)
     assert not any(d.lora_enabled for d in attention_projections(loaded))
 
 
-# === A part of something larger ===
+# === Composition ===
 
 
-def test_a_model_builds_on_an_input_and_on_the_output_of_other_layers():
+def test_model_can_be_built_on_an_input_or_other_layers():
     inputs = keras.Input((32, 32, 3), name="photo")
     on_input = randomise(tiny(input_shape=None, input_tensor=inputs))
     assert on_input.input is inputs
@@ -307,7 +307,7 @@ def test_a_model_builds_on_an_input_and_on_the_output_of_other_layers():
     assert_close(compute(on_layers, images), compute(on_input, larger), 1e-5)
 
 
-def test_a_backbone_inside_a_model_is_saved_and_loaded(tmp_path):
+def test_nested_backbone_round_trips(tmp_path):
     backbone = randomise(tiny(include_top=False, pooling="token"))
     inputs = keras.Input((32, 32, 3))
     model = keras.Model(inputs, keras.layers.Dense(5)(backbone(inputs)))
@@ -316,7 +316,7 @@ def test_a_backbone_inside_a_model_is_saved_and_loaded(tmp_path):
     assert_equal(compute(loaded, IMAGES), compute(model, IMAGES))
 
 
-def test_names_of_layers_are_stable():
+def test_layer_names_are_stable():
     names = [[layer.name for layer in tiny(distilled=True).layers] for _ in range(2)]
     ours = [[name for name in each if not name.startswith(("input", "get_item"))] for each in names]
     assert ours[0] == ours[1]
@@ -324,13 +324,13 @@ def test_names_of_layers_are_stable():
     assert {"head", "head_distillation", "logits", "block_0", "norm"} <= set(ours[0])
 
 
-def test_the_configuration_is_plain_json():
+def test_config_is_plain_json():
     config = tiny(distilled=True, **RANDOM).get_config()
     assert json.loads(json.dumps(config))["name"] == "tnt"
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", None])
-def test_the_activation_is_that_of_the_last_layer(activation):
+def test_classifier_activation_is_in_the_last_layer(activation):
     model = randomise(tiny(classifier_activation=activation))
     logits = keras.Model(model.input, model.get_layer("head").output)
     expected = keras.activations.get(activation)(compute(logits, IMAGES))
@@ -338,7 +338,7 @@ def test_the_activation_is_that_of_the_last_layer(activation):
     assert model.layers[-1].name == "predictions"
 
 
-def test_the_default_size_of_a_variant_follows_keras_s_data_format():
+def test_default_input_shape_follows_the_image_data_format():
     keras.config.set_image_data_format("channels_first")
     with keras.StatelessScope(initialize_variables=False):
         model = keras_tnt.TNTTiny(weights=None, include_top=False)

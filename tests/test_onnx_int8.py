@@ -1,4 +1,4 @@
-"""ONNX files in int8 whose ranges come from images that the user passes."""
+"""ONNX files in int8 that are calibrated with the user's images."""
 
 import json
 
@@ -24,25 +24,23 @@ def wide():
 
 
 @pytest.mark.parametrize("opset", [18, 23])
-def test_dense_layers_over_patches_are_int8_and_the_agreement_is_told(
-    opset, wide, tmp_path, caplog
-):
+def test_patch_layers_are_int8_and_the_agreement_is_recorded(opset, wide, tmp_path, caplog):
     model, images = wide
     path = calibrated(model, tmp_path / "int8.onnx", images, opset=opset)
     assert not [record for record in caplog.records if record.name == "root"]  # ONNX Runtime's
     proto = onnx.load(path)
     stored = {t.name: t for t in proto.graph.initializer}
     quantized = [t for t in stored.values() if t.data_type == onnx.TensorProto.INT8]
-    # Of embedding, words to patches, attention and MLP, and the last words to patches.
+    # Embedding, words to patches, attention and MLP, and the last words to patches.
     matrices = [tuple(t.dims) for t in quantized if len(t.dims) == 2]
     dense = [w for w in model.weights if w.name == "kernel" and w.shape[-1] >= 96]
     assert len(matrices) == len(dense) and {96} <= {m[-1] for m in matrices}
     for kernel in quantized:
         if len(kernel.dims) == 2:
             (scale,) = (node.input[1] for node in proto.graph.node if node.input[0] == kernel.name)
-            assert tuple(stored[scale].dims) == (kernel.dims[1],)  # a scale for each column
-            assert np.abs(onnx.numpy_helper.to_array(kernel)).max() <= 64  # of seven bits
-    # Ranges are constants: nothing looks for them at run time.
+            assert tuple(stored[scale].dims) == (kernel.dims[1],)  # a scale per column
+            assert np.abs(onnx.numpy_helper.to_array(kernel)).max() <= 64  # seven bits
+    # Ranges are constants, and are not computed at run time.
     assert "DynamicQuantizeLinear" not in {node.op_type for node in proto.graph.node}
 
     probabilities, logits = run_onnx(path, images, "probabilities", "logits")
@@ -55,14 +53,14 @@ def test_dense_layers_over_patches_are_int8_and_the_agreement_is_told(
     np.testing.assert_allclose(told["largest_difference_of_probabilities"], difference, rtol=1e-2)
     assert 0 < difference < 0.02
 
-    # The words are float32, and C++ in a session of ours.
+    # Word layers are float32, and use the C++ kernel in our session.
     assert len(use_native(proto, "keras_tnt")) == 1
     (found,) = keras_tnt.export.onnx_session(path).run(["logits"], {"images": images})
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-2 * np.ptp(logits))
 
 
-def test_ranges_are_those_of_the_images(wide, tmp_path):
-    """Of dark images a file is made that agrees with the model on them, and less on bright ones."""
+def test_ranges_come_from_the_calibration_images(wide, tmp_path):
+    """A file calibrated on dark images agrees with the model on these, and less on bright ones."""
     model, images = wide
     dark = images[:4] * 0.02
     path = calibrated(model, tmp_path / "dark.onnx", dark)
@@ -73,7 +71,7 @@ def test_ranges_are_those_of_the_images(wide, tmp_path):
     assert difference["dark"] < 0.5 * difference["bright"]
 
 
-def test_a_model_of_another_family_is_calibrated(tmp_path):
+def test_model_of_another_family_is_calibrated(tmp_path):
     model = keras_tnt.DeiT(**{**OTHER, "embed_dim": 64, "depth": 1, "num_heads": 2})
     randomize(model)
     path = calibrated(model, tmp_path / "deit.onnx", images_of(model, 3))
@@ -81,7 +79,7 @@ def test_a_model_of_another_family_is_calibrated(tmp_path):
     assert 0 < told["largest_difference_of_probabilities"] < 0.02
 
 
-def test_calibration_that_cannot_be_used_is_refused_in_a_line(wide, tmp_path):
+def test_invalid_calibration_raises_a_one_line_error(wide, tmp_path):
     model, images = wide
     path = tmp_path / "never.onnx"
 

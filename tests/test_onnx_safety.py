@@ -1,4 +1,4 @@
-"""A file that is not what our sessions look for is run as it is, or refused; memory stays whole."""
+"""Files without the expected patterns run unchanged or are refused, without memory errors."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def node_of(model, kind, number=0):
 
 
 def check_equal(path):
-    """The session computes what plain ONNX Runtime does, or neither opens the file."""
+    """Checks that our session matches plain ONNX Runtime or both refuse; returns the answer."""
     given = {"words": fuzz_onnx.words()}
 
     def run(session):
@@ -53,7 +53,7 @@ def check_equal(path):
 
 
 @pytest.mark.parametrize("opset", [18, 23])
-def test_both_blocks_of_the_unchanged_graph_are_cpp(opset, tmp_path):
+def test_both_blocks_of_the_original_graph_are_replaced(opset, tmp_path):
     model = fuzz_onnx.graph(opset=opset)
     assert not isinstance(check_equal(saved(model, tmp_path / "m.onnx")), str)
     assert len(use_native(model, "keras_tnt")) == 1
@@ -61,7 +61,7 @@ def test_both_blocks_of_the_unchanged_graph_are_cpp(opset, tmp_path):
     onnx.checker.check_model(model)
 
 
-# === What looks like a block and is none ===
+# === Subgraphs similar to a block ===
 
 
 def swap(kind):
@@ -91,7 +91,7 @@ def constant(name, value):
 
 
 def narrow_attention(model):
-    """Query, key and value of 2 numbers a word of 8."""
+    """Narrows query, key and value to 2 of 8 dimensions."""
     set_constant(model, "b1/qkv_kernel", np.ones((8, 6), "float32") * 0.1)
     set_constant(model, "b1/qkv_bias", np.zeros(6, "float32"))
     set_constant(model, "b1/heads", np.array([-1, 2, 16, 2, 1]))
@@ -149,7 +149,7 @@ NO_BLOCKS = {
 
 
 @pytest.mark.parametrize("case", NO_BLOCKS)
-def test_what_is_no_block_runs_as_it_is(case, tmp_path):
+def test_similar_subgraph_runs_unchanged(case, tmp_path):
     model = fuzz_onnx.graph()
     NO_BLOCKS[case](model)
     check_equal(saved(model, tmp_path / "m.onnx"))
@@ -157,7 +157,7 @@ def test_what_is_no_block_runs_as_it_is(case, tmp_path):
     assert [node.op_type for node in model.graph.node].count("InnerTransformer") < 2
 
 
-def test_a_weight_of_minus_one_numbers_is_refused_as_by_onnx_runtime(tmp_path):
+def test_weight_with_negative_size_is_refused(tmp_path):
     model = fuzz_onnx.graph()
     constants(model)["b1/norm_mlp_bias"].dims[0] = -1
     assert isinstance(check_equal(saved(model, tmp_path / "m.onnx")), str)
@@ -165,7 +165,7 @@ def test_a_weight_of_minus_one_numbers_is_refused_as_by_onnx_runtime(tmp_path):
 
 @pytest.mark.parametrize("words", [2048, 4096, 32])
 @pytest.mark.parametrize("of", ["placed", "scores", "reshaped"])
-def test_shapes_that_a_file_claims_are_not_believed(of, words, tmp_path):
+def test_declared_shapes_are_not_trusted(of, words, tmp_path):
     model = fuzz_onnx.graph()
     claim = onnx.helper.make_tensor_value_info(of, 1, ["batch", 2, words, DIM])
     model.graph.value_info.append(claim)
@@ -173,13 +173,13 @@ def test_shapes_that_a_file_claims_are_not_believed(of, words, tmp_path):
     assert use_native(model, "keras_tnt") == {}
 
 
-def test_words_that_no_stack_has_room_for_stay_as_they_are():
+def test_words_that_exceed_the_stack_are_not_replaced():
     sizes = native.InnerSizes(16, 8, 2, 32, False)
     assert sizes.fits_stack() and not sizes._replace(words=4096).fits_stack()
     assert not sizes._replace(hidden=1 << 20).fits_stack()
 
 
-# === Operators that a file brings along ===
+# === Operators of ours in a file ===
 
 
 def forged(domain="keras_tnt_0_16_8_2_16_0_0", output="forged"):
@@ -207,7 +207,7 @@ def in_function(model):
 
 
 @pytest.mark.parametrize("place", [in_graph, in_branch, in_function])
-def test_a_file_with_an_operator_of_ours_is_refused(place, tmp_path):
+def test_file_with_our_operator_is_refused(place, tmp_path):
     model = fuzz_onnx.graph()
     place(model)
     path = saved(model, tmp_path / "forged.onnx")
@@ -215,7 +215,7 @@ def test_a_file_with_an_operator_of_ours_is_refused(place, tmp_path):
         onnx_session(path)
 
 
-def test_domains_differ_between_sessions_and_cannot_be_known():
+def test_domain_is_secret_and_differs_between_processes():
     from keras_tnt.export.onnx_runtime import secret
 
     name = secret(os.getpid())
@@ -236,8 +236,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", [None, *WRONG])
-def test_the_operator_checks_what_it_is_given_when_it_runs(case):
-    """A graph of nothing but the operator, whose inputs are fed, and so have any shape."""
+def test_operator_validates_its_inputs_at_run_time(case):
+    """The graph has only the operator; its inputs are fed, so they can have any shape."""
     model = fuzz_onnx.graph()
     ((domain, sizes),) = use_native(model, "keras_tnt_tested").items()
     node = node_of(model, "InnerTransformer")
@@ -273,7 +273,7 @@ def test_the_operator_checks_what_it_is_given_when_it_runs(case):
 
 
 @pytest.mark.parametrize("kind", ["missing", "fifo", "folder"])
-def test_weights_in_what_is_no_file_are_refused(kind, tmp_path):
+def test_external_weights_that_are_no_regular_file_raise(kind, tmp_path):
     model = fuzz_onnx.graph()
     tensor = constants(model)["kernel"]
     tensor.ClearField("raw_data")
@@ -290,7 +290,7 @@ def test_weights_in_what_is_no_file_are_refused(kind, tmp_path):
         onnx_session(path)
 
 
-def test_weights_in_another_file_are_read_and_the_graph_stays(tmp_path):
+def test_external_weights_are_loaded(tmp_path):
     model = fuzz_onnx.graph()
     onnx.save(
         model, tmp_path / "m.onnx", save_as_external_data=True, location="w", size_threshold=200
@@ -299,7 +299,7 @@ def test_weights_in_another_file_are_read_and_the_graph_stays(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no protobuf", b"\x08" * 100])
-def test_what_is_no_onnx_file_is_refused(content, tmp_path):
+def test_invalid_onnx_file_raises(content, tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
     with pytest.raises(Exception, match="(?i)onnx"):
@@ -309,8 +309,8 @@ def test_what_is_no_onnx_file_is_refused(content, tmp_path):
 # === Fuzzing ===
 
 
-def test_mutated_graphs_are_computed_as_plain_onnx_runtime_does():
-    """`KERAS_TNT_FUZZ` says how many; docs/safety.md has the figures of 10,000."""
+def test_mutated_graphs_agree_with_onnx_runtime():
+    """Runs `KERAS_TNT_FUZZ` mutations; docs/safety.md has the results of 10,000."""
     count = os.environ.get("KERAS_TNT_FUZZ", "120")
     command = [sys.executable, "tests/fuzz_onnx.py", f"--count={count}", "--first=1000000"]
     environment = {**os.environ, "KERAS_BACKEND": "numpy"}
@@ -341,7 +341,7 @@ int main() {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(16, 8, 2, 32, False), (32, 3, 3, 5, True)])
-def test_the_forward_pass_touches_nothing_but_its_tensors(sizes, tmp_path):
+def test_forward_pass_has_no_memory_errors_under_sanitizers(sizes, tmp_path):
     (tmp_path / "main.cpp").write_text(HARNESS)
     command = [
         *(*native.compiler(), "-std=c++17", "-O1", "-g", "-march=native", "-Wall", "-Wextra"),

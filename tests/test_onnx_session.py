@@ -1,4 +1,4 @@
-"""`onnx_session` computes what the file does, with the inner transformers in C++ where it can."""
+"""`onnx_session` matches plain ONNX Runtime, with inner transformers in C++ where supported."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +14,7 @@ from tests.test_export import OTHER, TINY, images_of, onnx, onnxruntime, randomi
 
 pytestmark = pytest.mark.one_backend
 
-# Which models have how many inner transformers that can be C++: words come in multiples of 16.
+# Models with their number of supported inner transformers: words come in multiples of 16.
 MODELS = {
     "tnt": (keras_tnt.TNT, {**TINY, "depth": 2}, 2),
     "bias": (keras_tnt.TNT, {**TINY, "inner_heads": 4, "qkv_bias": True, "distilled": True}, 1),
@@ -32,7 +32,7 @@ def exported(path, make, options, **settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "opset"), [("tnt", 18), *((name, 23) for name in MODELS)])
-def test_a_session_computes_what_the_file_does(name, opset, tmp_path):
+def test_session_matches_onnx_runtime(name, opset, tmp_path):
     make, options, count = MODELS[name]
     path, images = exported(tmp_path / "model.onnx", make, options, opset=opset)
     session = keras_tnt.export.onnx_session(path)
@@ -48,7 +48,7 @@ def test_a_session_computes_what_the_file_does(name, opset, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])
-def test_a_file_of_less_precision_runs_as_it_is(precision, tmp_path):
+def test_file_of_lower_precision_runs_unchanged(precision, tmp_path):
     path, images = exported(tmp_path / "m.onnx", keras_tnt.TNT, TINY, precision=precision)
     (found,) = keras_tnt.export.onnx_session(path).run(["logits"], {"images": images})
     np.testing.assert_array_equal(found, run_onnx(path, images, "logits")[0])
@@ -56,14 +56,14 @@ def test_a_file_of_less_precision_runs_as_it_is(precision, tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A file with inner transformers, images for it, and what it makes of them."""
+    """Returns a file with inner transformers, images, and the expected logits."""
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     path, images = exported(path, keras_tnt.TNT, TINY)
     return path, images, run_onnx(path, images, "logits")[0]
 
 
 @pytest.mark.parametrize("obstacle", ["no-such-compiler", "0.0", "refused"])
-def test_without_the_cpp_a_file_runs_as_it_is(obstacle, tiny, monkeypatch):
+def test_without_kernels_the_file_runs_unchanged(obstacle, tiny, monkeypatch):
     path, images, expected = tiny
     options = onnxruntime.SessionOptions()
     native.warn_slower.cache_clear()
@@ -83,7 +83,7 @@ class Refusing(onnxruntime.SessionOptions):
         raise RuntimeError(f"{path} refused")
 
 
-def test_options_open_more_than_one_file(tiny):
+def test_session_options_can_be_reused(tiny):
     path, images, expected = tiny
     options = onnxruntime.SessionOptions()
     sessions = [keras_tnt.export.onnx_session(path, options) for _ in range(2)]
@@ -92,7 +92,7 @@ def test_options_open_more_than_one_file(tiny):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.ptp(expected))
 
 
-def test_threads_open_a_file_at_once(tiny, tmp_path, monkeypatch):
+def test_threads_can_open_a_file_at_once(tiny, tmp_path, monkeypatch):
     path, images, expected = tiny
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     run, compiled = native.run, []
@@ -107,7 +107,7 @@ def test_threads_open_a_file_at_once(tiny, tmp_path, monkeypatch):
     assert sum("-shared" in command for command in compiled) == 1
 
 
-def test_a_forked_process_opens_a_file_and_is_refused_a_session_that_was_open(tiny):
+def test_forked_process_can_open_but_not_inherit_a_session(tiny):
     path, images, _ = tiny
     session = keras_tnt.export.onnx_session(path)
 
@@ -123,6 +123,6 @@ def test_a_forked_process_opens_a_file_and_is_refused_a_session_that_was_open(ti
     assert "forked" in message and "spawn" in message
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_missing_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file '.*nothing.onnx'.*export.onnx"):
         keras_tnt.export.onnx_session(tmp_path / "nothing.onnx")

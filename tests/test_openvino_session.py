@@ -1,4 +1,4 @@
-"""`openvino_session` computes what a file does, words in C++ where that is possible."""
+"""`openvino_session` matches ONNX Runtime, with kernels in C++ where supported."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.one_backend
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A file with inner transformers, images for it, and what ONNX Runtime makes of them."""
+    """Returns a file with inner transformers, images, and ONNX Runtime's outputs."""
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     path, images = exported(path, *MODELS["tnt"][:2])
     names = ["probabilities", "logits"]
@@ -35,7 +35,7 @@ def check(found, expected, within=1e-5):
 
 
 @pytest.mark.parametrize("precision", [None, "float32"])
-def test_a_session_computes_what_the_file_does(precision, tiny, monkeypatch):
+def test_session_matches_onnx_runtime(precision, tiny, monkeypatch):
     path, images, expected = tiny
     extended, extend = [], runtimes.extend_openvino
     monkeypatch.setattr(
@@ -45,14 +45,14 @@ def test_a_session_computes_what_the_file_does(precision, tiny, monkeypatch):
     assert extended == [True]
     for batch in (1, 40, 3):
         found = predict(images[:batch])
-        predict(np.zeros_like(images[:batch]))  # must not write over what was returned
+        predict(np.zeros_like(images[:batch]))  # must not overwrite earlier results
         check(found, {name: value[:batch] for name, value in expected.items()})
     turned = np.asfortranarray(images[:3].astype("float64"))
     check(predict(turned), {name: value[:3] for name, value in expected.items()})
 
 
 @pytest.mark.slow
-def test_a_file_with_attention_as_an_operator_is_opened(tmp_path):
+def test_file_with_attention_operators_is_opened(tmp_path):
     path, images = exported(tmp_path / "bias.onnx", *MODELS["bias"][:2], opset=23)
     (expected,) = run_onnx(path, images, "logits")
     check(
@@ -60,7 +60,7 @@ def test_a_file_with_attention_as_an_operator_is_opened(tmp_path):
     )
 
 
-def test_a_file_of_openvino_is_opened(tmp_path):
+def test_openvino_file_is_opened(tmp_path):
     model = keras_tnt.TNT(**TINY)
     randomize(model)
     path = keras_tnt.export.openvino(model, tmp_path / "tnt.xml")
@@ -73,7 +73,7 @@ def test_a_file_of_openvino_is_opened(tmp_path):
         keras_tnt.export.openvino_session(path)
 
 
-def test_without_instructions_for_bfloat16_there_is_a_warning_and_float32(tiny, monkeypatch):
+def test_without_bfloat16_support_warns_and_uses_float32(tiny, monkeypatch):
     path, images, expected = tiny
     monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2"}))
     with pytest.warns(UserWarning, match="no instructions for bfloat16.*float32 is computed"):
@@ -81,7 +81,7 @@ def test_without_instructions_for_bfloat16_there_is_a_warning_and_float32(tiny, 
     check(predict(images), expected)
 
 
-def test_with_them_openvino_is_asked_for_bfloat16(tiny, monkeypatch):
+def test_bfloat16_precision_is_passed_to_openvino(tiny, monkeypatch):
     path, images, expected = tiny
     monkeypatch.setattr(processor, "features", lambda: frozenset({"amx_bf16"}))
     asked = []
@@ -95,7 +95,7 @@ def test_with_them_openvino_is_asked_for_bfloat16(tiny, monkeypatch):
     monkeypatch.setattr(openvino_runtime, "core", lambda: recording)
     predict = keras_tnt.export.openvino_session(path, precision="bfloat16")
     assert asked == [{"INFERENCE_PRECISION_HINT": "bf16"}]
-    # A processor that lacks them after all gives float32's result.
+    # On a processor without these instructions, the result is that of float32.
     check(predict(images), expected, within=5e-2)
 
 
@@ -108,8 +108,8 @@ def test_with_them_openvino_is_asked_for_bfloat16(tiny, monkeypatch):
         pytest.param("deit", 18, {"outer_half"}, marks=pytest.mark.slow),
     ],
 )
-def test_in_bfloat16_transformers_are_in_cpp(name, opset, parts, tmp_path, monkeypatch):
-    make, options, _ = MODELS[name]  # of the last block, one token alone is computed
+def test_bfloat16_session_uses_kernels_for_transformers(name, opset, parts, tmp_path, monkeypatch):
+    make, options, _ = MODELS[name]  # the last block computes only one token
     path = tmp_path / "model.onnx"
     path, images = exported(path, make, {**options, "depth": 2}, opset=opset)
     (expected,) = run_onnx(path, images, "logits")
@@ -133,7 +133,7 @@ def test_in_bfloat16_transformers_are_in_cpp(name, opset, parts, tmp_path, monke
 def norm_dense_norm(
     between=(), bias="constant", epsilon=1e-5, tokens=None, pads=(0, 1, 0, 0, 0, 0)
 ):
-    """A graph of a norm, a dense layer and a norm, and a sum with tokens if these have a shape."""
+    """Returns a graph of norm, dense layer and norm, and a sum with tokens if they have a shape."""
     make = onnx.helper.make_node
     norm = {"axis": -1, "epsilon": 1e-5}
     nodes = [make("LayerNormalization", ["x", "one"], ["first"], **norm)]
@@ -180,7 +180,7 @@ def norm_dense_norm(
         ({"epsilon": 1e-3}, None),
     ],
 )
-def test_words_become_patches_only_where_they_do(options, inputs, monkeypatch):
+def test_words_to_patches_is_replaced_only_on_an_exact_match(options, inputs, monkeypatch):
     monkeypatch.setattr(native, "takes_half", lambda *_: True)
     proto = norm_dense_norm(**options)
     found = use_native(proto, "keras_tnt", half=True)
@@ -190,8 +190,8 @@ def test_words_become_patches_only_where_they_do(options, inputs, monkeypatch):
     assert not use_native(norm_dense_norm(**options), "keras_tnt")
 
 
-def test_the_operation_takes_bfloat16(tiny, tmp_path):
-    """As OpenVINO hands it over where the whole program is in bfloat16."""
+def test_operation_supports_bfloat16_tensors(tiny, tmp_path):
+    """OpenVINO passes bfloat16 tensors if the whole program is in bfloat16."""
     proto = onnx.load(tiny[0])
     ((domain, sizes),) = use_native(proto, "keras_tnt").items()
     node = next(node for node in proto.graph.node if node.op_type == "InnerTransformer")
@@ -231,7 +231,7 @@ def test_the_operation_takes_bfloat16(tiny, tmp_path):
     assert 1e-5 < difference < 2e-2
 
 
-def test_threads_share_a_session(tiny):
+def test_threads_can_share_a_session(tiny):
     path, images, expected = tiny
     predict = keras_tnt.export.openvino_session(path)
     parts = [slice(i, i + 5) for i in range(0, 40, 5)]
@@ -241,7 +241,7 @@ def test_threads_share_a_session(tiny):
 
 
 @pytest.mark.parametrize("obstacle", ["no-such-compiler", "0.0", "refused"])
-def test_without_the_cpp_a_file_runs_as_it_is(obstacle, tiny, monkeypatch):
+def test_without_kernels_the_file_runs_unchanged(obstacle, tiny, monkeypatch):
     path, images, expected = tiny
     native.warn_slower.cache_clear()
     if obstacle == "0.0":
@@ -261,7 +261,7 @@ def test_without_the_cpp_a_file_runs_as_it_is(obstacle, tiny, monkeypatch):
     check(predict(images), expected)
 
 
-def test_a_forked_process_is_refused_a_session_that_was_open(tiny):
+def test_forked_process_cannot_use_an_inherited_session(tiny):
     path, images, _ = tiny
     predict = keras_tnt.export.openvino_session(path)
 
@@ -287,11 +287,11 @@ print(handled == [signal.SIGTERM])
 """
 
 
-def test_a_process_handles_signals_after_its_sessions_are_gone(tiny):
+def test_signals_are_handled_after_sessions_are_deleted(tiny):
     assert run_python(SIGNAL_AFTER_SESSIONS, tiny[0], KERAS_BACKEND="jax").split()[-1] == "True"
 
 
-def test_what_cannot_be_opened_or_run_is_told_in_a_line(tiny, tmp_path):
+def test_invalid_files_and_images_raise_one_line_errors(tiny, tmp_path):
     path, images, _ = tiny
     session = keras_tnt.export.openvino_session
     with pytest.raises(ValueError, match="one of float32, bfloat16. Received: 'float16'"):
@@ -314,7 +314,7 @@ def test_what_cannot_be_opened_or_run_is_told_in_a_line(tiny, tmp_path):
         ("nothing\n", set()),
     ],
 )
-def test_what_the_processor_can_do_is_read_from_the_system(text, expected, tmp_path, monkeypatch):
+def test_cpu_features_are_read_from_cpuinfo(text, expected, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(processor, "CPUINFO", str(tmp_path / "cpuinfo"))
     processor.features.cache_clear()

@@ -1,4 +1,4 @@
-"""From a folder of photographs to answers in words: the whole way, on each backend."""
+"""End to end on each backend: from a folder of photographs to named predictions."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ARCHITECTURE = {
     "inner_heads": 2,
 }
 
-# Asks a SavedModel about encoded images, which takes TensorFlow.
+# Queries a SavedModel with encoded images, which requires TensorFlow.
 ASK = """
 import json, sys
 import tensorflow as tf
@@ -38,14 +38,14 @@ print(json.dumps([[name.decode() for name in names] for names in answer["classes
 
 
 def photographs():
-    """Six photographs by what they show."""
+    """Returns six photographs by their subject."""
     temple, flower = load_sample_images().images
     shown = ("chelsea", "astronaut", "coffee", "rocket")
     return {"temple": temple, "flower": flower} | {name: getattr(data, name)() for name in shown}
 
 
 def write_crops(folder, seed, count):
-    """`count` crops of each photograph, in a folder of its name."""
+    """Writes `count` crops of each photograph to a folder of its name."""
     rng = np.random.default_rng(seed)
     for name, pixels in photographs().items():
         (folder / name).mkdir(parents=True)
@@ -57,12 +57,12 @@ def write_crops(folder, seed, count):
 
 
 @pytest.mark.slow
-def test_from_photographs_in_folders_to_names_in_every_answer(tmp_path, capsys):
+def test_photographs_in_folders_to_named_predictions(tmp_path, capsys):
     write_crops(tmp_path / "train", seed=0, count=12)
     write_crops(tmp_path / "test", seed=1, count=4)
     names = sorted(photographs())
 
-    # A checkpoint of eight classes becomes a model of these six.
+    # A checkpoint of eight classes is adapted to these six.
     keras_tnt.save_pretrained(keras_tnt.TNT(**ARCHITECTURE, classes=8), tmp_path / "eight")
     eight = keras_tnt.TNT(**ARCHITECTURE, classes=8, weights=str(tmp_path / "eight"))
     model = keras_tnt.reset_classifier(eight, class_names=names)

@@ -1,4 +1,4 @@
-"""setup.py, constraints.txt, the Makefile, and what importing keras_tnt pulls in."""
+"""Packaging: setup.py, constraints.txt, the Makefile, and the imports of keras_tnt."""
 
 import ast
 import importlib.metadata
@@ -19,13 +19,13 @@ import keras_tnt
 ROOT = Path(__file__).parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
 PARTS = ("keras_tnt", "training", "savedmodels", "examples", "benchmarks", "tests")
-# Looked for at run time and used where a user has them, or a server brings them; no extra does.
+# Optional packages that are used if installed, and that no extra installs.
 NOT_BROUGHT = {"timm", "triton_python_backend_utils", "mlserver", "tritonclient"}
 
 
 @pytest.fixture(scope="module")
 def metadata():
-    """The arguments setup.py hands to setuptools."""
+    """Returns the arguments that setup.py passes to setuptools."""
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
     return setup.call_args.kwargs
@@ -88,14 +88,14 @@ print(model.predict(np.zeros((2, 32, 32, 3), "float32"), verbose=0).shape)
 
 
 @pytest.mark.slow
-def test_every_module_imports_and_a_model_runs_where_the_other_backends_are_not_installed():
+def test_package_works_without_the_other_backends():
     others = [backend for backend in BACKENDS if backend != keras.backend.backend()]
     result = run_python(WITHOUT_OTHER_BACKENDS, *others)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "(2, 3)"
 
 
-def test_importing_keras_tnt_loads_no_backend_and_no_extra_that_keras_had_not_loaded(metadata):
+def test_import_loads_no_backend_and_no_extra_beyond_keras(metadata):
     optional = {
         name
         for name, owners in importlib.metadata.packages_distributions().items()
@@ -115,11 +115,11 @@ print(*sorted(set(sys.modules) - before))
     assert not loaded & (optional | set(BACKENDS))
 
 
-# === What setup.py declares ===
+# === setup.py ===
 
 
 def third_party_imports(path):
-    """Yields (name, whether it is imported with the module) for each package `path` imports."""
+    """Yields (name, whether it is imported at module level) for third-party imports of a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_import = {id(node) for node in module_level(tree)}
     siblings = {sibling.stem for sibling in path.parent.iterdir() if sibling.suffix in (".py", "")}
@@ -136,7 +136,7 @@ def third_party_imports(path):
 
 
 def module_level(tree):
-    """All nodes that run as the module is imported: those outside functions."""
+    """Yields all nodes that run when the module is imported: those outside of functions."""
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield node
@@ -145,7 +145,7 @@ def module_level(tree):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("part", PARTS)
-def test_every_import_is_a_requirement_or_in_an_extra(part, metadata):
+def test_every_import_is_declared(part, metadata):
     required = distributions(metadata["install_requires"])
     extras = metadata["extras_require"]
     allowed = {
@@ -164,19 +164,19 @@ def test_every_import_is_a_requirement_or_in_an_extra(part, metadata):
         if name not in NOT_BROUGHT
         and not distributions(owners.get(name, [name]))
         & (required if part == "keras_tnt" and at_import else required | allowed)
-        # A backend's own module is imported where that backend runs.
+        # A backend-specific module is imported only with that backend.
         and not path.stem.startswith(f"{name}_")
     ]
     assert not undeclared
 
 
 @pytest.mark.one_backend
-def test_the_version_is_the_package_s(metadata):
+def test_version_matches_the_package(metadata):
     assert metadata["version"] == keras_tnt.__version__
 
 
 @pytest.mark.one_backend
-def test_every_data_file_of_the_package_is_shipped(metadata):
+def test_every_data_file_is_shipped(metadata):
     package = ROOT / "keras_tnt"
     shipped = {
         path for pattern in metadata["package_data"]["keras_tnt"] for path in package.glob(pattern)
@@ -190,14 +190,14 @@ def test_every_data_file_of_the_package_is_shipped(metadata):
 
 
 @pytest.mark.one_backend
-def test_the_test_extra_holds_every_other_extra(metadata):
+def test_test_extra_contains_every_other_extra(metadata):
     extras = metadata["extras_require"]
     trackers = {*extras["wandb"], *extras["mlflow"]}  # which pin older packages
     assert set(sum(extras.values(), [])) - trackers == set(extras["test"])
 
 
 @pytest.mark.one_backend
-def test_constraints_pin_every_requirement_to_one_version_and_name_no_place(metadata):
+def test_constraints_pin_every_requirement_to_one_version(metadata):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)] == []
@@ -206,7 +206,7 @@ def test_constraints_pin_every_requirement_to_one_version_and_name_no_place(meta
 
 
 @pytest.mark.one_backend
-def test_nothing_imports_the_private_parts_of_keras():
+def test_private_keras_modules_are_not_imported():
     private = ".".join(("keras", "src"))
     users = [
         str(path.relative_to(ROOT))
@@ -219,7 +219,7 @@ def test_nothing_imports_the_private_parts_of_keras():
 
 # === The Makefile ===
 
-# Stands in for Python: notes how it was called, makes the environment, and breaks when told to.
+# A fake Python that logs its calls, creates the environment, and fails on request.
 FAKE_PYTHON = """#!/bin/sh
 echo "$KERAS_BACKEND $*" >> calls
 case "$*" in
@@ -231,7 +231,7 @@ if [ -e broken ]; then case "$KERAS_BACKEND $*" in *"$(cat broken)"*) exit 1 ;; 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what `make setup` reads, and a function that runs make there."""
+    """Copies the files of `make setup`, and returns a function that runs make on them."""
     for name in ("Makefile", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / "fake_python"
@@ -279,7 +279,7 @@ def test_setup_runs_once_and_again_after_a_change(checkout):
 
 
 @pytest.mark.one_backend
-def test_a_setup_that_broke_off_is_not_taken_as_done(checkout):
+def test_interrupted_setup_is_repeated(checkout):
     checkout("setup")
     os.utime(checkout.root / ".venv" / "ready", (0, 0))
     (checkout.root / "broken").write_text("pip install")
@@ -293,7 +293,7 @@ def test_a_setup_that_broke_off_is_not_taken_as_done(checkout):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("broken", ["ruff check", *(f"{name} -m pytest" for name in BACKENDS)])
-def test_make_test_runs_lint_and_every_backend_and_fails_if_any_does(checkout, broken):
+def test_make_test_runs_lint_and_all_backends_and_fails_on_any_failure(checkout, broken):
     result, calls = checkout("test")
     assert result.returncode == 0, result.stderr
     (checkout.root / "broken").write_text(broken)

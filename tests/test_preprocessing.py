@@ -1,4 +1,4 @@
-"""load_image against Pillow's own resize and crop, and the names of ImageNet's classes."""
+"""`load_image` matches Pillow's resize and crop; names of ImageNet classes."""
 
 import io
 import subprocess
@@ -36,7 +36,7 @@ def model():
 
 
 def picture(size=(500, 375), mode="RGB", seed=0):
-    """A picture with edges and gradients."""
+    """Returns a picture with edges and gradients."""
     width, height = size
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (max(2, height // 40), max(2, width // 40), 3), dtype="uint8")
@@ -52,7 +52,7 @@ def encoded(image, kind, **options):
 
 
 def expected(image, side=64, share=0.9):
-    """Resize of the shorter side to floor(side / share), crop in the center."""
+    """Returns Pillow's resize of the shorter side to floor(side / share), and its center crop."""
     shorter = int(np.floor(side / share))
     image = image.convert("RGB")
     scale = shorter / min(image.size)
@@ -70,7 +70,7 @@ def assert_same_pixels(actual, wanted):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_the_crop_is_pillows(kind, size, model):
+def test_crop_matches_pillow(kind, size, model):
     data = encoded(picture(size), kind)
     assert_same_pixels(keras_tnt.load_image(data, model), expected(Image.open(io.BytesIO(data))))
 
@@ -90,12 +90,12 @@ def test_the_crop_is_pillows(kind, size, model):
         ("GIF", "P", {}),
     ],
 )
-def test_every_kind_of_color_becomes_rgb(kind, mode, options, model):
+def test_every_color_mode_is_converted_to_rgb(kind, mode, options, model):
     data = encoded(picture(mode=mode), kind, **options)
     assert_same_pixels(keras_tnt.load_image(data, model), expected(Image.open(io.BytesIO(data))))
 
 
-def test_a_palette_with_transparency_keeps_its_colors(model):
+def test_palette_with_transparency_keeps_its_colors(model):
     image = picture(mode="P")
     data = encoded(image, "PNG", transparency=bytes(range(256)))
     assert_same_pixels(keras_tnt.load_image(data, model), expected(image))
@@ -108,14 +108,14 @@ def test_transparency_is_dropped(model):
     assert_same_pixels(keras_tnt.load_image(data, model), expected(picture()))
 
 
-def test_sixteen_bits_are_scaled_not_cut_off(model):
+def test_sixteen_bit_images_are_scaled_not_clipped(model):
     grey = np.asarray(picture(mode="L"))
     data = encoded(Image.fromarray(grey.astype("uint16") * 257), "PNG")
     assert_same_pixels(keras_tnt.load_image(data, model), expected(Image.fromarray(grey)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright_by_exif(orientation, model):
+def test_exif_orientation_is_applied(orientation, model):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(picture(), "JPEG", exif=exif)
@@ -123,7 +123,7 @@ def test_pictures_are_turned_upright_by_exif(orientation, model):
     assert_same_pixels(keras_tnt.load_image(data, model), expected(upright))
 
 
-def test_paths_bytes_pictures_and_arrays_are_the_same(model, tmp_path):
+def test_paths_bytes_pictures_and_arrays_give_the_same_pixels(model, tmp_path):
     image = picture()
     path = tmp_path / "image.png"
     image.save(path)
@@ -155,7 +155,7 @@ def test_each_family_has_its_crop(family, side, share):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_model_of_oblong_images_gets_a_crop_without_borders(size):
+def test_rectangular_model_gets_a_crop_without_borders(size):
     model = tiny((32, 80))
     white = Image.new("RGB", size, "white")
     crop = keras_tnt.load_image(white, model)
@@ -165,21 +165,21 @@ def test_a_model_of_oblong_images_gets_a_crop_without_borders(size):
     assert middle.std() > 0
 
 
-def test_a_model_of_grey_images_gets_one_channel():
+def test_grayscale_model_gets_one_channel():
     image = picture()
     crop = keras_tnt.load_image(image, tiny(channels=1))
     assert crop.shape == (64, 64, 1)
     assert_same_pixels(crop[..., 0], expected(image.convert("L"))[..., 0])
 
 
-def test_channels_stand_where_the_model_wants_them():
+def test_crop_follows_the_data_format_of_the_model():
     keras.config.set_image_data_format("channels_first")
     model = tiny()
     crop = keras_tnt.load_image(picture(), model)
     assert_same_pixels(np.moveaxis(crop, 0, -1), expected(picture()))
 
 
-def test_a_model_around_ours_is_looked_into(model):
+def test_nested_model_sets_the_transform(model):
     backbone = keras_tnt.TNT(
         include_top=False,
         input_shape=(64, 64, 3),
@@ -195,7 +195,7 @@ def test_a_model_around_ours_is_looked_into(model):
     )
 
 
-def test_a_batch_is_the_images_one_by_one(model):
+def test_load_images_matches_load_image(model):
     images = [encoded(picture(size, seed=i), "PNG") for i, size in enumerate(SIZES)]
     batch = keras_tnt.load_images(images, model)
     assert batch.shape == (len(SIZES), 64, 64, 3)
@@ -214,7 +214,7 @@ def test_a_batch_is_the_images_one_by_one(model):
         (np.zeros((8, 8, 5)), ValueError, r"shape \(8, 8, 5\)"),
     ],
 )
-def test_what_is_no_image_is_said(given, error, message, model):
+def test_invalid_image_raises(given, error, message, model):
     with pytest.raises(error, match=message):
         keras_tnt.load_image(given, model)
 
@@ -229,7 +229,7 @@ def test_what_is_no_image_is_said(given, error, message, model):
         (b"P6\n9 9 255\n", "PNM"),
     ],
 )
-def test_other_formats_are_refused_by_name_and_no_program_is_started(
+def test_unsupported_formats_are_named_and_start_no_program(
     start, name, model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
@@ -240,7 +240,7 @@ def test_other_formats_are_refused_by_name_and_no_program_is_started(
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP, extended"])
-def test_what_claims_to_be_too_large_is_refused_before_anything_is_allocated(kind, model):
+def test_image_above_the_pixel_limit_is_refused_before_allocation(kind, model):
     for sides in ((13_000, 13_000), (65_535, 65_535)):
         data = hostile_images.claiming(kind, *sides)
         with pytest.raises(
@@ -249,7 +249,7 @@ def test_what_claims_to_be_too_large_is_refused_before_anything_is_allocated(kin
             keras_tnt.load_image(data, model)
 
 
-def test_a_file_of_too_many_bytes_is_refused(model, tmp_path, monkeypatch):
+def test_file_above_the_size_limit_is_refused(model, tmp_path, monkeypatch):
     path = tmp_path / "image.png"
     picture((20, 30)).save(path)
     monkeypatch.setattr(images, "MAX_BYTES", 100)
@@ -258,7 +258,7 @@ def test_a_file_of_too_many_bytes_is_refused(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (7, 20_011), (20_011, 7)])
-def test_of_a_strip_no_more_is_resized_than_is_shown(size, model):
+def test_only_the_visible_part_of_a_strip_is_resized(size, model):
     tracemalloc.start()
     crop = keras_tnt.load_image(hostile_images.png(*size, color=2), model)
     peak = tracemalloc.get_traced_memory()[1]
@@ -268,15 +268,15 @@ def test_of_a_strip_no_more_is_resized_than_is_shown(size, model):
 
 
 @pytest.mark.parametrize("size", [(3, 401), (401, 3), (5, 64), (50, 47), (1, 90)])
-def test_the_part_of_a_strip_is_bit_by_bit_pillows(size, model, monkeypatch):
+def test_partial_resize_of_a_strip_is_bit_identical(size, model, monkeypatch):
     image = picture(size)
     wanted = keras_tnt.load_image(image, model)
-    monkeypatch.setattr(images, "MAX_PIXELS", 0)  # as if it were too large when it is resized
+    monkeypatch.setattr(images, "MAX_PIXELS", 0)  # as if it were too large to be resized
     np.testing.assert_array_equal(keras_tnt.load_image(image, model), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_picture_whose_exif_is_damaged_is_taken_as_it_lies(model):
+def test_damaged_exif_is_ignored(model):
     for damaged in (b"Exif\0\0MM\0*\xff\xff\xff\x08\0\x01", b"Exif\0\0II*\0", b"Exif\0\0"):
         data = encoded(picture(), "JPEG", exif=damaged)
         assert_same_pixels(
@@ -284,14 +284,14 @@ def test_a_picture_whose_exif_is_damaged_is_taken_as_it_lies(model):
         )
 
 
-def test_of_an_animation_the_first_frame_is_shown(model):
+def test_first_frame_of_an_animation_is_used(model):
     for kind in hostile_images.ANIMATED:
         data = hostile_images.animated(kind)
         first = Image.open(io.BytesIO(data)).convert("RGB")
         assert_same_pixels(keras_tnt.load_image(data, model), expected(first))
 
 
-def test_no_memory_is_not_no_image(model, monkeypatch):
+def test_memory_error_is_not_reported_as_an_invalid_image(model, monkeypatch):
     def none_left(*_):
         raise MemoryError
 
@@ -300,13 +300,13 @@ def test_no_memory_is_not_no_image(model, monkeypatch):
         keras_tnt.load_image(encoded(picture(), "PNG"), model)
 
 
-def test_an_image_of_a_batch_is_told_by_its_place(model):
+def test_error_in_a_batch_has_the_index(model):
     good = encoded(picture(), "PNG")
     with pytest.raises(ValueError, match="Image 1 of the batch cannot be read"):
         keras_tnt.load_images([good, b"nonsense", good], model)
 
 
-# Run by itself, so that a crash or the lack of memory is no more than a test that fails.
+# Runs in a separate process, so that a crash or lack of memory fails only this test.
 SWEEP = """
 import resource, sys
 import numpy as np
@@ -337,7 +337,7 @@ print("read", read, "refused", refused)
 
 @pytest.mark.one_backend
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_whatever_the_bytes_an_image_is_read_or_refused_within_a_gibibyte():
+def test_malformed_images_are_read_or_refused_within_1_gib():
     count = hostile_images.number_of(300)
     code = SWEEP.replace("EXTRA", "2**30").replace("COUNT", str(count))
     done = subprocess.run(
@@ -350,17 +350,17 @@ def test_whatever_the_bytes_an_image_is_read_or_refused_within_a_gibibyte():
     assert min(read, refused) > count // 5
 
 
-def test_one_path_is_no_batch(model):
+def test_load_images_rejects_a_single_path(model):
     with pytest.raises(ValueError, match="there is load_image"):
         keras_tnt.load_images("cat.jpg", model)
 
 
-def test_a_model_of_other_channels_is_refused():
+def test_unsupported_number_of_channels_raises():
     with pytest.raises(ValueError, match="the model takes 4"):
         keras_tnt.load_image(picture(), tiny(channels=4))
 
 
-def test_without_pillow_the_extra_is_named():
+def test_missing_pillow_error_names_the_extra():
     code = """
 import sys
 sys.modules["PIL"] = None
@@ -371,16 +371,16 @@ images.open_picture("cat.jpg")
     assert 'pip install "keras-tnt[images]"' in result.stderr
 
 
-# === Names ===
+# === Class names ===
 
 
-def test_there_are_a_thousand_classes_in_the_order_of_their_wordnet_ids():
+def test_imagenet_classes_are_in_wordnet_order():
     classes = preprocessing.imagenet_classes()
     ids, names = zip(*classes, strict=True)
     assert len(classes) == len(set(ids)) == len(set(names)) == 1000
     assert list(ids) == sorted(ids)
     assert all(len(i) == 9 and i[0] == "n" and i[1:].isdigit() for i in ids)
-    # Places that papers and other packages name.
+    # Indices that papers and other packages name.
     for place, name in {
         0: "tench",
         207: "golden retriever",
@@ -393,7 +393,7 @@ def test_there_are_a_thousand_classes_in_the_order_of_their_wordnet_ids():
         assert names[place] == name
 
 
-def test_predictions_are_named_likeliest_first():
+def test_decode_predictions_sorts_by_probability():
     predictions = np.zeros((2, 1000))
     predictions[0, [281, 207, 999]] = 0.5, 0.3, 0.2
     predictions[1, 0] = 1
@@ -411,12 +411,12 @@ def test_predictions_are_named_likeliest_first():
 
 
 @pytest.mark.parametrize("shape", [(1000,), (1, 10), (1, 2, 1000)])
-def test_predictions_of_another_shape_are_refused(shape):
+def test_decode_predictions_rejects_other_shapes(shape):
     with pytest.raises(ValueError, match=r"\(batch, 1000\).* Received: shape"):
         keras_tnt.decode_predictions(np.zeros(shape))
 
 
 @pytest.mark.parametrize("top", [0, 1001])
-def test_as_many_names_as_there_are(top):
+def test_decode_predictions_rejects_an_invalid_top(top):
     with pytest.raises(ValueError, match="`top` must lie in 1 to 1000"):
         keras_tnt.decode_predictions(np.zeros((1, 1000)), top=top)

@@ -1,4 +1,4 @@
-"""What PyramidTNT alone has: stages, any multiple of eight pixels, batch statistics."""
+"""Properties of PyramidTNT: stages, image sizes in multiples of eight, batch statistics."""
 
 import keras
 import numpy as np
@@ -23,7 +23,7 @@ def tiny(size, **arguments):
     return keras_tnt.PyramidTNT(**{**architecture, **arguments})
 
 
-def test_the_first_block_of_a_stage_has_an_inner_transformer_and_the_second_beyond_six():
+def test_first_block_of_a_stage_and_second_of_a_deep_one_have_inner_transformers():
     model = tiny((32, 32), depths=(1, 7, 6, 2))
     inner = {
         layer.name: isinstance(layer, PyramidTNTBlock)
@@ -54,7 +54,7 @@ def test_stochastic_depth_grows_linearly_over_all_stages():
         ((56, 40), [(7, 5), (4, 3), (2, 2), (1, 1)]),
     ],
 )
-def test_grids_are_halved_from_stage_to_stage_and_rounded_up(size, grids):
+def test_grids_are_halved_per_stage_and_rounded_up(size, grids):
     model = tiny(size, include_top=False)
     positions = [layer for layer in model.layers if isinstance(layer, RelativePosition)]
     assert [layer.grid for layer in positions] == grids
@@ -62,7 +62,7 @@ def test_grids_are_halved_from_stage_to_stage_and_rounded_up(size, grids):
     assert compute(model, normal((2, *size, 3))).shape == (2, *grids[-1], 16)
 
 
-def test_every_block_of_a_stage_adds_the_stage_s_relative_positions():
+def test_relative_positions_of_a_stage_affect_each_of_its_blocks():
     model = tiny((32, 64), depths=(2, 1, 1, 1), include_top=False)
     images = normal((1, 32, 64, 3))
     blocks = [model.get_layer(f"stage_0_block_{i}").output for i in range(2)]
@@ -75,18 +75,18 @@ def test_every_block_of_a_stage_adds_the_stage_s_relative_positions():
 
 
 @pytest.mark.slow
-def test_a_step_of_training_moves_every_weight_and_every_batch_statistic():
+def test_training_step_updates_every_weight_and_batch_statistic():
     size = (64, 128)
     model = tiny(size)
     for i, variable in enumerate(model.trainable_variables):
         variable.assign(0.3 * normal(variable.shape, seed=i))
     before = {v.path: ops.convert_to_numpy(v) for v in model.variables}
-    # As a whole on JAX, which compiles every operation by itself otherwise.
+    # JAX compiles each operation separately in eager mode.
     eagerly = keras.backend.backend() != "jax"
     model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=eagerly)
     images = np.random.default_rng(0).uniform(0, 255, (4, *size, 3)).astype("float32")
     model.train_on_batch(images, np.array([0, 1, 2, 0]))
     moved = {v.path for v in model.variables if np.any(ops.convert_to_numpy(v) != before[v.path])}
-    # What a convolution adds to a whole channel, the BatchNorm behind it takes away.
+    # BatchNormalization cancels the bias of the preceding convolution.
     taken_away = {path for path in before if path.endswith("convolution/bias") and "stem" in path}
     assert moved | taken_away == before.keys()

@@ -1,4 +1,4 @@
-"""What a teacher is given of a student's images."""
+"""Conversion of a student's images for its teacher."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ PREPROCESS = {
     "pixels": lambda images: images,
     "unit": lambda images: images / 255,
 }
-# Names of the first layers of models of keras.applications, in small models of the same names.
+# Names of the first layers of keras.applications models, for small models.
 NAMES = {
     "caffe": ("block1_conv1", "block1_conv2", "block1_pool"),
     "tf": ("conv1_conv", "conv2_block1_preact_bn"),
@@ -48,7 +48,7 @@ def answer(model, images):
 
 
 def base(kind, size=(16, 16, 3)):
-    """A small model whose layers have the names of a model of keras.applications."""
+    """Returns a small model with the layer names of a keras.applications model."""
     x = inputs = keras.Input(size)
     for name in NAMES[kind]:
         x = keras.layers.Conv2D(4, 3, name=name, padding="same", strides=2)(x)
@@ -75,12 +75,12 @@ def functional_features(model):
 
 
 def grown(model):
-    """A new head on the base's own graph, as after include_top=False."""
+    """Adds a new head to the graph of the base, as after include_top=False."""
     return keras.Model(model.inputs, keras.layers.Dense(CLASSES)(model.outputs[0]))
 
 
 def assert_given(model, student, kind, images=None, given=None):
-    """Checks that a teacher's answer is that to the images that its kind of model takes."""
+    """Checks that a teacher's output is that for images preprocessed for its kind of model."""
     images = pixels() if images is None else images
     found = Teacher(model, student)(images if given is None else given)
     expected = answer(model, PREPROCESS[kind](np.array(images)))
@@ -89,12 +89,12 @@ def assert_given(model, student, kind, images=None, given=None):
 
 @pytest.mark.parametrize("wrap", [plain, functional, nested_twice, grown])
 @pytest.mark.parametrize("kind", ["caffe", "tf", "torch"])
-def test_applications_are_recognized_whatever_stands_around_them(kind, wrap):
+def test_applications_are_recognized_inside_other_models(kind, wrap):
     assert_given(wrap(base(kind)), student(), kind)
 
 
 @pytest.mark.parametrize("kind", ["caffe", "tf", "torch"])
-def test_student_of_normalized_images_is_converted_back(kind):
+def test_normalized_student_images_are_converted_back(kind):
     images = pixels()
     given = keras_tnt.deit.preprocess_input(images)
     assert_given(plain(base(kind)), student(include_preprocessing=False), kind, images, given)
@@ -119,7 +119,7 @@ def flat(kind):
 
 
 @pytest.mark.parametrize("kind", ["caffe", "tf"])
-def test_preprocessing_inside_a_teacher_is_not_repeated(kind):
+def test_preprocessing_inside_the_teacher_is_not_repeated(kind):
     inputs = keras.Input((16, 16, 3))
     x = PREPROCESS[kind](inputs)
     model = keras.Model(inputs, keras.layers.Dense(CLASSES)(base(kind)(x)))
@@ -133,7 +133,7 @@ def test_preprocessing_inside_a_teacher_is_not_repeated(kind):
         keras.layers.Normalization(mean=[120.0, 110.0, 100.0], variance=[9.0, 9.0, 9.0]),
     ],
 )
-def test_teacher_that_scales_pixels_is_given_pixels(layer):
+def test_teacher_with_rescaling_receives_pixels(layer):
     model = keras.Sequential(
         [keras.Input((16, 16, 3)), layer, keras.layers.Flatten(), keras.layers.Dense(CLASSES)]
     )
@@ -148,7 +148,7 @@ def dense():
     )
 
 
-def test_unknown_teacher_is_warned_of_once_and_given_the_same_images():
+def test_unknown_teacher_warns_once_and_receives_the_same_images():
     model = dense()
     with pytest.warns(UserWarning, match="Pass `teacher_preprocessing=`") as found:
         distiller = keras_tnt.Distiller(student(), model)
@@ -158,14 +158,14 @@ def test_unknown_teacher_is_warned_of_once_and_given_the_same_images():
     )
 
 
-def test_rescaling_behind_the_weights_says_nothing_of_the_images():
+def test_rescaling_after_the_weights_is_ignored():
     model = keras.Sequential([dense(), keras.layers.Rescaling(0.5)])
     with pytest.warns(UserWarning, match="Cannot tell"):
         Teacher(model, student())
 
 
 @pytest.mark.parametrize("kind", PREPROCESS)
-def test_preprocessing_can_be_named(kind):
+def test_preprocessing_can_be_set_by_name(kind):
     model = dense()
     found = keras_tnt.Distiller(student(), model, teacher_preprocessing=kind).teacher(pixels())
     expected = answer(model, PREPROCESS[kind](pixels()))
@@ -173,7 +173,7 @@ def test_preprocessing_can_be_named(kind):
 
 
 @pytest.mark.one_backend
-def test_unknown_name_of_preprocessing_is_refused():
+def test_unknown_preprocessing_name_raises():
     with pytest.raises(ValueError, match="'caffe', 'tf', 'torch'.*Received: 'imagenet'"):
         keras_tnt.Distiller(student(), dense(), teacher_preprocessing="imagenet")
 
@@ -204,8 +204,8 @@ def test_unknown_name_of_preprocessing_is_refused():
         ("ConvNeXtTiny", 32, {"include_preprocessing": False}, "torch"),
     ],
 )
-def test_every_kind_of_application_is_known(name, side, arguments, kind, monkeypatch):
-    monkeypatch.setattr(  # initial values do not matter, and take most of the time
+def test_every_application_is_recognized(name, side, arguments, kind, monkeypatch):
+    monkeypatch.setattr(  # initial values do not matter but take most of the time
         keras.initializers.GlorotUniform,
         "__call__",
         lambda self, shape, dtype=None: ops.zeros(shape, dtype),

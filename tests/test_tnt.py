@@ -1,4 +1,4 @@
-"""TNT: the reference's numbers, its architecture's options, and what it refuses."""
+"""TNT matches the references; its architecture options and errors."""
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ GOLDEN = {
     "tnt_original_names": {},
     "tnt_se_original_names": {"squeeze_excite": True},
 }
-# Names in the reference's configurations that are others here.
+# Names in the reference configurations that differ from ours.
 RENAMED = {
     "embed_dim": "outer_dim",
     "num_heads_outer": "outer_heads",
@@ -34,7 +34,7 @@ RENAMED = {
     "inner_num_heads": "inner_heads",
 }
 ABOUT = ("family", "source", "img_size", "num_classes", "se")
-# Every option that adds weights or changes what is computed, in few models.
+# Covers every option that adds weights or changes the computation, in few models.
 OPTIONS = {
     "plain": {},
     "legacy": {"legacy": True, "qkv_bias": True, "squeeze_excite": True, "inner_blocks": (0,)},
@@ -44,7 +44,7 @@ OPTIONS = {
 
 
 def tiny(size=(32, 32), channels=3, **arguments):
-    """A TNT of two blocks on two by two patches, or what `arguments` make of it."""
+    """Returns a TNT of two blocks on 2x2 patches, unless `arguments` change that."""
     shape = (*size, channels)
     if keras.config.image_data_format() == "channels_first":
         shape = (channels, *size)
@@ -61,7 +61,7 @@ def tiny(size=(32, 32), channels=3, **arguments):
 
 
 def reference(name, directory, **arguments):
-    """The reference's numbers and the model that it is, holding its weights."""
+    """Returns the golden values and a model with the reference's weights."""
     numbers = golden.load(name)
     architecture = {
         RENAMED.get(key, key): value for key, value in numbers.config.items() if key not in ABOUT
@@ -77,7 +77,7 @@ def reference(name, directory, **arguments):
 
 
 def randomise(model):
-    """Weights of a size at which every one of them matters to the result."""
+    """Sets weights of a scale at which each affects the output, and returns the model."""
     for i, variable in enumerate(model.trainable_variables):
         variable.assign(0.3 * normal(variable.shape, seed=i))
     return model
@@ -88,15 +88,15 @@ def randomise(model):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", GOLDEN)
-def test_logits_are_the_reference_s(name, mode, tmp_path):
+def test_logits_match_the_reference(name, mode, tmp_path):
     numbers, model = reference(name, tmp_path)
     assert_close(predict(model, numbers.images, mode), numbers.outputs["logits"])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["tnt_official", "tnt_legacy"])
-def test_words_patches_and_tokens_are_the_reference_s(name, mode, tmp_path):
-    # With its top the model leaves out the last block's patches, which no head reads.
+def test_words_patches_and_tokens_match_the_reference(name, mode, tmp_path):
+    # With its top, the model does not compute the patches of the last block.
     numbers, model = reference(name, tmp_path, include_top=False)
     stem = model.get_layer("word_position").output
     blocks = [model.get_layer(f"block_{i}").output[0] for i in range(3)]
@@ -110,27 +110,27 @@ def test_words_patches_and_tokens_are_the_reference_s(name, mode, tmp_path):
     assert_close(predict(model, numbers.images, mode), feature_map)
 
 
-# === What Keras users expect ===
+# === Keras operations ===
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
-def test_the_model_is_what_keras_users_expect(option):
+def test_model_passes_the_keras_checks(option):
     check_model(tiny, **OPTIONS[option])
 
 
 @pytest.mark.slow
-def test_the_model_without_its_top_is_what_keras_users_expect():
-    # The last block's words go nowhere but into its patches, so that every weight is felt.
+def test_headless_model_passes_the_keras_checks():
+    # The last block's words only affect its patches, so that every weight gets a gradient.
     check_model(tiny, include_top=False, pooling="avg")
 
 
 @pytest.mark.slow
-def test_files_of_every_option_load_in_a_process_that_imports_no_more_than_the_package(tmp_path):
+def test_files_of_every_option_load_in_a_process_that_imports_only_the_package(tmp_path):
     check_fresh_process({name: tiny(**options) for name, options in OPTIONS.items()}, tmp_path)
 
 
-def test_half_precision_bears_images_whose_squares_overflow_it():
+def test_float16_supports_images_whose_squares_overflow():
     images = 2000 * normal((2, 32, 32, 3))
     options = {"include_preprocessing": False, "classifier_activation": None}
     model = randomise(tiny(**options))
@@ -141,7 +141,7 @@ def test_half_precision_bears_images_whose_squares_overflow_it():
 
 
 @pytest.mark.slow
-def test_random_masks_follow_the_seed():
+def test_random_masks_depend_on_the_seed():
     images = normal((4, 32, 32, 3))
 
     def draw():
@@ -151,16 +151,16 @@ def test_random_masks_follow_the_seed():
 
     first, second = draw()
     assert_equal(draw()[0], first)
-    if keras.backend.backend() != "jax":  # whose state stays as it is in a call by itself
+    if keras.backend.backend() != "jax":  # JAX does not update state in a single call
         assert np.any(first != second)
 
 
-# === Weights from elsewhere ===
+# === Loading weights ===
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 16)])
 @pytest.mark.parametrize("ending", [".weights.h5", ".keras"])
-def test_weights_saved_at_one_resolution_load_at_another(size, ending, tmp_path):
+def test_weights_of_one_resolution_load_at_another(size, ending, tmp_path):
     saved = randomise(tiny((32, 48), distilled=True))
     path = str(tmp_path / f"saved{ending}")
     saved.save(path) if ending == ".keras" else saved.save_weights(path)
@@ -171,7 +171,7 @@ def test_weights_saved_at_one_resolution_load_at_another(size, ending, tmp_path)
 
 
 def assert_resampled(source, target):
-    """Every weight of `target` is `source`'s, position tables resampled."""
+    """Asserts that `target` has the weights of `source`, with position tables resampled."""
     for theirs, ours in zip(source.layers, target.layers, strict=True):
         expected = theirs.get_weights()
         if isinstance(theirs, PositionEmbedding):
@@ -181,14 +181,14 @@ def assert_resampled(source, target):
             np.testing.assert_allclose(variable, value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_checkpoint_loads_at_another_resolution(tmp_path):
+def test_checkpoint_loads_at_another_resolution(tmp_path):
     numbers, original = reference("tnt_official", tmp_path)
     _, larger = reference("tnt_official", tmp_path, input_shape=(96, 80, 3))
     assert_resampled(original, larger)
     assert predict(larger, normal((1, 96, 80, 3))).shape == (1, 10)
 
 
-def test_a_model_that_drops_takes_the_weights_of_one_that_does_not_and_the_other_way(tmp_path):
+def test_weights_transfer_between_models_with_and_without_dropout(tmp_path):
     plain = randomise(tiny())
     random = tiny(dropout=0.2, attention_dropout=0.2, stochastic_depth=0.2)
     images = normal((2, 32, 32, 3))
@@ -206,7 +206,7 @@ def test_a_model_that_drops_takes_the_weights_of_one_that_does_not_and_the_other
 
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("include_preprocessing", [True, False])
-def test_images_of_any_number_of_channels(channels, include_preprocessing):
+def test_any_number_of_channels_is_supported(channels, include_preprocessing):
     model = tiny(channels=channels, include_preprocessing=include_preprocessing)
     assert predict(model, normal((2, 32, 32, channels))).shape == (2, 3)
 
@@ -221,7 +221,7 @@ def test_preprocessing_inside_and_outside_agree():
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_channels_first_predicts_what_channels_last_does(legacy):
+def test_channels_first_predicts_the_same(legacy):
     images = 100 * normal((2, 32, 48, 3))
     last = randomise(tiny((32, 48), legacy=legacy))
     keras.config.set_image_data_format("channels_first")
@@ -234,7 +234,7 @@ def test_channels_first_predicts_what_channels_last_does(legacy):
 @pytest.mark.parametrize(
     ("patch_size", "inner_stride", "words"), [(8, 2, 16), (4, 1, 16), (16, 8, 4), (32, 4, 64)]
 )
-def test_patches_and_words_of_other_sizes(patch_size, inner_stride, words):
+def test_other_patch_and_word_sizes(patch_size, inner_stride, words):
     model = tiny((32, 64), patch_size=patch_size, inner_stride=inner_stride, include_top=False)
     patches = (32 // patch_size) * (64 // patch_size)
     assert model.get_layer("word_position").output.shape == (None, patches, words, 8)
@@ -242,7 +242,7 @@ def test_patches_and_words_of_other_sizes(patch_size, inner_stride, words):
     assert predict(model, normal((2, 32, 64, 3))).shape == (2, *shape)
 
 
-def test_inner_transformers_stand_in_the_blocks_that_keep_them():
+def test_inner_blocks_selects_blocks_with_inner_transformers():
     model = tiny(depth=4, inner_blocks=(0, 2))
     blocks = [model.get_layer(f"block_{i}") for i in range(4)]
     kinds = [TNTBlock, TransformerBlock, TNTBlock, TransformerBlock]
@@ -250,12 +250,12 @@ def test_inner_transformers_stand_in_the_blocks_that_keep_them():
     assert predict(model, normal((2, 32, 32, 3))).shape == (2, 3)
 
 
-def test_without_inner_transformers_the_words_are_read_once():
+def test_model_without_inner_transformers_has_plain_blocks():
     model = tiny(inner_blocks=())
     assert all(type(model.get_layer(f"block_{i}")) is TransformerBlock for i in range(2))
 
 
-def test_stochastic_depth_grows_linearly_and_is_the_same_inside_and_outside():
+def test_stochastic_depth_grows_linearly_in_both_transformers():
     model = tiny(depth=3, stochastic_depth=0.2)
     blocks = [model.get_layer(f"block_{i}") for i in range(3)]
     for part in ("inner", "outer"):
@@ -264,7 +264,7 @@ def test_stochastic_depth_grows_linearly_and_is_the_same_inside_and_outside():
     assert [block.inner.drop_mlp.sample_axes for block in blocks] == [2, 2, 2]
 
 
-def test_the_last_block_computes_the_class_token_alone_and_that_exactly():
+def test_last_block_computes_only_the_class_token():
     model = randomise(tiny(classifier_activation=None))
     assert model.get_layer("block_1").output[0].shape == (None, 1, 16)
     features = tiny(include_top=False)
@@ -276,7 +276,7 @@ def test_the_last_block_computes_the_class_token_alone_and_that_exactly():
 
 
 @pytest.mark.parametrize(("distilled", "class_attention_depth"), [(False, 0), (True, 1)])
-def test_pooling_gives_the_map_its_mean_its_maximum_or_the_token(distilled, class_attention_depth):
+def test_pooling_reduces_the_feature_map_or_the_tokens(distilled, class_attention_depth):
     options = {"distilled": distilled, "class_attention_depth": class_attention_depth}
     images = normal((2, 32, 48, 3))
     features = randomise(tiny((32, 48), include_top=False, **options))
@@ -295,7 +295,7 @@ def test_pooling_gives_the_map_its_mean_its_maximum_or_the_token(distilled, clas
         assert_close(compute(model, images), vectors, 1e-5)
 
 
-def test_a_distilled_model_predicts_from_the_mean_of_its_heads_logits():
+def test_distilled_model_predicts_the_mean_of_its_logits():
     model = randomise(tiny(distilled=True))
     names = ("head", "head_distillation", "predictions")
     heads = keras.Model(model.input, [model.get_layer(name).output for name in names])
@@ -305,7 +305,7 @@ def test_a_distilled_model_predicts_from_the_mean_of_its_heads_logits():
     assert_close(predictions, mean / mean.sum(axis=-1, keepdims=True), 1e-5)
 
 
-def test_the_variants_are_the_papers():
+def test_variants_have_the_dimensions_of_the_paper():
     for builder, outer_dim in (
         (keras_tnt.TNTTiny, 192),
         (keras_tnt.TNTSmall, 384),
@@ -317,7 +317,7 @@ def test_the_variants_are_the_papers():
         assert model.input_shape == (None, 224, 224, 3)
 
 
-# === What is refused ===
+# === Invalid arguments ===
 
 
 @pytest.mark.parametrize(
@@ -340,12 +340,12 @@ def test_the_variants_are_the_papers():
         ({"weights": "no/such/file.weights.h5"}, "no/such/file.weights.h5"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         tiny(**arguments)
 
 
-def test_an_unknown_argument_is_named():
+def test_unknown_argument_raises():
     with pytest.raises(TypeError, match="heads"):
         tiny(heads=3)
 

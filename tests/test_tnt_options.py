@@ -1,4 +1,4 @@
-"""DeiT's distillation, CaiT's LayerScale and class attention, and SE on TNT, all combined."""
+"""Combinations of distillation (DeiT), LayerScale and class attention (CaiT), and SE in TNT."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def arrays(model):
 
 
 def fill(model, source):
-    """Give the weights of `source` to the variables of `model` of the same path."""
+    """Assigns the values of `source` to the variables of `model` with the same path."""
     for variable in model.variables:
         if variable.path in source:
             variable.assign(source[variable.path])
@@ -39,7 +39,7 @@ def fill(model, source):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
-def test_a_combination_is_saved_resampled_and_trained(combination, tmp_path):
+def test_combination_is_saved_resampled_and_trained(combination, tmp_path):
     options = {"depth": 1, **combination}
     model = randomise(tiny(**options))
     weights, images = arrays(model), normal((2, 32, 32, 3))
@@ -58,7 +58,7 @@ def test_a_combination_is_saved_resampled_and_trained(combination, tmp_path):
     copy.load_weights(tmp_path / "other.weights.h5")
     assert_resampled(other, copy)
 
-    # As a whole on JAX, which compiles every operation by itself otherwise.
+    # JAX compiles each operation separately in eager mode.
     eagerly = keras.backend.backend() != "jax"
     model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=eagerly)
     model.train_on_batch(images, np.array([0, 2]))
@@ -67,7 +67,7 @@ def test_a_combination_is_saved_resampled_and_trained(combination, tmp_path):
 
 
 def assert_resampled(source, target):
-    """Every weight of `target` is `source`'s, positions resampled."""
+    """Asserts that `target` has the weights of `source`, with positions resampled."""
     found, expected = arrays(target), arrays(source)
     for ours in target.layers:
         if isinstance(ours, PositionEmbedding):
@@ -79,7 +79,7 @@ def assert_resampled(source, target):
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-6, err_msg=path)
 
 
-def test_with_every_option_off_the_model_is_plain_tnt_weight_for_weight():
+def test_model_with_every_option_off_is_plain_tnt():
     keras.utils.set_random_seed(1)
     plain = arrays(tiny())
     keras.utils.set_random_seed(1)
@@ -90,7 +90,7 @@ def test_with_every_option_off_the_model_is_plain_tnt_weight_for_weight():
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
-def test_an_option_adds_weights_and_takes_none_away(combination):
+def test_options_add_weights_and_remove_none(combination):
     added = {
         "distilled": {"distillation_token", "head_distillation"},
         "layer_scale": {"scale_attention", "scale_mlp"},
@@ -106,7 +106,7 @@ def test_an_option_adds_weights_and_takes_none_away(combination):
         assert any(part in path.split("/") for path in options - plain), f"there is no {part}"
 
 
-def test_layer_scale_of_one_and_excitation_of_nothing_change_no_prediction():
+def test_identity_layer_scale_and_excitation_do_not_change_predictions():
     plain, images = randomise(tiny()), normal((2, 32, 32, 3))
     options = tiny(layer_scale=1.0, squeeze_excite=True)
     for layer in options.layers:
@@ -116,7 +116,7 @@ def test_layer_scale_of_one_and_excitation_of_nothing_change_no_prediction():
     assert_close(compute(options, images), compute(plain, images), 1e-5)
 
 
-def test_layer_scale_stands_on_both_branches_of_both_transformers():
+def test_layer_scale_is_on_both_branches_of_both_transformers():
     model = tiny(layer_scale=0.25)
     scales = {
         path: value
@@ -134,7 +134,7 @@ def test_layer_scale_stands_on_both_branches_of_both_transformers():
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_with_class_attention_the_patches_never_see_the_class_tokens(distilled):
+def test_class_attention_keeps_patches_independent_of_class_tokens(distilled):
     options = {"class_attention_depth": 1, "distilled": distilled}
     images = normal((2, 32, 32, 3))
     model = randomise(tiny(include_top=False, **options))
@@ -149,7 +149,7 @@ def test_with_class_attention_the_patches_never_see_the_class_tokens(distilled):
     assert np.all(np.any(after[:, :prefix_tokens] != before[:, :prefix_tokens], axis=-1))
 
 
-def test_both_heads_read_their_own_token():
+def test_each_head_reads_its_own_token():
     model = randomise(tiny(**ON))
     heads = keras.Model(
         model.input, [model.get_layer(head).output for head in ("head", "head_distillation")]

@@ -1,4 +1,4 @@
-"""A Triton model repository: what lies in it, what is refused; it is whole or not there."""
+"""Triton model repositories: contents, errors, and atomic export."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def listed(folder):
     return sorted(os.listdir(folder))
 
 
-def test_the_model_for_pictures_is_the_model(exported):
+def test_image_bytes_model_matches_the_model(exported):
     model, repository = exported
     assert listed(repository.parent) == ["repository"]
     assert listed(repository) == ["tiny", "tiny_bytes"]
@@ -58,7 +58,7 @@ def test_the_model_for_pictures_is_the_model(exported):
 
 
 @pytest.mark.one_backend
-def test_what_lies_in_a_repository(exported):
+def test_repository_contents(exported):
     _, repository = exported
     for name, more in (("tiny", []), ("tiny_bytes", ["warmup"])):
         home = repository / name
@@ -84,7 +84,7 @@ print(model.run(model.read([open(picture, "rb").read()]))["probabilities"].tolis
 
 
 @pytest.mark.one_backend
-def test_a_version_brings_what_it_runs_and_needs_no_keras(exported, tmp_path):
+def test_version_is_self_contained_and_needs_no_keras(exported, tmp_path):
     model, repository = exported
     version = repository / "tiny_bytes" / "1"
     before = sorted(version.rglob("*"))
@@ -99,13 +99,13 @@ def test_a_version_brings_what_it_runs_and_needs_no_keras(exported, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = model.predict(keras_tnt.load_images(PICTURES[:1], model), verbose=0)
     np.testing.assert_allclose(json.loads(done.stdout), expected, atol=1e-5)
-    # Nothing is written into it: a server that polls would load it anew.
+    # Nothing is written into it: a polling server would reload it.
     assert sorted(version.rglob("*")) == before
 
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_versions_have_one_number_and_leave_the_configuration_as_it_is(exported, tmp_path):
+def test_both_models_share_version_numbers_and_keep_an_edited_configuration(exported, tmp_path):
     model, _ = exported
     repository = tmp_path / "repository"
     with_settings = {"max_batch_size": 4, "max_queue_delay": 0.25, "instances": 2}
@@ -115,7 +115,7 @@ def test_versions_have_one_number_and_leave_the_configuration_as_it_is(exported,
     for text in ("max_batch_size: 4", "microseconds: 250000", "count: 2", "batch_size: 4"):
         assert text in told
     config.write_text(told.replace("count: 2", "count: 3"))
-    (repository / "pets" / "5").mkdir()  # of an export that was killed between the two
+    (repository / "pets" / "5").mkdir()  # left by an export that was killed between its two models
     keras_tnt.export.triton(model, repository, name="pets")
     assert [p for p in listed(repository / "pets") if p.isdigit()] == ["3", "5", "6"]
     assert [p for p in listed(repository / "pets_bytes") if p.isdigit()] == ["3", "6"]
@@ -128,9 +128,7 @@ def test_versions_have_one_number_and_leave_the_configuration_as_it_is(exported,
 
 
 @pytest.mark.one_backend
-def test_a_repository_that_holds_another_model_is_refused_before_any_work(
-    exported, tmp_path, monkeypatch
-):
+def test_repository_of_another_model_raises_before_any_work(exported, tmp_path, monkeypatch):
     model, repository = exported
     before = sorted(repository.rglob("*"))
     monkeypatch.setattr(triton_repository, "onnx", None)
@@ -164,7 +162,7 @@ def test_a_repository_that_holds_another_model_is_refused_before_any_work(
 
 
 @pytest.mark.one_backend
-def test_an_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
+def test_failed_export_leaves_no_files(exported, tmp_path, monkeypatch):
     model, _ = exported
 
     def broken(model, path, *_, **__):
@@ -187,7 +185,7 @@ def test_an_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
     ],
     ids=["channels first, normalised outside", "grey, without a classifier"],
 )
-def test_other_models_for_pictures(options, tmp_path):
+def test_image_bytes_model_of_other_input_formats(options, tmp_path):
     if options["input_shape"][0] == 3:
         keras.config.set_image_data_format("channels_first")
     model = keras_tnt.TNT(**{**TINY, "classes": 3, **options}, name="other")
@@ -203,7 +201,7 @@ def test_other_models_for_pictures(options, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_models_of_other_channels_have_no_model_for_pictures(tmp_path):
+def test_other_channel_counts_have_no_image_bytes_model(tmp_path):
     model = keras_tnt.TNT(
         **{**TINY, "input_shape": (32, 32, 5)}, classes=3, include_preprocessing=False, name="five"
     )

@@ -1,4 +1,4 @@
-"""Names and files that a stranger made, in whatever comes out: terminals, tables, pages."""
+"""Names and files from untrusted sources in every output: terminals, tables, pages."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ def model_file(model, tmp_path_factory):
 
 @pytest.fixture
 def odd_file(tmp_path):
-    """An image whose name is no UTF-8, and holds escapes."""
+    """Writes an image with a file name that is not UTF-8 and has escape sequences."""
     name = os.fsencode(f"{tmp_path}/<b>{ESCAPES}") + b"\xff.png"
     with open(name, "wb") as file:
         Image.new("RGB", (40, 40), "red").save(file, "PNG")
@@ -48,9 +48,7 @@ def odd_file(tmp_path):
 # === Terminals and tables ===
 
 
-def test_the_command_prints_neither_a_models_nor_a_files_escapes(
-    model_file, odd_file, tmp_path, capsys
-):
+def test_command_escapes_control_characters_in_names(model_file, odd_file, tmp_path, capsys):
     broken = tmp_path / f"{ESCAPES}.png"
     broken.write_bytes(b"no image")
     assert main([odd_file, str(broken), f"--model={model_file}"]) == 1
@@ -63,7 +61,7 @@ def test_the_command_prints_neither_a_models_nor_a_files_escapes(
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_tables_take_files_whose_names_are_no_text(model_file, odd_file, tmp_path, kind):
+def test_tables_support_file_names_that_are_not_utf_8(model_file, odd_file, tmp_path, kind):
     path = tmp_path / f"table.{kind}"
     arguments = [odd_file, f"--model={model_file}", f"--out={path}", "--top=5"]
     assert main(arguments) == 0
@@ -79,15 +77,15 @@ def test_tables_take_files_whose_names_are_no_text(model_file, odd_file, tmp_pat
     assert {row[f"name_{i}"] for i in range(1, 6)} == set(NAMES)
 
 
-def test_class_names_that_no_file_can_hold_are_refused():
+def test_class_names_that_are_not_utf_8_raise():
     with pytest.raises(ValueError, match=r"no text that UTF-8 can hold.*'caf\\udce9'"):
         keras_tnt.DeiT(**ARCHITECTURE, class_names=["caf\udce9", "bar"])
 
 
-# === Pages and pictures ===
+# === Pages and plots ===
 
 
-def test_a_page_takes_titles_that_are_no_text(model, tmp_path):
+def test_page_supports_titles_that_are_not_utf_8(model, tmp_path):
     path = tmp_path / "page.html"
     inspection.explore(model, np.zeros((1, 32, 32, 3)), path, titles=[f"\udcff</script>{ESCAPES}"])
     text = path.read_text(encoding="utf-8")
@@ -97,18 +95,18 @@ def test_a_page_takes_titles_that_are_no_text(model, tmp_path):
     assert "<img" not in text[start:]
 
 
-def test_a_picture_draws_names_with_dollars(model, tmp_path):
+def test_plot_supports_names_with_dollar_signs(model, tmp_path):
     model = keras_tnt.DeiT(**ARCHITECTURE, class_names=["$\\frac$", "$\\nonsense{$"])
     inspection.plot_attention(model, np.zeros((32, 32, 3)), tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as picture:
         assert min(picture.size) > 100
 
 
-# === Files of models ===
+# === Model files ===
 
 
 def rewritten(path, target, change):
-    """A .keras file whose config.json is another."""
+    """Writes a copy of a .keras file with a changed config.json, and returns its path."""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             data = old.read(name)
@@ -153,7 +151,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("case", STRANGE)
-def test_no_module_that_a_keras_file_names_is_imported_and_nothing_runs(
+def test_keras_file_cannot_import_modules_or_run_code(
     case, model_file, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "strange_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -169,7 +167,7 @@ def test_no_module_that_a_keras_file_names_is_imported_and_nothing_runs(
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])
-def test_the_command_tells_that_a_keras_file_is_damaged(model_file, tmp_path, size, capsys):
+def test_damaged_keras_file_is_reported(model_file, tmp_path, size, capsys):
     path = tmp_path / "cut.keras"
     with open(model_file, "rb") as file:
         path.write_bytes(file.read()[:size])
@@ -198,7 +196,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("case", [*HUGE, "family", "image", "not JSON", "deep", "UTF-16", "text"])
-def test_a_bundle_of_a_stranger_is_refused_in_one_error(case, model, tmp_path):
+def test_malicious_bundle_raises_one_error(case, model, tmp_path):
     folder = tmp_path / "bundle"
     keras_tnt.save_pretrained(model, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -248,7 +246,7 @@ CARD = {
         {"labels": None, "mean": None},
     ],
 )
-def test_an_exports_card_of_a_stranger_is_refused_in_one_error(change, tmp_path):
+def test_malicious_export_card_raises_one_error(change, tmp_path):
     folder = tmp_path / "1" / "assets.extra"
     folder.mkdir(parents=True)
     (folder / "model.json").write_text(json.dumps(CARD | change))
@@ -257,7 +255,7 @@ def test_an_exports_card_of_a_stranger_is_refused_in_one_error(change, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe{}"])
-def test_a_card_that_is_none_is_refused_in_one_error(content, tmp_path):
+def test_invalid_export_card_raises_one_error(content, tmp_path):
     folder = tmp_path / "1" / "assets.extra"
     folder.mkdir(parents=True)
     (folder / "model.json").write_bytes(content)
@@ -268,17 +266,17 @@ def test_a_card_that_is_none_is_refused_in_one_error(content, tmp_path):
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../x", ".hidden", "os.", "a b", "x\x1b[2J", "a/b"]
 )
-def test_plugins_that_are_no_names_of_modules(name, capsys):
+def test_invalid_plugin_module_names_are_errors(name, capsys):
     assert main(["list", f"--plugins={name},"]) == (0 if not name else 2)
     if name:
         assert "module" in capsys.readouterr().err
 
 
-# === What stands where a file should ===
+# === Special files ===
 
 
 def place_at(path, kind):
-    """Puts what is no regular file at a path, or one that is too large."""
+    """Creates a special file, a link to itself or an oversized file at a path."""
     if kind == "FIFO":
         os.mkfifo(path)
     elif kind == "directory":
@@ -299,7 +297,7 @@ KINDS = ("FIFO", "directory", "socket", "device", "self-link", "gigabyte")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_config_of_a_bundle_that_is_no_file_is_one_error(kind, model, tmp_path, capsys):
+def test_bundle_config_that_is_not_a_regular_file_is_one_error(kind, model, tmp_path, capsys):
     folder = tmp_path / "bundle"
     keras_tnt.save_pretrained(model, folder)
     (folder / "config.json").unlink()
@@ -314,7 +312,7 @@ def test_the_config_of_a_bundle_that_is_no_file_is_one_error(kind, model, tmp_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_card_that_is_no_file_is_one_error(kind, tmp_path, capsys):
+def test_export_card_that_is_not_a_regular_file_is_one_error(kind, tmp_path, capsys):
     (tmp_path / "1" / "assets.extra").mkdir(parents=True)
     place_at(tmp_path / "1" / "assets.extra" / "model.json", kind)
     assert main(["info", str(tmp_path)]) == 2
@@ -324,7 +322,7 @@ def test_a_card_that_is_no_file_is_one_error(kind, tmp_path, capsys):
 
 @pytest.mark.parametrize("ending", [".keras", ".onnx", ""])
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "self-link"])
-def test_a_model_that_is_no_file_is_one_error(kind, ending, odd_file, tmp_path, capsys):
+def test_model_that_is_not_a_regular_file_is_one_error(kind, ending, odd_file, tmp_path, capsys):
     path = tmp_path / f"model{ending}"
     place_at(path, kind)
     assert main([odd_file, f"--model={path}"]) == 2
@@ -332,9 +330,7 @@ def test_a_model_that_is_no_file_is_one_error(kind, ending, odd_file, tmp_path, 
     assert f"model{ending}" in line
 
 
-def test_images_that_are_no_files_are_rows_and_the_others_are_predicted(
-    model_file, odd_file, tmp_path, capsys
-):
+def test_special_files_among_images_do_not_stop_the_others(model_file, odd_file, tmp_path, capsys):
     names = [f"{kind}.png" for kind in ("FIFO", "socket", "device", "self-link", "gigabyte")]
     for name in names:
         place_at(tmp_path / name, name.removesuffix(".png"))
@@ -351,7 +347,7 @@ def test_images_that_are_no_files_are_rows_and_the_others_are_predicted(
     assert capsys.readouterr().err.count("error: ") == len(names)
 
 
-def test_a_folder_with_a_fifo_is_identified_and_one_of_many_files_is_not(tmp_path, monkeypatch):
+def test_identity_of_a_folder_ignores_fifos_and_limits_the_number_of_files(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").write_text("x")
     before = runtime.identity(str(tmp_path))
@@ -362,7 +358,7 @@ def test_a_folder_with_a_fifo_is_identified_and_one_of_many_files_is_not(tmp_pat
     for _ in range(1500):
         deep = deep / "d"
     folder = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(1500):  # deeper than Python recurses, and longer than a path may be
+    for _ in range(1500):  # exceeds Python's recursion limit and the maximum path length
         os.mkdir("d", dir_fd=folder)
         inner = os.open("d", os.O_RDONLY, dir_fd=folder)
         os.close(folder)
@@ -374,11 +370,11 @@ def test_a_folder_with_a_fifo_is_identified_and_one_of_many_files_is_not(tmp_pat
         runtime.identity(str(tmp_path))
 
 
-# === Graphs and cards that contradict each other ===
+# === Graphs that contradict their card ===
 
 
 def onnx_file(path, images, result, card=CARD, names=("images", "probabilities")):
-    """An ONNX file of the mean of an image's pixels, with the shapes that it claims."""
+    """Writes an ONNX file that averages pixels, with the declared shapes; returns its path."""
     onnx = pytest.importorskip("onnx")
     helper, real = onnx.helper, onnx.TensorProto.FLOAT
     nodes = [
@@ -403,7 +399,7 @@ def onnx_file(path, images, result, card=CARD, names=("images", "probabilities")
     return str(path)
 
 
-def test_an_onnx_file_that_agrees_with_its_card_is_used(odd_file, tmp_path, capsys):
+def test_onnx_file_that_matches_its_card_is_used(odd_file, tmp_path, capsys):
     path = onnx_file(tmp_path / "m.onnx", ["batch", 32, 32, 3], ["batch", 2])
     assert main([odd_file, f"--model={path}", "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)
@@ -428,7 +424,7 @@ def test_an_onnx_file_that_agrees_with_its_card_is_used(odd_file, tmp_path, caps
         (["batch", 32, 32, 3], ["batch", 2], {"data_format": "sideways"}, "data_format"),
     ],
 )  # fmt: skip
-def test_a_graph_and_a_card_that_contradict_each_other_are_one_error(
+def test_graph_that_contradicts_its_card_is_one_error(
     images, result, change, message, odd_file, tmp_path, capsys
 ):
     path = onnx_file(tmp_path / "m.onnx", images, result, CARD | change)
@@ -449,13 +445,13 @@ def test_a_graph_and_a_card_that_contradict_each_other_are_one_error(
         (("batch", "side", "side", 1), ("batch", 2), "contradicts itself"),
     ],
 )
-def test_shapes_that_say_too_little_or_something_else_are_refused(images, result, message):
+def test_incomplete_or_contradicting_shapes_raise(images, result, message):
     with pytest.raises(ValueError, match=message):
         runtime.check_graph("m.onnx", CARD, images, result, "probabilities")
     runtime.check_graph("m.onnx", CARD, ("batch", None, "side", 3), ("batch", 2), "probabilities")
 
 
-def test_a_graph_of_other_names_and_one_that_fails_are_one_error(odd_file, tmp_path, capsys):
+def test_graph_with_other_tensor_names_is_one_error(odd_file, tmp_path, capsys):
     path = onnx_file(tmp_path / "m.onnx", ["batch", 32, 32, 3], ["batch", 2], names=("x", "y"))
     assert main([odd_file, f"--model={path}"]) == 2
     assert "gives y, not probabilities" in capsys.readouterr().err
@@ -465,10 +461,10 @@ def test_a_graph_of_other_names_and_one_that_fails_are_one_error(odd_file, tmp_p
     assert "takes pictures, not images" in capsys.readouterr().err
 
 
-# === Home directories, and terminals that are not UTF-8 ===
+# === Home directories and terminal encodings ===
 
 
-def test_a_tilde_is_the_home_directory_in_every_path(
+def test_tilde_expands_to_the_home_directory_in_every_path(
     model, odd_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -493,7 +489,9 @@ def test_a_tilde_is_the_home_directory_in_every_path(
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
-def test_what_a_terminal_cannot_show_is_escaped(encoding, odd_file, tmp_path, monkeypatch):
+def test_characters_outside_of_the_terminal_encoding_are_escaped(
+    encoding, odd_file, tmp_path, monkeypatch
+):
     model = keras_tnt.DeiT(**ARCHITECTURE, class_names=["猫", "é", "\U0001f431", "d", "e"])
     model.save(tmp_path / "m.keras")
     os.rename(odd_file, tmp_path / "鳥.png")
