@@ -161,7 +161,7 @@ class Family:
     make_variant: Callable | None = None
 
     def function_name(self, variant: str) -> str:
-        """Returns the function name of a variant: TNTSmall for tnt_small, CaiTXXS24 for cait_xxs24."""
+        """Returns a variant's function name: TNTSmall for tnt_small, CaiTXXS24 for cait_xxs24."""
         words = variant.removeprefix(self.name).strip("_").split("_")
         return self.builder.__name__ + "".join(
             word.upper() if re.search(r"\d", word) else word.capitalize() for word in words
