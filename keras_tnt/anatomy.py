@@ -1,4 +1,4 @@
-"""What a built model is: its image, grid, blocks and heads, for whoever wants to look inside."""
+"""Description of a built model: its family, images, patch grid, blocks and heads."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -17,20 +17,23 @@ NORMALIZATION = "image_normalization"
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """The images that a model takes.
+    """Images that a model takes.
 
     Attributes:
-        height, width: in pixels; None: any that the patches divide.
+        height: height in pixels; `None` for any multiple of `multiple_of`.
+        width: width in pixels; `None` for any multiple of `multiple_of`.
         channels: number of channels.
         data_format: `"channels_last"` or `"channels_first"`.
-        mean, std: by which pixels in [0, 1] are normalised, a value a channel.
-        normalises: whether the model does that itself. True: it takes pixels in [0, 255]; False:
-            it takes images that were normalised outside.
-        crop: share of the resized image's side that the evaluation crop shows.
-        interpolation: with which images are resized.
-        native_size: (height, width) of the images that the model is evaluated on: its own, or where
-            it takes any, what its position tables are made for.
-        multiple_of: what height and width must be multiples of where the model takes any.
+        mean: mean of pixels in [0, 1], one value per channel.
+        std: standard deviation of pixels in [0, 1], one value per channel.
+        normalises: whether the model takes pixels in [0, 255] and normalizes them. If `False`, it
+            takes normalized images.
+        crop: fraction of the resized image's side that the evaluation crop shows.
+        interpolation: interpolation method for resizing images.
+        native_size: (height, width) of evaluation images: the model's image size, or the size of
+            its position tables if it takes images of any size.
+        multiple_of: number that height and width must be multiples of if the model takes images of
+            any size; otherwise `None`.
     """
 
     height: int | None
@@ -47,26 +50,27 @@ class Image:
 
     @property
     def shape(self) -> tuple[int | None, int | None, int]:
-        """The shape of an image: (height, width, channels), or channels first."""
+        """Returns the shape of an image: (height, width, channels), or channels first."""
         return self.laid_out(self.height, self.width)
 
     @property
     def native_shape(self) -> tuple[int, int, int]:
-        """The shape of an image of the native size."""
+        """Returns the shape of an image of the native size."""
         return self.laid_out(*self.native_size)
 
     def laid_out(self, height, width):
+        """Returns the shape of an image of this size in `data_format`."""
         channels_first = self.data_format == "channels_first"
         size = (height, width)
         return (self.channels, *size) if channels_first else (*size, self.channels)
 
     def covered_size(self) -> tuple[int, int]:
-        """(height, width) that an image is resized to cover before the centre crop."""
+        """Returns the (height, width) that an image is resized to cover before the center crop."""
         height, width = self.native_size
         return int(height / self.crop), int(width / self.crop)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise a ValueError that names the nearest size if the patches do not divide a size."""
+        """Raises a `ValueError` that names the nearest valid size if the size is not valid."""
         size, multiple = (height, width), self.multiple_of
         if multiple and any(side < 1 or side % multiple for side in size):
             message, values = misfit(size, multiple)
@@ -75,18 +79,18 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block over the patches.
+    """Block over the patches.
 
     Attributes:
         layer: the block.
-        name: of the layer, without the model's prefix: "block_3", "stage_0_block_1".
-        number: its place among all blocks, from 0.
-        stage: its stage, from 0; of models without stages 0.
-        grid: (rows, columns) of its patches; None: as the image has them.
-        prefix_tokens: how many class and distillation tokens stand before its patches.
+        name: name of the layer without the model's prefix: "block_3", "stage_0_block_1".
+        number: index among all blocks, from 0.
+        stage: index of the stage, from 0; 0 for models without stages.
+        grid: (rows, columns) of the patches; `None` if it depends on the image.
+        prefix_tokens: number of class and distillation tokens before the patches.
         reduction: side of the squares of patches that are pooled for keys and values.
-        inner: its transformer among words; None: it has none.
-        outer: its transformer among patches.
+        inner: transformer over the words, or `None`.
+        outer: transformer over the patches.
     """
 
     layer: keras.layers.Layer
@@ -102,29 +106,30 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """What `anatomy` finds. Layers are given in the order of the forward pass.
+    """Result of `anatomy`. Layers are in the order of the forward pass.
 
     Attributes:
         family: name of the model's family.
-        model: the model of this package: the one that was asked, or the one inside it.
-        layer_prefix: what the names of its layers begin with.
+        model: the model passed to `anatomy`, or the keras_tnt model nested in it.
+        layer_prefix: prefix of the names of its layers.
         entrance: its `ImageNormalization`.
-        image: the `Image`s that the asked model takes.
+        image: the `Image`s that the model passed to `anatomy` takes.
         patch_size: side of the first blocks' patches in pixels.
-        grid: (rows, columns) of the first blocks' patches; None: as the image has them.
-        stem: the layer that makes words or patches of the image; None: the family names none.
-        tokens: the layers that put class and distillation token before the patches.
-        prefix_tokens: how many tokens stand before the patches in the first blocks.
-        class_tokens: how many tokens the heads read; 0: the mean patch.
-        positions: the layers that say where words and patches stand.
-        merges: the layers that make a stage's patches of the stage's before.
+        grid: (rows, columns) of the first blocks' patches; `None` if it depends on the image.
+        stem: the layer that embeds words or patches of the image; `None` if the family declares
+            none.
+        tokens: the layers that add class and distillation token.
+        prefix_tokens: number of tokens before the patches in the first blocks.
+        class_tokens: number of tokens that the heads read; 0 if they read the mean patch.
+        positions: the position embeddings of words and patches.
+        merges: the layers that merge the patches and words of a stage for the next stage.
         blocks: the blocks over the patches.
-        class_blocks: the class-attention blocks behind them.
-        norm: the norm before the heads; None: there is none.
-        levels: the layers that bring a backbone's maps to their strides.
-        heads: the `Dense` layers that give the logits of the class head and, where the model is
-            distilled, of the distillation head; without a top, of a classifier that wraps it.
-        predictions: the layer that makes predictions of logits; None: there is none.
+        class_blocks: the class-attention blocks that follow them.
+        norm: the layer norm before the heads, or `None`.
+        levels: the layers that resample a backbone's feature maps to their strides.
+        heads: the `Dense` layers that compute the logits of the class head and, if the model is
+            distilled, of the distillation head; without a top, the head of a classifier around it.
+        predictions: the layer that computes predictions from logits, or `None`.
     """
 
     family: str
@@ -149,32 +154,31 @@ class Anatomy:
 
     @property
     def stages(self) -> tuple[tuple[Block, ...], ...]:
-        """The blocks by stage."""
+        """Returns the blocks by stage."""
         count = self.blocks[-1].stage + 1 if self.blocks else 0
         return tuple(tuple(b for b in self.blocks if b.stage == s) for s in range(count))
 
     def grid_of(self, block: Block, size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of a block's patches in images of this size, (height, width)."""
+        """Returns (rows, columns) of a block's patches for images of `size`, (height, width)."""
         if block.grid is not None:
             return block.grid
         return tuple(ceil_divide(side, self.patch_size * 2**block.stage) for side in size)
 
 
 def anatomy(model: keras.Model) -> Anatomy:
-    """What a model is.
+    """Describes a built model: family, image size, patch grid, blocks and heads.
 
     Args:
         model: a model built by this package, also loaded, cloned or quantized, or a functional or
-            Sequential model with one such model inside.
+            Sequential model with exactly one such model inside.
 
     Returns:
         An `Anatomy`.
 
     Raises:
-        ValueError: if the model is not built from one of this package, or from several.
+        ValueError: if the model contains no model of this package, or several.
 
     Example:
-
     >>> found = keras_tnt.anatomy(keras_tnt.TNTSmall(weights=None))
     >>> found.family, found.grid, len(found.blocks), found.image.crop
     ('tnt', (14, 14), 12, 0.9)
@@ -222,12 +226,16 @@ def anatomy(model: keras.Model) -> Anatomy:
 
 
 def is_ours(model: keras.Model) -> bool:
-    """Whether `anatomy` can tell of a model."""
+    """Returns whether `anatomy` supports this model."""
     return len(distinct_entrances(model)) == 1
 
 
 def find_core(model) -> tuple[keras.Model, ImageNormalization]:
-    """The model of this package that a model is or has inside, and its first layer."""
+    """Returns the model of this package that `model` is or contains, and its first layer.
+
+    Raises:
+        ValueError: if there is no such model, or several.
+    """
     found = distinct_entrances(model)
     name = getattr(model, "name", repr(model))
     if not found:
@@ -241,9 +249,9 @@ def find_core(model) -> tuple[keras.Model, ImageNormalization]:
 
 
 def distinct_entrances(model) -> list[tuple[keras.Model, ImageNormalization]]:
-    """(model of this package, its first layer), once where one is held in several ways.
+    """Returns (model of this package, its first layer) for each distinct model inside.
 
-    KerasHub's models keep the backbone that they were given beside a model that they make of it.
+    KerasHub's models hold the backbone that they were given and a model built from it.
     """
     return list(
         {id(entrance): (core, entrance) for core, entrance in find_entrances(model)}.values()
@@ -251,6 +259,7 @@ def distinct_entrances(model) -> list[tuple[keras.Model, ImageNormalization]]:
 
 
 def find_entrances(model) -> Iterator[tuple[keras.Model, ImageNormalization]]:
+    """Yields (model, `ImageNormalization`) for each such layer, in nested models too."""
     for layer in getattr(model, "layers", ()):
         if isinstance(layer, ImageNormalization):
             yield model, layer
@@ -259,8 +268,8 @@ def find_entrances(model) -> Iterator[tuple[keras.Model, ImageNormalization]]:
 
 
 def describe_image(model, core, entrance, stem, positions, levels) -> Image:
-    """The images that a model takes; a wrapper may resize and normalise them before ours does."""
-    shape = getattr(model, "input_shape", None)  # a Sequential model may not be built
+    """Returns the images that a model takes; a wrapper may resize and normalize them first."""
+    shape = getattr(model, "input_shape", None)  # A Sequential model may not be built.
     if not isinstance(shape, tuple) or len(shape) != 4:
         shape = core.input_shape
     channels = shape[CHANNELS_AXIS[entrance.data_format]]
@@ -296,13 +305,14 @@ def describe_image(model, core, entrance, stem, positions, levels) -> Image:
 
 
 def size_of_tables(family, stem, positions) -> tuple[int, int]:
-    """(height, width) that a model's table of the patches' positions is made for.
+    """Returns the (height, width) that a model's position table of the patches is created for.
 
-    A family that tells no such table or no patch size is taken to be its first variant.
+    Falls back to the image size of the family's first variant if no layer declares such a table or
+    the stem has no patch size.
     """
     patch_size = getattr(stem, "patch_size", None)
     for layer in positions:
-        # Words have an axis more than patches, and scores of relative positions too.
+        # Outputs for words, and relative position biases, have one axis more than patches.
         if patch_size and hasattr(layer, "grid") and len(layer.output.shape) == 3:
             return tuple(patch_size * side for side in layer.grid)
     variants = registry.family(family).variants.values()
@@ -310,7 +320,7 @@ def size_of_tables(family, stem, positions) -> tuple[int, int]:
 
 
 def undo_rescaling(layer) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std), three values each, of a layer `pixels * scale + offset`."""
+    """Returns (mean, std), three values each, of a `Rescaling` layer."""
     scale, offset = (
         keras.ops.convert_to_numpy(x).astype("float64").ravel() for x in (layer.scale, layer.offset)
     )
@@ -320,16 +330,16 @@ def undo_rescaling(layer) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def sides_of(shape, data_format) -> tuple[int | None, int | None]:
-    """(height, width) of a batch of images of this shape."""
+    """Returns (height, width) of a batch of images of this shape."""
     return tuple(shape[2:]) if data_format == "channels_first" else tuple(shape[1:3])
 
 
 def find_blocks(layers, prefix, sides) -> Iterator[Block]:
-    """The blocks in order. A stage begins where patches were merged since the last block.
+    """Yields the blocks in order. A stage begins after a merge of patches.
 
     Args:
-        layers: of the model, in the order of the forward pass.
-        prefix: what their names begin with.
+        layers: layers of the model, in the order of the forward pass.
+        prefix: prefix of their names.
         sides: (height, width) of the images.
     """
     number = stage = tokens = 0
@@ -358,9 +368,12 @@ def find_blocks(layers, prefix, sides) -> Iterator[Block]:
 
 
 def find_grid(block, prefix_tokens, sides) -> tuple[int, int] | None:
-    """(rows, columns) of square patches, as many as a block's tokens; None: not known or no grid.
+    """Returns the patch grid of a block, inferred from its number of tokens and the aspect ratio.
 
-    A block whose patches are not square says so by an attribute `grid`.
+    A block with patches that are not square declares its grid by an attribute `grid`.
+
+    Returns:
+        (rows, columns), or `None` if sizes are unknown or no such grid exists.
     """
     tokens = keras.tree.flatten(block.input)[0].shape[1]
     if None in (tokens, *sides):
@@ -373,7 +386,7 @@ def find_grid(block, prefix_tokens, sides) -> tuple[int, int] | None:
 
 
 def find_heads(model, core, prefix):
-    """(the heads, the layer of the predictions or None): of our model, or of what wraps it."""
+    """Returns (heads, predictions layer or `None`) of our model, or of the model that wraps it."""
     by_name = {layer.name: layer for layer in core.layers}
     heads = tuple(by_name[prefix + name] for name in HEADS if prefix + name in by_name)
     predictions = [layer for layer in core.layers if isinstance(layer, Predictions)]
@@ -388,17 +401,16 @@ def find_heads(model, core, prefix):
 
 
 def class_names(model: keras.Model) -> list[str] | None:
-    """The names of the classes that a model predicts.
+    """Returns the names of the classes that a model predicts.
 
     Args:
-        model: any Keras model; models of this package keep the names that they were built with.
+        model: any Keras model; models of this package store the names that they were built with.
 
     Returns:
-        A list, one name a class; of a classifier of ImageNet's 1,000 classes that was given none,
-        ImageNet's. None if nothing is known of the classes.
+        A list, one name per class. For a classifier of 1,000 classes without names, ImageNet's.
+        `None` if nothing is known of the classes.
 
     Example:
-
     >>> keras_tnt.class_names(keras_tnt.TNTTiny(class_names=["cat", "dog"]))
     ['cat', 'dog']
     """

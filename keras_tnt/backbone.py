@@ -1,9 +1,9 @@
-"""Maps of several strides, as detectors and segmenters take them: a pyramid of a model's patches.
+"""Multi-scale feature maps of a model's patches, for detectors and segmentation models.
 
-TNT, DeiT and CaiT keep one stride from the first block to the last. Their maps after each quarter
-of the blocks are brought to strides 4, 8, 16 and 32 by transposed convolutions and pooling, as TNT
-was put into Faster R-CNN (arXiv 2103.00112, table 13) and as XCiT (arXiv 2106.09681) and ViTDet
-(arXiv 2203.16527) do it. PyramidTNT's stages have strides of their own.
+TNT, DeiT and CaiT have one stride in all blocks. Their feature maps after each quarter of the
+blocks are resampled to strides 4, 8, 16 and 32 by transposed convolutions and pooling, as in TNT
+with Faster R-CNN (arXiv 2103.00112, table 13), XCiT (arXiv 2106.09681) and ViTDet (arXiv
+2203.16527). PyramidTNT's stages have different strides already.
 """
 
 import keras
@@ -18,55 +18,56 @@ from keras_tnt.layers.grid import checked, misfit, shape_of
 from keras_tnt.layers.sharding import reshape
 
 QUARTERS = 4
-FINEST = 2  # the level of the first quarter's map
+FINEST = 2  # Level of the feature map after the first quarter of the blocks.
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class Backbone(ImageModel):
-    """A functional model from images to a dict of maps by level, which `backbone` makes.
+    """Functional model from images to a dict of feature maps by level, built by `backbone`.
 
-    It is made of its inputs and outputs, as `keras.Model` is: Keras saves, loads and clones it.
-    KerasHub's `RetinaNetBackbone`, `DeepLabV3Backbone` and others take it as `image_encoder`.
+    Like a `keras.Model`, it is defined by its inputs and outputs: Keras saves, loads and clones it.
+    KerasHub's `RetinaNetBackbone`, `DeepLabV3Backbone` and others accept it as `image_encoder`.
     """
 
     @property
     def pyramid_outputs(self) -> dict[str, keras.KerasTensor]:
-        """The symbolic maps by level: "P3" has a stride of 2**3 pixels."""
+        """Returns the symbolic feature maps by level; "P3" has a stride of 2**3 pixels."""
         return dict(self.output)
 
 
 def backbone(model, levels=None, **arguments) -> Backbone:
-    """A model that gives maps of several strides.
+    """Builds a model that returns feature maps of several strides.
 
-    Level "Pn" is a map of stride 2**n pixels. Of a model in stages, such as PyramidTNT, each level
-    is the output of a stage. Of another, "P2", "P3", "P4" and "P5" are the patches after a quarter,
-    half, three quarters and all of the blocks (of 12 blocks: 3, 6, 9, 12), brought to their stride:
-    finer than the patches by transposed convolutions of side and stride 2, each but the last
-    followed by a norm and GELU; coarser by the largest value. All levels have the patches'
-    dimension, and no norm follows the blocks.
+    Level "Pn" is a feature map of stride 2**n pixels. For a model with stages, such as PyramidTNT,
+    each level is the output of a stage. For other models, "P2", "P3", "P4" and "P5" are the patches
+    after 1, 2, 3 and 4 quarters of the blocks (for 12 blocks: 3, 6, 9, 12), resampled to their
+    stride. Strides finer than the patches use transposed convolutions of side and stride 2, each
+    but the last followed by a layer norm and GELU; coarser strides use max pooling. All levels have
+    the dimension of the patches, and no norm follows the blocks.
 
-    The layers `p2`, `p3` and so on are new, and `keras_tnt.finetuning.freeze` lets them train;
-    everything else is the model's own, weights included: training one trains both.
+    The layers `p2`, `p3` and so on are new, and `keras_tnt.finetuning.freeze` leaves them
+    trainable. All other layers and weights are shared with the model, so that training one trains
+    both.
 
     Args:
-        model: a model of this package, with its top or without; or the name of one, for
-            `keras_tnt.create_model`, which then is built without its top.
-        levels: names of levels, such as `("P3", "P4", "P5")`; None: all, "P2" to "P5", and of
-            PyramidTNT "P3" to "P6".
-        arguments: of the model that is built by name, such as `input_shape` and `weights`. As with
-            `keras_tnt.TNTSmall`, the public ImageNet weights are the default where there are any.
+        model: a model of this package, with its top or without; or the name of one, which
+            `keras_tnt.create_model` builds without its top.
+        levels: names of levels, such as `("P3", "P4", "P5")`. Defaults to all: "P2" to "P5", and
+            "P3" to "P6" for PyramidTNT.
+        **arguments: keyword arguments of a model that is built by name, such as `input_shape` and
+            `weights`. As with `keras_tnt.TNTSmall`, the public ImageNet weights are the default if
+            there are any.
 
     Returns:
         A `Backbone`, a `keras.Model` from the model's images to a dict from level to
-        `(batch, height / 2**n, width / 2**n, dim)`, or channels first as the images are. Its
+        `(batch, height / 2**n, width / 2**n, dim)`, or channels first if the images are. Its
         attribute `pyramid_outputs` is that dict of Keras tensors.
 
     Raises:
-        ValueError: for levels that the model has not, image sizes that the coarsest stride does not
-            divide, patches whose side is no power of two, and models of other packages.
+        ValueError: for levels that the model does not have, image sizes that the coarsest stride
+            does not divide, patch sizes that are not powers of two, and models of other packages.
 
     Example:
-
     >>> backbone = keras_tnt.backbone("tnt_small", weights=None, input_shape=(64, 96, 3))
     >>> {level: x.shape[1:] for level, x in backbone.pyramid_outputs.items()}
     {'P2': (16, 24, 384), 'P3': (8, 12, 384), 'P4': (4, 6, 384), 'P5': (2, 3, 384)}
@@ -97,7 +98,11 @@ def backbone(model, levels=None, **arguments) -> Backbone:
 
 
 def find(model):
-    """The anatomy of a model of this package, or an error that says what to give."""
+    """Returns the anatomy of a model of this package.
+
+    Raises:
+        ValueError: if it is no such model, only wraps one, or has no blocks.
+    """
     if not isinstance(model, keras.Model) or not is_ours(model):
         raise ValueError(
             f"A backbone needs a model with blocks of keras_tnt. Received {model!r}. Give one, or "
@@ -118,7 +123,7 @@ def find(model):
 
 
 def levels_in_quarters(found) -> dict:
-    """From level to (block, doublings of the map's sides) where all blocks have one stride."""
+    """Returns (block, number of doublings of the sides) by level, for models with one stride."""
     patch_level = log2(found.patch_size)
     if patch_level is None:
         raise ValueError(
@@ -136,7 +141,7 @@ def levels_in_quarters(found) -> dict:
 
 
 def levels_in_stages(found) -> dict:
-    """From level to (last block of a stage, 0)."""
+    """Returns (last block of a stage, 0) by level, for models with stages."""
     levels = {}
     for number, stage in enumerate(found.stages):
         level = log2(found.patch_size * 2**number)
@@ -146,12 +151,21 @@ def levels_in_stages(found) -> dict:
 
 
 def log2(number: int) -> int | None:
-    """n of 2**n; None of other numbers."""
+    """Returns n for 2**n, and `None` for other numbers."""
     return number.bit_length() - 1 if number & (number - 1) == 0 else None
 
 
 def check_levels(levels, available, family) -> list[str]:
-    """Levels as a list, each of them one that the model has, from fine to coarse."""
+    """Returns the levels as a list without duplicates, from fine to coarse.
+
+    Args:
+        levels: a level or several.
+        available: levels of the model, from fine to coarse.
+        family: name of the model's family, for the error message.
+
+    Raises:
+        ValueError: if a level is unknown, or there is none.
+    """
     if isinstance(levels, str):
         levels = [levels]
     levels = list(levels)
@@ -163,7 +177,7 @@ def check_levels(levels, available, family) -> list[str]:
 
 
 def check_size(found, levels):
-    """Raise an error where the coarsest stride does not divide the image."""
+    """Raises a `ValueError` if the coarsest stride does not divide the image size."""
     stride = 2 ** max(int(level[1:]) for level in levels)
     size = (found.image.height, found.image.width)
     if any(side is not None and side % stride for side in size):
@@ -177,23 +191,25 @@ def check_size(found, levels):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class PyramidLevel(CompositeLayer):
-    """A map brought to the stride of a level.
+    """Resampling of a feature map to the stride of a level.
 
     Args:
-        steps: how often height and width double, by a transposed convolution of side and stride 2
-            each; below 0, how often they halve, by the largest value of each square.
-        data_format: of the result, `"channels_last"` or `"channels_first"`; None: Keras's setting.
-        epsilon: of the norms between two transposed convolutions.
-        stride: of the result in pixels of the image, where it is known.
+        steps: number of times height and width are doubled, each by a transposed convolution of
+            side and stride 2. If negative, number of times they are halved, by one max pooling.
+        data_format: data format of the output, `"channels_last"` or `"channels_first"`. Defaults to
+            Keras's image data format.
+        epsilon: epsilon of the layer norms between transposed convolutions. Defaults to 1e-6.
+        stride: stride of the output in pixels of the image, for error messages. If `None`, it is
+            unknown.
 
     Call arguments:
-        x: map (batch, height, width, dim), channels last.
+        x: feature map `(batch, height, width, dim)`, channels last.
 
     Returns:
-        (batch, height * 2**steps, width * 2**steps, dim), or channels first.
+        `(batch, height * 2**steps, width * 2**steps, dim)`, or channels first.
 
     Raises:
-        ValueError: if height and width cannot be halved that often.
+        ValueError: if `2**-steps` does not divide height and width.
     """
 
     part = "level"
@@ -206,6 +222,7 @@ class PyramidLevel(CompositeLayer):
         stride: int | None = None,
         **kwargs,
     ):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.steps = steps
         self.stride = stride
@@ -213,9 +230,10 @@ class PyramidLevel(CompositeLayer):
         self.epsilon = epsilon
 
     def build(self, input_shape):
+        """Builds a projection per doubling, and a layer norm between two of them."""
         dim = input_shape[-1]
         count = max(self.steps, 0)
-        # A transposed convolution whose stride is its side is a projection of each pixel by itself.
+        # A transposed convolution with stride equal to kernel size is a projection of each pixel.
         self.projections = [
             keras.layers.Dense(
                 4 * dim,
@@ -233,6 +251,7 @@ class PyramidLevel(CompositeLayer):
             layer.build((*input_shape[:-1], dim))
 
     def call(self, x):
+        """Maps `(batch, height, width, dim)` to the stride and data format of the level."""
         for i, projection in enumerate(self.projections):
             x = unfold(projection(x))
             if i < len(self.norms):
@@ -246,13 +265,14 @@ class PyramidLevel(CompositeLayer):
         return x
 
     def unfit(self, sides):
-        """What is said of a map that cannot be halved: `told` of `checked`."""
+        """Returns message and values of the error for odd sides, as `told` of `checked`."""
         side = 2**-self.steps
         pixels = (self.stride or side) // side
         message, values = misfit([n * pixels for n in sides], pixels * side)
         return f"Level '{self.name}': {message}", values
 
     def compute_output_shape(self, input_shape):
+        """Returns the shape with sides scaled by `2**steps`, in the output's data format."""
         batch, *sides, dim = input_shape
         if self.steps < 0:
             sides = [None if side is None else side // 2**-self.steps for side in sides]
@@ -262,6 +282,7 @@ class PyramidLevel(CompositeLayer):
         return (batch, dim, *sides) if channels_first else (batch, *sides, dim)
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "steps": self.steps,
@@ -272,7 +293,7 @@ class PyramidLevel(CompositeLayer):
 
 
 def unfold(x):
-    """(batch, height, width, 4 * dim) to (batch, 2 * height, 2 * width, dim), 2x2 pixels each."""
+    """Rearranges `(batch, height, width, 4 * dim)` to `(batch, 2 * height, 2 * width, dim)`."""
     _, height, width, channels = ops.shape(x)
     x = reshape(x, (-1, height, width, 2, channels // 2))  # (b, h, w, 2, 2 * dim)
     x = ops.transpose(x, (0, 1, 3, 2, 4))  # (b, h, 2, w, 2 * dim)

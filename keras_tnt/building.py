@@ -1,8 +1,9 @@
-"""What the families' builders share: images in, predictions out, weights, public functions.
+"""Shared parts of the family builders: inputs, heads, argument checks, weights, registration.
 
-A family's function goes from arguments to (inputs, outputs); `builder` makes of it the public
-function that checks what all families are told, builds the `keras.Model` and fills it with weights.
-`register_family` makes a family known, and with it the functions of its variants.
+A family defines a function from arguments to (inputs, outputs). The decorator `builder` turns it
+into the public function, which checks the arguments that all families share, builds the
+`keras.Model` and loads its weights. `register_family` registers a family and the functions of its
+variants.
 """
 
 import collections
@@ -41,42 +42,43 @@ from keras_tnt.text import is_encodable, is_line
 from keras_tnt.weights.names import HEADS
 
 POOLINGS = (None, "avg", "max", "token")
-# What tells a distilled model's file, for `register_family`.
+# Tensors that mark a distilled checkpoint, for `register_family`.
 DISTILLATION_TENSORS = (
     r"dist_token|head_dist\.weight",
     "distilled",
     "a distillation token",
 )
-# Arguments that change no weight.
+# Arguments that do not affect the weights.
 WITHOUT_WEIGHTS = ("dropout", "attention_dropout", "stochastic_depth", "dtype", "class_names")
 
 
-# === From an image ===
+# === Input ===
 
 
-# (height, width) in pixels, or (rows, columns) of patches, that position tables are made for.
+# Size of the position tables: (height, width) in pixels, or (rows, columns) of patches.
 _table_size = contextvars.ContextVar("table_size", default=None)
 _table_grid = contextvars.ContextVar("table_grid", default=None)
 
 
 def image_input(input_tensor, input_shape, default_size: int, divisor: int, any_size: bool = False):
-    """The model's input, checked.
+    """Returns the model's input and its image size, after checking them.
 
     Args:
-        input_tensor: Keras tensor or array to build upon; None: a new input.
-        input_shape: (height, width, channels), or channels first by Keras's setting; None: square,
-            of `default_size`, RGB.
+        input_tensor: Keras tensor or array to use as the input. If `None`, a new input is created.
+        input_shape: (height, width, channels), or channels first if that is Keras's image data
+            format. If `None`, the images are square RGB of side `default_size`.
         default_size: side in pixels without `input_shape`.
-        divisor: what height and width must be multiples of.
-        any_size: whether the family builds models of images of any size, of which height, width or
-            both are None.
+        divisor: number that height and width must be multiples of.
+        any_size: whether the family supports images of any size, for which height, width or both
+            are `None`. Defaults to `False`.
 
     Returns:
-        `(tensor, (height, width))`; where the images are of any size, the size that the variant is
-        for, or its weights.
+        `(tensor, (height, width))`. For images of any size, (height, width) is the size of the
+        position
+        tables: that of the weights or of the variant.
 
     Raises:
-        ValueError: for a shape that is no image's or that `divisor` does not divide.
+        ValueError: for a shape that is not an image's or that `divisor` does not divide.
     """
     channels_first = keras.config.image_data_format() == "channels_first"
     if input_tensor is not None:
@@ -118,23 +120,23 @@ def image_input(input_tensor, input_shape, default_size: int, divisor: int, any_
 
 
 def table_size(size: tuple[int, int]) -> contextlib.AbstractContextManager:
-    """Within the context, models of images of any size have position tables for this size."""
+    """Context manager that sets the size of position tables in models of images of any size."""
     return context_value(_table_size, size)
 
 
 def patch_grid(images, size: tuple[int, int], patch_size: int, dtype=None, name="grid"):
-    """What layers have to know of the grid of the patches.
+    """Returns the patch grid, and the keyword arguments that pass it to layers.
 
     Args:
-        images: the model's images, normalised.
-        size: (height, width) that `image_input` gave.
+        images: the model's normalized images.
+        size: (height, width) from `image_input`.
         patch_size: side of a patch in pixels.
-        dtype: dtype or policy of the model.
-        name: of the layer that tells the grid, where there is one.
+        dtype: dtype or policy of the model. Defaults to Keras's global policy.
+        name: name of the `PatchGrid` layer, if there is one. Defaults to "grid".
 
     Returns:
-        `(grid, at)`: (rows, columns) of `size`, and keyword arguments with which the layers that
-        must know the grid are called: none, or the `grid` of images of any size.
+        `(grid, at)`: (rows, columns) for `size`, and the keyword arguments for layers that need the
+        grid: `{"grid": tensor}` for images of any size, otherwise `{}`.
     """
     grid = tuple(ceil_divide(side, patch_size) for side in size)
     if None not in images.shape[1:]:
@@ -143,14 +145,14 @@ def patch_grid(images, size: tuple[int, int], patch_size: int, dtype=None, name=
 
 
 def normalise(images, family: str, transform: ImageTransform, inside: bool, dtype=None):
-    """Images as the network takes them.
+    """Applies the model's `ImageNormalization`.
 
     Args:
         images: the model's input.
         family: name of the family.
-        transform: of the family's images.
-        inside: whether the model takes pixels in [0, 255] and normalises them itself.
-        dtype: dtype or policy of the model.
+        transform: the family's `ImageTransform`.
+        inside: whether the model takes pixels in [0, 255] and normalizes them.
+        dtype: dtype or policy of the model. Defaults to Keras's global policy.
     """
     return ImageNormalization(
         family,
@@ -164,15 +166,16 @@ def normalise(images, family: str, transform: ImageTransform, inside: bool, dtyp
 
 
 def preprocessor(transform: ImageTransform) -> Callable:
-    """A family's `preprocess_input`: what its models do inside, for those that do not."""
+    """Returns a family's `preprocess_input`, for models without built-in normalization."""
 
     def preprocess_input(x, data_format: str | None = None):
-        """Normalise pixels in [0, 255], for models built with `include_preprocessing=False`.
+        """Normalizes pixels in [0, 255], for models built with `include_preprocessing=False`.
 
         Args:
             x: array or tensor of images, `(batch, height, width, channels)` or one image, or
                 channels first.
-            data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+            data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras's image data
+                format.
 
         Returns:
             (x / 255 - mean) / std, array or tensor of the same shape, in floating point.
@@ -194,27 +197,30 @@ def preprocessor(transform: ImageTransform) -> Callable:
     return preprocess_input
 
 
-# === To predictions or features ===
+# === Output ===
 
 
 def read_tokens(tokens, count: int, dtype=None) -> list:
-    """The first tokens of a sequence as vectors, which the heads read."""
+    """Returns the first `count` tokens as vectors `(batch, dim)`, the inputs of the heads."""
     names = ("class_vector", "distillation_vector")[:count]
     return [SelectToken(i, dtype=dtype, name=name)(tokens) for i, name in enumerate(names)]
 
 
 def classify(vectors, classes, classifier_activation, class_names=None, dtype=None):
-    """The heads: `head` on the first vector, `head_distillation` on the second if there is one.
+    """Builds the heads: `head` on the first vector, `head_distillation` on the second, if any.
 
-    The prediction of two heads is the mean of their logits (DeiT's released code), then the
-    activation, in float32 or better.
+    With two heads, the prediction is the mean of their logits (as in DeiT's released code),
+    followed by the activation, in float32 or float64.
 
     Args:
-        vectors: one or two tensors (batch, dim).
+        vectors: one or two tensors `(batch, dim)`.
         classes: number of classes.
-        classifier_activation: activation of layer `predictions`; None: logits.
-        class_names: names of the classes, which stay with the model.
-        dtype: dtype or policy of the model.
+        classifier_activation: activation of layer `predictions`. If `None`, the outputs are logits.
+        class_names: names of the classes, stored in the model. If `None`, the classes are unnamed.
+        dtype: dtype or policy of the model. Defaults to Keras's global policy.
+
+    Returns:
+        Predictions `(batch, classes)`.
     """
     logits = [
         projection(classes, dtype=dtype, name=name)(vector)
@@ -228,14 +234,19 @@ def classify(vectors, classes, classifier_activation, class_names=None, dtype=No
 
 
 def pool(tokens, grid, prefix_tokens: int, pooling: str | None, dtype=None, at=None):
-    """Features of a model without its top, from (batch, prefix_tokens + rows * columns, dim).
+    """Builds the features of a model without its top.
 
     Args:
-        tokens: the last tokens.
-        grid, at: what `patch_grid` gave.
-        prefix_tokens: how many tokens stand before the patches.
-        pooling: as the builders take it.
-        dtype: dtype or policy of the model.
+        tokens: the last tokens, `(batch, prefix_tokens + rows * columns, dim)`.
+        grid: (rows, columns) from `patch_grid`.
+        prefix_tokens: number of tokens before the patches.
+        pooling: the builders' argument.
+        dtype: dtype or policy of the model. Defaults to Keras's global policy.
+        at: keyword arguments from `patch_grid`. Defaults to none.
+
+    Returns:
+        A feature map `(batch, rows, columns, dim)`, or a vector `(batch, dim)` if `pooling` is
+        given.
     """
     common = {"data_format": "channels_last", "dtype": dtype}
     if pooling == "token":
@@ -259,14 +270,14 @@ def pool(tokens, grid, prefix_tokens: int, pooling: str | None, dtype=None, at=N
 
 
 def check_sizes(**sizes) -> None:
-    """Raise an error that names the first of `sizes` that is no positive integer."""
+    """Raises a `ValueError` that names the first of `sizes` that is not a positive integer."""
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`{name}` must be a positive integer. Received: {size!r}")
 
 
 def check_pooling(pooling, allowed=POOLINGS) -> None:
-    """Raise the error of `keras.applications` on an unknown pooling."""
+    """Raises a `ValueError` on an unknown pooling, as `keras.applications` does."""
     if pooling not in allowed:
         raise ValueError(
             f"`pooling` must be one of {', '.join(map(repr, allowed))}. Received: {pooling!r}"
@@ -274,10 +285,10 @@ def check_pooling(pooling, allowed=POOLINGS) -> None:
 
 
 def check_class_names(class_names) -> list[str] | None:
-    """Names of classes as a list.
+    """Returns the names of classes as a list, or `None` if they are `None`.
 
     Raises:
-        ValueError: if they are not a list of different names, each a line of text.
+        ValueError: if they are not a list of distinct names, each one line of text.
     """
     if class_names is None:
         return None
@@ -302,7 +313,16 @@ def check_class_names(class_names) -> list[str] | None:
 
 
 def count_classes(classes, class_names, given: bool) -> int:
-    """The number of classes that a model is told by number, by names, or by both."""
+    """Returns the number of classes given by number, by names, or by both.
+
+    Args:
+        classes: number of classes.
+        class_names: names of the classes, or `None`.
+        given: whether `classes` was passed explicitly, and so has to agree with `class_names`.
+
+    Raises:
+        ValueError: if both are given and differ.
+    """
     if class_names is None:
         return classes
     if given and classes != len(class_names):
@@ -317,10 +337,10 @@ def count_classes(classes, class_names, given: bool) -> int:
 
 
 def builder(function: Callable) -> Callable:
-    """A family's public builder, of a function from arguments to (inputs, outputs).
+    """Decorator that turns a function from arguments to (inputs, outputs) into a public builder.
 
-    The function is told everything that the builder is told; `weights` and `name` are the
-    builder's own. It draws no initial values where weights follow.
+    All arguments are forwarded to the function, but `weights` and `name` are handled by the
+    builder. The function skips the random initialization if weights are loaded afterwards.
     """
     signature = inspect.signature(function)
 
@@ -358,13 +378,13 @@ def builder(function: Callable) -> Callable:
 
 
 def is_of_any_size(input_tensor, input_shape) -> bool:
-    """Whether a model is to take images of any height or width."""
+    """Returns whether a model accepts images of any height or width."""
     shape = input_shape if input_tensor is None else input_tensor.shape[1:]
     return shape is not None and None in tuple(shape)
 
 
 def tables_like(source, builder: Callable) -> contextlib.AbstractContextManager:
-    """Within the context, position tables are made for the grid that weights have them for."""
+    """Context manager that creates position tables for the grid of the weights."""
     if source.size is not None:
         return table_size(source.size)
     names = [family.tensor_names for family in registry.families() if family.builder is builder]
@@ -373,10 +393,16 @@ def tables_like(source, builder: Callable) -> contextlib.AbstractContextManager:
 
 
 def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.BoundArguments:
-    """The arguments of a call by name; an error says what function they are for, and the nearest.
+    """Returns the arguments of a call by name.
+
+    Args:
+        name: name of the function, for error messages.
+        signature: signature of the function.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
 
     Raises:
-        TypeError: if the function does not take them, with what to type instead.
+        TypeError: if the function does not accept them; the message suggests what to pass instead.
     """
     unknown = [key for key in kwargs if key not in signature.parameters]
     if unknown:
@@ -391,12 +417,12 @@ def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.Bound
 
 
 def replacement(argument: str, value, known) -> str:
-    """Returns a sentence that says which argument of ours an unknown one may stand for.
+    """Returns a sentence that suggests one of our arguments for an unknown one.
 
     Args:
         argument: name of the unknown argument, such as one of timm's.
-        value: what it was given.
-        known: names of the arguments there are.
+        value: its value.
+        known: names of the existing arguments.
     """
     if argument == "pretrained":
         weights = "'imagenet'" if value else "None"
@@ -410,7 +436,7 @@ def replacement(argument: str, value, known) -> str:
     return f"There are: {', '.join(known)}."
 
 
-# What timm calls an argument, and ours by it, of which a builder takes the first that it has.
+# Our names by timm's name of an argument. The first that the builder accepts is suggested.
 TIMM_ARGUMENTS = {
     "num_classes": ("classes",),
     "n_classes": ("classes",),
@@ -441,7 +467,7 @@ TIMM_ARGUMENTS = {
     "num_heads_inner": ("inner_heads",),
     "label_names": ("class_names",),
 }
-# What the names alone do not say.
+# Notes that complete a suggestion.
 TIMM_NOTES = {
     "input_shape": ", (height, width, channels)",
     "classes": ", or `class_names`",
@@ -450,16 +476,16 @@ TIMM_NOTES = {
 
 
 def own_entrance(model: keras.Model) -> ImageNormalization:
-    """The model's first layer of ours: the last of all where it is built upon another model."""
+    """Returns the model's `ImageNormalization`, the last one if it is built upon another model."""
     return [layer for layer in model.layers if isinstance(layer, ImageNormalization)][-1]
 
 
 def architecture_told(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict:
-    """What decides on the weights and is not the builder's default, in values that JSON can hold.
+    """Returns non-default arguments that affect the weights, as JSON-serializable values.
 
     Args:
-        signature: of a family's builder.
-        arguments: all that it is told, or a part.
+        signature: signature of a family's builder.
+        arguments: its arguments, or some of them.
     """
     told = {
         p.name: arguments[p.name]
@@ -473,34 +499,38 @@ def architecture_told(signature: inspect.Signature, arguments: Mapping[str, Any]
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ImageModel(keras.Model):
-    """A functional model whose dtype policy is that of its layers, also when loaded or cloned.
+    """Functional model whose dtype policy is that of its layers, also when loaded or cloned.
 
-    Keras neither takes a policy for a functional model nor saves one, and `compile` looks at the
-    model's policy to decide whether the loss is scaled, as `"mixed_float16"` needs it.
+    Keras neither accepts a policy for a functional model nor saves one, and `compile` reads the
+    model's policy to decide about loss scaling, which `"mixed_float16"` needs.
 
-    The size of images is checked by the first layer, `ImageNormalization`, on every backend.
+    The first layer, `ImageNormalization`, checks the size of images on every backend.
     """
 
     def __init__(self, inputs, outputs, name=None, **kwargs):
+        """Initializes a functional model; `ImageNormalization` determines its dtype policy."""
         super().__init__(inputs, outputs, name=name, **kwargs)
         entrances = [layer for layer in self.layers if isinstance(layer, ImageNormalization)]
         if entrances:
             self.dtype_policy = entrances[-1].dtype_policy
         layers = [layer for layer in self.layers if not isinstance(layer, keras.layers.InputLayer)]
         if len(self.inputs) == 1 and isinstance(layers[0], ImageNormalization):
-            self.input_spec = None  # `ImageNormalization` says more of what does not fit
+            self.input_spec = None  # The error of `ImageNormalization` is more helpful.
 
     def make_train_function(self, *args, **kwargs):
+        """Returns Keras's train function; on JAX, errors do not lose the model's state."""
         return self._recovering("train_function", super().make_train_function, *args, **kwargs)
 
     def make_test_function(self, *args, **kwargs):
+        """Returns Keras's test function; on JAX, errors do not lose the model's state."""
         return self._recovering("test_function", super().make_test_function, *args, **kwargs)
 
     def make_predict_function(self, *args, **kwargs):
+        """Returns Keras's predict function; on JAX, errors do not lose the model's state."""
         return self._recovering("predict_function", super().make_predict_function, *args, **kwargs)
 
     def _recovering(self, name, make, *args, **kwargs):
-        """Makes a step function that returns its state to the model where it raises an error."""
+        """Returns a step function that restores the model's state if it raises an error."""
         before = getattr(self, name)
         result = make(*args, **kwargs)
         made = getattr(self, name)
@@ -511,14 +541,14 @@ class ImageModel(keras.Model):
 
 
 def recovering(model: keras.Model, step: Callable) -> Callable:
-    """Returns a step function of JAX after whose errors the model still has its variables.
+    """Returns a JAX step function that restores the model's variables if it raises an error.
 
-    Keras takes the variables' values away from a model while it computes, and loses them where the
-    first batch cannot be computed.
+    Keras detaches the variables' values from the model during a step, and loses them if the first
+    batch cannot be computed.
 
     Args:
-        model: the model that is trained or evaluated, or that predicts.
-        step: from (values, iterator of batches) to the step's results and new values.
+        model: the model that is trained, evaluated or used for prediction.
+        step: function from (values, iterator of batches) to the step's results and new values.
     """
 
     @functools.wraps(step)
@@ -541,15 +571,20 @@ def recovering(model: keras.Model, step: Callable) -> Callable:
     return step_or_recover
 
 
-# Names of the layers that models of this package have been built of upon a tensor.
+# Names of the layers of this package's models, by the input tensor that they are built upon.
 _names_upon = weakref.WeakKeyDictionary()
 
 
 def make_model(inputs, outputs, name: str) -> keras.Model:
-    """The model from its input, which may be the output of other layers.
+    """Builds the model from its input, which may be the output of other layers.
 
-    Where a name of our layers is taken, by layers that stand before ours or by another of our
-    models upon the same input, all names of ours begin with the model's.
+    If a layer name is already used upstream of `inputs`, or by another model on the same input,
+    every layer name is prefixed with the model's name.
+
+    Args:
+        inputs: Keras tensor of images.
+        outputs: predictions or features.
+        name: name of the model.
     """
     sources = keras.utils.get_source_inputs(inputs)
     ours = keras.Model(inputs, outputs).operations
@@ -578,33 +613,34 @@ def register_family(
     telling_tensors: tuple[tuple[str, str, str], ...] = (),
     source: str = "",
 ) -> Family:
-    """Make a family of models known by name, as the families of this package are.
+    """Registers a model family, like the families of this package.
 
-    Its models are then listed by `list_models`, built by `create_model` and
-    `keras_tnt.<Function>`, and known to every function and command of this package.
+    Its models are then listed by `list_models`, built by `create_model` and `keras_tnt.<Function>`,
+    and supported by every function and command of this package.
 
     Args:
-        name: such as "tnt"; the names of its variants begin with it and an underscore.
-        builder: the family's function, made by `keras_tnt.building.builder`.
-        variants: by name, a `keras_tnt.registry.Variant` each: its architecture, that is keyword
-            arguments of the builder, and the side of its images.
+        name: name such as "tnt"; the names of its variants begin with it and an underscore.
+        builder: the family's function, decorated with `keras_tnt.building.builder`.
+        variants: dict from a name to a `keras_tnt.registry.Variant`: its architecture (keyword
+            arguments of the builder) and the side of its images.
         image: `keras_tnt.registry.ImageTransform`: mean, standard deviation, crop.
-        tensor_names: rows of (path of our variable or layer, name of the tensor in timm's
-            checkpoints, name in the original release), as `keras_tnt.weights.names` explains.
-        checkpoints: the public checkpoints, a `keras_tnt.registry.Checkpoint` each. Variants with
-            one have `weights="imagenet"` by default, others None.
-        telling_tensors: rows of (pattern of a tensor's name, argument of the builder, what the
-            tensor is in words): a file has such tensors just where the argument is true.
-        source: where the variants stand, for their docstrings.
+        tensor_names: rows of (path of a variable or layer, name of the tensor in timm's
+            checkpoints, name in the original release), as documented in `keras_tnt.weights.names`.
+            Defaults to none.
+        checkpoints: the public checkpoints, each a `keras_tnt.registry.Checkpoint`. Variants with
+            one default to `weights="imagenet"`, others to `None`.
+        telling_tensors: rows of (pattern of a tensor's name, argument of the builder, description
+            of the tensor): a checkpoint contains such tensors if and only if the argument is true.
+            Defaults to none.
+        source: publication of the variants, for their docstrings. Defaults to none.
 
     Returns:
         The `keras_tnt.registry.Family`.
 
     Raises:
-        ValueError: if a name is taken or is no identifier in lower case.
+        ValueError: if a name is taken or is not a lower-case identifier.
 
     Example:
-
     >>> keras_tnt.register_family(
     ...     "toynet",
     ...     ToyNet,
@@ -629,7 +665,7 @@ def register_family(
 
 
 def variant_function(family: Family, variant: str) -> Callable:
-    """The function of a variant, in the manner of `keras.applications`."""
+    """Returns the function of a variant, in the style of `keras.applications`."""
     row, function_name = family.variants[variant], family.function_name(variant)
     parameters = inspect.signature(family.builder).parameters
     unknown = set(row.architecture) - set(parameters)
@@ -682,6 +718,7 @@ def variant_function(family: Family, variant: str) -> Callable:
 
 
 def variant_docstring(family: Family, row: Variant) -> str:
+    """Returns the docstring of a variant's function."""
     name = family.builder.__name__
     listed = ", ".join(f"{key}={value!r}" for key, value in row.architecture.items())
     where = f"{family.source}. " if family.source else ""
@@ -709,7 +746,7 @@ def variant_docstring(family: Family, row: Variant) -> str:
 
 
 def image_sides(input_tensor, input_shape) -> tuple[int, int] | None:
-    """(height, width) of the images as far as the arguments of a variant give it, or None."""
+    """Returns the (height, width) in a variant's arguments; `None` if they do not determine it."""
     shape = input_shape if input_tensor is None else input_tensor.shape[1:]
     if shape is None or len(shape) != 3 or not all(isinstance(side, int) for side in shape):
         return None
@@ -718,5 +755,5 @@ def image_sides(input_tensor, input_shape) -> tuple[int, int] | None:
 
 
 def weights_of(rows: tuple[tuple[Any, ...], ...]) -> tuple[Checkpoint, ...]:
-    """`Checkpoint`s from rows of its leading attributes."""
+    """Returns `Checkpoint`s from rows of their leading attributes."""
     return tuple(Checkpoint(*row) for row in rows)

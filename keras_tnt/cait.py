@@ -1,7 +1,7 @@
 """CaiT, class attention in image transformers, Touvron et al. 2021, arXiv 2103.17239.
 
-Deep: LayerScale keeps many blocks trainable. The patches attend among themselves, with talking
-heads and without a class token, which reads them in a few class-attention blocks at the end.
+LayerScale makes the many blocks trainable. The patches attend to each other with talking heads, and
+a class token, added after these blocks, reads them in a few class-attention blocks.
 """
 
 from keras_tnt import building
@@ -69,49 +69,52 @@ def CaiT(
     stochastic_depth: float = 0.0,
     layer_scale: float | None = 1e-5,
 ):
-    """Build a CaiT of any architecture, as a functional `keras.Model`.
+    """Builds a CaiT of any architecture as a functional `keras.Model`.
 
     Args:
-        include_top: whether the model ends in the classifier.
-        include_preprocessing: whether the model takes pixels in [0, 255] and normalises them
-            itself; if not, `preprocess_input` does it outside.
-        weights: None (random), a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or
-            the path of a file.
-        input_tensor: Keras tensor to build upon.
-        input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
-            of `patch_size`, square or not; height and width None: each call takes images of its
-            own size, and the position tables, made for 224x224 or the size that `weights` have, are
-            resampled for it. Default: 224x224, RGB.
-        pooling: without top. None: the feature map `(batch, height/patch_size, width/patch_size,
-            embed_dim)`; `"avg"`, `"max"` over the patches, `"token"` the class token:
-            `(batch, embed_dim)`.
-        classes: number of classes.
-        classifier_activation: activation of layer `predictions`; None: logits.
-        name: the model's name.
-        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`; None: Keras's
-            setting. Predictions are float32 or better.
-        class_names: names of the classes, which sets `classes`; they stay with the model when it is
-            saved, cloned or quantized, and `keras_tnt.class_names` gives them.
-        patch_size: side of a patch, in pixels.
-        embed_dim: dimension of a patch.
-        depth: number of blocks over the patches.
-        num_heads: number of heads; divides `embed_dim`.
-        class_attention_depth: number of class-attention blocks, at least 1.
-        mlp_ratio: hidden over input dimension.
-        qkv_bias: whether query, key and value have a bias.
-        dropout: rate behind the position embedding and each projection, in [0, 1).
-        attention_dropout: rate on the attention, in [0, 1).
-        stochastic_depth: rate of every block over the patches, in [0, 1).
-        layer_scale: initial value of the LayerScale on every residual branch; None: none.
+        include_top: whether the model ends in the classifier. Defaults to `True`.
+        include_preprocessing: whether the model takes pixels in [0, 255] and normalizes them. If
+            `False`, pass images through `preprocess_input` first. Defaults to `True`.
+        weights: a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or the path of a
+            file. If `None`, the weights are random.
+        input_tensor: Keras tensor to use as the input. If `None`, a new input is created.
+        input_shape: (height, width, channels), or channels first if that is Keras's image data
+            format. Height and width are multiples of `patch_size` and may differ. If they are
+            `None`, each call accepts images of any such size, and the position tables, created for
+            224x224 or the size of the weights, are resampled to it. Defaults to 224x224 RGB.
+        pooling: feature pooling if `include_top` is `False`: `None` for the feature map `(batch,
+            height/patch_size, width/patch_size, embed_dim)`, `"avg"` or `"max"` over the patches,
+            or `"token"` for the class token. Pooled features are `(batch, embed_dim)`.
+        classes: number of classes. Defaults to 1000.
+        classifier_activation: activation of layer `predictions`. If `None`, the outputs are logits.
+            Defaults to "softmax".
+        name: name of the model. Defaults to "cait".
+        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`. Defaults to
+            Keras's global policy. Predictions are in float32 or float64.
+        class_names: names of the classes, which set `classes`. They are preserved when the model is
+            saved, cloned or quantized, and `keras_tnt.class_names` returns them.
+        patch_size: side of a patch in pixels. Defaults to 16.
+        embed_dim: dimension of a patch. Defaults to 192.
+        depth: number of blocks over the patches. Defaults to 24.
+        num_heads: number of heads; divides `embed_dim`. Defaults to 4.
+        class_attention_depth: number of class-attention blocks, at least 1. Defaults to 2.
+        mlp_ratio: hidden dimension of the MLP divided by the input's. Defaults to 4.
+        qkv_bias: whether query, key and value have a bias. Defaults to `True`.
+        dropout: dropout rate after the position embedding and each projection, in [0, 1). Defaults
+            to 0.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        stochastic_depth: drop-path rate of every block over the patches, in [0, 1). Defaults to 0.
+        layer_scale: initial value of the LayerScale on every residual branch. If `None`, there is
+            no LayerScale. Defaults to 1e-5.
 
     Returns:
-        A `keras.Model`. Its last layer is `predictions` (with top); `head` gives the logits.
+        A `keras.Model`. With its top, the last layer is `predictions`, and `head` returns the
+        logits.
 
     Raises:
-        ValueError: for sizes that do not fit each other, and unknown values.
+        ValueError: for inconsistent sizes and unknown values.
 
     Example:
-
     >>> model = keras_tnt.CaiT(input_shape=(64, 64, 3), classes=10, depth=2)
     >>> model.predict(np.zeros((1, 64, 64, 3))).shape
     (1, 10)
@@ -135,7 +138,7 @@ def CaiT(
         "dtype": dtype,
     }
 
-    # === Patches among themselves ===
+    # === Self-attention of the patches ===
     x = building.normalise(inputs, "cait", IMAGE, include_preprocessing, dtype)
     grid, at = building.patch_grid(x, size, patch_size, dtype)
     tokens = PatchEmbedding(patch_size, embed_dim, dtype=dtype, name="patch_embedding")(x)
@@ -164,9 +167,9 @@ def CaiT(
 preprocess_input = building.preprocessor(IMAGE)
 
 
-# === What public checkpoints hold ===
+# === Public checkpoints ===
 
-# Name on the hub, variant, its arguments, parameters, accuracy.
+# Columns: name on the Hub, variant, its arguments, parameters, accuracy.
 CHECKPOINTS = building.weights_of(
     (
         (
@@ -212,7 +215,7 @@ CHECKPOINTS = building.weights_of(
     )
 )
 
-# Our variable's or layer's path, timm's name, which is the original release's too.
+# Columns: path of a variable or layer, name in timm and in the original release.
 TENSOR_NAMES = (
     ("patch_embedding/projection", "patch_embed.proj:patches"),
     ("class_token/token", "cls_token"),

@@ -1,4 +1,4 @@
-"""A model's classifier: the names of its classes, and a new one for other classes."""
+"""Class names and replacement of a model's classifier."""
 
 import warnings
 
@@ -10,25 +10,24 @@ from keras_tnt.layers import Predictions
 
 
 def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
-    """Sets the names of the classes that a model predicts, and changes nothing else.
+    """Sets the names of the classes that a model predicts, without changing its weights.
 
-    The names are saved with the model, and are those of `class_names`, `decode_predictions`,
-    `save_pretrained`, exports and the command. The head keeps its weights, as in
-    `reset_classifier` it does not.
+    The names are saved with the model and used by `class_names`, `decode_predictions`,
+    `save_pretrained`, exports and the command line. `reset_classifier`, in contrast, replaces the
+    head.
 
     Args:
         model: a classifier of this package, or a functional or Sequential model around one.
-        names: list of names, one for each class, in the order of the model's outputs.
+        names: list of names, one per class, in the order of the model's outputs.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: for a model without a classifier of this package, and for names that are not
-            one for each class.
+        ValueError: for a model without a classifier of this package, and for names that are not one
+            per class.
 
     Example:
-
     >>> model = keras_tnt.TNTTiny(classes=2)
     >>> keras_tnt.set_class_names(model, ["cat", "dog"])
     >>> keras_tnt.class_names(model)
@@ -63,26 +62,25 @@ def reset_classifier(
     class_names: list[str] | None = None,
     warn: bool = True,
 ) -> keras.Model:
-    """A model for other classes: its heads are fresh, and it shares every other layer.
+    """Returns a model with new heads for other classes, which shares all other layers.
 
-    Precision, activation, resolution and what is frozen stay as they are. A distilled model has
-    two fresh heads.
+    Precision, activation, image size and frozen layers are preserved. A distilled model gets two
+    new heads.
 
     Args:
         model: a classifier of this package, or a functional or Sequential model around one.
-        classes: number of classes; None: as many as names.
-        class_names: names of the classes, which stay with the model; None: they have none.
-        warn: whether to warn if the number of classes stays the same: `set_class_names` gives a
-            trained head other names.
+        classes: number of classes. Defaults to the number of names.
+        class_names: names of the classes, stored in the model. If `None`, the classes are unnamed.
+        warn: whether to warn if the number of classes stays the same, in which case
+            `set_class_names` renames the classes of a trained head. Defaults to `True`.
 
     Returns:
-        A new `keras.Model`. What it learns, `model` learns with it, but for the heads.
+        A new `keras.Model`. Training it also trains `model`, except for the heads.
 
     Raises:
-        ValueError: for a model without a classifier, and for names that are not one a class.
+        ValueError: for a model without a classifier, and for names that are not one per class.
 
     Example:
-
     >>> model = keras_tnt.TNTSmall()
     >>> model = keras_tnt.reset_classifier(model, class_names=["cat", "dog"])
     """
@@ -124,7 +122,7 @@ def reset_classifier(
 
 
 def fresh_head(head, classes):
-    """A `Dense` layer like a head, without what LoRA and quantization made of it."""
+    """Returns an untrained `Dense` layer like `head`, without LoRA and quantization."""
     policy = head.dtype_policy
     if isinstance(policy, keras.dtype_policies.QuantizedDTypePolicy):
         policy = policy.name.partition("_from_")[2]

@@ -1,7 +1,7 @@
 """DeiT, data-efficient image transformers, Touvron et al. 2020, arXiv 2012.12877.
 
-A plain vision transformer, and beside its class token a distillation token that learns from a
-teacher through a head of its own.
+A vision transformer (ViT) with an optional distillation token, which learns from a teacher through
+a separate head.
 """
 
 from keras_tnt import building
@@ -16,7 +16,7 @@ from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.published import of_checkpoint
 from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD, Cost, ImageTransform, Variant
 
-# Larger images were evaluated without cropping.
+# The published results at 384 pixels were measured without cropping.
 IMAGE = ImageTransform(IMAGENET_MEAN, IMAGENET_STD, crop=0.9, crops={384: 1.0})
 EPSILON = 1e-6
 
@@ -58,49 +58,53 @@ def DeiT(
     stochastic_depth: float = 0.0,
     distilled: bool = False,
 ):
-    """Build a DeiT of any architecture, as a functional `keras.Model`.
+    """Builds a DeiT of any architecture as a functional `keras.Model`.
 
     Args:
-        include_top: whether the model ends in the classifier.
-        include_preprocessing: whether the model takes pixels in [0, 255] and normalises them
-            itself; if not, `preprocess_input` does it outside.
-        weights: None (random), a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or
-            the path of a file.
-        input_tensor: Keras tensor to build upon.
-        input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
-            of `patch_size`, square or not; height and width None: each call takes images of its
-            own size, and the position tables, made for 224x224 or the size that `weights` have, are
-            resampled for it. Default: 224x224, RGB.
-        pooling: without top. None: the feature map `(batch, height/patch_size, width/patch_size,
-            embed_dim)`; `"avg"`, `"max"` over the patches, `"token"` the class token, of a
-            distilled model the mean of the two tokens: `(batch, embed_dim)`.
-        classes: number of classes.
-        classifier_activation: activation of layer `predictions`; None: logits.
-        name: the model's name.
-        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`; None: Keras's
-            setting. Predictions are float32 or better.
-        class_names: names of the classes, which sets `classes`; they stay with the model when it is
-            saved, cloned or quantized, and `keras_tnt.class_names` gives them.
-        patch_size: side of a patch, in pixels.
-        embed_dim: dimension of a patch.
-        depth: number of blocks.
-        num_heads: number of heads; divides `embed_dim`.
-        mlp_ratio: hidden over input dimension.
-        qkv_bias: whether query, key and value have a bias.
-        dropout: rate behind the position embedding and each projection, in [0, 1).
-        attention_dropout: rate on the attention, in [0, 1).
-        stochastic_depth: rate of the last block, in [0, 1); grows linearly from 0 over the blocks.
-        distilled: adds the distillation token and its head (section 4).
+        include_top: whether the model ends in the classifier. Defaults to `True`.
+        include_preprocessing: whether the model takes pixels in [0, 255] and normalizes them. If
+            `False`, pass images through `preprocess_input` first. Defaults to `True`.
+        weights: a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or the path of a
+            file. If `None`, the weights are random.
+        input_tensor: Keras tensor to use as the input. If `None`, a new input is created.
+        input_shape: (height, width, channels), or channels first if that is Keras's image data
+            format. Height and width are multiples of `patch_size` and may differ. If they are
+            `None`, each call accepts images of any such size, and the position tables, created for
+            224x224 or the size of the weights, are resampled to it. Defaults to 224x224 RGB.
+        pooling: feature pooling if `include_top` is `False`: `None` for the feature map `(batch,
+            height/patch_size, width/patch_size, embed_dim)`, `"avg"` or `"max"` over the patches,
+            or `"token"` for the class token, which is averaged with the distillation token if there
+            is one. Pooled features are `(batch, embed_dim)`.
+        classes: number of classes. Defaults to 1000.
+        classifier_activation: activation of layer `predictions`. If `None`, the outputs are logits.
+            Defaults to "softmax".
+        name: name of the model. Defaults to "deit".
+        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`. Defaults to
+            Keras's global policy. Predictions are in float32 or float64.
+        class_names: names of the classes, which set `classes`. They are preserved when the model is
+            saved, cloned or quantized, and `keras_tnt.class_names` returns them.
+        patch_size: side of a patch in pixels. Defaults to 16.
+        embed_dim: dimension of a patch. Defaults to 384.
+        depth: number of blocks. Defaults to 12.
+        num_heads: number of heads; divides `embed_dim`. Defaults to 6.
+        mlp_ratio: hidden dimension of the MLP divided by the input's. Defaults to 4.
+        qkv_bias: whether query, key and value have a bias. Defaults to `True`.
+        dropout: dropout rate after the position embedding and each projection, in [0, 1). Defaults
+            to 0.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        stochastic_depth: drop-path rate of the last block, in [0, 1); rates increase linearly from
+            0 over the blocks. Defaults to 0.
+        distilled: whether to add the distillation token and its head (section 4). Defaults to
+            `False`.
 
     Returns:
-        A `keras.Model`. Its last layer is `predictions` (with top); `head`, and `head_distillation`
-        where distilled, give each head's logits.
+        A `keras.Model`. With its top, the last layer is `predictions`; `head`, and
+        `head_distillation` if distilled, return the logits of each head.
 
     Raises:
-        ValueError: for sizes that do not fit each other, and unknown values.
+        ValueError: for inconsistent sizes and unknown values.
 
     Example:
-
     >>> model = keras_tnt.DeiT(input_shape=(64, 64, 3), classes=10, depth=2, distilled=True)
     >>> model.predict(np.zeros((1, 64, 64, 3))).shape
     (1, 10)
@@ -150,11 +154,11 @@ def DeiT(
 preprocess_input = building.preprocessor(IMAGE)
 
 
-# === What public checkpoints hold ===
+# === Public checkpoints ===
 
 DIST = {"distilled": True}
 
-# Name on the hub, variant, its arguments, parameters, accuracy.
+# Columns: name on the Hub, variant, its arguments, parameters, accuracy.
 CHECKPOINTS = building.weights_of(
     (
         (
@@ -216,7 +220,7 @@ CHECKPOINTS = building.weights_of(
     )
 )
 
-# Our variable's or layer's path, timm's name, which is the original release's too.
+# Columns: path of a variable or layer, name in timm and in the original release.
 TENSOR_NAMES = (
     ("patch_embedding/projection", "patch_embed.proj:patches"),
     ("class_token/token", "cls_token"),

@@ -1,7 +1,7 @@
-"""Distillation: a student learns from labels and a teacher (DeiT, arXiv 2012.12877, section 4).
+"""Knowledge distillation: a student learns from labels and a teacher (DeiT, arXiv 2012.12877).
 
-With two heads, as models built with `distilled=True` have, labels teach the class head and the
-teacher teaches the distillation head; with one head, both teach it.
+See section 4 of the paper. With two heads, as in models built with `distilled=True`, labels train
+the class head and the teacher trains the distillation head; with one head, both train it.
 """
 
 from collections.abc import Callable
@@ -26,18 +26,21 @@ KL_REDUCTIONS = ("mean", "batchmean")
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class DistillationLoss(keras.losses.Loss):
-    """How far a student's logits are from its teacher's (DeiT, equations 2 and 3).
+    """Distillation loss between the logits of student and teacher (DeiT, equations 2 and 3).
 
     "hard" is the cross-entropy to the teacher's most likely class. "soft" is
     KL(teacher || student) of the two softmaxes at `temperature`, times temperature^2.
 
     Args:
-        kind: `"hard"` or `"soft"`.
-        temperature: divides both logits of the soft kind; positive.
-        kl_reduction: what the sum over batch and classes of the soft kind is divided by: `"mean"`:
-            batch x classes, as DeiT's released code; `"batchmean"`: batch, the textbook's mean.
-        reduction: over the batch, as all Keras losses have it.
-        name: the loss's name.
+        kind: `"hard"` or `"soft"`. Defaults to "hard".
+        temperature: divisor of both logits for "soft"; positive. Defaults to 1.
+        kl_reduction: divisor of the sum over batch and classes for "soft": `"mean"` for batch x
+            classes, as in DeiT's released code, or `"batchmean"` for batch, the mean per sample.
+            Defaults to "mean".
+        reduction: reduction over the batch, as for all Keras losses. Defaults to
+            "sum_over_batch_size".
+        name: name of the loss. Defaults to "distillation_loss".
+        **kwargs: arguments of `keras.losses.Loss`.
 
     Call arguments:
         y_true: the teacher's logits, `(batch, classes)`.
@@ -47,7 +50,6 @@ class DistillationLoss(keras.losses.Loss):
         ValueError: for an unknown `kind` or `kl_reduction`, or a temperature that is not positive.
 
     Example:
-
     >>> loss = keras_tnt.distillation.DistillationLoss("soft", temperature=3.0)
     >>> float(loss([[2.0, 0.0]], [[2.0, 0.0]]))
     0.0
@@ -62,6 +64,7 @@ class DistillationLoss(keras.losses.Loss):
         name="distillation_loss",
         **kwargs,
     ):
+        """Initializes the loss; the class docstring lists the arguments."""
         check_choice("kind", kind, KINDS)
         check_choice("kl_reduction", kl_reduction, KL_REDUCTIONS)
         if not temperature > 0:
@@ -72,6 +75,7 @@ class DistillationLoss(keras.losses.Loss):
         self.kl_reduction = kl_reduction
 
     def call(self, y_true, y_pred):
+        """Returns the loss of each sample, `(batch,)`."""
         if self.kind == "hard":
             return keras.losses.sparse_categorical_crossentropy(
                 ops.argmax(y_true, axis=-1), y_pred, from_logits=True
@@ -84,6 +88,7 @@ class DistillationLoss(keras.losses.Loss):
         return divergence * (self.temperature**2 / classes)
 
     def get_config(self):
+        """Returns the base configuration, `kind`, `temperature` and `kl_reduction`."""
         return {
             **super().get_config(),
             "kind": self.kind,
@@ -93,45 +98,46 @@ class DistillationLoss(keras.losses.Loss):
 
 
 class Distiller(keras.Model):
-    """Trains a student on labels and on what a teacher makes of the same images.
+    """Model that trains a student on labels and on a teacher's outputs for the same images.
 
-    loss = (1 - alpha) * loss(labels, class head) + alpha * DistillationLoss(teacher, distillation
-    head), (DeiT, section 4). `fit`, `evaluate` and `predict` work as for the student alone, and so
-    do `save`, which writes the student and nothing else, and `save_weights`. `evaluate` and `fit`
-    report, next to the metrics given to `compile`, which see the student's prediction:
-    `class_loss` and `distillation_loss` before they are weighted by alpha; `head_accuracy`, and
-    `head_distillation_accuracy` of a second head, on the labels; and `teacher_agreement`, the share
-    of images that the distillation head puts in the teacher's class.
+    The loss is (1 - alpha) * loss(labels, class head) + alpha * DistillationLoss(teacher,
+    distillation head) (DeiT, section 4). `fit`, `evaluate` and `predict` work as for the student
+    alone, and so do `save`, which writes the student only, and `save_weights`. `evaluate` and `fit`
+    report, in addition to the metrics of `compile`, which receive the student's prediction:
+    `class_loss` and `distillation_loss` before the weighting by alpha; `head_accuracy`, and
+    `head_distillation_accuracy` of a second head, on the labels; and `teacher_agreement`, the
+    fraction of images for which the distillation head predicts the teacher's class.
 
-    The teacher runs in inference mode and gets no gradient. It is neither changed nor saved. The
-    images reach it resampled to its input size (bicubic, antialiased).
+    The teacher runs in inference mode, without gradients, and is neither changed nor saved. Images
+    are resampled to its input size (bicubic, antialiased).
 
     Args:
         student: a model of this package, or any functional model that ends in one softmax or
-            logits. A model with layers `head` and `head_distillation` learns with two heads.
+            logits. A model with layers `head` and `head_distillation` trains two heads.
         teacher: any Keras model with the student's classes.
-        kind: `"hard"`: learn the teacher's decision; `"soft"`: learn its probabilities.
-        alpha: weight of the distillation loss, in [0, 1].
-        temperature: of the soft kind; positive.
-        kl_reduction: `"mean"` divides the soft kind by batch x classes, as DeiT's released code;
-            `"batchmean"` by batch alone, which weighs it as many times more as there are classes.
-        teacher_preprocessing: function from the student's images, already of the teacher's size, to
-            what the teacher takes; or the name of what it takes: `"pixels"` (in [0, 255]),
-            `"unit"` (in [0, 1]), `"caffe"`, `"tf"` or `"torch"` (the modes of
-            `keras.applications`' `preprocess_input`), or `"same"` (what the student takes).
-            If `None`, it is detected for models of this package, models that begin with a
-            `Rescaling`, a `Normalization` or a `preprocess_input`, and those of
-            `keras.applications`, whatever surrounds them; any other model is given what the
-            student takes, with a warning.
-        teacher_from_logits: whether the teacher's output is logits, not probabilities. None: read
-            off its last layer, or else off its outputs: rows that sum to one are probabilities.
-        name: the model's name.
+        kind: `"hard"` for the teacher's most likely class, or `"soft"` for its probabilities.
+            Defaults to "hard".
+        alpha: weight of the distillation loss, in [0, 1]. Defaults to 0.5.
+        temperature: temperature of the soft loss; positive. Defaults to 1.
+        kl_reduction: `"mean"` divides the soft loss by batch x classes, as in DeiT's released code;
+            `"batchmean"` divides it by batch alone, which multiplies its weight by the number of
+            classes. Defaults to "mean".
+        teacher_preprocessing: function from the student's images, already resampled to the
+            teacher's size, to the teacher's inputs; or the name of the teacher's inputs: `"pixels"`
+            (in [0, 255]), `"unit"` (in [0, 1]), `"caffe"`, `"tf"` or `"torch"` (the modes of
+            `keras.applications`' `preprocess_input`), or `"same"` (the student's inputs). If
+            `None`, it is detected for models of this package, models that begin with a `Rescaling`,
+            a `Normalization` or a `preprocess_input`, and those of `keras.applications`, also
+            inside other models; any other teacher receives the student's inputs, with a warning.
+        teacher_from_logits: whether the teacher's outputs are logits, not probabilities. If `None`,
+            it is detected from the last layer, or else from the outputs: rows that sum to one are
+            probabilities.
+        name: name of the model. Defaults to "distiller".
 
     Raises:
-        ValueError: for values outside these ranges, and models that do not fit each other.
+        ValueError: for values outside these ranges, and for student and teacher that do not match.
 
     Example:
-
     >>> student = keras_tnt.TNT(input_shape=(32, 32, 3), patch_size=8, inner_stride=2, depth=2,
     ...                         outer_dim=48, inner_dim=12, outer_heads=3, inner_heads=2,
     ...                         classes=10, distilled=True)
@@ -154,6 +160,7 @@ class Distiller(keras.Model):
         teacher_from_logits: bool | None = None,
         name: str = "distiller",
     ):
+        """Initializes the model; the class docstring lists the arguments."""
         super().__init__(name=name, autocast=False, dtype=policy_of(student))
         if not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` must lie in [0, 1]. Received: {alpha!r}")
@@ -169,21 +176,21 @@ class Distiller(keras.Model):
 
     @property
     def non_trainable_variables(self):
-        """The student's, and all of the teacher's: JAX's training step is handed its state."""
+        """Returns the student's, and all of the teacher's for JAX's stateless training step."""
         own = super().non_trainable_variables
         known = {id(variable) for variable in self.variables}
         return own + [v for v in self.teacher.model.variables if id(v) not in known]
 
     def compile(self, optimizer="rmsprop", loss="crossentropy", **kwargs):
-        """Configure training, as `keras.Model.compile`.
+        """Configures training, like `keras.Model.compile`.
 
         Args:
-            optimizer: as for any model.
-            loss: the base loss, one for the class head, whatever the student could be compiled
-                with. A Keras loss with `from_logits=True` gets the head's logits, any other what
-                the student's own activation makes of them. `"crossentropy"` takes integer and
-                one-hot labels.
-            kwargs: as for any model.
+            optimizer: as for any model. Defaults to "rmsprop".
+            loss: base loss of the class head, such as the student could be compiled with. A Keras
+                loss with `from_logits=True` receives the head's logits, any other loss the output
+                of the student's activation. `"crossentropy"` accepts integer and one-hot labels.
+                Defaults to "crossentropy".
+            **kwargs: as for any model.
         """
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
         if getattr(loss, "from_logits", False):
@@ -195,13 +202,15 @@ class Distiller(keras.Model):
         self.distillation_loss.reduction = getattr(loss, "reduction", "sum_over_batch_size")
 
     def call(self, images, training=False):
+        """Returns a dict of the student's `predictions` and the logits of each head."""
         return self.heads.network(images, training=training)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Returns the weighted loss, and updates the metrics that need the teacher."""
         logits = y_pred["head"]
         class_output = self.base_activation(as_float32(logits))
         base = super().compute_loss(x, y, class_output, sample_weight, training)
-        # What regularisers and layers add to the base loss stays out of the weighting.
+        # Regularization losses and losses of layers are not weighted by alpha.
         penalty = sum(ops.sum(loss) for loss in self.losses)
         class_loss = base - penalty
         teacher_logits = self.teacher(x)
@@ -217,6 +226,7 @@ class Distiller(keras.Model):
         return (1 - self.alpha) * class_loss + self.alpha * distillation + penalty
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Updates the accuracy of each head and the compiled metrics."""
         for head in self.heads.names:
             self.averages[f"{head}_accuracy"].update_state(
                 same_class(y, y_pred[head]), sample_weight
@@ -224,31 +234,40 @@ class Distiller(keras.Model):
         return super().compute_metrics(x, y, y_pred["predictions"], sample_weight)
 
     def predict(self, *args, **kwargs):
-        """The student's `predict`."""
+        """Calls the student's `predict`."""
         return self.student.predict(*args, **kwargs)
 
     def save(self, *args, **kwargs):
-        """The student's `save`: the file holds the student alone."""
+        """Calls the student's `save`; the file contains the student alone."""
         return self.student.save(*args, **kwargs)
 
 
 def policy_of(model: keras.Model) -> keras.DTypePolicy:
-    """Returns the dtype policy to train a model under: float16 in any layer needs loss scaling.
+    """Returns the dtype policy for training: `mixed_float16` if any layer has it (loss scaling).
 
-    A functional model that a user made, or that an earlier release saved, has the global policy,
-    whatever its layers have.
+    A functional model that a user built, or that an earlier release saved, has the global policy,
+    for any policy of its layers.
     """
     policies = [layer.dtype_policy for layer in model._flatten_layers()]
     return next((p for p in policies if p.name == "mixed_float16"), model.dtype_policy)
 
 
 class Heads:
-    """The student as a function from images to its prediction and the logits of each head.
+    """Function from images to the student's prediction and the logits of each head.
 
-    Not a layer, so that the student's weights are saved in one place only.
+    It is not a layer, so that the student's weights are saved only once.
     """
 
     def __init__(self, student):
+        """Builds the network with the logits of each head as outputs.
+
+        Args:
+            student: a functional or Sequential model with one output.
+
+        Raises:
+            ValueError: if the student has several outputs, hides two heads inside another model, or
+                ends in an unknown activation.
+        """
         if len(getattr(student, "outputs", None) or ()) != 1:
             raise ValueError(
                 "The student must be a functional or Sequential model with one output. Received: "
@@ -274,14 +293,18 @@ class Heads:
 
 
 def student_heads(student):
-    """The heads of a student: of a model of this package, or the layers that have their names."""
+    """Returns the heads of a student: those of our model, or the layers with their names."""
     if is_ours(student):
         return anatomy(student).heads
     return tuple(layer for layer in student._flatten_layers() if layer.name in HEADS)
 
 
 def student_logits(student, last):
-    """The symbolic logits of a student with one head."""
+    """Returns the symbolic logits of a student with one head.
+
+    Raises:
+        ValueError: if the last activation is neither linear nor softmax.
+    """
     if is_standalone_activation(last) and last in student.layers:
         return last.input
     activation = activation_of(last)
@@ -296,7 +319,12 @@ def student_logits(student, last):
 
 
 def same_class(targets, logits):
-    """1 where logits are largest for the class of the target, a number or a row of values."""
+    """Returns 1 for each sample whose largest logit is at the target class, else 0, `(batch,)`.
+
+    Args:
+        targets: class indices, or `(batch, classes)` with the largest value at the class.
+        logits: `(batch, classes)`.
+    """
     classes = logits.shape[-1]
     if len(targets.shape) == 2 and targets.shape[-1] == classes:
         targets = ops.argmax(targets, axis=-1)
@@ -305,6 +333,7 @@ def same_class(targets, logits):
 
 
 def check_choice(argument, value, choices):
+    """Raises a `ValueError` if `value` is not one of `choices`."""
     if value not in choices:
         raise ValueError(
             f"`{argument}` must be one of {', '.join(map(repr, choices))}. Received: {value!r}"

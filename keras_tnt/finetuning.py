@@ -1,4 +1,4 @@
-"""Fine-tuning with `fit`: smaller steps further from the head, and layers that stand still."""
+"""Fine-tuning with `fit`: layer-wise learning-rate decay and freezing."""
 
 import functools
 import re
@@ -9,40 +9,41 @@ from keras_tnt.anatomy import anatomy
 
 __all__ = ["freeze", "layerwise", "unfreeze"]
 
-# Optimizers of others, which have no step of their own.
+# Optimizers that wrap others and have no update step.
 WRAPPERS = (keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer)
 
 
 def layerwise(optimizer, model, decay=0.75):
-    """An optimizer like the given one whose steps shrink from the head to the stem.
+    """Returns an optimizer with layer-wise learning-rate decay, from the head to the stem.
 
     The learning rate of a variable is the optimizer's times `decay ** distance` (arXiv 2106.08254,
-    appendix): heads, final norm and the levels of a backbone have distance 0, the last block 1, the
-    one before 2, and stem, tokens and the tables of positions before the blocks one more than there
-    are blocks. A merge between stages counts with the block before it; layers outside of the
-    keras_tnt model have distance 0. Weight decay is scaled with the step, and applies to what the
-    published code decays: kernels, the distillation token and relative positions, but not the class
-    token, positions, norms, biases and LayerScale.
+    appendix). Heads, final norm and the levels of a backbone have distance 0, the last block has 1,
+    the block before it 2, and stem, tokens and position tables before the blocks have one more than
+    the number of blocks. A merge between stages has the distance of the block before it; layers
+    outside of the keras_tnt model have distance 0. Weight decay is scaled with the learning rate,
+    and applies to the same variables as in the published code: kernels, the distillation token and
+    relative positions, but not the class token, position tables, norms, biases and LayerScale.
 
     Adapters that `enable_lora` adds afterwards have the rate of the layer that they adapt. Any
-    other variable that the model does not have yet is an error when training begins.
+    other variable that is added to the model later is an error when training begins.
 
-    Gradients stay as they are. Clipping, accumulation, moving averages, learning-rate schedules,
-    loss scaling and saving are the given optimizer's.
+    Gradients are not changed. Clipping, gradient accumulation, moving averages, learning-rate
+    schedules, loss scaling and saving are those of the given optimizer.
 
     Args:
         optimizer: a Keras optimizer, not yet built, or the name of one.
-        model: the model to train, or one that holds a model of keras_tnt.
-        decay: factor of the learning rate from one block to the one before, above 0 and at most 1.
+        model: the model to train, which is or contains a model of keras_tnt.
+        decay: factor of the learning rate from one block to the block before it, in (0, 1].
+            Defaults to 0.75.
 
     Returns:
         A new optimizer, of a subclass of `optimizer`'s class.
 
     Raises:
-        ValueError: for another `decay`, an optimizer that is in use, or one that wraps others.
+        ValueError: if `decay` is outside (0, 1], or the optimizer is already built or wraps another
+            one.
 
     Example:
-
     >>> optimizer = keras.optimizers.AdamW(5e-4, weight_decay=0.05)
     >>> model.compile(keras_tnt.finetuning.layerwise(optimizer, model), loss=loss)
     """
@@ -62,10 +63,10 @@ def layerwise(optimizer, model, decay=0.75):
 
 
 def distances(model):
-    """How far from the head each weight lies: 0 at the head, 1 in the last block, and so on.
+    """Returns the distance of each weight from the head: 0 at the head, 1 in the last block, ...
 
     Args:
-        model: a model of keras_tnt, or one that holds such a model.
+        model: a model of keras_tnt, or one that contains such a model.
 
     Returns:
         Dict from the path of each weight of the keras_tnt model to its distance.
@@ -78,7 +79,7 @@ def distances(model):
 
 
 def layer_distances(parts):
-    """(layer, distance from the head) for the layers of a model, in their order."""
+    """Yields (layer, distance from the head) for the layers of a model, in their order."""
     blocks = [*(block.layer for block in parts.blocks), *parts.class_blocks]
     distance = farthest = len(blocks) + 1
     for layer in parts.model.layers:
@@ -92,19 +93,19 @@ def layer_distances(parts):
             yield layer, 0 if layer in parts.levels else distance
 
 
-# === Layers that stand still ===
+# === Freezing ===
 
 
 def freeze(model, up_to):
-    """Let only the layers after `up_to` train; compile the model afterwards.
+    """Freezes the layers up to `up_to`; compile the model afterwards.
 
-    Frozen BatchNorm normalises with its moving averages, in `fit` too.
+    Frozen BatchNorm normalizes with its moving averages, in `fit` too.
 
     Args:
-        model: a model of keras_tnt, or one that holds such a model.
-        up_to: `"stem"`, which stands for everything before the blocks, tokens included; how many
-            blocks to freeze beside it; or `"head"`, for all but the heads. The layers that bring a
-            backbone's maps to their strides stand with the heads.
+        model: a model of keras_tnt, or one that contains such a model.
+        up_to: `"stem"` for everything before the blocks, including tokens; an integer N for the
+            stem and the first N blocks; or `"head"` for all but the heads and the levels of a
+            backbone.
 
     Raises:
         ValueError: for another `up_to`.
@@ -124,24 +125,25 @@ def freeze(model, up_to):
 
 
 def unfreeze(model):
-    """Let every layer train; compile the model afterwards."""
-    model.trainable = False  # for TensorFlow passes over an assignment that changes nothing
+    """Makes every layer trainable; compile the model afterwards."""
+    model.trainable = False  # TensorFlow ignores an assignment that changes nothing.
     model.trainable = True
 
 
 # === Optimizers ===
 
-# What decays beside kernels. The published code spares vectors, biases and what a model's
-# `no_weight_decay` lists: cls_token and the position tables (TNT outer_pos and inner_pos, DeiT and
-# CaiT pos_embed, PyramidTNT outer_pos and inner_pos), and neither `dist_token` nor `relative_pos`.
+# Variables with weight decay in addition to kernels. The published code excludes vectors, biases
+# and the model's `no_weight_decay` list: cls_token and the position tables (TNT outer_pos and
+# inner_pos, DeiT and CaiT pos_embed, PyramidTNT outer_pos and inner_pos). It does not exclude
+# `dist_token` and `relative_pos`.
 ALSO_DECAYED = re.compile(r"(distillation_token/token|relative_position/table)$")
 
 
 def decays(variable):
     """Returns whether weight decay applies to a variable, as in the published code.
 
-    It does to kernels, the distillation token and relative positions; not to the class token,
-    positions, biases, norms and LayerScale.
+    It applies to kernels, the distillation token and relative positions; not to the class token,
+    position tables, biases, norms and LayerScale.
 
     Args:
         variable: a `keras.Variable` of a built model.
@@ -151,19 +153,20 @@ def decays(variable):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class Layerwise:
-    """What `layerwise` puts before an optimizer's class: a learning rate for each variable."""
+    """Mixin for optimizer classes that scales the learning rate of each variable."""
 
-    plain = None  # the optimizer's class
+    plain = None  # The base optimizer class.
 
     @classmethod
     def like(cls, optimizer, factors, complete=True):
-        """A new optimizer with the settings of `optimizer`.
+        """Returns a new optimizer with the settings of `optimizer`.
 
         Args:
-            optimizer: of the class that this one is made from.
+            optimizer: optimizer of the base class of this class.
             factors: dict from a variable's path to the factor of its learning rate.
-            complete: whether they are those of all variables to come. `False` for files of earlier
-                versions, which listed a part: variables not listed have factor 1.
+            complete: whether `factors` covers all variables to be trained. `False` for files of
+                earlier versions, which listed only some: other variables have factor 1. Defaults to
+                `True`.
         """
         result = super().from_config(optimizer.get_config())
         result.factors = factors
@@ -172,11 +175,12 @@ class Layerwise:
         return result
 
     def build(self, variables):
+        """Builds the optimizer, with a learning-rate factor and weight decay for each variable."""
         rates = [self.factor_of(v.path) for v in variables]
         self.exclude_from_weight_decay(variables)
         super().build(variables)
         self.rates = rates
-        # Muon leaves some variables to AdamW, with a weight decay of their own.
+        # Muon updates some variables with AdamW, which has a separate weight decay.
         of_adamw = getattr(self, "adam_velocities", [None] * len(variables))
         rates = [self.kernel_decay if v is None else self.adam_weight_decay for v in of_adamw]
         self.decays = [
@@ -184,7 +188,7 @@ class Layerwise:
         ]
 
     def factor_of(self, path):
-        """Returns the factor of a variable's learning rate, by its path.
+        """Returns the learning-rate factor of a variable, by its path.
 
         Raises:
             ValueError: if neither the variable nor the layer that it adapts is known.
@@ -204,6 +208,7 @@ class Layerwise:
         return 1.0
 
     def update_step(self, gradient, variable, learning_rate):
+        """Applies weight decay and the base optimizer's update, at the scaled learning rate."""
         index = self._get_variable_index(variable)
         rate = keras.ops.cast(learning_rate, variable.dtype) * self.rates[index]
         if self.decays[index]:
@@ -211,6 +216,7 @@ class Layerwise:
         super().update_step(gradient, variable, rate)
 
     def get_config(self):
+        """Returns the base optimizer's configuration and the factors."""
         config = super().get_config() | {"weight_decay": self.kernel_decay}
         return {
             "optimizer": keras.saving.serialize_keras_object(self.plain.from_config(config)),
@@ -220,23 +226,24 @@ class Layerwise:
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
+        """Creates the optimizer, of the class that fits the serialized base optimizer."""
         plain = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects)
         return scaled(plain, config["factors"], config.get("complete", False))
 
 
 def scaled(optimizer, factors, complete=True):
-    """`Layerwise.like` of the class that fits the optimizer."""
+    """Returns `Layerwise.like(optimizer, ...)` of the class that fits the optimizer."""
     plain = type(optimizer)
-    if plain.__module__.startswith("keras."):  # torch's own class lies behind the public one
+    if plain.__module__.startswith("keras."):  # On torch, the type is a torch subclass.
         plain = getattr(keras.optimizers, plain.__name__)
     return layerwise_class(plain).like(optimizer, factors, complete)
 
 
 @functools.cache
 def layerwise_class(plain):
-    """The subclass of an optimizer's class with `Layerwise` before it.
+    """Returns the subclass of an optimizer class with the mixin `Layerwise`.
 
-    All are registered under one name: their configuration says which optimizer they are.
+    All are registered under one name; the configuration records the base optimizer.
     """
     made = type("Layerwise", (Layerwise, plain), {"plain": plain})
     return keras.saving.register_keras_serializable(package="keras_tnt")(made)

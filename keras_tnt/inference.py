@@ -1,4 +1,4 @@
-"""A model's forward pass, compiled whole by the backend's compiler."""
+"""Compiled inference: a model's whole forward pass, compiled by the backend's compiler."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from keras_tnt.native import processor, runtimes
 
 PRECISIONS = ("float32", "bfloat16")
 
-# One program at a time is compiled: compilers keep state that belongs to the whole process.
+# Programs are compiled one at a time, because compilers have process-wide state.
 _compiling = threading.RLock()
 
 
@@ -29,45 +29,47 @@ def compile_inference(
     *,
     precision: str | None = None,
 ) -> Callable:
-    """Compile a model's forward pass: XLA on TensorFlow and JAX, export and Inductor on torch.
+    """Compiles a model's forward pass: XLA on TensorFlow and JAX, export and Inductor on torch.
 
-    XLA compiles a program for each batch size. Batches are rounded up to powers of two, so that
-    batches of any size need few; each is compiled when first needed, which takes from seconds to a
-    minute. Inductor's program is for every size; it holds the weights packed, as a second copy. The
-    function predicts with the model's weights as they are at each call (on torch, other weights are
-    another minute's compilation), and never trains. Threads may share it.
+    XLA compiles one program per batch size. Batches are padded to powers of two, so that few
+    programs serve all batch sizes; each is compiled on first use, which takes from seconds to a
+    minute. Inductor's program serves every size and contains a packed copy of the weights. Each
+    call uses the model's current weights (on torch, changing the weights triggers recompilation,
+    about one minute) in inference mode. The function is thread-safe.
 
-    Programs of JAX and torch for a CPU are kept in the user's folder of caches, XDG_CACHE_HOME,
-    where the next process finds them compiled; torch's, of which the newest stay (eight, of 4 GiB
-    in all), hold the weights.
+    Compiled JAX and torch CPU programs are cached in the user's cache directory (XDG_CACHE_HOME),
+    where the next process finds them. Those of torch contain the weights; the newest are retained
+    (at most eight, of 4 GiB in total).
 
-    On a CPU transformers among words, 16 or a multiple of it a patch, are C++ that the machine's
-    compiler makes for its processor (the variable CXX names another) and that is kept in the user's
-    folder of caches. What cannot be compiled is computed in a slower way, and a warning says so.
+    On CPUs, word transformers with a multiple of 16 words per patch run in C++. The kernel is
+    compiled for the processor by the machine's compiler (the variable CXX selects another) and
+    cached in the user's cache directory. If compilation fails, slower operations are used, with a
+    warning.
 
     Args:
-        model: a Keras model of one input.
-        max_batch: the largest batch to run at once, a power of two; larger ones are cut up. None:
-            256, but one or two images a core where the CPU computes: its caches hold no more.
-        max_sizes: of a model of images of any size, how many sizes have programs at once: each is
-            compiled by itself, and the one used longest ago makes room for another.
-        precision: None or `"float32"`: as the model computes. `"bfloat16"`, of a model in float32:
-            attention and MLP over patches multiply in bfloat16; norms, softmax, residuals and heads
-            stay in float32. So do words, but on a CPU with AVX512-BF16 and without AMX, where C++
-            computes them and, of plain self-attention, patches. On a CPU without instructions for
-            bfloat16, a warning, and as the model computes.
+        model: a Keras model with one input.
+        max_batch: maximum batch size of a program, a power of two; larger batches are split.
+            Defaults to 256, and on CPUs to one or two images per core (at least 4), as caches hold
+            no more.
+        max_sizes: for a model of images of any size, maximum number of image sizes with programs at
+            a time, with LRU eviction. Defaults to 8.
+        precision: `None` or `"float32"` for the model's precision. `"bfloat16"`, for a float32
+            model, computes the matrix products of attention and MLP over patches in bfloat16;
+            norms, softmax, residuals and heads stay in float32. Words do too, except on CPUs with
+            AVX512-BF16 and without AMX, where C++ computes words in bfloat16, and patches of blocks
+            with plain self-attention. On CPUs without bfloat16 instructions, the model's precision
+            is used, with a warning.
 
     Returns:
         A function from a batch of images, `(batch, *model.input_shape[1:])`, array or tensor of the
-        backend, to what `model` predicts for it: arrays for an array, tensors for a tensor.
+        backend, to the model's predictions: arrays for an array, tensors for a tensor.
 
     Raises:
-        ValueError: for a model of several inputs, or that `precision` is not for; from the
-            function, for images that do not fit.
+        ValueError: for a model with several inputs, or one that does not support `precision`; when
+            the function is called, for images of another shape.
         RuntimeError: in a process forked from one that imported this package: spawn it instead.
 
     Example:
-
     >>> predict = keras_tnt.compile_inference(model)
     >>> probabilities = predict(images)
     """
@@ -122,18 +124,21 @@ def compile_inference(
 
 
 def fits(shape, wanted):
-    """Whether a shape is the one wanted, of which sizes may be None: any."""
+    """Returns whether a shape matches the wanted one, in which `None` matches any size."""
     return all(b in (None, a) for a, b in zip(shape, wanted, strict=True))
 
 
 def with_second_choice(model, device, image_shape, half=False):
-    """A model's program of the best make, or of the next best from where that fails.
+    """Compiles with the preferred compiler and falls back to the next one on failure.
 
     Args:
-        model: a Keras model of one input.
+        model: a Keras model with one input.
         device: "cpu" or "accelerator".
-        image_shape: shape of an image, known whole.
-        half: whether to multiply in bfloat16.
+        image_shape: static shape of an image.
+        half: whether matrix products are in bfloat16. Defaults to `False`.
+
+    Returns:
+        A function from a batch of images to predictions.
     """
     backend = keras.backend.backend()
     first, second = {
@@ -150,10 +155,10 @@ def with_second_choice(model, device, image_shape, half=False):
         try:
             with inference_on(device):
                 return program(images)
-        except Exception as error:  # of whatever kind a compiler raises
+        except Exception as error:  # Compilers raise exceptions of any type.
             with _compiling:
                 plain = program if failed else second(model, image_shape, half)
-                result = plain(images)  # raises what is not the compiler's fault
+                result = plain(images)  # An error here is not the compiler's.
                 if not failed:
                     warnings.warn(
                         f"`compile_inference` computes '{model.name}' in a slower way, for "
@@ -167,7 +172,10 @@ def with_second_choice(model, device, image_shape, half=False):
 
 
 def in_powers_of_two(program):
-    """Fill batches up to powers of two, and cut off what was filled; each size is compiled once."""
+    """Wraps a program to pad batches to powers of two and slice the outputs.
+
+    The first call of each size holds the compilation lock.
+    """
     compiled = set()
 
     def run(images):
@@ -184,6 +192,7 @@ def in_powers_of_two(program):
 
 
 def tensorflow_program(model, image_shape, half=False):
+    """Returns the forward pass compiled by XLA with `tf.function`, for batches of powers of two."""
     import tensorflow as tf
 
     network = in_bfloat16(model) if half else model
@@ -197,11 +206,12 @@ def tensorflow_program(model, image_shape, half=False):
 
 
 def jax_program(model, image_shape, half=False):
+    """Returns the forward pass compiled by `jax.jit`, for batches of powers of two."""
     import jax
 
     network = in_bfloat16(model) if half else model
     kernels = {id(variable) for variable in kernels_to_change(model)} if half else set()
-    converted = {}  # by the variable: its value, and that in bfloat16
+    converted = {}  # By the variable's id: its value, and the value in bfloat16.
 
     @jax.jit
     def forward(values, images):
@@ -228,20 +238,23 @@ def jax_program(model, image_shape, half=False):
 
 
 def call_with(values, network, images):
-    """What a network predicts with these values of its variables."""
+    """Returns a network's predictions with the given values of its variables."""
     with keras.StatelessScope(state_mapping=list(zip(network.variables, values, strict=True))):
         return network(images, training=False)
 
 
 def torch_program(model, image_shape, half=False):
-    """Frozen, Inductor packs weights for oneDNN and lets it do what follows a matrix product."""
+    """Returns the exported forward pass, compiled by Inductor with frozen weights.
+
+    Inductor prepacks frozen weights for oneDNN and fuses post-ops into matrix products.
+    """
     import torch
 
     precision = "bfloat16" if half else model.compute_dtype
     program, of_weights, lock = None, None, threading.Lock()
 
     def export(network):
-        # Dynamo breaks a Keras model's graph at each attribute hook; what is exported is plain.
+        # Dynamo has a graph break at each attribute hook of a Keras model; exports have no hooks.
         two_images = ops.zeros((2, *image_shape), model.inputs[0].dtype)
         exported = torch.export.export(
             network,
@@ -268,6 +281,7 @@ def torch_program(model, image_shape, half=False):
 
 
 def torch_plain_program(model, image_shape, half=False):
+    """Returns the eager forward pass on torch, the fallback of `torch_program`."""
     import torch
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Images as the public weights were evaluated on them, and names for what the models predict."""
+"""Evaluation preprocessing of images, and decoding of predictions."""
 
 import os
 
@@ -16,34 +16,33 @@ from keras_tnt.layers.grid import ceil_divide
 
 
 def load_image(image, model: keras.Model) -> np.ndarray:
-    """Read an image and take the crop that the model is evaluated on.
+    """Loads an image and takes the crop that the model is evaluated on.
 
-    The image is turned upright where EXIF says so, converted to the model's channels (transparency
-    is dropped), resized bicubic so that its shorter side is the model's side divided by the
-    family's crop share (0.9 for TNT, PyramidTNT and DeiT, 1 for CaiT and for DeiT from 384 pixels
-    on; `keras_tnt.anatomy(model).image.crop`), rounded down, and cropped in the center. A model of
-    images of any size is given its `keras_tnt.anatomy(model).image.native_size`.
+    The image is rotated according to EXIF, converted to the model's channels (dropping
+    transparency), resized with bicubic interpolation so that its shorter side is the model's side
+    divided by the family's crop fraction (0.9 for TNT, PyramidTNT and DeiT, 1 for CaiT and for DeiT
+    from 384 pixels on; `keras_tnt.anatomy(model).image.crop`), rounded down, and cropped in the
+    center. For a model of images of any size, the size is
+    `keras_tnt.anatomy(model).image.native_size`.
 
     Args:
-        image: path or bytes of a JPEG, PNG, WebP, GIF or BMP file within the limits that
-            `keras_tnt.images` names (268 MB, 65,535 pixels a side, 67,108,864 in all); a
-            `PIL.Image`, in which way every other format that Pillow reads can be given; or an array
-            `(height, width)` or `(height, width, 1, 3 or 4)` of values in [0, 255]. Arrays of
-            uint16 and floats in [0, 1] are refused.
-        model: the model that is to see the image; tells size, channels and their place.
+        image: path or bytes of a JPEG, PNG, WebP, GIF or BMP file within the limits of
+            `keras_tnt.images` (268 MB, 65,535 pixels per side, 67,108,864 in total); a `PIL.Image`,
+            which covers all other formats of Pillow; or an array `(height, width)` or `(height,
+            width, 1, 3 or 4)` of values in [0, 255]. Arrays of uint16 and floats in [0, 1] are
+            rejected.
+        model: the model that the image is for; determines size, channels and data format.
 
     Returns:
-        float32 array `(height, width, channels)` in [0, 255], or channels first if the model wants
-        that.
+        float32 array `(height, width, channels)` in [0, 255], or channels first if the model is.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if Pillow is not installed.
-        ValueError: if it is no image that is read; the message names the file.
-        MemoryError: if there is none to read it.
+        ValueError: if it is not a supported image; the message names the file.
+        MemoryError: if there is not enough memory.
 
     Example:
-
     >>> image = keras_tnt.load_image("cat.jpg", model)
     >>> keras_tnt.decode_predictions(model.predict(image[None]))
     """
@@ -51,22 +50,23 @@ def load_image(image, model: keras.Model) -> np.ndarray:
 
 
 def load_images(images, model: keras.Model) -> np.ndarray:
-    """A batch of images, each as `load_image` gives it.
+    """Loads a batch of images, each as by `load_image`.
 
     Args:
-        images: list of what `load_image` takes, or an array `(batch, height, width, channels)`.
-        model: the model that is to see them.
+        images: list of inputs of `load_image`, or an array `(batch, height, width, channels)`.
+        model: the model that the images are for.
 
     Returns:
-        float32 array `(batch, height, width, channels)` in [0, 255].
+        float32 array `(batch, height, width, channels)` in [0, 255], or channels first if the model
+        is.
 
     Raises:
-        As `load_image`; of bytes the message tells the place in the batch, from 0.
+        As `load_image`; for bytes, the message names the index in the batch, from 0.
     """
     if isinstance(images, str | bytes | os.PathLike):
         raise ValueError("`images` must be a list. For one image there is load_image.")
     if isinstance(images, np.ndarray) and images.ndim == 4:
-        images = as_uint8(images)  # by the range of the batch: one of its images may be dark
+        images = as_uint8(images)  # The batch is checked as a whole: single images may be dark.
     pictures = (
         open_picture(image, f"Image {place} of the batch") for place, image in enumerate(images)
     )
@@ -75,32 +75,33 @@ def load_images(images, model: keras.Model) -> np.ndarray:
 
 
 def wanted_pixels(model):
-    """What `evaluation_pixels` is told of a model."""
+    """Returns the arguments of `evaluation_pixels` for a model."""
     wanted = anatomy(model).image
     return wanted.native_size, wanted.covered_size(), wanted.channels, wanted.data_format
 
 
 def pad_to_fit(images, model: keras.Model):
-    """Pad images below and to the right, until they are of a size that the model takes.
+    """Pads images at the bottom and right to a size that the model accepts.
 
-    What is added has the mean colour, which the model normalises to zero. All else stays where it
-    is, as detectors and segmenters want it: a box in the image is a box in what comes back.
+    The padding has the mean color, which the model normalizes to zero. Pixels keep their
+    coordinates, as detection and segmentation need: a box in the image is the same box in the
+    result.
 
     Args:
-        images: one image, `(height, width, channels)` or channels first as the model takes them, or
-            a batch of them; array, or tensor of the backend.
-        model: a model of this package. Height and width become the next multiples of its patch's
-            side; where it is built for one size, that size.
+        images: one image, `(height, width, channels)` or channels first according to the model, or
+            a batch of them; an array, or a tensor of the backend.
+        model: a model of this package. Height and width are padded to the next multiples of its
+            patch size, or to the model's image size if that is fixed.
 
     Returns:
-        Array or tensor of the same dtype and number of axes; the mean colour is rounded where the
-        dtype is an integer's. Images that fit are returned as they are.
+        Array or tensor of the same dtype and rank; the mean color is rounded for integer dtypes.
+        Images of a valid size are returned unchanged.
 
     Raises:
-        ValueError: for what is no image of the model's channels, or is larger than the model takes.
+        ValueError: for inputs that are not images with the model's channels, and for images larger
+            than the model's fixed size.
 
     Example:
-
     >>> model = keras_tnt.TNTSmall(weights=None, input_shape=(None, None, 3))
     >>> keras_tnt.pad_to_fit(np.zeros((300, 400, 3)), model).shape
     (304, 400, 3)
@@ -136,7 +137,7 @@ def pad_to_fit(images, model: keras.Model):
 
 
 def append(images, colour, shape, axis):
-    """Images with more of a colour, of this shape, at the end of an axis."""
+    """Returns images with a block of `colour`, of shape `shape`, appended along an axis."""
     if isinstance(images, np.ndarray):
         added = np.broadcast_to(colour.astype(images.dtype), shape)
         return np.concatenate([images, added], axis=axis)
@@ -145,10 +146,10 @@ def append(images, colour, shape, axis):
 
 
 def fitting_side(found, side, wanted):
-    """The next side of an image that a model takes, `wanted` if that is all it takes."""
+    """Returns the next valid side of an image, or `wanted` if the model's image size is fixed."""
     if wanted is not None:
         return wanted
-    # As many patches as there are in the squares that a stage pools.
+    # Each stage needs at least as many patches per side as the squares that it pools.
     least = max(1, *((block.reduction - 1) * 2**block.stage + 1 for block in found.blocks))
     multiple = found.image.multiple_of or 1
     count = ceil_divide(side, multiple)
@@ -161,22 +162,22 @@ def fitting_side(found, side, wanted):
 def decode_predictions(
     predictions, top: int = 5, model: keras.Model | None = None
 ) -> list[list[tuple[str, str, float]]]:
-    """Name the classes that a model predicts; works offline.
+    """Returns the names of the classes that a model predicts; works offline.
 
     Args:
-        predictions: array or tensor `(batch, classes)`, as `model.predict` gives it.
-        top: how many classes to name, likeliest first; all, where there are fewer.
-        model: the model that predicted, whose class names are given; None: ImageNet's 1,000.
+        predictions: array or tensor `(batch, classes)`, as returned by `model.predict`.
+        top: number of classes per image, most likely first; all classes if the model has fewer.
+            Defaults to 5.
+        model: the model that predicted, for its class names. Defaults to ImageNet's 1,000 classes.
 
     Returns:
-        For each image a list of `(WordNet id, name, score)`; of classes other than ImageNet's the
-        name stands in the id's place too.
+        For each image, a list of `(WordNet id, name, score)`. For classes other than ImageNet's,
+        the name replaces the id.
 
     Raises:
         ValueError: for predictions of another shape, and a model without names.
 
     Example:
-
     >>> keras_tnt.decode_predictions(model.predict(images), top=1)
     [[('n02123045', 'tabby', 0.83)]]
     """

@@ -1,4 +1,4 @@
-"""Weights by `weights=`: names of public checkpoints, the hub, files; and how they fill a model."""
+"""Resolution of `weights=` arguments: public checkpoints, Hub repositories and files."""
 
 import dataclasses
 import fnmatch
@@ -18,38 +18,38 @@ from keras_tnt.weights.hub_config import LARGEST_FILE, parse_config
 from keras_tnt.weights.keras_files import read_grid, read_shapes
 
 HUB = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^@]+))?")
-# Files that hold the weights of a repository, best first.
+# Weight files of a repository, in order of preference.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 CLASSES = 1000
 
 
 def load_checkpoint(model, source: str | os.PathLike, ema: bool = False):
-    """Fill a model from a checkpoint with timm's or the original release's tensor names.
+    """Loads a checkpoint with timm's or the original release's tensor names into a model.
 
-    Every tensor of the model is filled and every tensor of the file used; positions of another
-    grid are resampled. A model without its top leaves the file's heads alone, and layers of your
-    own before or behind the model stay as they are.
+    Every tensor of the model is loaded and every tensor of the file is used; position tables of
+    another grid are resampled. A model without its top ignores the heads in the file, and your
+    layers before or after the model are left unchanged.
 
     Args:
         model: a model built by this package, or one with such a model inside.
-        source: path of a `.safetensors` file, of a `.pth`, `.pt`, `.pth.tar`, `.bin` or `.ckpt`
-            file where torch is installed, of which only tensors are read, never code; or of a
-            `.keras` or `.weights.h5` file that Keras wrote of such a model. Files of wrapped models
-            load as they are: DataParallel, torch.compile, AveragedModel, FSDP, Lightning.
-        ema: whether to take the moving average (EMA) of the weights, which the files of some
-            training runs hold beside the weights.
+        source: path of a `.safetensors` file; of a `.pth`, `.pt`, `.pth.tar`, `.bin` or `.ckpt`
+            file, which requires torch and from which only tensors are read, never code; or of a
+            `.keras` or `.weights.h5` file that Keras wrote for such a model. Files of models
+            wrapped in DataParallel, torch.compile, AveragedModel, FSDP or Lightning load without
+            conversion.
+        ema: whether to load the exponential moving average (EMA) of the weights, which some
+            training runs store in addition to the weights. Defaults to `False`.
 
     Returns:
         The model.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ImportError: if it takes torch to read the file, which is not installed.
-        ValueError: if the file is damaged or would run code, or if its tensors do not fit the
-            model or are no finite numbers. The model is unchanged then.
+        OSError: if the file does not exist or cannot be read.
+        ImportError: if the file requires torch, which is not installed.
+        ValueError: if the file is damaged or would run code, or if its tensors do not match the
+            model, or contain NaN/Inf. The model is unchanged then.
 
     Example:
-
     >>> model = keras_tnt.TNTSmall(weights=None)
     >>> keras_tnt.load_checkpoint(model, "tnt_s_patch16_224.safetensors")
     """
@@ -62,28 +62,27 @@ def load_checkpoint(model, source: str | os.PathLike, ema: bool = False):
 
 
 def save_checkpoint(model, path: str | os.PathLike) -> None:
-    """Write a model's weights as a checkpoint that timm reads.
+    """Writes a model's weights as a checkpoint that timm loads.
 
-    `load_checkpoint` gives the same weights back. PyramidTNT, which timm does not have, keeps the
-    original release's names. The weights of LoRA are added to those that they adapt.
+    `load_checkpoint` restores the same weights. PyramidTNT, which timm does not have, uses the
+    tensor names of the original release. LoRA weights are merged into the weights that they adapt.
 
     Args:
-        model: a model built by this package, or one with such a model inside and a layer
-            `Dense(classes, name="head")` behind it.
-        path: where to write; ends in `.safetensors`. A file there is replaced.
+        model: a model built by this package, or one with such a model inside, followed by a layer
+            `Dense(classes, name="head")`.
+        path: path of the file, which ends in `.safetensors`. An existing file is replaced.
 
     Raises:
-        ValueError: for another ending, a quantized model, and layers that no checkpoint has.
+        ValueError: for another extension, a quantized model, and layers without a tensor name.
 
     Example:
-
     >>> keras_tnt.save_checkpoint(model, "tnt_small_flowers.safetensors")
     """
     checkpoint.write(model, path, tensor_names(model))
 
 
 def tensor_names(model) -> checkpoint.Names:
-    """What is known of the names of a model's tensors."""
+    """Returns the naming scheme of a model's tensors in checkpoints."""
     found = anatomy(model)
     family = registry.family(found.family)
     return checkpoint.Names(
@@ -91,25 +90,26 @@ def tensor_names(model) -> checkpoint.Names:
     )
 
 
-# === Where weights come from ===
+# === Sources of weights ===
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where weights come from, and the model that they belong to as far as it is known.
+    """Source of weights, with the known attributes of the model that they belong to.
 
     Attributes:
-        given: what `weights=` was.
-        path: of the file on this machine; None: yet to be downloaded.
-        repository, revision, files: where on the hub the file lies, the first of `files` that is
-            there.
-        sha256: of the file, where it is known.
-        model: the variant; None: not known.
-        arguments: what the variant is told beside its own architecture.
-        size: (height, width) of the images it was trained on; None: not known.
-        classes: number of classes; None: not known.
-        class_names: list of the names of the classes; None: not known.
-        images: attributes of the model's `ImageNormalization` as far as they are known.
+        given: the value of `weights=`.
+        path: local path of the file. If `None`, the file has to be downloaded.
+        repository: repository on the Hub, or `None`.
+        revision: revision of the repository.
+        files: candidate file names in the repository, of which the first that exists is used.
+        sha256: checksum of the file, or `None` if unknown.
+        model: name of the variant's function, or `None` if unknown.
+        arguments: extra keyword arguments for the variant's builder.
+        size: (height, width) of the training images, or `None` if unknown.
+        classes: number of classes, or `None` if unknown.
+        class_names: list of the names of the classes, or `None` if unknown.
+        images: known attributes of the model's `ImageNormalization`.
     """
 
     given: str
@@ -127,19 +127,19 @@ class Source:
 
     @property
     def of_anyone(self):
-        """Whether a config.json tells of the model, and not a row of the table."""
+        """Returns whether a user's config.json describes the model, not the built-in table."""
         return self.given.startswith("hf://") or os.path.isdir(self.given)
 
 
 def find(weights):
-    """The source that `weights=` names, without downloading the weights themselves.
+    """Returns the source that `weights=` names, without downloading the weights.
 
     Args:
-        weights: None, a name of `list_weights()`, "hf://owner/repository", the path of a file or
-            of a folder that `save_pretrained` wrote, or what this function gave.
+        weights: `None`, a name of `list_weights()`, "hf://owner/repository", the path of a file or
+            of a directory written by `save_pretrained`, or a `Source`.
 
     Returns:
-        A `Source`, or None.
+        A `Source`, or `None`.
 
     Raises:
         ValueError: if it is none of these.
@@ -174,14 +174,17 @@ def find(weights):
 
 
 def find_for(weights, model, arguments, defaults, size):
-    """The source that `weights=` of a variant names.
+    """Returns the source that `weights=` of a variant names.
 
     Args:
-        weights: as `find` takes it, or "imagenet".
-        model: the variant's name.
-        arguments: what it is told of architecture.
-        defaults: what its architecture is where it is told nothing.
+        weights: as for `find`, or "imagenet".
+        model: name of the variant's function.
+        arguments: architecture arguments passed to the variant.
+        defaults: default architecture arguments of the variant.
         size: (height, width) of its images.
+
+    Returns:
+        A `Source`, or `None`.
 
     Raises:
         ValueError: as `find`, and if the weights belong to another model.
@@ -207,7 +210,16 @@ def find_for(weights, model, arguments, defaults, size):
 
 
 def choose_row(model, arguments, size):
-    """The public checkpoint of a variant that was trained on images nearest in size."""
+    """Returns the public checkpoint of a variant that was trained on images of the closest area.
+
+    Args:
+        model: name of the variant's function.
+        arguments: architecture arguments that differ from the variant's.
+        size: (height, width) of the images.
+
+    Raises:
+        ValueError: if the variant has no public weights for these arguments.
+    """
     rows = [row for row in registry.checkpoints() if row.model == model]
     fitting = [row for row in rows if row.arguments == arguments]
     if not fitting:
@@ -223,6 +235,7 @@ def choose_row(model, arguments, size):
 
 
 def from_row(row, given):
+    """Returns the `Source` of a public checkpoint, a row of the table of weights."""
     return Source(
         given,
         repository=row.repository,
@@ -235,11 +248,11 @@ def from_row(row, given):
     )
 
 
-# === Anyone's checkpoint on the hub ===
+# === Repositories of users ===
 
 
 def from_hub(given):
-    """The source that "hf://owner/repository" or "hf://owner/repository@revision" names."""
+    """Returns the `Source` of "hf://owner/repository" or "hf://owner/repository@revision"."""
     match = HUB.fullmatch(given)
     if not match:
         raise ValueError(
@@ -257,7 +270,7 @@ def from_hub(given):
 
 
 def from_folder(folder):
-    """The source that a folder with the files of such a repository is."""
+    """Returns the `Source` for a local copy of a Hub repository."""
     paths = {name: os.path.join(folder, name) for name in ("config.json", *HUB_FILES)}
     there = [name for name, path in paths.items() if os.path.isfile(path)]
     if len(there) < 2 or there[0] != "config.json":
@@ -270,7 +283,7 @@ def from_folder(folder):
 
 
 def described(config, given):
-    """What a `HubConfig` tells of the model, as attributes of a `Source`."""
+    """Returns the attributes of a `Source` that a `HubConfig` determines."""
     known = {"classes": config.classes}
     rows = {row.architecture: row for row in registry.checkpoints()}
     if config.architecture in rows:
@@ -299,14 +312,14 @@ def described(config, given):
 
 
 def check_classes(source, classes):
-    """Refuse weights that are known to have another number of classes.
+    """Raises an error for weights that are known to have another number of classes.
 
     Args:
         source: a `Source`.
-        classes: number of classes of the model to be filled; None: it has no head.
+        classes: number of classes of the model to be loaded, or `None` if it has no head.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if the numbers differ.
     """
     if None in (classes, source.classes) or classes == source.classes:
         return
@@ -319,13 +332,13 @@ def check_classes(source, classes):
 
 
 def count_classes(source):
-    """The number of classes that weights have, as far as it is told without building their model.
+    """Returns the number of classes of weights, as far as it is known without building the model.
 
     Args:
-        source: a `Source`; what lies on the hub is not downloaded.
+        source: a `Source`; files on the Hub are not downloaded.
 
     Returns:
-        An integer, 0 for weights without a classifier; None where it is not known.
+        An integer, 0 for weights without a classifier, or `None` if it is unknown.
     """
     if source.classes is not None or source.path is None:
         return source.classes
@@ -337,14 +350,17 @@ def count_classes(source):
 
 
 def table_grid(source, tensor_names):
-    """(rows, columns) of the patches that weights hold positions of; None if it is not told.
+    """Returns the patch grid of the position table in weights.
 
     Args:
-        source: a `Source`, which is downloaded if it is not on this machine.
+        source: a `Source`, which is downloaded if there is no local file.
         tensor_names: the family's rows of names.
 
+    Returns:
+        (rows, columns), or `None` if it is unknown.
+
     Raises:
-        As `load_checkpoint`, of a file that cannot be read.
+        As `load_checkpoint`, for a file that cannot be read.
     """
     path = fetch(source)
     if path.endswith(KERAS):
@@ -359,11 +375,11 @@ def table_grid(source, tensor_names):
 
 
 def fetch(source):
-    """The path of a source's file, which is downloaded if it is not on this machine.
+    """Returns the local path of a source's file, after downloading it if needed.
 
     Raises:
-        ValueError: if the repository holds no weights.
-        OSError: if the file cannot be downloaded or kept.
+        ValueError: if the repository contains no weights.
+        OSError: if the file cannot be downloaded or stored.
     """
     if source.path:
         return source.path
@@ -381,10 +397,10 @@ def fetch(source):
 
 
 def fill(model, source):
-    """Fill a model that was just built with the weights of a `Source`.
+    """Loads the weights of a `Source` into a new model.
 
     Raises:
-        ValueError: if there are no such weights, or they do not fit the model.
+        ValueError: if the weights do not exist or do not match the model.
         OSError: if they cannot be downloaded.
     """
     load_checkpoint(model, fetch(source))
@@ -397,11 +413,12 @@ def fill(model, source):
 
 
 class Rows(list):
-    """A list of `Checkpoint` that shows as a table."""
+    """List of `Checkpoint` with a table as its representation."""
 
     columns = ("weights", "model", "image", "parameters", "top-1", "top-5")
 
     def cells(self):
+        """Yields the table cells of each row."""
         for row in self:
             yield (
                 row.name,
@@ -413,6 +430,7 @@ class Rows(list):
             )
 
     def __repr__(self):
+        """Returns the table with aligned columns."""
         rows = [self.columns, *self.cells()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(self.columns))]
         lines = []
@@ -423,29 +441,28 @@ class Rows(list):
         return "\n".join(lines)
 
     def markdown(self):
-        """The table as it stands in the README."""
+        """Returns the table in Markdown, as in the README."""
         rows = [self.columns, ("---", "---", "--:", "--:", "--:", "--:")]
         rows += [(f"`{name}`", f"`{model}`", *rest) for name, model, *rest in self.cells()]
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def list_weights(pattern: str | None = None) -> Rows:
-    """The public checkpoints that `weights=` takes by name.
+    """Returns the public checkpoints that `weights=` accepts by name.
 
     Args:
         pattern: shell pattern of a checkpoint's name or of its model's name in either spelling:
-            `"deit*384*"`, `"TNTSmall"`, `"tnt_small"`; None: all.
+            `"deit*384*"`, `"TNTSmall"`, `"tnt_small"`. Defaults to all.
 
     Returns:
-        A list of rows, which shows as a table. A row has `name`, `model`, `arguments`, `size`,
-        `parameters`, `top1`, `top5` (published, in percent), `source`, `repository`, `file`,
-        `license` and `sha256`.
+        A list of rows with a table as its representation. A row has `name`, `model`, `arguments`,
+        `size`, `parameters`, `top1`, `top5` (published, in percent), `source`, `repository`,
+        `file`, `license` and `sha256`.
 
     Raises:
         ValueError: if there is no such checkpoint.
 
     Example:
-
     >>> keras_tnt.list_weights("tnt_base")
     weights                 model      image  parameters  top-1  top-5
     tnt_b_patch16_224.in1k  TNTBase  224x224       65.4M   82.9   96.3
@@ -467,10 +484,10 @@ BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
 
 
 def with_table(text):
-    """A text with the table of public weights between its markers.
+    """Returns a text with the table of public weights between its markers.
 
     Raises:
-        ValueError: if the text does not have each marker once.
+        ValueError: if the text does not contain each marker exactly once.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"The text must have {BEGIN} and {END} once each.")
@@ -478,7 +495,7 @@ def with_table(text):
     return f"{before}{BEGIN}\n{list_weights().markdown()}\n{END}{rest.split(END)[1]}"
 
 
-if __name__ == "__main__":  # python -m keras_tnt.pretrained README.md writes its table anew
+if __name__ == "__main__":  # `python -m keras_tnt.pretrained README.md` regenerates its table.
     import keras_tnt  # noqa: F401
 
     for name in sys.argv[1:]:

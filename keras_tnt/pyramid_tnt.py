@@ -1,7 +1,8 @@
 """PyramidTNT, Han et al. 2022, arXiv 2201.00978.
 
-TNT in stages: a convolutional stem makes patches of 8x8 pixels, and between stages each 2x2 patches
-become one, of twice the dimension. There is no class token; the class is read off the mean patch.
+TNT in stages: a convolutional stem embeds patches of 8x8 pixels, and between stages each 2x2
+patches are merged into one, of up to twice the dimension. There is no class token; the head
+classifies the mean patch.
 """
 
 from keras_tnt import building
@@ -24,7 +25,13 @@ EPSILON = 1e-5
 
 
 def stages(depths, **first):
-    """An architecture of blocks by stage, and dimensions and heads of stage 1 as they grow."""
+    """Returns the architecture of four stages from the dimensions and heads of the first.
+
+    Args:
+        depths: number of blocks per stage.
+        **first: dimensions and heads of the first stage; those of the next stages are 2, 4 and 4
+            times as large.
+    """
     scaled = {key: tuple(value * factor for factor in (1, 2, 4, 4)) for key, value in first.items()}
     return {"depths": depths, **scaled}
 
@@ -79,49 +86,57 @@ def PyramidTNT(
     attention_dropout: float = 0.0,
     stochastic_depth: float = 0.0,
 ):
-    """Build a PyramidTNT of any architecture, as a functional `keras.Model`.
+    """Builds a PyramidTNT of any architecture as a functional `keras.Model`.
 
     Args:
-        include_top: whether the model ends in the classifier.
-        include_preprocessing: whether the model takes pixels in [0, 255] and normalises them
-            itself; if not, `preprocess_input` does it outside.
-        weights: None (random), a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or
-            the path of a file.
-        input_tensor: Keras tensor to build upon.
-        input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
-            of 8, square or not. Multiples of 64 halve evenly at every stage; elsewhere odd numbers
-            of patches are rounded up. Height and width None: each call takes images of its own
-            size, and the position tables, made for 256x256 or the size that `weights` have, are
-            resampled for it. Default: 256x256, RGB.
-        pooling: without top. None: the feature map `(batch, height/64, width/64, outer dimension)`
-            of four stages; `"avg"`, `"max"` over the patches: `(batch, outer dimension)`.
-        classes: number of classes.
-        classifier_activation: activation of layer `predictions`; None: logits.
-        name: the model's name.
-        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`; None: Keras's
-            setting. Predictions are float32 or better.
-        class_names: names of the classes, which sets `classes`; they stay with the model when it is
-            saved, cloned or quantized, and `keras_tnt.class_names` gives them.
-        depths: number of blocks by stage. The first of a stage has an inner transformer, and the
-            second too where the stage has more than 6.
-        outer_dims, inner_dims: dimensions of a patch and of a word by stage.
-        outer_heads, inner_heads: heads of the two transformers by stage.
-        reductions: by stage, the side of the squares of patches whose means are the keys and values
-            of the outer attention.
-        mlp_ratio: hidden over input dimension, in both transformers.
-        qkv_bias: whether query, key and value have a bias.
-        dropout: rate behind the position embedding and each projection, in [0, 1).
-        attention_dropout: rate on the attention, in [0, 1).
-        stochastic_depth: rate of the last block, in [0, 1); grows linearly from 0 over the blocks.
+        include_top: whether the model ends in the classifier. Defaults to `True`.
+        include_preprocessing: whether the model takes pixels in [0, 255] and normalizes them. If
+            `False`, pass images through `preprocess_input` first. Defaults to `True`.
+        weights: a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or the path of a
+            file. If `None`, the weights are random.
+        input_tensor: Keras tensor to use as the input. If `None`, a new input is created.
+        input_shape: (height, width, channels), or channels first if that is Keras's image data
+            format. Height and width are multiples of 8 and may differ; unless they are multiples of
+            64, odd numbers of patches are rounded up between stages. If they are `None`, each call
+            accepts images of any such size, and the position tables, created for 256x256 or the
+            size of the weights, are resampled to it. Defaults to 256x256 RGB.
+        pooling: feature pooling if `include_top` is `False`: `None` for the feature map, `(batch,
+            height/64, width/64, outer dimension)` with four stages, or `"avg"` or `"max"` over the
+            patches, `(batch, outer dimension)`.
+        classes: number of classes. Defaults to 1000.
+        classifier_activation: activation of layer `predictions`. If `None`, the outputs are logits.
+            Defaults to "softmax".
+        name: name of the model. Defaults to "pyramid_tnt".
+        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`. Defaults to
+            Keras's global policy. Predictions are in float32 or float64.
+        class_names: names of the classes, which set `classes`. They are preserved when the model is
+            saved, cloned or quantized, and `keras_tnt.class_names` returns them.
+        depths: number of blocks per stage. The first block of a stage has an inner transformer, and
+            so has the second in stages of more than 6 blocks. Defaults to `(2, 8, 4, 2)`.
+        outer_dims: dimension of a patch, per stage. Defaults to `(128, 256, 512, 512)`.
+        inner_dims: dimension of a word, per stage. Defaults to `(8, 16, 32, 32)`.
+        outer_heads: number of heads of the outer transformers, per stage. Defaults to `(4, 8, 16,
+            16)`.
+        inner_heads: number of heads of the inner transformers, per stage. Defaults to `(2, 4, 8,
+            8)`.
+        reductions: side of the squares of patches that are averaged for the keys and values of the
+            outer attention, per stage. Defaults to `(4, 2, 1, 1)`.
+        mlp_ratio: hidden dimension of the MLPs divided by their input dimension. Defaults to 4.
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        dropout: dropout rate after the position embedding and each projection, in [0, 1). Defaults
+            to 0.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        stochastic_depth: drop-path rate of the last block, in [0, 1); rates increase linearly from
+            0 over the blocks. Defaults to 0.
 
     Returns:
-        A `keras.Model`. Its last layer is `predictions` (with top); `head` gives the logits.
+        A `keras.Model`. With its top, the last layer is `predictions`, and `head` returns the
+        logits.
 
     Raises:
-        ValueError: for sizes that do not fit each other, and unknown values.
+        ValueError: for inconsistent sizes and unknown values.
 
     Example:
-
     >>> model = keras_tnt.PyramidTNT(input_shape=(64, 64, 3), classes=10, depths=(1, 1, 1, 1))
     >>> model.predict(np.zeros((1, 64, 64, 3))).shape
     (1, 10)
@@ -194,10 +209,15 @@ def PyramidTNT(
 
 
 def check_stages(grid, **by_stage):
-    """Raise an error on what is given by stage if it does not fit, or does not fit the first grid.
+    """Checks the arguments given per stage, and that each stage has enough patches to pool.
 
     Args:
         grid: (rows, columns) of the first stage's patches.
+        **by_stage: sequences of one value per stage, `reductions` among them.
+
+    Raises:
+        ValueError: if their lengths differ, a value is not a positive integer, or a stage has fewer
+            patches than its reduction needs.
     """
     reductions = by_stage["reductions"]
     if not all(len(values) == len(reductions) > 0 for values in by_stage.values()):
@@ -223,9 +243,9 @@ def check_stages(grid, **by_stage):
 preprocess_input = building.preprocessor(IMAGE)
 
 
-# === What released checkpoints hold ===
+# === Released checkpoints ===
 
-# A path within a block, and the original release's name; timm has no PyramidTNT.
+# Columns: path within a block, name in the original release. timm has no PyramidTNT.
 BLOCK_NAMES = tuple(
     (f"stage_{{}}_block_{{}}/{path}", f"stages.{{}}.blocks.{{}}.{name}")
     for path, name in (

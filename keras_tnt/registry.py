@@ -1,7 +1,6 @@
-"""The families of models by name, and what is true of each of them.
+"""Registry of model families, their variants and public checkpoints.
 
-A family is one record, which its file states beside its builder. Whoever wants to know anything of
-a family asks here: nothing else in the package knows families by their names.
+Each family is one record, defined next to its builder. No other module refers to a family by name.
 """
 
 import dataclasses
@@ -18,13 +17,15 @@ PLUGINS = "KERAS_TNT_PLUGINS"
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """How a family's images were prepared when its results were measured.
+    """Evaluation preprocessing of a family's images, as in its published results.
 
     Attributes:
-        mean, std: by which pixels in [0, 1] are normalised, a value a channel.
-        crop: share of the resized image's side that the centre crop shows.
-        crops: the same for larger images, as {side in pixels from which on it holds: share}.
-        interpolation: with which images are resized.
+        mean: mean of pixels in [0, 1], one value per channel.
+        std: standard deviation of pixels in [0, 1], one value per channel.
+        crop: fraction of the resized image's side that the center crop shows. Defaults to 0.9.
+        crops: crop fractions of larger images, as {minimum side in pixels: fraction}. Defaults to
+            none.
+        interpolation: interpolation method for resizing images. Defaults to "bicubic".
     """
 
     mean: tuple[float, float, float]
@@ -34,7 +35,7 @@ class ImageTransform:
     interpolation: str = "bicubic"
 
     def crop_at(self, height: int, width: int) -> float:
-        """The share that the crop of an image of this size shows."""
+        """Returns the crop fraction of an image of this size."""
         reached = [side for side in self.crops if side <= min(height, width)]
         return self.crops[max(reached)] if reached else self.crop
 
@@ -44,12 +45,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a variant costs with 1,000 classes, at its default image size.
+    """Cost of a variant with 1,000 classes, at its default image size.
 
     Attributes:
         parameters: number of parameters.
-        multiply_accumulates: of one image, as `keras_tnt.inspection.multiply_accumulates` counts.
-        blocks: number of blocks, class-attention blocks included.
+        multiply_accumulates: number per image, as counted by
+            `keras_tnt.inspection.multiply_accumulates`.
+        blocks: number of blocks, including class-attention blocks.
     """
 
     parameters: int
@@ -59,12 +61,12 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A published size of a family's models.
+    """Published size of a family's models.
 
     Attributes:
         architecture: keyword arguments of the family's builder.
-        image_size: side of the images in pixels that it takes by default.
-        cost: what it costs. If `None`, it is not known before a model is built.
+        image_size: default side of the images in pixels. Defaults to 224.
+        cost: its `Cost`. If `None`, it is unknown until a model is built.
     """
 
     architecture: Mapping[str, Any]
@@ -74,19 +76,21 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A public checkpoint.
+    """Public checkpoint.
 
     Attributes:
-        name: what `weights=` takes, and the name on the hub.
-        model: the variant's function, such as "TNTSmall", that the weights belong to.
-        arguments: what the variant is told beside its own architecture.
+        name: value for `weights=`, and name on the Hub.
+        model: name of the variant's function, such as "TNTSmall".
+        arguments: extra keyword arguments for the variant's builder.
         parameters: number of parameters, with 1000 classes.
-        top1, top5: published accuracy on ImageNet's validation images, in percent.
-        source: where that stands.
-        repository, file: where the weights lie on the hub; None: by timm's convention.
-        license: of the weights.
-        sha256: of the file; None where it is not known: the hub itself tells the sha256 of a file
-            of weights as its ETag.
+        top1: published top-1 accuracy on ImageNet's validation images, in percent.
+        top5: published top-5 accuracy on ImageNet's validation images, in percent.
+        source: source of the published accuracy.
+        repository: repository on the Hub. Defaults to `timm/<name>`, timm's convention.
+        file: weight file in the repository. Defaults to "model.safetensors".
+        license: license of the weights. Defaults to "Apache-2.0".
+        sha256: checksum of the file. If `None`, the Hub's ETag of the file is used, which is its
+            sha256.
     """
 
     name: str
@@ -102,47 +106,48 @@ class Checkpoint:
     sha256: str | None = None
 
     def __post_init__(self):
+        """Sets the default of `repository`."""
         if self.repository is None:
             object.__setattr__(self, "repository", f"timm/{self.name}")
 
     @property
     def size(self) -> int:
-        """Side of the images that it was trained on, in pixels."""
+        """Returns the side of the training images in pixels, the last part of timm's name."""
         return int(self.architecture.rpartition("_")[-1])
 
     @property
     def architecture(self) -> str:
-        """The name of the architecture in timm."""
+        """Returns the name of the architecture in timm."""
         return self.name.partition(".")[0]
 
     @property
     def call(self) -> str:
-        """The variant with its arguments, as one types it."""
+        """Returns a Python expression that builds this variant, without the package's name."""
         return typed(self.model, self.arguments)
 
 
 def typed(model: str, arguments: Mapping[str, Any]) -> str:
-    """A call as one types it: "TNTSmall(legacy=True)"; the bare name without arguments."""
+    """Returns a call as a Python expression, "TNTSmall(legacy=True)", or the bare name."""
     listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return f"{model}({listed})" if listed else model
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Everything that is true of a family of models.
+    """Record of a model family.
 
     Attributes:
-        name: such as "tnt"; its variants' names begin with it.
+        name: name such as "tnt"; its variants' names begin with it.
         builder: function that builds a model of any architecture.
         variants: `Variant`s by name. A row added to this dictionary is a variant.
         image: the `ImageTransform` of its images.
-        tensor_names: rows of (path of our variable, name in timm's checkpoints, name in the
-            original release), as `keras_tnt.weights.names` explains.
+        tensor_names: rows of (path of a variable, name in timm's checkpoints, name in the original
+            release), as documented in `keras_tnt.weights.names`.
         checkpoints: the public `Checkpoint`s.
-        telling_tensors: rows of (pattern of a tensor's name, argument of the builder, what the
-            tensor is): a file has such tensors just where the argument is true.
-        source: where the variants stand, for their docstrings.
-        make_variant: from a variant's name to its function.
+        telling_tensors: rows of (pattern of a tensor's name, argument of the builder, description
+            of the tensor): a checkpoint contains such tensors if and only if the argument is true.
+        source: publication of the variants, for their docstrings.
+        make_variant: function from the family and a variant's name to the variant's function.
     """
 
     name: str
@@ -156,7 +161,7 @@ class Family:
     make_variant: Callable | None = None
 
     def function_name(self, variant: str) -> str:
-        """The name of a variant's function: TNTSmall of tnt_small, CaiTXXS24 of cait_xxs24."""
+        """Returns a variant's function name: TNTSmall for tnt_small, CaiTXXS24 for cait_xxs24."""
         words = variant.removeprefix(self.name).strip("_").split("_")
         return self.builder.__name__ + "".join(
             word.upper() if re.search(r"\d", word) else word.capitalize() for word in words
@@ -164,15 +169,15 @@ class Family:
 
 
 _families: dict[str, Family] = {}
-# The row that a variant's function was made of, and the function.
+# Variant functions by (family, variant), each with the row that it was created from.
 _functions: dict[tuple[str, str], tuple[Variant, Callable]] = {}
 
 
 def add(family: Family) -> None:
-    """Make a family known; `keras_tnt.register_family` is how one is made.
+    """Adds a family to the registry; users call `keras_tnt.register_family`.
 
     Raises:
-        ValueError: if the name, or one of a variant, is taken or no identifier.
+        ValueError: if the name, or one of a variant, is taken or is not an identifier.
     """
     for name in (family.name, *family.variants):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -186,7 +191,7 @@ def add(family: Family) -> None:
             )
     for other in _families.values():
         if other.name == family.name:
-            # A module that is run or reloaded again registers the same family anew.
+            # A reloaded module registers the same family again.
             if other.builder.__qualname__ != family.builder.__qualname__:
                 raise ValueError(f"There is a family '{family.name}' already.")
         elif taken := {family.name, *family.variants} & {other.name, *other.variants}:
@@ -197,15 +202,15 @@ def add(family: Family) -> None:
 
 
 def families() -> tuple[Family, ...]:
-    """All families, in the order in which they were registered."""
+    """Returns all families in the order of their registration."""
     return tuple(_families.values())
 
 
 def family(name: str) -> Family:
-    """The family of a name.
+    """Returns the family of a name.
 
     Raises:
-        ValueError: naming the families there are.
+        ValueError: if there is no such family; the message lists the families.
     """
     if name not in _families:
         raise ValueError(
@@ -216,7 +221,7 @@ def family(name: str) -> Family:
 
 
 def checkpoints() -> tuple[Checkpoint, ...]:
-    """The public checkpoints of all families."""
+    """Returns the public checkpoints of all families."""
     return tuple(row for each in families() for row in each.checkpoints)
 
 
@@ -224,16 +229,16 @@ def checkpoints() -> tuple[Checkpoint, ...]:
 
 
 def list_models(pattern: str | None = None) -> list[str]:
-    """The names of the models of published sizes.
+    """Returns the names of the models of published sizes.
 
     Args:
-        pattern: shell pattern such as `"*tnt*"`, of a name in either spelling; None: all.
+        pattern: shell pattern such as `"*tnt*"`, of a name in either spelling. Defaults to all
+            models.
 
     Returns:
-        A list of names that `create_model` takes.
+        A list of names that `create_model` accepts.
 
     Example:
-
     >>> keras_tnt.list_models("deit*")
     ['deit_tiny', 'deit_small', 'deit_base']
     """
@@ -248,30 +253,29 @@ def list_models(pattern: str | None = None) -> list[str]:
 
 
 def create_model(name: str, **arguments) -> "keras.Model":  # noqa: F821
-    """Build a model by its name.
+    """Builds a model by its name.
 
     Args:
-        name: of a variant, `"tnt_small"` or `"TNTSmall"`, or of a family, `"tnt"` or `"TNT"`.
-        arguments: of the function of that name, such as `keras_tnt.TNTSmall`.
+        name: name of a variant, `"tnt_small"` or `"TNTSmall"`, or of a family, `"tnt"` or `"TNT"`.
+        **arguments: arguments of the function of that name, such as `keras_tnt.TNTSmall`.
 
     Returns:
         A `keras.Model`.
 
     Raises:
-        ValueError: if there is no such model, with the nearest names.
+        ValueError: if there is no such model; the message lists the nearest names.
 
     Example:
-
     >>> model = keras_tnt.create_model("tnt_small", weights=None, classes=10)
     """
     return find_model(name)(**arguments)
 
 
 def find_model(name: str) -> Callable:
-    """The function that builds the model of a name in either spelling.
+    """Returns the function that builds the model of a name in either spelling.
 
     Raises:
-        ValueError: if there is no such model, with the nearest names.
+        ValueError: if there is no such model; the message lists the nearest names.
     """
     names = _names()
     if name not in names:
@@ -288,8 +292,8 @@ def weights_advice(name: str) -> str | None:
     """Returns what to type for the name of public weights, with or without its tag.
 
     Args:
-        name: such as "tnt_s_patch16_224" or "deit_tiny_patch16_224.fb_in1k", also with timm's
-            "timm/" or "hf_hub:timm/" in front of it.
+        name: name such as "tnt_s_patch16_224" or "deit_tiny_patch16_224.fb_in1k", optionally with
+            timm's prefix "timm/" or "hf_hub:timm/".
 
     Returns:
         A sentence, or `None` if there are no such weights.
@@ -308,7 +312,7 @@ def weights_advice(name: str) -> str | None:
 
 
 def _names() -> dict[str, tuple[Family, str | None]]:
-    """(family, variant or None for the builder) by every name that finds it."""
+    """Returns (family, variant or `None` for the builder) by every accepted name."""
     names = {}
     for each in families():
         names |= dict.fromkeys((each.name, each.builder.__name__), (each, None))
@@ -327,7 +331,7 @@ def _function(each: Family, variant: str | None) -> Callable:
 
 
 def functions() -> dict[str, Callable]:
-    """Every builder and variant by the name of its function, such as "TNTSmall"."""
+    """Returns every builder and variant function by its name, such as "TNTSmall"."""
     return {
         name: _function(*found)
         for name, found in _names().items()
@@ -336,7 +340,7 @@ def functions() -> dict[str, Callable]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A sentence that offers the names most like one that does not exist, or all of them."""
+    """Returns a sentence that suggests the names most similar to an unknown one, or lists all."""
     names = list(names)
     lowered = {other.lower(): other for other in names}
     found = difflib.get_close_matches(name.lower().replace("-", "_"), lowered, n=3)
@@ -346,7 +350,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def load_plugins(modules: str | Iterable[str] | None) -> None:
-    """Import modules that register something of their own: families, data sets, optimisers.
+    """Imports modules that register families, data sets or optimizers.
 
     Args:
         modules: names of modules, a list or comma-separated.

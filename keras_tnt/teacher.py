@@ -1,4 +1,4 @@
-"""A teacher of any make, as a function from a student's images to logits."""
+"""Teacher models of any kind, wrapped as functions from a student's images to logits."""
 
 import contextlib
 import dataclasses
@@ -16,11 +16,12 @@ from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The images that a model takes.
+    """Value range and channel order of the images that a model takes.
 
     Attributes:
-        mean, std: by which pixels in [0, 1] are normalized, a value per channel, as RGB.
-        bgr: whether the channels are in the order blue, green, red.
+        mean: mean of pixels in [0, 1], one value per channel, as RGB.
+        std: standard deviation of pixels in [0, 1], one value per channel, as RGB.
+        bgr: whether the channels are in the order blue, green, red. Defaults to `False`.
     """
 
     mean: tuple
@@ -29,8 +30,8 @@ class Range:
 
 
 PIXELS = Range((0.0,) * 3, (1 / 255,) * 3)
-# Names that `teacher_preprocessing` takes: pixels in [0, 255] or [0, 1], the modes of
-# `keras.applications`, and the student's images without a change.
+# Names that `teacher_preprocessing` accepts: pixels in [0, 255] or [0, 1], the modes of
+# `keras.applications`, and the student's images unchanged.
 PREPROCESSING = {
     "pixels": PIXELS,
     "unit": Range((0.0,) * 3, (1.0,) * 3),
@@ -39,8 +40,8 @@ PREPROCESSING = {
     "torch": Range(IMAGENET_MEAN, IMAGENET_STD),
     "same": None,
 }
-# Names of layers by which the models of keras.applications that do not preprocess are recognized,
-# whatever stands around them.
+# Layer names that identify the models of keras.applications without built-in preprocessing, also
+# inside other models.
 APPLICATIONS = {
     "torch": (
         {"conv2_block1_concat", "conv2_block1_0_bn"},  # DenseNet
@@ -60,9 +61,9 @@ APPLICATIONS = {
         {"stem_conv1", "stem_bn1"},  # NASNet
     ),
 }
-# Operations of functional models that preprocess: what `preprocess_input(inputs)` leaves there.
+# Operations that `preprocess_input(inputs)` adds to a functional model.
 ARITHMETIC = ("Add", "Subtract", "Multiply", "Divide", "TrueDivide")
-# The matrix products that resample rows and columns, by axis.
+# Einsum equations that resample rows and columns, by axis.
 RESAMPLE = {
     "channels_last": {1: "ij,bjwc->biwc", 2: "ij,bhjc->bhic"},
     "channels_first": {2: "ij,bcjw->bciw", 3: "ij,bchj->bchi"},
@@ -70,22 +71,23 @@ RESAMPLE = {
 
 
 class Teacher:
-    """The teacher as a function from the student's images to logits, `(batch, classes)`.
+    """Function from the student's images to the teacher's logits, `(batch, classes)`.
 
-    In inference mode and without gradient. Not a layer, so that no model trains or saves its
-    weights.
+    The teacher runs in inference mode, without gradients. It is not a layer, so that no model
+    trains or saves its weights.
 
     Args:
         model: any Keras model with the student's classes.
-        student: the model that will learn from it.
-        preprocessing, from_logits: `keras_tnt.Distiller`'s `teacher_preprocessing` and
-            `teacher_from_logits`.
+        student: the model that learns from it.
+        preprocessing: `teacher_preprocessing` of `keras_tnt.Distiller`.
+        from_logits: `teacher_from_logits` of `keras_tnt.Distiller`.
 
     Raises:
-        ValueError: if teacher and student do not fit each other.
+        ValueError: if teacher and student do not match.
     """
 
     def __init__(self, model, student, preprocessing=None, from_logits=None):
+        """Initializes the teacher; the class docstring lists the arguments."""
         if not isinstance(model, keras.Model):
             raise ValueError(f"`teacher` must be a Keras model. Received: {model!r}")
         outputs = getattr(model, "outputs", None)
@@ -101,7 +103,7 @@ class Teacher:
         self.from_logits = from_logits
         self.network = model
         if outputs and list in map(type, (model.input_shape, model.output_shape)):
-            # As built by keras.Model(base.inputs, ...): it would warn of a tensor for a list.
+            # keras.Model(base.inputs, ...) expects a list, and would warn about a single tensor.
             self.network = keras.Model(model.inputs[0], outputs[0])
         last = last_layer(model)
         if from_logits is None and is_standalone_activation(last) and last in model.layers:
@@ -111,6 +113,7 @@ class Teacher:
             self.from_logits = True
 
     def __call__(self, images):
+        """Returns the logits `(batch, classes)` for a batch of the student's images."""
         images = self.preprocessing(self.resize(ops.cast(images, "float32")))
         with gradient_off():
             outputs = self.network(images, training=False)
@@ -121,7 +124,10 @@ class Teacher:
 
 
 def gradient_off():
-    """Keeps torch from recording what `stop_gradient` would only throw away later."""
+    """Returns a context manager that turns off autograd on torch.
+
+    Otherwise torch would record a graph that `stop_gradient` discards.
+    """
     if keras.backend.backend() == "torch":
         import torch
 
@@ -129,16 +135,16 @@ def gradient_off():
     return contextlib.nullcontext()
 
 
-# === What a model takes ===
+# === Inputs ===
 
 
 def preprocessing_of(given, student, teacher):
-    """Returns the function from the student's images to those that the teacher takes.
+    """Returns the function from the student's images to the teacher's inputs.
 
     Args:
-        given: `keras_tnt.Distiller`'s `teacher_preprocessing`.
+        given: `teacher_preprocessing` of `keras_tnt.Distiller`.
         student: the model whose images are given.
-        teacher: the model whose images are wanted.
+        teacher: the model whose inputs are computed.
 
     Raises:
         ValueError: for an unknown name.
@@ -170,6 +176,7 @@ def preprocessing_of(given, student, teacher):
 
 
 def unchanged(images):
+    """Returns `images`; the identity."""
     return images
 
 
@@ -184,7 +191,7 @@ def conversion(taken, wanted, student):
         [along_channels(x, layout) for x in scale_and_offset(each.mean, each.std, channels)]
         for each in (taken, wanted)
     )
-    # Back to RGB pixels in [0, 255], and from there to what the teacher takes.
+    # Converts back to RGB pixels in [0, 255], and from there to the teacher's inputs.
     factor = new_scale / scale
     shift = new_offset - offset * factor
 
@@ -198,7 +205,7 @@ def conversion(taken, wanted, student):
 
 
 def image_range(model):
-    """Returns the `Range` of a model's images; None if it is not known."""
+    """Returns the `Range` of a model's images, or `None` if it is unknown."""
     if is_ours(model):
         image = anatomy(model).image
         return PIXELS if image.normalises else Range(image.mean, image.std)
@@ -218,7 +225,7 @@ def first_operations(model):
     """Returns the operations between a model's input and its first weights, in nested models too.
 
     Returns:
-        `(operations, reached)`: `reached` is whether there are weights behind them.
+        `(operations, reached)`: `reached` is whether weights follow the operations.
     """
     found = []
     for operation in getattr(model, "operations", None) or model.layers:
@@ -237,9 +244,9 @@ def first_operations(model):
 
 
 def is_preprocessing(operation):
-    """Returns whether an operation before the first weights makes other values of pixels."""
+    """Returns whether an operation before the first weights changes the values of pixels."""
     if isinstance(operation, keras.layers.Normalization):
-        # Of images in [0, 1] the mean is at most 1; who scaled them is not known.
+        # For images in [0, 1], the mean is at most 1, and their scaling is unknown.
         mean = getattr(operation, "mean", None)
         return mean is not None and float(ops.max(ops.abs(mean))) > 1
     if isinstance(operation, keras.layers.Layer):
@@ -248,7 +255,11 @@ def is_preprocessing(operation):
 
 
 def resizing(student, teacher):
-    """The function that resamples the student's images to the teacher's input size."""
+    """Returns the function that resamples the student's images to the teacher's input size.
+
+    Raises:
+        ValueError: if the numbers of channels differ.
+    """
     if not getattr(teacher, "inputs", None):
         return lambda images: images
     given, wanted = image_shape(student), image_shape(teacher)
@@ -275,45 +286,48 @@ def resizing(student, teacher):
 
 
 def image_shape(model):
-    """Returns the shape of a batch of a model's images, also where it takes a list of one."""
+    """Returns the shape of a batch of a model's images, also if its input is a list of one."""
     return tuple(model.inputs[0].shape)
 
 
 def channels_axis():
+    """Returns the channels axis of a batch of images, by Keras's image data format."""
     return 1 if keras.config.image_data_format() == "channels_first" else 3
 
 
-# === What a model gives ===
+# === Outputs ===
 
 
 def last_layer(model):
-    """The layer or operation that makes a model's output, within nested models too."""
+    """Returns the layer or operation that computes a model's output, within nested models too."""
     while isinstance(model, keras.Model) and getattr(model, "outputs", None):
         model = getattr(model, "operations", model.layers)[-1]
     return model
 
 
 def activation_of(layer):
-    """The function that a layer ends in; None: unknown."""
+    """Returns the activation function of a layer, or `None` if it is unknown."""
     if isinstance(layer, keras.layers.Softmax):
         return keras.activations.softmax
     return getattr(layer, "activation", None)
 
 
 def is_standalone_activation(layer):
+    """Returns whether a layer is an `Activation` or `Softmax` layer."""
     return isinstance(layer, (keras.layers.Activation, keras.layers.Softmax))
 
 
 def are_probabilities(outputs):
-    """Whether every row is non-negative and sums to one, to what float16 allows."""
+    """Returns whether every row is non-negative and sums to one, within float16's precision."""
     sums = ops.sum(outputs, axis=-1)
     return ops.all(outputs >= 0) & ops.all(ops.abs(sums - 1) < 1e-2)
 
 
 def log(probabilities):
-    """Logits whose softmax are these: their logarithm, finite for 0."""
+    """Returns logits whose softmax is `probabilities`: their logarithm, finite for 0."""
     return ops.log(ops.maximum(as_float32(probabilities), 1e-37))
 
 
 def as_float32(x):
+    """Casts `x` to float32, unless it is float64."""
     return ops.cast(x, at_least_float32(keras.backend.standardize_dtype(x.dtype)))

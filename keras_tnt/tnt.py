@@ -1,8 +1,8 @@
 """Transformer in Transformer (TNT), Han et al. 2021, arXiv 2103.00112.
 
-An image is a sequence of patches ("visual sentences"), a patch a sequence of 4x4-pixel "visual
-words". In every block an inner transformer attends among the words of each patch, what it finds is
-added to the patch, and an outer transformer attends among the patches.
+An image is a sequence of patches ("visual sentences"), and a patch is a sequence of 4x4-pixel
+"visual words". In every block, an inner transformer attends among the words of each patch, its
+output is added to the patch, and an outer transformer attends among the patches.
 """
 
 from keras_tnt import building
@@ -74,57 +74,66 @@ def TNT(
     layer_scale: float | None = None,
     class_attention_depth: int = 0,
 ):
-    """Build a TNT of any architecture, as a functional `keras.Model`.
+    """Builds a TNT of any architecture as a functional `keras.Model`.
 
     Args:
-        include_top: whether the model ends in the classifier.
-        include_preprocessing: whether the model takes pixels in [0, 255] and normalises them
-            itself; if not, `preprocess_input` does it outside.
-        weights: None (random), a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or
-            the path of a file.
-        input_tensor: Keras tensor to build upon.
-        input_shape: (height, width, channels), or channels first by Keras's setting; any multiples
-            of `patch_size`, square or not; height and width None: each call takes images of its
-            own size, and the position tables, made for 224x224 or the size that `weights` have, are
-            resampled for it. Default: 224x224, RGB.
-        pooling: without top. None: the feature map `(batch, height/patch_size, width/patch_size,
-            outer_dim)`; `"avg"`, `"max"` over the patches, `"token"` the class token (distilled:
-            the mean of the two): `(batch, outer_dim)`.
-        classes: number of classes.
-        classifier_activation: activation of layer `predictions`; None: logits.
-        name: the model's name.
-        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`; None: Keras's
-            setting. Predictions are float32 or better.
-        class_names: names of the classes, which sets `classes`; they stay with the model when it is
-            saved, cloned or quantized, and `keras_tnt.class_names` gives them.
-        patch_size: side of a patch, in pixels.
-        inner_stride: side of a word, in pixels; divides `patch_size`.
-        depth: number of blocks.
-        outer_dim, inner_dim: dimensions of a patch and of a word.
-        outer_heads, inner_heads: heads of the two transformers; divide their dimensions.
-        mlp_ratio: hidden over input dimension, in both transformers.
-        qkv_bias: whether query, key and value have a bias.
-        dropout: rate behind the position embedding and each projection, in [0, 1).
-        attention_dropout: rate on the attention, in [0, 1).
-        stochastic_depth: rate of the last block, in [0, 1); grows linearly from 0 over the blocks.
-        squeeze_excite: the authors' SE option, on the outer transformers.
-        inner_blocks: indices, from 0, of the blocks that keep their inner transformer; None: all.
-            `(0, 5, 11)` is the paper's TNT-S-2.
-        legacy: the architecture of timm's first port (checkpoint `tnt_s_legacy`).
-        distilled: adds DeiT's distillation token and head.
-        layer_scale: initial value of CaiT's LayerScale on every residual branch; None: none.
-        class_attention_depth: number of CaiT's class-attention blocks. With any, the patches pass
-            the TNT blocks alone, and the class token (and distillation token) reads them there.
+        include_top: whether the model ends in the classifier. Defaults to `True`.
+        include_preprocessing: whether the model takes pixels in [0, 255] and normalizes them. If
+            `False`, pass images through `preprocess_input` first. Defaults to `True`.
+        weights: a name of `keras_tnt.list_weights()`, `"hf://owner/repository"`, or the path of a
+            file. If `None`, the weights are random.
+        input_tensor: Keras tensor to use as the input. If `None`, a new input is created.
+        input_shape: (height, width, channels), or channels first if that is Keras's image data
+            format. Height and width are multiples of `patch_size` and may differ. If they are
+            `None`, each call accepts images of any such size, and the position tables, created for
+            224x224 or the size of the weights, are resampled to it. Defaults to 224x224 RGB.
+        pooling: feature pooling if `include_top` is `False`: `None` for the feature map `(batch,
+            height/patch_size, width/patch_size, outer_dim)`, `"avg"` or `"max"` over the patches,
+            or `"token"` for the class token, which is averaged with the distillation token if there
+            is one. Pooled features are `(batch, outer_dim)`.
+        classes: number of classes. Defaults to 1000.
+        classifier_activation: activation of layer `predictions`. If `None`, the outputs are logits.
+            Defaults to "softmax".
+        name: name of the model. Defaults to "tnt".
+        dtype: dtype or `keras.DTypePolicy` of all layers, such as `"mixed_bfloat16"`. Defaults to
+            Keras's global policy. Predictions are in float32 or float64.
+        class_names: names of the classes, which set `classes`. They are preserved when the model is
+            saved, cloned or quantized, and `keras_tnt.class_names` returns them.
+        patch_size: side of a patch in pixels. Defaults to 16.
+        inner_stride: side of a word in pixels; divides `patch_size`. Defaults to 4.
+        depth: number of blocks. Defaults to 12.
+        outer_dim: dimension of a patch. Defaults to 384.
+        inner_dim: dimension of a word. Defaults to 24.
+        outer_heads: number of heads of the outer transformers; divides `outer_dim`. Defaults to 6.
+        inner_heads: number of heads of the inner transformers; divides `inner_dim`. Defaults to 4.
+        mlp_ratio: hidden dimension of the MLPs divided by their input dimension. Defaults to 4.
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        dropout: dropout rate after the position embedding and each projection, in [0, 1). Defaults
+            to 0.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        stochastic_depth: drop-path rate of the last block, in [0, 1); rates increase linearly from
+            0 over the blocks. Defaults to 0.
+        squeeze_excite: whether the outer transformers have squeeze-and-excitation, an option of the
+            authors' code. Defaults to `False`.
+        inner_blocks: indices, from 0, of the blocks with an inner transformer; `(0, 5, 11)` is the
+            paper's TNT-S-2. Defaults to all blocks.
+        legacy: whether to build the architecture of timm's first port (checkpoint `tnt_s_legacy`).
+            Defaults to `False`.
+        distilled: whether to add DeiT's distillation token and head. Defaults to `False`.
+        layer_scale: initial value of CaiT's LayerScale on every residual branch. If `None`, there
+            is no LayerScale.
+        class_attention_depth: number of CaiT's class-attention blocks. If positive, the TNT blocks
+            process the patches alone, and class token and distillation token are added after them.
+            Defaults to 0.
 
     Returns:
-        A `keras.Model`. Its last layer is `predictions` (with top); `head`, and `head_distillation`
-        where distilled, give each head's logits.
+        A `keras.Model`. With its top, the last layer is `predictions`; `head`, and
+        `head_distillation` if distilled, return the logits of each head.
 
     Raises:
-        ValueError: for sizes that do not fit each other, and unknown values.
+        ValueError: for inconsistent sizes and unknown values.
 
     Example:
-
     >>> model = keras_tnt.TNT(input_shape=(64, 64, 3), classes=10, depth=2)
     >>> model.predict(np.zeros((1, 64, 64, 3))).shape
     (1, 10)
@@ -152,7 +161,7 @@ def TNT(
         "dtype": dtype,
     }
 
-    # === Words and patches ===
+    # === Word and patch embedding ===
     x = building.normalise(inputs, "tnt", IMAGE, include_preprocessing, dtype)
     grid, at = building.patch_grid(x, size, patch_size, dtype)
     stem = LegacyWordEmbedding if legacy else WordEmbedding
@@ -211,7 +220,7 @@ def TNT(
 
 
 def check_inner_blocks(inner_blocks, depth):
-    """The indices of the blocks with an inner transformer, checked."""
+    """Returns the indices of the blocks with an inner transformer, after checking their range."""
     if inner_blocks is None:
         return range(depth)
     unknown = [i for i in inner_blocks if i not in range(depth)]
@@ -225,9 +234,9 @@ def check_inner_blocks(inner_blocks, depth):
 preprocess_input = building.preprocessor(IMAGE)
 
 
-# === What public checkpoints hold ===
+# === Public checkpoints ===
 
-# Name on the hub, variant, its arguments, parameters, accuracy.
+# Columns: name on the Hub, variant, its arguments, parameters, accuracy.
 CHECKPOINTS = building.weights_of(
     (
         (
@@ -254,7 +263,7 @@ CHECKPOINTS = building.weights_of(
     )
 )
 
-# Our variable's or layer's path, timm's name, the original release's name.
+# Columns: path of a variable or layer, name in timm, name in the original release.
 TENSOR_NAMES = (
     ("word_embedding", "pixel_embed.proj", "patch_embed.proj"),
     ("word_position/table", "pixel_pos:map", "inner_pos"),

@@ -1,4 +1,4 @@
-"""The boxes that the papers draw, each a registered Keras layer."""
+"""Layers of TNT, PyramidTNT, DeiT and CaiT, all registered for Keras serialization."""
 
 from keras_tnt.layers.attention import ClassAttention, SelfAttention, TalkingHeadAttention
 from keras_tnt.layers.blocks import (

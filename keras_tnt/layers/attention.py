@@ -1,8 +1,8 @@
-"""Attention as the papers use it: over words or patches, and of class tokens to patches.
+"""Attention layers: self-attention of words or patches, talking-heads and class attention.
 
-Heads are an axis of their own, before the tokens, so that every product is one batched matrix
-product over the two last axes, whatever stands in front: `(batch, heads, tokens, head_dim)` for
-patches, `(batch, patches, heads, words, head_dim)` for the words inside them.
+Heads are a separate axis before the tokens, `(batch, heads, tokens, head_dim)` for patches and
+`(batch, patches, heads, words, head_dim)` for the words inside them, so that every matrix product
+is one batched GEMM over the last two axes, for any number of leading axes.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from keras_tnt.layers.sharding import reshape
 
 @contextlib.contextmanager
 def record_attention():
-    """Within the context, every attention layer that is called leaves its attention here.
+    """Context manager that records the attention maps of all attention layers called inside it.
 
     Yields:
-        A dict from a layer's path to its softmax, `(batch, ..., heads, queries, keys)`, filled
-        while models are called eagerly.
+        A dict from a layer's path to its attention weights after the softmax,
+        `(batch, ..., heads, queries, keys)`, filled while models are called eagerly.
     """
     recorded = {}
 
@@ -45,24 +45,25 @@ def record_attention():
 
 
 def split_heads(x, num_heads):
-    """(batch, ..., tokens, dim) to (batch, ..., heads, tokens, dim / heads)."""
+    """Reshapes `(batch, ..., tokens, dim)` to `(batch, ..., heads, tokens, dim / heads)`."""
     *lead, dim = shape_of(x)[1:]
     x = reshape(x, (-1, *lead, num_heads, dim // num_heads))  # (b, ..., t, h, d)
     return ops.swapaxes(x, -3, -2)  # (b, ..., h, t, d)
 
 
 def merge_heads(x):
-    """(batch, ..., heads, tokens, dim / heads) to (batch, ..., tokens, dim)."""
+    """Reshapes `(batch, ..., heads, tokens, dim / heads)` to `(batch, ..., tokens, dim)`."""
     *lead, heads, tokens, head_dim = shape_of(x)[1:]
     x = ops.swapaxes(x, -3, -2)  # (b, ..., t, h, d)
     return reshape(x, (-1, *lead, tokens, heads * head_dim))  # (b, ..., t, dim)
 
 
 class Attention(CompositeLayer):
-    """What the attention layers share: the core, the output projection, the configuration."""
+    """Base class of the attention layers: scaled dot-product attention and output projection."""
 
-    # Whether the softmax's division by its sums may wait until after the product with the values,
-    # which is smaller. XLA is faster so; the other backends have softmax as one kernel.
+    # Deferred softmax normalization, as in FlashAttention: the division by the sums follows the
+    # matrix product with the values, whose output is smaller than the scores. XLA is faster that
+    # way; the other backends have a softmax kernel.
     divides_late = True
 
     def __init__(
@@ -73,6 +74,7 @@ class Attention(CompositeLayer):
         dropout: float = 0.0,
         **kwargs,
     ):
+        """Initializes the arguments that all attention layers share; subclasses document them."""
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.qkv_bias = qkv_bias
@@ -80,6 +82,14 @@ class Attention(CompositeLayer):
         self.dropout = dropout
 
     def build_output(self, dim):
+        """Builds the attention dropout, the output projection and its dropout.
+
+        Args:
+            dim: dimension of a token.
+
+        Raises:
+            ValueError: if `num_heads` does not divide `dim`.
+        """
         if dim % self.num_heads:
             raise ValueError(
                 f"The number of heads must divide the dimension. Received: {self.num_heads} heads "
@@ -93,32 +103,47 @@ class Attention(CompositeLayer):
         self.drop = Dropout(self.dropout, dtype=policy, name="drop")
 
     def scores(self, query, key, bias=None):
-        """query key^T / sqrt(head_dim) + bias, in float32 or better."""
+        """Returns the scores `query key^T / sqrt(head_dim) + bias`, in float32 or float64.
+
+        Args:
+            query: `(batch, ..., heads, queries, head_dim)`.
+            key: `(batch, ..., heads, keys, head_dim)`.
+            bias: if given, added to the scores after `mix_scores`; broadcasts to them.
+        """
         scores = self.mix_scores(ops.matmul(query * self.scale, ops.swapaxes(key, -1, -2)))
         scores = ops.cast(scores, at_least_float32(scores.dtype))
         return scores if bias is None else scores + ops.cast(bias, scores.dtype)
 
     def attention(self, query, key, bias=None):
-        """The softmax of the scores, (batch, ..., heads, queries, keys)."""
+        """Returns the softmax of the scores, `(batch, ..., heads, queries, keys)`."""
         scores = self.scores(query, key, bias)
-        if scores.shape[-1] == 1:  # of which Keras's softmax warns
+        if scores.shape[-1] == 1:  # Keras's softmax warns about an axis of size 1.
             return ops.ones_like(scores)
         return ops.softmax(scores, axis=-1)
 
     def undivided_attention(self, query, key, bias=None):
-        """`attention` before its division: the exponentials, and their sums over the keys."""
+        """Returns the exponentials of the softmax and their sums over the keys, not yet divided."""
         scores = self.scores(query, key, bias)
         scores -= ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True))
         exponentials = ops.exp(scores)
         return exponentials, ops.sum(exponentials, axis=-1, keepdims=True)
 
     def attention_of_first(self, query, key, bias, first_tokens):
-        """The attention of the first tokens alone if told so.
+        """Returns the attention of the query tokens, possibly with its normalization deferred.
 
-        Whoever looks on by `observing_links` sees that of all tokens, and what it returns is used.
+        An active observer (`observing_links`) receives the attention of all tokens, and the weights
+        that it returns are used.
+
+        Args:
+            query: `(batch, ..., heads, tokens, head_dim)`.
+            key: `(batch, ..., heads, keys, head_dim)`.
+            bias: if given, added to the scores.
+            first_tokens: number of leading query tokens. If `None`, all tokens are query tokens.
 
         Returns:
-            (attention, sums that it is to be divided by), the second None where that is done.
+            A tuple `(attention, total)`: the caller divides by `total`, the softmax sums, unless it
+                is
+            `None`.
         """
         look = link_observer()
         if look is not None:
@@ -131,7 +156,19 @@ class Attention(CompositeLayer):
         return self.mix_attention(self.attention(query, key, bias)), None
 
     def attend(self, query, key, value, bias=None, first_tokens=None, training=False):
-        """Attend, of the first tokens alone if told so, and project."""
+        """Computes attention, merges the heads and applies the output projection.
+
+        Args:
+            query: `(batch, ..., heads, tokens, head_dim)`.
+            key: `(batch, ..., heads, keys, head_dim)`.
+            value: `(batch, ..., heads, keys, head_dim)`.
+            bias: if given, added to the scores.
+            first_tokens: number of leading query tokens. If `None`, all tokens are query tokens.
+            training: whether dropout is active. Defaults to `False`.
+
+        Returns:
+            `(batch, ..., first_tokens or tokens, dim)`.
+        """
         attention, total = self.attention_of_first(query, key, bias, first_tokens)
         attention = self.attention_drop(ops.cast(attention, value.dtype), training=training)
         x = ops.matmul(attention, value)
@@ -141,12 +178,15 @@ class Attention(CompositeLayer):
         return self.drop(self.projection(x), training=training)
 
     def mix_scores(self, scores):
+        """Returns the scores unchanged; talking-heads attention overrides this hook."""
         return scores
 
     def mix_attention(self, attention):
+        """Returns the attention unchanged; talking-heads attention overrides this hook."""
         return attention
 
     def get_config(self):
+        """Returns the arguments that all attention layers share."""
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
@@ -158,35 +198,37 @@ class Attention(CompositeLayer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class SelfAttention(Attention):
-    """Multi-head self-attention with query, key and value in one product.
+    """Multi-head self-attention with one fused projection for query, key and value.
 
     Args:
         num_heads: number of heads; divides the input's last dimension.
-        qkv_bias: whether query, key and value have a bias.
-        attention_dropout: dropout rate on the attention, in [0, 1).
-        dropout: dropout rate after the output projection, in [0, 1).
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        dropout: dropout rate after the output projection, in [0, 1). Defaults to 0.
 
     Call arguments:
         x: `(batch, tokens, dim)`, or `(batch, patches, words, dim)` for words within patches.
-        bias: if given, added to the scores; of a shape that fits `(batch, ..., num_heads, tokens,
+        bias: if given, added to the scores; broadcasts to `(batch, ..., num_heads, tokens,
             tokens)`.
-        first_tokens: if given, only the first so many tokens are computed; the result is exact.
+        first_tokens: number N of leading query tokens. If given, only the first N output tokens are
+            computed, with the same values as a slice of the full result.
 
     Returns:
         `(batch, ..., first_tokens or tokens, dim)`.
 
     Example:
-
     >>> keras_tnt.layers.SelfAttention(num_heads=4)(np.ones((2, 17, 32))).shape
     """
 
     def build(self, input_shape):
+        """Builds the fused query, key and value projection and the output projection."""
         dim = input_shape[-1]
         self.qkv = projection(3 * dim, self.qkv_bias, dtype=self.dtype_policy, name="qkv")
         self.build_output(dim)
         self.qkv.build(input_shape)
 
     def call(self, x, bias=None, first_tokens=None, training=False):
+        """Maps `(batch, ..., tokens, dim)` to `(batch, ..., first_tokens or tokens, dim)`."""
         query, key, value = (
             split_heads(part, self.num_heads) for part in ops.split(self.qkv(x), 3, axis=-1)
         )
@@ -195,17 +237,20 @@ class SelfAttention(Attention):
         )
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`, the output shape without `first_tokens`."""
         return input_shape
 
     def compute_output_spec(self, x, bias=None, first_tokens=None, training=False):
+        """Returns the symbolic output, which has `first_tokens` tokens if that is given."""
         return take_first_spec(x, first_tokens, self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class HeadMixing(keras.layers.Layer):
-    """A learned linear map over the heads of `(batch, ..., heads, queries, keys)`."""
+    """Learned linear map over the heads of `(batch, ..., heads, queries, keys)`."""
 
     def build(self, input_shape):
+        """Creates a `(heads, heads)` kernel and a `(heads,)` bias."""
         heads = input_shape[-3]
         self.kernel = self.add_weight(
             name="kernel",
@@ -215,29 +260,32 @@ class HeadMixing(keras.layers.Layer):
         self.bias = self.add_weight(name="bias", shape=(heads,), initializer="zeros")
 
     def call(self, x):
+        """Mixes the heads axis of `(batch, ..., heads, queries, keys)`; preserves the shape."""
         *lead, heads, queries, keys = shape_of(x)[1:]
         x = reshape(x, (-1, *lead, heads, queries * keys))  # (b, ..., h, queries*keys)
         x = ops.matmul(ops.transpose(self.kernel), x) + ops.expand_dims(self.bias, -1)
         return reshape(x, (-1, *lead, heads, queries, keys))  # (b, ..., h, queries, keys)
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`."""
         return input_shape
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class TalkingHeadAttention(SelfAttention):
-    """Self-attention whose heads are mixed before the softmax and after it (arXiv 2003.02436).
+    """Self-attention that mixes the heads before and after the softmax (arXiv 2003.02436).
 
     Args:
         num_heads: number of heads; divides the input's last dimension.
-        qkv_bias: whether query, key and value have a bias.
-        attention_dropout: dropout rate on the mixed attention, in [0, 1).
-        dropout: dropout rate after the output projection, in [0, 1).
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        attention_dropout: dropout rate on the mixed attention weights, in [0, 1). Defaults to 0.
+        dropout: dropout rate after the output projection, in [0, 1). Defaults to 0.
 
     Call arguments:
         x: `(batch, tokens, dim)`.
         bias: if given, added to the mixed scores.
-        first_tokens: if given, only the first so many tokens are computed; the result is exact.
+        first_tokens: number N of leading query tokens. If given, only the first N output tokens are
+            computed, with the same values as a slice of the full result.
 
     Returns:
         `(batch, first_tokens or tokens, dim)`.
@@ -246,6 +294,7 @@ class TalkingHeadAttention(SelfAttention):
     divides_late = False
 
     def build(self, input_shape):
+        """Builds the self-attention and its two head mixings."""
         super().build(input_shape)
         tokens = input_shape[-2]
         scores_shape = (*input_shape[:-2], self.num_heads, tokens, tokens)
@@ -255,22 +304,25 @@ class TalkingHeadAttention(SelfAttention):
         self.mix_after.build(scores_shape)
 
     def mix_scores(self, scores):
+        """Returns the scores with their heads mixed, before the softmax."""
         return self.mix_before(scores)
 
     def mix_attention(self, attention):
+        """Returns the attention weights with their heads mixed, after the softmax."""
         return self.mix_after(attention)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ClassAttention(Attention):
-    """Attention of the first tokens to all tokens (CaiT, section 3, equations 5 to 8).
+    """Attention of the class tokens to all tokens (CaiT, section 3, equations 5 to 8).
 
     Args:
         num_heads: number of heads; divides the input's last dimension.
-        class_tokens: how many tokens in front ask: 1, or 2 with a distillation token.
-        qkv_bias: whether query, key and value have a bias.
-        attention_dropout: dropout rate on the attention, in [0, 1).
-        dropout: dropout rate after the output projection, in [0, 1).
+        class_tokens: number of leading query (class) tokens: 1, or 2 with a distillation token.
+            Defaults to 1.
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        dropout: dropout rate after the output projection, in [0, 1). Defaults to 0.
 
     Call arguments:
         x: `(batch, tokens, dim)`, class tokens first.
@@ -288,10 +340,12 @@ class ClassAttention(Attention):
         dropout: float = 0.0,
         **kwargs,
     ):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(num_heads, qkv_bias, attention_dropout, dropout, **kwargs)
         self.class_tokens = class_tokens
 
     def build(self, input_shape):
+        """Builds a query projection for the class tokens and a fused key and value projection."""
         dim = input_shape[-1]
         self.query = projection(dim, self.qkv_bias, dtype=self.dtype_policy, name="query")
         self.kv = projection(2 * dim, self.qkv_bias, dtype=self.dtype_policy, name="kv")
@@ -300,6 +354,7 @@ class ClassAttention(Attention):
         self.kv.build(input_shape)
 
     def call(self, x, training=False):
+        """Maps `(batch, tokens, dim)` to `(batch, class_tokens, dim)`."""
         query = split_heads(self.query(x[:, : self.class_tokens]), self.num_heads)
         key, value = (
             split_heads(part, self.num_heads) for part in ops.split(self.kv(x), 2, axis=-1)
@@ -307,7 +362,9 @@ class ClassAttention(Attention):
         return self.attend(query, key, value, training=training)
 
     def compute_output_shape(self, input_shape):
+        """Returns `(batch, class_tokens, dim)`."""
         return (input_shape[0], self.class_tokens, input_shape[-1])
 
     def get_config(self):
+        """Returns the arguments of `Attention` and `class_tokens`."""
         return {**super().get_config(), "class_tokens": self.class_tokens}

@@ -1,4 +1,4 @@
-"""What every layer of this package that is made of other layers has in common."""
+"""Base class, initializers, rematerialization and helpers that the package's layers share."""
 
 import contextlib
 import contextvars
@@ -14,13 +14,21 @@ _link_observer = contextvars.ContextVar("link_observer", default=None)
 
 
 def without_initial_values() -> contextlib.AbstractContextManager:
-    """Within the context, layers draw no initial values: all will be filled from a file."""
+    """Context manager within which initializers return zeros, because a file fills the weights."""
     return context_value(_draws_initial_values, False)
 
 
 @contextlib.contextmanager
 def context_value(variable, value):
-    """Within the context, a context variable has this value."""
+    """Context manager that sets a context variable and restores it on exit.
+
+    Args:
+        variable: a `contextvars.ContextVar`.
+        value: value of the variable within the context.
+
+    Yields:
+        `value`.
+    """
     token = variable.set(value)
     try:
         yield value
@@ -29,43 +37,51 @@ def context_value(variable, value):
 
 
 def inference_on(device: str) -> contextlib.AbstractContextManager:
-    """Within the context, layers are called for `compile_inference`, on this kind of device."""
+    """Context manager within which layers are traced by `compile_inference` for a kind of device.
+
+    Args:
+        device: `"cpu"` or `"accelerator"`.
+    """
     return context_value(_inference_device, device)
 
 
 def inference_device() -> str | None:
-    """What `compile_inference` compiles for: "cpu", "accelerator"; None outside of its programs."""
+    """Returns the target of `compile_inference`, "cpu" or "accelerator"; `None` outside of it."""
     return _inference_device.get()
 
 
 def default_device() -> str:
-    """Where the backend computes what it is not told where: "cpu" or "accelerator"."""
+    """Returns the kind of the backend's default device: "cpu" or "accelerator"."""
     return "cpu" if "cpu" in str(ops.zeros(()).device).lower() else "accelerator"
 
 
 def observing_links(observer: Callable) -> contextlib.AbstractContextManager:
-    """Within the context, a function sees by how much each word and patch is read.
+    """Context manager that intercepts attention weights and the weights of words.
+
+    Every attention layer and every `WordsToPatches` called in the context passes its weights to
+    `observer` and uses the weights that it returns.
 
     Args:
-        observer: from a layer and its weights, an attention layer's softmax or a one for each word
-            that `WordsToPatches` reads, to the weights that the layer is to use.
+        observer: function of `(layer, weights)` that returns weights of the same shape. `weights`
+            is the softmax of an attention layer, or ones, one per word, of a `WordsToPatches`.
     """
     return context_value(_link_observer, observer)
 
 
 def link_observer() -> Callable | None:
-    """The function that `observing_links` was given; None outside of it."""
+    """Returns the observer of the active `observing_links` context, or `None`."""
     return _link_observer.get()
 
 
 class SkipsDrawing:
-    """A mixin for initializers: returns zeros within `without_initial_values()`.
+    """Mixin for initializers that returns zeros within `without_initial_values()`.
 
-    For the largest models drawing takes longer than loading, and on torch and JAX as much memory
-    as the model again.
+    For the largest models, drawing random values takes longer than loading the weights, and on
+    torch and JAX it takes as much memory as the model itself.
     """
 
     def __call__(self, shape, dtype=None):
+        """Returns initial values, or zeros within `without_initial_values()`."""
         if not _draws_initial_values.get():
             return keras.ops.zeros(shape, dtype)
         return super().__call__(shape, dtype)
@@ -73,33 +89,34 @@ class SkipsDrawing:
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class TruncatedNormal(SkipsDrawing, keras.initializers.RandomNormal):
-    """Normal values clipped to [-2, 2], as timm's `trunc_normal_` has them.
+    """Normal initializer with values clipped to [-2, 2], as timm's `trunc_normal_`.
 
-    timm cuts at +-2 in absolute terms, 100 standard deviations where `stddev` is 0.02, so the
-    values have the standard deviation that is asked for. `keras.initializers.TruncatedNormal` cuts
-    at two standard deviations, which leaves 0.0176 of 0.02.
+    timm truncates at +-2 in absolute terms, which is 100 standard deviations for a `stddev` of
+    0.02, so the values have the requested standard deviation. `keras.initializers.TruncatedNormal`
+    truncates at two standard deviations, which reduces 0.02 to 0.0176.
     """
 
     bound = 2.0
 
     def __call__(self, shape, dtype=None):
+        """Returns normal values of `shape`, clipped to [-2, 2]."""
         return ops.clip(super().__call__(shape, dtype), -self.bound, self.bound)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class RandomNormal(SkipsDrawing, keras.initializers.RandomNormal):
-    """`keras.initializers.RandomNormal`, skipped where all values are loaded from a file."""
+    """`keras.initializers.RandomNormal` that is skipped within `without_initial_values()`."""
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class RandomUniform(SkipsDrawing, keras.initializers.RandomUniform):
-    """`keras.initializers.RandomUniform`, skipped where all values are loaded from a file."""
+    """`keras.initializers.RandomUniform` that is skipped within `without_initial_values()`."""
 
 
 def torch_uniform(fan_in):
     """Returns a new initializer with the default of PyTorch's `Conv2d` and `Linear`.
 
-    Kaiming uniform with a = sqrt(5) for the kernel, and the same range for the bias:
+    That is Kaiming uniform with a = sqrt(5) for the kernel, and the same range for the bias:
     U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
     Args:
@@ -110,18 +127,19 @@ def torch_uniform(fan_in):
 
 
 class CompositeLayer(keras.layers.Layer):
-    """A layer made of sublayers, which share its dtype policy.
+    """Base class of layers made of sublayers, which share the layer's dtype policy.
 
-    `model.quantize("int8")` gives each `Dense` inside a policy of its own. The configuration
-    records those by path, so that a quantized model is saved and loaded as one.
+    `model.quantize("int8")` gives each inner `Dense` a separate policy. The configuration records
+    these policies by path, so that a quantized model survives saving and loading.
     """
 
-    # What this layer is to a model that calls it by itself: "stem", "token", "position", "block",
-    # "class_block", "merge", or None. `keras_tnt.anatomy` reads it; a family of one's own declares
-    # it on its own layers, whatever their base class.
+    # Role of the layer in a model that calls it directly: "stem", "token", "position", "block",
+    # "class_block", "merge", or None. `keras_tnt.anatomy` reads it. A custom family declares it on
+    # its layers, which may have any base class.
     part = None
 
     def get_config(self):
+        """Returns the configuration, with the policies of quantized sublayers by path."""
         config = super().get_config()
         quantized = {
             layer.path: layer.dtype_policy
@@ -136,23 +154,23 @@ class CompositeLayer(keras.layers.Layer):
         return config
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        """Under `keras.RematScope`, if its mode chooses this layer, see `rematerialized`."""
+        """Returns the `rematerialized` call if `keras.RematScope` selects this layer."""
         chosen = super().rematerialized_call(layer_call, *args, **kwargs) is not layer_call
         return rematerialized(self, layer_call) if chosen else layer_call
 
 
 def rematerialized(layer: keras.layers.Layer, call: Callable) -> Callable:
-    """Returns a layer's call whose activations are recomputed in the backward pass, not saved.
+    """Returns a layer's call that recomputes activations in the backward pass (checkpointing).
 
-    The recomputation is handed the state from before the call, seeds above all, so that it draws
-    the same masks, and the state moves on once.
+    The recomputation starts from the state before the call, including the seeds, so that it draws
+    the same masks; the state is updated once.
 
     Args:
         layer: the layer, built.
-        call: its method `call`.
+        call: the layer's `call` method.
     """
     if keras.backend.backend() == "torch":
-        return keras.remat(call)  # `ReplicaSeedGenerator` replays its seeds there
+        return keras.remat(call)  # `ReplicaSeedGenerator` replays its seeds on torch.
 
     is_jax = keras.backend.backend() == "jax"
 
@@ -160,7 +178,7 @@ def rematerialized(layer: keras.layers.Layer, call: Callable) -> Callable:
         variables = layer.variables
         trainable = {id(variable) for variable in layer.trainable_variables}
         state = [variable for variable in variables if id(variable) not in trainable]
-        # All tensors are arguments: TensorFlow has no gradient of those that a closure holds.
+        # All tensors are arguments, as TensorFlow computes no gradients of captured tensors.
         leaves = keras.tree.flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if ops.is_tensor(leaf)]
         passes = []
@@ -175,7 +193,7 @@ def rematerialized(layer: keras.layers.Layer, call: Callable) -> Callable:
                 before = [scope.get_current_value(variable) for variable in state]
                 outputs = call(*inputs, **keywords)
                 after = [scope.get_current_value(variable) for variable in state]
-            # Frozen weights are part of the state and do not change.
+            # The state also contains frozen weights, which do not change.
             changes = [
                 (variable, new)
                 for variable, old, new in zip(state, before, after, strict=True)
@@ -189,7 +207,7 @@ def rematerialized(layer: keras.layers.Layer, call: Callable) -> Callable:
         tensors = [leaves[place] for place in places]
         tensors += [value_now(variable) for variable in variables]
         results = keras.remat(pure)(*tensors)
-        outputs, changes = passes[0]  # of the pass that is not a recomputation
+        outputs, changes = passes[0]  # The first pass is not a recomputation.
         if is_jax:
             outputs, values = results
         else:
@@ -203,24 +221,25 @@ def rematerialized(layer: keras.layers.Layer, call: Callable) -> Callable:
 
 
 def value_now(variable: keras.Variable):
-    """Returns a variable's value as a tensor, which later assignments do not change."""
+    """Returns a variable's value as a tensor that later assignments do not change."""
     if keras.backend.backend() != "tensorflow":
         return variable.value
     import tensorflow as tf
 
-    # Not `ops.convert_to_tensor`, to which a variable of TensorFlow is a tensor already.
+    # `ops.convert_to_tensor` would return the TensorFlow variable itself.
     return tf.convert_to_tensor(variable.value)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class LayerNormalization(keras.layers.LayerNormalization):
-    """`keras.layers.LayerNormalization`, which on JAX centres first and scales what is centred.
+    """`keras.layers.LayerNormalization` that centers before it scales on JAX.
 
-    The numbers are the same. Keras multiplies and adds around the uncentred input, whose gradient
-    XLA compiles badly: a training step of TNT-S takes 1.75 times as long so on a CPU.
+    The values are the same. Keras applies scale and offset to the uncentered input, whose gradient
+    XLA compiles badly: on a CPU, a training step of TNT-S takes 1.75 times as long that way.
     """
 
     def call(self, inputs):
+        """Normalizes `inputs` over `axis`, in float32 or float64; preserves the shape."""
         if keras.backend.backend() != "jax":
             return super().call(inputs)
         x = ops.cast(inputs, at_least_float32(inputs.dtype))
@@ -232,14 +251,14 @@ class LayerNormalization(keras.layers.LayerNormalization):
 
 
 def projection(units, use_bias=True, *, fan_in=None, dtype, name):
-    """Returns a `Dense` layer with the initial values of the published code.
+    """Returns a `Dense` layer with the initialization of the published code.
 
     Args:
         units: number of outputs.
-        use_bias: whether the layer has a bias.
+        use_bias: whether the layer has a bias. Defaults to `True`.
         fan_in: number of inputs, for a layer that is a `Conv2d` in the published code, whose
-            `_init_weights` leave PyTorch's default there. If `None`, the layer starts as a
-            `Linear` does: truncated normal of 0.02, zero bias.
+            `_init_weights` leaves PyTorch's default there. If `None`, the layer is initialized as a
+            `Linear`: truncated normal of 0.02, zero bias.
         dtype: dtype policy of the layer.
         name: name of the layer.
     """
@@ -255,28 +274,31 @@ def projection(units, use_bias=True, *, fan_in=None, dtype, name):
 
 
 def take_first(x, count):
-    """The first `count` tokens of x, or all; a slice of all would be a copy in ONNX Runtime."""
+    """Returns the first `count` tokens of `x`, or `x` itself if `count` is `None`.
+
+    A slice of all tokens would be a copy in ONNX Runtime.
+    """
     return x if count is None else x[..., :count, :]
 
 
 def take_first_spec(x, count, dtype):
-    """The symbolic result of a layer that computes the first `count` tokens of x, or all."""
+    """Returns the symbolic output for the first `count` tokens of `x`; all if it is `None`."""
     return keras.KerasTensor((*x.shape[:-2], count or x.shape[-2], x.shape[-1]), dtype=dtype)
 
 
 def at_least_float32(dtype):
-    """The dtype in which softmax and statistics of a tensor of `dtype` are computed."""
+    """Returns the dtype for softmax and statistics: float32 instead of float16 and bfloat16."""
     dtype = keras.backend.standardize_dtype(dtype)
     return "float32" if dtype in ("float16", "bfloat16") else dtype
 
 
 def gelu(x):
-    """Exact GELU, `x * Phi(x)`, in the form that each backend compiles and exports best.
+    """Returns exact GELU, `x * Phi(x)`, in the form that each backend compiles and exports best.
 
-    `keras.ops.gelu` is one kernel on torch. On TensorFlow it is written with `erfc`, which tf2onnx
-    puts into an ONNX file that no runtime loads; `erf` it has. On JAX it is the other way about:
-    `erf` is 2.4 times as fast, but TensorFlow does not read it from a SavedModel; so it is for
-    programs that `compile_inference` makes.
+    torch has a kernel for `keras.ops.gelu`. TensorFlow computes it with `erfc`, which tf2onnx
+    writes to an ONNX file that no runtime loads; `erf` is supported. On JAX, `erf` is 2.4 times as
+    fast, but TensorFlow cannot load it from a SavedModel, so only programs of `compile_inference`
+    use it.
     """
     backend = keras.backend.backend()
     if backend == "torch" or (backend == "jax" and inference_device() is None):

@@ -1,4 +1,4 @@
-"""One block, one layer: the transformer block, the TNT block, the class-attention block."""
+"""Transformer block, TNT block and class-attention block, with the MLP and SE layers they use."""
 
 import keras
 from keras import ops
@@ -19,19 +19,21 @@ from keras_tnt.layers.regularization import Dropout, LayerScale, StochasticDepth
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class MLP(CompositeLayer):
-    """Dense, exact GELU, Dense back to the input's dimension.
+    """Dense, exact GELU, and Dense back to the input's dimension.
 
     Args:
-        ratio: hidden dimension over input dimension.
-        dropout: dropout rate after each Dense, in [0, 1).
+        ratio: hidden dimension divided by input dimension. Defaults to 4.
+        dropout: dropout rate after each Dense, in [0, 1). Defaults to 0.
     """
 
     def __init__(self, ratio: float = 4.0, dropout: float = 0.0, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.ratio = ratio
         self.dropout = dropout
 
     def build(self, input_shape):
+        """Builds the two Dense layers; the hidden dimension is `int(dim * ratio)`."""
         dim = input_shape[-1]
         hidden = int(dim * self.ratio)
         policy = self.dtype_policy
@@ -43,36 +45,41 @@ class MLP(CompositeLayer):
         self.fc2.build((*input_shape[:-1], hidden))
 
     def call(self, x, training=False):
+        """Maps `(batch, ..., dim)` to the same shape."""
         x = self.drop1(gelu(self.fc1(x)), training=training)
         return self.drop2(self.fc2(x), training=training)
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`."""
         return input_shape
 
     def get_config(self):
+        """Returns `ratio` and `dropout`."""
         return {**super().get_config(), "ratio": self.ratio, "dropout": self.dropout}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class SqueezeExcite(CompositeLayer):
-    """Adds to each channel a learned share of itself, read off the mean token (TNT's SE option).
+    """Residual channel gate computed from the mean token (TNT's squeeze-and-excitation option).
 
     x becomes x + x * tanh(W2 relu(W1 LN(mean over tokens of x))).
 
     Args:
-        reduction: input dimension over hidden dimension.
-        epsilon: of the norm.
+        reduction: input dimension divided by hidden dimension. Defaults to 4.
+        epsilon: epsilon of the layer norm. Defaults to 1e-5.
 
     Call arguments:
         x: `(batch, tokens, dim)`.
     """
 
     def __init__(self, reduction: int = 4, epsilon: float = 1e-5, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.reduction = reduction
         self.epsilon = epsilon
 
     def build(self, input_shape):
+        """Builds the layer norm and the two Dense layers."""
         dim = input_shape[-1]
         hidden = dim // self.reduction
         policy = self.dtype_policy
@@ -84,25 +91,29 @@ class SqueezeExcite(CompositeLayer):
         self.fc2.build((None, 1, hidden))
 
     def call(self, x):
+        """Maps `(batch, tokens, dim)` to the same shape."""
         mean = self.norm(ops.mean(x, axis=1, keepdims=True))  # (b, 1, dim)
         return x + x * ops.tanh(self.fc2(ops.relu(self.fc1(mean))))
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`."""
         return input_shape
 
     def get_config(self):
+        """Returns `reduction` and `epsilon`."""
         return {**super().get_config(), "reduction": self.reduction, "epsilon": self.epsilon}
 
 
 def unchanged(x):
-    """What stands in the place of a layer that a block is made without."""
+    """Returns `x`; the identity that replaces a disabled sublayer."""
     return x
 
 
 class ResidualBlock(CompositeLayer):
-    """Attention and MLP, each with a norm before it and its scale and drop behind it."""
+    """Base class of pre-norm blocks: attention and MLP with LayerScale and stochastic depth."""
 
-    # Axes: of the norms' statistics and weights, and how many leading ones count samples.
+    # `norm_axis` is the axis, or axes, that the layer norms normalize. `sample_axes` is the number
+    # of leading axes that stochastic depth treats as batch axes.
     norm_axis = -1
     sample_axes = 1
 
@@ -118,6 +129,7 @@ class ResidualBlock(CompositeLayer):
         epsilon: float,
         **kwargs,
     ):
+        """Initializes the arguments that all blocks share; subclasses document them."""
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.mlp_ratio = mlp_ratio
@@ -129,6 +141,7 @@ class ResidualBlock(CompositeLayer):
         self.epsilon = epsilon
 
     def attention_arguments(self):
+        """Returns the keyword arguments of the attention layer."""
         return {
             "num_heads": self.num_heads,
             "qkv_bias": self.qkv_bias,
@@ -139,9 +152,11 @@ class ResidualBlock(CompositeLayer):
         }
 
     def make_attention(self):
+        """Returns a new attention layer; subclasses implement this method."""
         raise NotImplementedError
 
     def make_norm(self, name, input_shape):
+        """Returns a built layer norm over `norm_axis`."""
         norm = LayerNormalization(
             self.norm_axis, epsilon=self.epsilon, dtype=self.dtype_policy, name=name
         )
@@ -149,6 +164,7 @@ class ResidualBlock(CompositeLayer):
         return norm
 
     def make_scale(self, name, input_shape):
+        """Returns a built `LayerScale`, or the identity if `layer_scale` is `None`."""
         if self.layer_scale is None:
             return unchanged
         scale = LayerScale(self.layer_scale, dtype=self.dtype_policy, name=name)
@@ -156,11 +172,13 @@ class ResidualBlock(CompositeLayer):
         return scale
 
     def make_drop(self, name):
+        """Returns the stochastic depth of one residual branch."""
         return StochasticDepth(
             self.stochastic_depth, self.sample_axes, dtype=self.dtype_policy, name=name
         )
 
     def build(self, input_shape):
+        """Builds the attention branch and the MLP branch."""
         self.norm_attention = self.make_norm("norm_attention", input_shape)
         self.scale_attention = self.make_scale("scale_attention", input_shape)
         self.drop_attention = self.make_drop("drop_attention")
@@ -173,9 +191,11 @@ class ResidualBlock(CompositeLayer):
         self.mlp.build(input_shape)
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`."""
         return input_shape
 
     def get_config(self):
+        """Returns the arguments that all blocks share."""
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
@@ -191,32 +211,38 @@ class ResidualBlock(CompositeLayer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class TransformerBlock(ResidualBlock):
-    """x += attention(LN(x)); x += MLP(LN(x)): TNT's inner and outer transformer, DeiT's block.
+    """Pre-norm transformer block: TNT's inner and outer transformer, and DeiT's block.
+
+    It computes x += attention(LN(x)), then x += MLP(LN(x)).
 
     Args:
         num_heads: number of heads; divides the input's last dimension.
-        mlp_ratio: hidden dimension of the MLP over the input's.
-        qkv_bias: whether query, key and value have a bias.
-        dropout: dropout rate behind each projection, in [0, 1).
-        attention_dropout: dropout rate on the attention, in [0, 1).
-        stochastic_depth: rate at which samples skip a branch, in [0, 1).
-        layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
-        squeeze_excite: whether the MLP's output passes through `SqueezeExcite`.
-        sample_axes: leading axes that count samples for stochastic depth: 2 for words.
-        norm_axis: axis or axes of the norms' statistics and weights.
-        epsilon: of the norms.
+        mlp_ratio: hidden dimension of the MLP divided by the input's. Defaults to 4.
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        dropout: dropout rate after each projection, in [0, 1). Defaults to 0.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        stochastic_depth: probability of dropping a sample's residual branch, in [0, 1). Defaults to
+            0.
+        layer_scale: initial value of the LayerScale on each branch. If `None`, there is no
+            LayerScale.
+        squeeze_excite: whether `SqueezeExcite` follows the MLP. Defaults to `False`.
+        sample_axes: number of leading axes that stochastic depth treats as batch axes; 2 for words.
+            Defaults to 1.
+        norm_axis: axis or axes that the layer norms normalize. Defaults to -1.
+        epsilon: epsilon of the layer norms. Defaults to 1e-5.
 
     Call arguments:
         x: `(batch, tokens, dim)`, or `(batch, patches, words, dim)`.
-        bias: if given, added to the attention's scores.
-        grid: if given, what an attention that must know the grid of the patches is called with.
-        first_tokens: if given, only the first so many tokens are computed; the result is exact.
+        bias: if given, added to the attention scores.
+        grid: if given, tensor `(batch, rows, columns)` whose shape is the patch grid; passed to
+            attention layers that need it.
+        first_tokens: number N of leading query tokens. If given, only the first N output tokens are
+            computed, with the same values as a slice of the full result.
 
     Returns:
         `(batch, ..., first_tokens or tokens, dim)`.
 
     Example:
-
     >>> keras_tnt.layers.TransformerBlock(num_heads=4)(np.ones((2, 17, 32))).shape
     """
 
@@ -237,6 +263,7 @@ class TransformerBlock(ResidualBlock):
         epsilon: float = 1e-5,
         **kwargs,
     ):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(
             num_heads,
             mlp_ratio,
@@ -253,9 +280,11 @@ class TransformerBlock(ResidualBlock):
         self.norm_axis = norm_axis
 
     def make_attention(self):
+        """Returns a new `SelfAttention`."""
         return SelfAttention(**self.attention_arguments())
 
     def build(self, input_shape):
+        """Builds both branches, and `SqueezeExcite` if requested."""
         super().build(input_shape)
         self.excite = unchanged
         if self.squeeze_excite:
@@ -265,6 +294,10 @@ class TransformerBlock(ResidualBlock):
             self.excite.build(input_shape)
 
     def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        """Maps `(batch, ..., tokens, dim)` to `(batch, ..., first_tokens or tokens, dim)`.
+
+        Uses the C++ kernel if it supports the block and all optional tensors are `None`.
+        """
         if bias is None and grid is None and first_tokens is None:
             found = fused.transformed(self, x, training=training)
             if found is not None:
@@ -272,9 +305,10 @@ class TransformerBlock(ResidualBlock):
         return self.transform(x, bias, grid, first_tokens, training)
 
     def transform(self, x, bias=None, grid=None, first_tokens=None, training=False):
-        """What `call` gives, in operations of Keras."""
+        """Computes `call` with Keras operations, without the C++ kernel."""
         at = {} if grid is None else {"grid": grid}
-        # Squeeze-and-excitation reads every token: then all are computed and the rest cut off.
+        # Squeeze-and-excitation averages over all tokens, so all are computed and sliced at the
+        # end.
         computed = None if self.squeeze_excite else first_tokens
         branch = self.attention(
             self.norm_attention(x), bias=bias, first_tokens=computed, training=training, **at
@@ -286,9 +320,11 @@ class TransformerBlock(ResidualBlock):
         return take_first(x, first_tokens)
 
     def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        """Returns the symbolic output, which has `first_tokens` tokens if that is given."""
         return take_first_spec(x, first_tokens, self.compute_dtype)
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "squeeze_excite": self.squeeze_excite,
@@ -302,39 +338,47 @@ class TalkingHeadBlock(TransformerBlock):
     """CaiT's block over the patches: `TransformerBlock` with `TalkingHeadAttention`."""
 
     def make_attention(self):
+        """Returns a new `TalkingHeadAttention`."""
         return TalkingHeadAttention(**self.attention_arguments())
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class TNTBlock(CompositeLayer):
-    """The transformer in transformer block (TNT, equations 2 to 8).
+    """Transformer-in-transformer block (TNT, equations 2 to 8).
 
     The inner transformer attends among the words of each patch, `WordsToPatches` adds its result to
     the patches, and the outer transformer attends among the tokens.
 
     Args:
-        outer_heads, inner_heads: heads of the two transformers; divide their dimensions.
-        mlp_ratio: hidden dimension of the MLPs over their inputs'.
-        qkv_bias: whether query, key and value have a bias.
-        dropout: dropout rate behind each projection, in [0, 1).
-        attention_dropout: dropout rate on the attention, in [0, 1).
-        stochastic_depth: rate at which a branch is skipped, in [0, 1): by a sample in the outer
-            transformer, by a patch in the inner one.
-        layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
-        squeeze_excite: on the outer transformer's MLP.
-        legacy: the words-to-patch projection of timm's first port.
-        prefix_tokens: how many tokens stand before the patches; None: as the shapes tell.
-        epsilon: of the norms.
+        outer_heads: number of heads of the outer transformer; divides the dimension of a token.
+        inner_heads: number of heads of the inner transformer; divides the dimension of a word.
+        mlp_ratio: hidden dimension of the MLPs divided by their input dimension. Defaults to 4.
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        dropout: dropout rate after each projection, in [0, 1). Defaults to 0.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        stochastic_depth: probability of dropping a residual branch, in [0, 1): per sample in the
+            outer transformer, per patch in the inner one. Defaults to 0.
+        layer_scale: initial value of the LayerScale on each branch. If `None`, there is no
+            LayerScale.
+        squeeze_excite: whether `SqueezeExcite` follows the outer MLP. Defaults to `False`.
+        legacy: whether to use the word-to-patch projection of timm's first port. Defaults to
+            `False`.
+        prefix_tokens: number of tokens before the patches. If `None`, it is inferred from the
+            shapes.
+        epsilon: epsilon of the layer norms. Defaults to 1e-5.
 
     Call arguments:
-        tokens: `(batch, prefix + patches, outer_dim)`, class and distillation token in front.
+        tokens: `(batch, prefix + patches, outer_dim)`, class and distillation token first.
         words: `(batch, patches, words, inner_dim)`.
         bias: if given, added to the scores of the outer attention.
-        grid: if given, what an outer attention that must know the grid is called with.
-        first_tokens: if given, only the first so many tokens are computed; the result is exact.
+        grid: if given, tensor `(batch, rows, columns)` whose shape is the patch grid; passed to
+            outer attention layers that need it.
+        first_tokens: number N of leading query tokens. If given, only the first N output tokens are
+            computed, with the same values as a slice of the full result.
 
     Returns:
-        `(tokens, words)` of the same shapes, but for `first_tokens`.
+        `(tokens, words)`: the input shapes, except that `tokens` has `first_tokens` tokens if
+        given.
     """
 
     part = "block"
@@ -355,6 +399,7 @@ class TNTBlock(CompositeLayer):
         epsilon: float = 1e-5,
         **kwargs,
     ):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.outer_heads = outer_heads
         self.inner_heads = inner_heads
@@ -370,7 +415,7 @@ class TNTBlock(CompositeLayer):
         self.epsilon = epsilon
 
     def transformer_arguments(self):
-        """What the inner and the outer transformer have in common."""
+        """Returns the keyword arguments that the inner and the outer transformer share."""
         return {
             "mlp_ratio": self.mlp_ratio,
             "qkv_bias": self.qkv_bias,
@@ -383,11 +428,13 @@ class TNTBlock(CompositeLayer):
         }
 
     def make_inner(self):
+        """Returns a new inner transformer, which drops branches per patch."""
         return TransformerBlock(
             self.inner_heads, sample_axes=2, name="inner", **self.transformer_arguments()
         )
 
     def make_outer(self):
+        """Returns a new outer transformer."""
         return TransformerBlock(
             self.outer_heads,
             squeeze_excite=self.squeeze_excite,
@@ -396,6 +443,7 @@ class TNTBlock(CompositeLayer):
         )
 
     def build(self, tokens_shape, words_shape):
+        """Builds both transformers and the word-to-patch projection."""
         self.inner = self.make_inner()
         self.outer = self.make_outer()
         self.tokens_before = self.prefix_tokens
@@ -414,6 +462,7 @@ class TNTBlock(CompositeLayer):
         self.outer.build(tokens_shape)
 
     def call(self, tokens, words, bias=None, grid=None, first_tokens=None, training=False):
+        """Maps tokens and words to the updated tokens and words, of the same shapes."""
         words = self.inner(words, training=training)
         patches = self.words_to_patches(words, training=training)  # (b, patches, outer_dim)
         tokens = tokens + ops.pad(patches, [[0, 0], [self.tokens_before, 0], [0, 0]])
@@ -423,15 +472,18 @@ class TNTBlock(CompositeLayer):
         return tokens, words
 
     def compute_output_shape(self, tokens_shape, words_shape):
+        """Returns both input shapes, the output shapes without `first_tokens`."""
         return tokens_shape, words_shape
 
     def compute_output_spec(
         self, tokens, words, bias=None, grid=None, first_tokens=None, training=False
     ):
+        """Returns the symbolic tokens, of which there are `first_tokens` if given, and words."""
         dtype = self.compute_dtype
         return take_first_spec(tokens, first_tokens, dtype), take_first_spec(words, None, dtype)
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "outer_heads": self.outer_heads,
@@ -451,24 +503,27 @@ class TNTBlock(CompositeLayer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ClassAttentionBlock(ResidualBlock):
-    """The class token reads the patches, which stay as they are (CaiT, section 3).
+    """CaiT's class-attention block, which updates only the class tokens (section 3).
 
     Args:
         num_heads: number of heads; divides the input's last dimension.
-        class_tokens: how many tokens in front read: 1, or 2 with a distillation token.
-        mlp_ratio: hidden dimension of the MLP over the input's.
-        qkv_bias: whether query, key and value have a bias.
-        dropout: dropout rate behind each projection, in [0, 1).
-        attention_dropout: dropout rate on the attention, in [0, 1).
-        stochastic_depth: rate at which samples skip a branch, in [0, 1).
-        layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
-        epsilon: of the norms.
+        class_tokens: number of leading query (class) tokens: 1, or 2 with a distillation token.
+            Defaults to 1.
+        mlp_ratio: hidden dimension of the MLP divided by the input's. Defaults to 4.
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        dropout: dropout rate after each projection, in [0, 1). Defaults to 0.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        stochastic_depth: probability of dropping a sample's residual branch, in [0, 1). Defaults to
+            0.
+        layer_scale: initial value of the LayerScale on each branch. If `None`, there is no
+            LayerScale.
+        epsilon: epsilon of the layer norms. Defaults to 1e-5.
 
     Call arguments:
         x: `(batch, class_tokens + patches, dim)`.
 
     Returns:
-        The same shape: the class tokens renewed, the patches unchanged.
+        The same shape: the class tokens updated, the patches unchanged.
     """
 
     part = "class_block"
@@ -486,6 +541,7 @@ class ClassAttentionBlock(ResidualBlock):
         epsilon: float = 1e-5,
         **kwargs,
     ):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(
             num_heads,
             mlp_ratio,
@@ -500,9 +556,11 @@ class ClassAttentionBlock(ResidualBlock):
         self.class_tokens = class_tokens
 
     def make_attention(self):
+        """Returns a new `ClassAttention`."""
         return ClassAttention(class_tokens=self.class_tokens, **self.attention_arguments())
 
     def call(self, x, training=False):
+        """Maps `(batch, class_tokens + patches, dim)` to the same shape."""
         tokens, patches = x[:, : self.class_tokens], x[:, self.class_tokens :]
         branch = self.attention(self.norm_attention(x), training=training)
         tokens = tokens + self.drop_attention(self.scale_attention(branch), training=training)
@@ -511,4 +569,5 @@ class ClassAttentionBlock(ResidualBlock):
         return ops.concatenate([tokens, patches], axis=1)
 
     def get_config(self):
+        """Returns the arguments of `ResidualBlock` and `class_tokens`."""
         return {**super().get_config(), "class_tokens": self.class_tokens}

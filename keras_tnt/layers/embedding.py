@@ -1,4 +1,4 @@
-"""From images to words, patches and tokens, and where each of them stands."""
+"""Stems that embed images as patches and words, word-to-patch projections, and position tables."""
 
 import math
 
@@ -30,26 +30,28 @@ from keras_tnt.layers.sharding import reshape, shard_like
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class PatchEmbedding(CompositeLayer):
-    """Square patches, each projected to a token (ViT, arXiv 2010.11929, equation 1).
+    """Patch embedding: projects each square patch to a token (ViT, arXiv 2010.11929, equation 1).
 
     Args:
         patch_size: side of a patch in pixels; divides height and width.
         dim: dimension of a token.
-        data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras's image data format.
 
     Returns:
-        `(batch, height/patch_size * width/patch_size, dim)`, row by row.
+        `(batch, height/patch_size * width/patch_size, dim)`, in row-major order.
     """
 
     part = "stem"
 
     def __init__(self, patch_size: int, dim: int, data_format: str | None = None, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.dim = dim
         self.data_format = data_format or keras.config.image_data_format()
 
     def build(self, input_shape):
+        """Builds the projection from the pixels of a patch to a token."""
         values = self.patch_size**2 * image_size(input_shape, self.data_format)[-1]
         self.projection = projection(
             self.dim, fan_in=values, dtype=self.dtype_policy, name="projection"
@@ -57,13 +59,16 @@ class PatchEmbedding(CompositeLayer):
         self.projection.build((None, None, values))
 
     def call(self, images):
+        """Maps images to `(batch, patches, dim)`."""
         images = whole_patches(images, self.patch_size, self.data_format)
         return in_a_row(self.projection(cut(images, self.patch_size)), self.dim)
 
     def compute_output_shape(self, input_shape):
+        """Returns `(batch, patches, dim)`."""
         return (*patches_of(input_shape, self.patch_size, self.data_format), self.dim)
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "patch_size": self.patch_size,
@@ -74,20 +79,20 @@ class PatchEmbedding(CompositeLayer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class WordEmbedding(keras.layers.Layer):
-    """TNT's stem: a 7x7 convolution on each patch by itself makes its words (TNT, section 2.2).
+    """TNT's stem: a 7x7 convolution inside each patch that embeds its words (TNT, section 2.2).
 
-    The image is cut into patches first; the convolution, of stride `stride` and zero-padded by 3,
-    sees no pixel of another patch. So each word is a linear function of its patch's pixels, and all
-    of them together are one matrix product.
+    The image is split into patches first, so that the convolution, which has stride `stride` and
+    zero padding of 3, reads no pixel of another patch. Each word is therefore a linear function of
+    its patch's pixels, and the layer computes all words with one matrix product.
 
     Args:
         dim: dimension of a word.
-        patch_size: side of a patch in pixels; divides height and width.
-        stride: side of a word in pixels; divides `patch_size`.
-        data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+        patch_size: side of a patch in pixels; divides height and width. Defaults to 16.
+        stride: side of a word in pixels; divides `patch_size`. Defaults to 4.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras's image data format.
 
     Returns:
-        `(batch, patches, words, dim)`: patches row by row, in each its words row by row.
+        `(batch, patches, words, dim)`, both patches and words in row-major order.
     """
 
     part = "stem"
@@ -102,6 +107,7 @@ class WordEmbedding(keras.layers.Layer):
         data_format: str | None = None,
         **kwargs,
     ):
+        """Initializes the layer; raises a `ValueError` if `stride` does not divide `patch_size`."""
         super().__init__(**kwargs)
         if patch_size % stride:
             raise ValueError(
@@ -112,9 +118,10 @@ class WordEmbedding(keras.layers.Layer):
         self.patch_size = patch_size
         self.stride = stride
         self.data_format = data_format or keras.config.image_data_format()
-        self.side = patch_size // stride  # of a patch, in words
+        self.side = patch_size // stride  # Side of a patch in words.
 
     def build(self, input_shape):
+        """Creates the `(7, 7, channels, dim)` kernel and the bias."""
         channels = image_size(input_shape, self.data_format)[-1]
         fan_in = self.kernel_size**2 * channels
         self.kernel = self.add_weight(
@@ -127,13 +134,14 @@ class WordEmbedding(keras.layers.Layer):
         )
 
     def call(self, images):
+        """Maps images to `(batch, patches, words, dim)`."""
         images = whole_patches(images, self.patch_size, self.data_format)
         patches = cut(images, self.patch_size)  # (b, r, q, p*p*c)
         words = ops.matmul(patches, self.patch_kernel())  # (b, r, q, words*dim)
         return self.by_patch(words) + self.bias
 
     def patch_kernel(self):
-        """The convolution as a matrix from a patch's pixels to its words."""
+        """Returns the convolution as a matrix, `(pixels of a patch, words * dim)`."""
         size, pad = self.patch_size, self.kernel_size // 2
         starts = [size + pad - i * self.stride for i in range(self.side)]
         x = ops.pad(self.kernel, [[size, size], [size, size], [0, 0], [0, 0]])
@@ -143,14 +151,16 @@ class WordEmbedding(keras.layers.Layer):
         return ops.reshape(x, (size * size * x.shape[2], self.side**2 * self.dim))
 
     def by_patch(self, words):
-        """(batch, rows, columns, words * dim) to (batch, patches, words, dim)."""
+        """Reshapes `(batch, rows, columns, words * dim)` to `(batch, patches, words, dim)`."""
         return in_a_row(words, self.side**2, self.dim)
 
     def compute_output_shape(self, input_shape):
+        """Returns `(batch, patches, words, dim)`."""
         batch_and_patches = patches_of(input_shape, self.patch_size, self.data_format)
         return (*batch_and_patches, self.side**2, self.dim)
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "dim": self.dim,
@@ -162,19 +172,22 @@ class WordEmbedding(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class LegacyWordEmbedding(WordEmbedding):
-    """The stem of timm's first TNT: the convolution sees the whole image, then patches are cut.
+    """Stem of timm's first TNT port: the convolution reads across patches.
+
+    The image is convolved as a whole and split into patches afterwards.
 
     Args:
         dim: dimension of a word.
-        patch_size: side of a patch in pixels; divides height and width.
-        stride: side of a word in pixels; divides `patch_size`.
-        data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+        patch_size: side of a patch in pixels; divides height and width. Defaults to 16.
+        stride: side of a word in pixels; divides `patch_size`. Defaults to 4.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras's image data format.
 
     Returns:
-        `(batch, patches, words, dim)`: patches row by row, in each its words row by row.
+        `(batch, patches, words, dim)`, both patches and words in row-major order.
     """
 
     def call(self, images):
+        """Maps images to `(batch, patches, words, dim)`."""
         pad = [self.kernel_size // 2] * 2
         images = whole_patches(images, self.patch_size, self.data_format)
         images = ops.pad(images, [[0, 0], pad, pad, [0, 0]])
@@ -184,12 +197,13 @@ class LegacyWordEmbedding(WordEmbedding):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class WordsToPatches(CompositeLayer):
-    """All words of a patch, side by side, normalised and projected (TNT, equations 5 and 6).
+    """Word-to-patch projection of the concatenated, normalized words (TNT, equations 5 and 6).
 
     Args:
         dim: dimension of a patch.
-        use_bias: whether the projection has a bias: in the stem, not in the blocks.
-        epsilon: of the norms.
+        use_bias: whether the projection has a bias, as in the stem and not in the blocks. Defaults
+            to `True`.
+        epsilon: epsilon of the layer norms. Defaults to 1e-5.
 
     Call arguments:
         words: `(batch, patches, words, inner_dim)`.
@@ -199,17 +213,20 @@ class WordsToPatches(CompositeLayer):
     """
 
     def __init__(self, dim: int, use_bias: bool = True, epsilon: float = 1e-5, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.dim = dim
         self.use_bias = use_bias
         self.epsilon = epsilon
 
     def norm(self, name, shape):
+        """Returns a built layer norm over the last axis of `shape`."""
         norm = LayerNormalization(epsilon=self.epsilon, dtype=self.dtype_policy, name=name)
         norm.build(shape)
         return norm
 
     def build_projection(self, words_shape):
+        """Builds the projection from `words * inner_dim` to `dim` values."""
         *lead, words, inner_dim = words_shape
         self.projection = projection(
             self.dim, self.use_bias, dtype=self.dtype_policy, name="projection"
@@ -217,17 +234,24 @@ class WordsToPatches(CompositeLayer):
         self.projection.build((*lead, words * inner_dim))
 
     def build(self, words_shape):
+        """Builds a norm of the concatenated words, the projection, and a norm of the patches."""
         *lead, words, inner_dim = words_shape
         self.norm_words = self.norm("norm_words", (*lead, words * inner_dim))
         self.build_projection(words_shape)
         self.norm_patches = self.norm("norm_patches", (*lead, self.dim))
 
     def flatten(self, words):
+        """Concatenates the words of each patch: `(batch, patches, words * inner_dim)`."""
         _, patches, count, inner_dim = shape_of(words)
         return reshape(words, (-1, patches, count * inner_dim))  # (b, n, words*inner_dim)
 
     def weigh(self, x, words):
-        """Each word of x, (b, n, words*inner_dim), by how much it is read: 1 unless changed."""
+        """Multiplies each word of `x` by its observer gate; returns `x` without an observer.
+
+        Args:
+            x: `(batch, patches, words * inner_dim)`.
+            words: `(batch, patches, words, inner_dim)`, used for its shape and dtype alone.
+        """
         look = link_observer()
         if look is None:
             return x
@@ -235,6 +259,7 @@ class WordsToPatches(CompositeLayer):
         return x * ops.repeat(weights, words.shape[-1], axis=-1)
 
     def call(self, words, training=False):
+        """Maps words to `(batch, patches, dim)`, in C++ where the kernel supports it."""
         x = self.flatten(words)
         patches = fused.projected(self, x, training)
         if patches is not None:
@@ -242,9 +267,11 @@ class WordsToPatches(CompositeLayer):
         return self.norm_patches(self.projection(self.weigh(self.norm_words(x), words)))
 
     def compute_output_shape(self, words_shape):
+        """Returns `(batch, patches, dim)`."""
         return (*words_shape[:-2], self.dim)
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "dim": self.dim,
@@ -255,12 +282,14 @@ class WordsToPatches(CompositeLayer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class LegacyWordsToPatches(WordsToPatches):
-    """The blocks' projection in timm's first TNT: each word normalised by itself, no norm after.
+    """Word-to-patch projection of timm's first TNT port, with a norm of each single word.
+
+    No norm follows the projection.
 
     Args:
         dim: dimension of a patch.
-        use_bias: whether the projection has a bias.
-        epsilon: of the norm.
+        use_bias: whether the projection has a bias. Defaults to `True`.
+        epsilon: epsilon of the layer norm. Defaults to 1e-5.
 
     Call arguments:
         words: `(batch, patches, words, inner_dim)`.
@@ -270,20 +299,23 @@ class LegacyWordsToPatches(WordsToPatches):
     """
 
     def build(self, words_shape):
+        """Builds a norm of the single words and the projection."""
         self.norm_words = self.norm("norm_words", words_shape)
         self.build_projection(words_shape)
 
     def call(self, words, training=False):
+        """Maps words to `(batch, patches, dim)`."""
         return self.projection(self.weigh(self.flatten(self.norm_words(words)), words))
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ClassToken(keras.layers.Layer):
-    """Puts a learned token in front: `(batch, tokens, dim)` to `(batch, 1 + tokens, dim)`."""
+    """Prepends a learned token: `(batch, tokens, dim)` to `(batch, 1 + tokens, dim)`."""
 
     part = "token"
 
     def build(self, input_shape):
+        """Creates the `(1, 1, dim)` token."""
         self.token = self.add_weight(
             name="token",
             shape=(1, 1, input_shape[-1]),
@@ -291,44 +323,48 @@ class ClassToken(keras.layers.Layer):
         )
 
     def call(self, x):
+        """Maps `(batch, tokens, dim)` to `(batch, 1 + tokens, dim)`."""
         token = ops.broadcast_to(
             ops.convert_to_tensor(self.token, dtype=x.dtype), (ops.shape(x)[0], 1, x.shape[-1])
         )
         return ops.concatenate([shard_like(token, x), x], axis=1)
 
     def compute_output_shape(self, input_shape):
+        """Returns `(batch, 1 + tokens, dim)`."""
         batch, tokens, dim = input_shape
         return (batch, None if tokens is None else tokens + 1, dim)
 
     def get_config(self):
-        """Returns the configuration; Keras itself makes none where `dtype` is a policy object."""
+        """Returns the base configuration; Keras generates none if `dtype` is a policy object."""
         return super().get_config()
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class PositionEmbedding(keras.layers.Layer):
-    """Adds a learned position to each token of a grid, and to prefix tokens before it.
+    """Learned position embedding of a token grid and of the prefix tokens before it.
 
-    Weights saved on another grid are resampled as they load.
+    Position tables saved for another grid are resampled when they are loaded.
 
     Args:
         grid: (rows, columns) of the table.
-        prefix_tokens: how many tokens stand before the grid's.
+        prefix_tokens: number of tokens before those of the grid. Defaults to 0.
 
     Call arguments:
         x: `(batch, ..., prefix_tokens + rows * columns, dim)`.
-        grid: `(batch, rows, columns)`, whose shape tells the grid of `x`, for which the table is
-            resampled as weights are that load; None: the table's.
+        grid: `(batch, rows, columns)`, whose shape is the grid of `x`; the table is resampled to it
+            as at loading. Defaults to the table's grid.
     """
 
     part = "position"
 
     def __init__(self, grid: tuple[int, int], prefix_tokens: int = 0, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.grid = tuple(grid)
         self.prefix_tokens = prefix_tokens
 
     def build(self, input_shape):
+        """Creates the `(prefix_tokens + rows * columns, dim)` table."""
         self.table = self.add_weight(
             name="table",
             shape=(self.prefix_tokens + self.grid[0] * self.grid[1], input_shape[-1]),
@@ -337,10 +373,18 @@ class PositionEmbedding(keras.layers.Layer):
         )
 
     def call(self, x, grid=None):
+        """Adds the table to `(batch, ..., prefix_tokens + rows * columns, dim)`."""
         return x + ops.cast(self.table_on(grid), self.compute_dtype)
 
     def table_on(self, grid):
-        """The table (prefix_tokens + rows * columns, dim) on the grid that a tensor's shape is."""
+        """Returns the position table, resampled to the grid given by the shape of `grid`.
+
+        Args:
+            grid: `(batch, rows, columns)`. If `None`, the table is not resampled.
+
+        Returns:
+            `(prefix_tokens + rows * columns, dim)`.
+        """
         table = ops.convert_to_tensor(self.table)
         if grid is None or tuple(grid.shape[1:]) == self.grid:
             return table
@@ -349,7 +393,7 @@ class PositionEmbedding(keras.layers.Layer):
         return ops.concatenate([table[:prefix], ops.reshape(positions, (-1, dim))])
 
     def can_resample(self, shape):
-        """Whether a table of this shape, as `resample` takes it, holds another grid's positions."""
+        """Returns whether `resample` accepts a table of this shape."""
         dim = self.table.shape[-1]
         if len(shape) == 4:
             return shape[2:] == (dim, 1) and min(shape) > 0 and self.prefix_tokens == 0
@@ -358,11 +402,11 @@ class PositionEmbedding(keras.layers.Layer):
         return math.prod(shape[:-2]) == 1 and shape[-1] == dim and is_square
 
     def resample(self, table):
-        """Fit the table of another grid to this layer's.
+        """Resamples a table of another grid to this layer's grid.
 
         Args:
-            table: array (..., prefix + tokens, dim), the grid taken to be square, or
-                (rows, columns, dim, 1).
+            table: array `(..., prefix + tokens, dim)` of a square grid, or `(rows, columns, dim,
+                1)`.
 
         Returns:
             Array of the shape of this layer's table.
@@ -376,17 +420,21 @@ class PositionEmbedding(keras.layers.Layer):
         return resample_positions(table, grid, self.grid, self.prefix_tokens)
 
     def save_own_variables(self, store):
+        """Saves the table and its grid, from which `load_own_variables` resamples."""
         super().save_own_variables(store)
         store["grid"] = np.array(self.grid)
 
     def load_own_variables(self, store):
+        """Loads a table, resampled from the grid it was saved with."""
         table, grid = np.array(store["0"]), tuple(int(side) for side in store["grid"])
         self.table.assign(resample_positions(table, grid, self.grid, self.prefix_tokens))
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`."""
         return input_shape
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "grid": self.grid,
@@ -395,19 +443,19 @@ class PositionEmbedding(keras.layers.Layer):
 
 
 def resample_positions(table, grid, new_grid, prefix_tokens=0):
-    """Resample a table of positions to another grid: bicubic, antialiased, prefix unchanged.
+    """Resamples a position table to another grid: bicubic, antialiased, prefix unchanged.
 
     Args:
-        table: array (prefix_tokens + rows * columns, dim).
+        table: array `(prefix_tokens + rows * columns, dim)`.
         grid: (rows, columns) of `table`.
-        new_grid: (rows, columns) wanted.
-        prefix_tokens: rows of `table` that belong to no place in the grid.
+        new_grid: (rows, columns) of the result.
+        prefix_tokens: number of leading rows of `table` outside the grid. Defaults to 0.
 
     Returns:
-        Array (prefix_tokens + new rows * new columns, dim) of `table`'s dtype.
+        Array `(prefix_tokens + new rows * new columns, dim)` of `table`'s dtype.
 
     Raises:
-        ValueError: if `table` does not have the rows that `grid` and `prefix_tokens` say.
+        ValueError: if `table` does not have `prefix_tokens + rows * columns` rows.
     """
     if len(table) != prefix_tokens + grid[0] * grid[1]:
         raise ValueError(

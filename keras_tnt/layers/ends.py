@@ -1,4 +1,4 @@
-"""Where a model begins and ends: images in, tokens out of the sequence, predictions out."""
+"""Input normalization, token selection and the predictions layer of a classifier."""
 
 import keras
 import numpy as np
@@ -10,15 +10,19 @@ CHANNELS_AXIS = {"channels_first": 1, "channels_last": -1}
 def scale_and_offset(
     mean: tuple[float, ...], std: tuple[float, ...], channels: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What takes pixels in [0, 255] to (pixels / 255 - mean) / std: pixels * scale + offset.
+    """Returns scale and offset for which `pixels * scale + offset` normalizes pixels in [0, 255].
+
+    The result is `(pixels / 255 - mean) / std`.
 
     Args:
-        mean, std: of pixels in [0, 1], a value a channel. Images of another number of channels
-            take their averages.
-        channels: of the images.
+        mean: mean of pixels in [0, 1], one value per channel. Images with another number of
+            channels use the average.
+        std: standard deviation of pixels in [0, 1], one value per channel, averaged in the same
+            way.
+        channels: number of channels of the images.
 
     Returns:
-        Two float64 arrays of one value, or of one value a channel.
+        Two float64 arrays `(scale, offset)`, each of one value, or of one value per channel.
     """
     mean, std = (np.asarray(values, "float64") for values in (mean, std))
     if channels != len(mean):
@@ -30,26 +34,28 @@ def scale_and_offset(
 
 
 def along_channels(values: np.ndarray, data_format: str) -> np.ndarray:
-    """Values of one a channel in the shape that broadcasts over a batch of images."""
+    """Reshapes per-channel values so that they broadcast over a batch of images."""
     return np.reshape(values, (-1, 1, 1) if data_format == "channels_first" else (-1,))
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ImageNormalization(keras.layers.Layer):
-    """The first layer of every model: it normalises the images, and says what they have to be.
+    """Input layer of every model: validates and normalizes images, and stores the input metadata.
 
     Args:
-        family: name of the family that the model belongs to.
-        mean, std: by which pixels in [0, 1] are normalised, a value a channel.
-        normalises: whether the layer takes pixels in [0, 255] and normalises them. False: images
-            that were normalised outside pass through.
-        crop: share of the side that evaluation shows; None: by the family's rule.
-        interpolation: with which images are resized.
-        data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
-        architecture: what the family's builder was told beside its defaults, of what decides on
-            the model's weights.
-        class_names: names of the classes of a classifier around the model, which has no layer of
-            its own to hold them. If `None`, they are not known.
+        family: name of the model's family.
+        mean: mean of pixels in [0, 1], one value per channel.
+        std: standard deviation of pixels in [0, 1], one value per channel.
+        normalises: whether the layer normalizes pixels in [0, 255]. If `False`, images that are
+            already normalized pass through. Defaults to `True`.
+        crop: fraction of the side that the center crop of evaluation shows. If `None`, the family's
+            default applies.
+        interpolation: interpolation method for resizing images. Defaults to "bicubic".
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras's image data format.
+        architecture: non-default arguments of the family's builder that affect the weights.
+            Defaults to none.
+        class_names: names of the classes of a classifier around the model, which has no layer to
+            store them. If `None`, they are unknown.
 
     Call arguments:
         images: `(batch, height, width, channels)`, or channels first.
@@ -71,6 +77,7 @@ class ImageNormalization(keras.layers.Layer):
         class_names: list[str] | None = None,
         **kwargs,
     ):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.family = family
         self.mean = tuple(mean)
@@ -83,13 +90,17 @@ class ImageNormalization(keras.layers.Layer):
         self.class_names = None if class_names is None else list(class_names)
 
     def build(self, input_shape):
+        """Stores the shape of an image, without the batch axis, for `check_shape`."""
         self.image_shape = tuple(input_shape[1:])
 
     def check_shape(self, shape):
-        """Raises an error for images that are not those which the model was built for.
+        """Checks that images have the shape that the model was built for.
 
         Args:
-            shape: of the images, `(batch, ...)`; sizes that are not known fit.
+            shape: shape of the images, `(batch, ...)`; unknown sizes are accepted.
+
+        Raises:
+            ValueError: if the rank or a known size differs.
         """
         wanted = self.image_shape
         sizes = [(own, side) for own, side in zip(wanted, shape[1:], strict=False) if own]
@@ -108,6 +119,7 @@ class ImageNormalization(keras.layers.Layer):
         )
 
     def call(self, images):
+        """Checks and normalizes images; preserves the shape."""
         self.check_shape(images.shape)
         if not self.normalises:
             return images
@@ -119,11 +131,13 @@ class ImageNormalization(keras.layers.Layer):
         return ops.cast(images, self.compute_dtype) * scale + offset
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`, after checking it if the layer is built."""
         if self.built:
             self.check_shape(input_shape)
         return input_shape
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "family": self.family,
@@ -140,22 +154,25 @@ class ImageNormalization(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class SelectTokens(keras.layers.Layer):
-    """Some tokens of a sequence: `(batch, tokens, dim)` to `(batch, stop - start, dim)`.
+    """Slice of a token sequence: `(batch, tokens, dim)` to `(batch, stop - start, dim)`.
 
     Args:
-        start: the first token wanted, counted from 0.
-        stop: the first token not wanted any more; None: all from `start` on.
+        start: start index, counted from 0. Defaults to 0.
+        stop: end index (exclusive). If `None`, the slice extends to the last token.
     """
 
     def __init__(self, start: int = 0, stop: int | None = None, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.start = start
         self.stop = stop
 
     def call(self, x):
+        """Maps `(batch, tokens, dim)` to `(batch, stop - start, dim)`."""
         return x[:, self.start : self.stop]
 
     def compute_output_shape(self, input_shape):
+        """Returns `(batch, stop - start, dim)`, clipped to the number of tokens if known."""
         batch, tokens, dim = input_shape
         if tokens is not None:
             tokens = len(range(tokens)[self.start : self.stop])
@@ -164,46 +181,53 @@ class SelectTokens(keras.layers.Layer):
         return (batch, tokens, dim)
 
     def get_config(self):
+        """Returns `start` and `stop`."""
         return {**super().get_config(), "start": self.start, "stop": self.stop}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class SelectToken(keras.layers.Layer):
-    """One token of a sequence: `(batch, tokens, dim)` to `(batch, dim)`.
+    """Selection of one token of a sequence: `(batch, tokens, dim)` to `(batch, dim)`.
 
     Args:
-        index: of the token, counted from 0.
+        index: index of the token, counted from 0. Defaults to 0.
     """
 
     def __init__(self, index: int = 0, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.index = index
 
     def call(self, x):
+        """Maps `(batch, tokens, dim)` to `(batch, dim)`."""
         return x[:, self.index]
 
     def compute_output_shape(self, input_shape):
+        """Returns `(batch, dim)`."""
         return (input_shape[0], input_shape[-1])
 
     def get_config(self):
+        """Returns `index`."""
         return {**super().get_config(), "index": self.index}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class Predictions(keras.layers.Activation):
-    """The last layer of a classifier: the activation of its logits, and the names of its classes.
+    """Last layer of a classifier: activation of its logits, and the class names.
 
     Args:
-        activation: as `keras.layers.Activation` takes it; None: logits.
-        class_names: list of names, one a class; None: they have none.
+        activation: as for `keras.layers.Activation`. If `None`, the outputs are logits.
+        class_names: list of names, one per class. If `None`, the classes are unnamed.
 
     Call arguments:
         logits: `(batch, classes)`.
     """
 
     def __init__(self, activation=None, class_names: list[str] | None = None, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(activation, **kwargs)
         self.class_names = None if class_names is None else list(class_names)
 
     def get_config(self):
+        """Returns `activation` and `class_names`."""
         return {**super().get_config(), "class_names": self.class_names}

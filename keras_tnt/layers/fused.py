@@ -1,10 +1,10 @@
-"""What is computed in C++, when, and with which weights.
+"""Dispatch of layers to the C++ kernels.
 
-A transformer block among the words of patches is wherever a CPU computes, to train or to predict;
-one among the patches, and what words become patches by, where a CPU trains, or predicts with
-products in bfloat16 that its own instructions compute. In either case the block has to be nothing
-but norms, self-attention, MLP and residuals, all but the products in float32, without dropout; and
-words have to fill the processor's vectors.
+Inner (word) blocks use the kernels on CPUs for training and inference. Outer (patch) blocks and the
+word-to-patch projection use them only for training, and for bfloat16 inference on CPUs with
+AVX512-BF16. Blocks must be pre-norm self-attention and MLP without squeeze-and-excitation, without
+dropout while training, and in float32 outside matrix products. The number of words must be
+divisible by the SIMD width.
 """
 
 import keras
@@ -18,15 +18,15 @@ from keras_tnt.native import runtimes
 
 
 def transformed(block, x, training=False):
-    """What a block makes of words or tokens, in C++.
+    """Runs a transformer block in C++.
 
     Args:
         block: a built `TransformerBlock`.
         x: `(batch, patches, words, dim)` or `(batch, tokens, dim)`.
-        training: whether the block trains.
+        training: whether the call is for training. Defaults to `False`.
 
     Returns:
-        The same shape; None where there is no C++ for it, so that the block computes itself.
+        A tensor of the same shape, or `None` if the kernel does not support the block.
     """
     if not is_plain(block) or training and (block.dropout or block.attention_dropout):
         return None
@@ -46,15 +46,15 @@ def transformed(block, x, training=False):
 
 
 def projected(layer, x, training=False):
-    """What a layer makes of words, in C++.
+    """Runs a word-to-patch projection in C++.
 
     Args:
         layer: a built `WordsToPatches`.
-        x: `(batch, patches, inputs)`, the words of each patch side by side.
-        training: whether the layer trains.
+        x: `(batch, patches, words * inner_dim)`, the concatenated words of each patch.
+        training: whether the call is for training. Defaults to `False`.
 
     Returns:
-        `(batch, patches, dim)`; None where there is no C++ for it.
+        `(batch, patches, dim)`, or `None` if the kernel does not support the layer.
     """
     if layer.compute_dtype != "float32":
         return None
@@ -74,16 +74,21 @@ def projected(layer, x, training=False):
 
 
 def in_float32(*tensors):
+    """Returns whether all tensors are in float32."""
     return all(keras.backend.standardize_dtype(x.dtype) == "float32" for x in tensors)
 
 
 def runs_here(x, training, dtype):
-    """Whether something is to be computed on a CPU of this process, unobserved, and best in C++.
+    """Returns whether to use the C++ kernel for this call.
+
+    The call must be eager or traced for a CPU of this process, without an attention observer and
+    without an explicit JAX mesh. float32 outside of word blocks is supported for training alone,
+    bfloat16 for inference alone.
 
     Args:
-        x: words or tokens.
-        training: whether it is for training.
-        dtype: in which it multiplies.
+        x: words `(batch, patches, words, dim)`, or a tensor of rank 3.
+        training: whether the call is for training.
+        dtype: dtype of the matrix products, as `dtype_of` returns it.
     """
     among_words = len(x.shape) == 4
     if link_observer() is not None or dtype not in ("float32", "bfloat16"):
@@ -98,22 +103,23 @@ def runs_here(x, training, dtype):
 
 
 def keep_of(block, x):
-    """What stochastic depth multiplies the branches by, `(2, batch, patches)` or `(2, batch)`."""
+    """Returns the drop-path masks of both branches, `(2, batch, patches)` or `(2, batch)`."""
     ones = ops.ones_like(x[..., :1, :1])
     drops = block.drop_attention, block.drop_mlp
     return ops.stack([drop(ones, training=True)[..., 0, 0] for drop in drops])
 
 
 def sizes_of(block, shape, half):
-    """The `native.Sizes` of a block for words or tokens of a shape.
+    """Returns the native sizes of a block for inputs of a shape.
 
     Args:
         block: a built `TransformerBlock`.
-        shape: of the words or tokens.
-        half: whether it is to multiply in bfloat16, not float32.
+        shape: shape of the words or tokens.
+        half: whether matrix products are in bfloat16 instead of float32.
 
     Returns:
-        None where there is no C++ for it.
+        `native.InnerSizes` for words, `native.OuterSizes` for tokens, or `None` if the kernel does
+        not support the block.
     """
     rank = len(shape)
     if not is_plain(block) or block.stochastic_depth and block.sample_axes > rank - 2:
@@ -134,26 +140,35 @@ def sizes_of(block, shape, half):
 
 
 def patch_sizes_of(layer, inputs, half):
-    """The `native.PatchSizes` of a `WordsToPatches` for so many numbers a patch, as `sizes_of`."""
+    """Returns the native sizes of a word-to-patch projection.
+
+    Args:
+        layer: a built `WordsToPatches`.
+        inputs: `words * inner_dim`, the number of inputs per patch.
+        half: whether the matrix product is in bfloat16 instead of float32.
+
+    Returns:
+        `native.PatchSizes`, or `None` if the kernel does not support the layer.
+    """
     return None if half and not native.takes_half(inputs) else native.PatchSizes(layer.dim, half)
 
 
 def is_plain(block):
-    """Whether a block is nothing but norms, self-attention, MLP and residuals in float32."""
+    """Returns whether a block is in float32, has `SelfAttention` and no `SqueezeExcite`."""
     if block.compute_dtype != "float32" or block.squeeze_excite:
         return False
     return type(block.attention) is SelfAttention
 
 
 def dtype_of(*dense):
-    """In which type dense layers multiply; None where they differ, or are quantized."""
+    """Returns the common matmul dtype of dense layers; `None` if they differ or are quantized."""
     dtypes = {layer.compute_dtype for layer in dense}
     quantized = any(layer.quantization_mode is not None for layer in dense)
     return dtypes.pop() if len(dtypes) == 1 and not quantized else None
 
 
 def weights_of(block, shape):
-    """A block's weights as `native.Weights`, for words or tokens of a shape."""
+    """Returns a block's weights as `native.Weights`, for words or tokens of a shape."""
     qkv, projection = block.attention.qkv, block.attention.projection
     scale_attention = scale_mlp = None
     if block.layer_scale is not None:
@@ -169,7 +184,7 @@ def weights_of(block, shape):
 
 
 def norm_weights(norm, shape):
-    """Scale and offset of a norm, each `(dim, words)`, or `(dim,)` for tokens."""
+    """Yields scale and offset of a layer norm, each `(dim, words)`, or `(dim,)` for tokens."""
     for weight in (norm.gamma, norm.beta):  # (dim,) or (words, dim)
         if len(shape) == 3:
             yield ops.convert_to_tensor(weight)
@@ -180,7 +195,7 @@ def norm_weights(norm, shape):
 
 
 def dense_weights(layer, scale=None):
-    """Kernel and bias of a dense layer, with the LayerScale that follows it."""
+    """Yields kernel and bias of a dense layer, multiplied by the LayerScale that follows it."""
     bias = ops.zeros(layer.units) if layer.bias is None else layer.bias
     for weight in (layer.kernel, bias):
         weight = ops.convert_to_tensor(weight)

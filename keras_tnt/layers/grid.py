@@ -1,8 +1,8 @@
-"""Images, the grid of their patches, and tables that are resampled to another grid.
+"""Image layout, patch grids, and bicubic resampling of tables to another grid.
 
-A model of images of any size is made of the layers that a model of one size is made of. Those that
-must know the grid of the patches are called with it besides: a tensor `(batch, rows, columns)` of
-which they read the shape alone, as it is the shape that every backend knows soonest.
+Models with a fixed image size and models of any size use the same layers. In the latter, layers
+that need the patch grid are also called with a tensor `(batch, rows, columns)`, of which they read
+only the shape, because static shapes propagate earlier than values on every backend.
 """
 
 import functools
@@ -16,33 +16,38 @@ from keras_tnt.layers.sharding import reshape
 
 
 def shape_of(x):
-    """The shape of a tensor; where a graph has sizes yet to come, beside the batch, tensors."""
+    """Returns the static shape of a tensor, or the dynamic shape if it is unknown.
+
+    An unknown batch size alone does not require the dynamic shape.
+    """
     return ops.shape(x) if None in x.shape[1:] else x.shape
 
 
 def product(*sizes):
-    """The product of sizes of which any may be None, not known."""
+    """Returns the product of sizes, or `None` if one of them is `None` (unknown)."""
     return None if None in sizes else math.prod(sizes)
 
 
 def ceil_divide(size, divisor):
-    """How many of `divisor` it takes to cover a size, which may be None or symbolic."""
-    # Of positive numbers alone: tf2onnx writes a division of integers that rounds towards zero.
+    """Returns `ceil(size / divisor)` for a size that is an integer, symbolic or `None`."""
+    # The operands are positive, because tf2onnx exports integer division as rounding to zero.
     return None if size is None else (size + divisor - 1) // divisor
 
 
 def checked(x, sides, fits, told):
-    """A tensor, once sides are known to fit.
+    """Returns `x` after asserting that all `sides` satisfy `fits`.
 
     Args:
         x: the tensor.
-        sides: integers, or sizes that a graph has to come. Those are checked as it runs, by an
-            assertion, on TensorFlow (not within XLA), and not at all elsewhere.
-        fits: function from a side, a number or tensor, to whether it fits.
-        told: function from the sides to (message with "{}" in it, what stands there).
+        sides: integers, or sizes that are unknown before a graph runs. The latter are checked by an
+            assertion at run time on TensorFlow (except within XLA), and not checked on other
+            backends.
+        fits: predicate of a side, which is an integer or a tensor.
+        told: function from the sides to `(message, values)`, a format string with "{}" and the
+            values to insert.
 
     Raises:
-        ValueError: if a side does not fit.
+        ValueError: if a static side does not fit.
     """
     if all(isinstance(side, int) for side in sides):
         if not all(fits(side) for side in sides):
@@ -63,34 +68,35 @@ def checked(x, sides, fits, told):
 
 
 def channels_last(images, data_format):
-    """(batch, height, width, channels) of images laid out as `data_format` says."""
+    """Transposes images from `data_format` to `(batch, height, width, channels)`."""
     if data_format == "channels_first":
         return ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
     return images
 
 
 def image_size(input_shape, data_format):
-    """(height, width, channels) of a batch of images of `input_shape`."""
+    """Returns (height, width, channels) of a batch of images of `input_shape`."""
     if data_format == "channels_first":
         return (*input_shape[2:], input_shape[1])
     return tuple(input_shape[1:])
 
 
 def patches_of(input_shape, patch_size, data_format):
-    """(batch, patches) of images of `input_shape`."""
+    """Returns (batch, patches) for a batch of images of `input_shape`."""
     height, width, _ = image_size(input_shape, data_format)
     return input_shape[0], product(*(ceil_divide(x, patch_size) for x in (height, width)))
 
 
 def whole_patches(images, patch_size, data_format):
-    """Images of whole patches, channels last.
+    """Returns images channels last, after asserting that they consist of whole patches.
 
     Args:
-        images: (batch, height, width, channels), or channels first as `data_format` says.
+        images: `(batch, height, width, channels)`, or channels first, according to `data_format`.
         patch_size: side of a patch in pixels.
+        data_format: `"channels_last"` or `"channels_first"`.
 
     Raises:
-        ValueError: if it does not divide height and width.
+        ValueError: if `patch_size` does not divide height and width.
     """
     images = channels_last(images, data_format)
     return checked(
@@ -102,7 +108,7 @@ def whole_patches(images, patch_size, data_format):
 
 
 def misfit(size, patch_size):
-    """What is said of images that are not made of whole patches: `told` of `checked`."""
+    """Returns message and values of the error for partial patches, as `told` of `checked`."""
     nearest = [nearest_multiple(side, patch_size) for side in size]
     return (
         f"Height and width of images must be multiples of {patch_size}. Received: {{}}x{{}}. The "
@@ -111,19 +117,20 @@ def misfit(size, patch_size):
 
 
 def nearest_multiple(side, divisor):
-    """The positive multiple of `divisor` that is nearest to a side."""
+    """Returns the positive multiple of `divisor` that is nearest to `side`."""
     count = (2 * side + divisor) // (2 * divisor)
     return divisor * (max(count, 1) if isinstance(side, int) else ops.maximum(count, 1))
 
 
 def cut(images, size):
-    """Cut images into squares of `size` pixels, flattened row by row, channels last.
+    """Patchifies images: splits them into squares, flattened in row-major order, channels last.
 
     Args:
-        images: (batch, height, width, channels).
+        images: `(batch, height, width, channels)`.
+        size: side of a square in pixels.
 
     Returns:
-        (batch, height / size, width / size, size * size * channels).
+        `(batch, height / size, width / size, size * size * channels)`.
     """
     _, height, width, channels = shape_of(images)
     rows, columns = height // size, width // size
@@ -133,7 +140,7 @@ def cut(images, size):
 
 
 def in_a_row(x, *rest):
-    """(batch, rows, columns, ...) to (batch, rows * columns, *rest)."""
+    """Flattens the grid: `(batch, rows, columns, ...)` to `(batch, rows * columns, *rest)`."""
     _, rows, columns, *_ = shape_of(x)
     return reshape(x, (-1, rows * columns, *rest))  # (b, r*q, ...)
 
@@ -142,10 +149,14 @@ def in_a_row(x, *rest):
 
 
 def told_grid(grid, own):
-    """(rows, columns): the shape of the tensor that a layer is called with, or else its own.
+    """Returns (rows, columns) of the `grid` tensor of a call, or else the layer's own grid.
+
+    Args:
+        grid: tensor `(batch, rows, columns)`, or `None`.
+        own: (rows, columns) of the layer, or `None`.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if both are `None`.
     """
     if grid is not None:
         return tuple(shape_of(grid)[1:])
@@ -156,11 +167,11 @@ def told_grid(grid, own):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class PatchGrid(keras.layers.Layer):
-    """A pixel of each patch: its shape is the grid that layers are called with.
+    """Subsamples one pixel per patch; only the (rows, columns) shape of the output is used.
 
     Args:
-        patch_size: side of a patch in pixels; a part of a patch at the end counts as one.
-        data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+        patch_size: side of a patch in pixels; a partial patch at the end counts as one.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras's image data format.
 
     Call arguments:
         images: `(batch, height, width, channels)`, or channels first.
@@ -170,21 +181,25 @@ class PatchGrid(keras.layers.Layer):
     """
 
     def __init__(self, patch_size: int, data_format: str | None = None, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.data_format = data_format or keras.config.image_data_format()
 
     def call(self, images):
+        """Maps images to `(batch, rows, columns)`."""
         size = self.patch_size
         if self.data_format == "channels_first":
             return images[:, 0, ::size, ::size]
         return images[:, ::size, ::size, 0]
 
     def compute_output_shape(self, input_shape):
+        """Returns `(batch, rows, columns)`."""
         sides = image_size(input_shape, self.data_format)[:2]
         return (input_shape[0], *(ceil_divide(side, self.patch_size) for side in sides))
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "patch_size": self.patch_size,
@@ -194,7 +209,7 @@ class PatchGrid(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class PatchMap(keras.layers.Layer):
-    """Patches in a row as the map that they are.
+    """Reshapes a sequence of patches to a feature map.
 
     Call arguments:
         patches: `(batch, rows * columns, dim)`.
@@ -205,31 +220,33 @@ class PatchMap(keras.layers.Layer):
     """
 
     def call(self, patches, grid):
+        """Maps `(batch, rows * columns, dim)` to `(batch, rows, columns, dim)`."""
         rows, columns = told_grid(grid, None)
         return reshape(patches, (-1, rows, columns, patches.shape[-1]))  # (b, r, q, c)
 
     def compute_output_shape(self, patches_shape, grid_shape):
+        """Returns `(batch, rows, columns, dim)`."""
         return (patches_shape[0], *grid_shape[1:], patches_shape[-1])
 
     def get_config(self):
-        """Returns the configuration; Keras itself makes none where `dtype` is a policy object."""
+        """Returns the base configuration; Keras generates none if `dtype` is a policy object."""
         return super().get_config()
 
 
-# === Tables on another grid ===
+# === Resampling of tables ===
 
 
 def resample(table, sides, new_sides, dim=1):
-    """Resample axes of an array or tensor: bicubic, antialiased.
+    """Resamples axes of an array or tensor: bicubic, antialiased.
 
     Args:
-        table: `(..., *sides, dim)`, in any shape that holds it in this order.
+        table: `(..., *sides, dim)`, or any shape with the same elements in the same order.
         sides: sizes of the axes.
-        new_sides: sizes wanted; of tensors also those that a graph does not know before it runs.
-        dim: size of what follows the axes.
+        new_sides: sizes of the resampled axes; those of tensors may be unknown before a graph runs.
+        dim: number of values after the axes. Defaults to 1.
 
     Returns:
-        `(..., *new_sides, dim)`, in a shape that holds it in this order.
+        The values of `(..., *new_sides, dim)` in this order, not necessarily in this shape.
     """
     xp = np if isinstance(table, np.ndarray) else ops
     following = math.prod(sides) * dim
@@ -245,10 +262,15 @@ def resample(table, sides, new_sides, dim=1):
 
 
 def resampling_matrix(size, new_size):
-    """Weights (new_size, size) of bicubic resampling with antialias, Keys' cubic with a = -0.5.
+    """Returns the weights of antialiased bicubic resampling (Keys' cubic, a = -0.5).
 
-    A float64 array; a float32 tensor where a graph has one of the sizes yet to come. Where the
-    sizes are equal, the weights are exactly one and zero.
+    Args:
+        size: number of samples.
+        new_size: number of samples of the result.
+
+    Returns:
+        `(new_size, size)`: a float64 array, or a float32 tensor if a size is unknown before a graph
+        runs. For equal sizes it is exactly the identity.
     """
     if isinstance(size, int) and isinstance(new_size, int):
         return weights_of_integers(size, new_size)
@@ -257,11 +279,19 @@ def resampling_matrix(size, new_size):
 
 @functools.lru_cache(maxsize=256)
 def weights_of_integers(size, new_size):
+    """Returns the cached float64 weights for two static sizes."""
     return cubic_weights(np, size, new_size, "float64")
 
 
 def cubic_weights(xp, size, new_size, dtype):
-    """What `resampling_matrix` gives, by NumPy or by Keras's operations."""
+    """Computes `resampling_matrix` with NumPy or Keras operations.
+
+    Args:
+        xp: `numpy` or `keras.ops`.
+        size: number of samples.
+        new_size: number of samples of the result.
+        dtype: dtype of the weights.
+    """
     old_places, places = (xp.arange(side, dtype=dtype) for side in (size, new_size))
     step = (old_places[-1:] + 1) / (places[-1:] + 1)
     centers = (places + 0.5) * step - 0.5

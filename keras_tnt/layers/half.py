@@ -1,4 +1,4 @@
-"""A copy of a model that multiplies in bfloat16 where that is safe and long enough to gain from."""
+"""Conversion of models to bfloat16 matrix products in their large layers."""
 
 import keras
 
@@ -12,7 +12,14 @@ POLICY = "mixed_bfloat16"
 
 
 def check_in_float32(model: keras.Model) -> None:
-    """Raise a ValueError for a model that cannot be told to compute in bfloat16."""
+    """Checks that a model can be converted to bfloat16.
+
+    Args:
+        model: the model.
+
+    Raises:
+        ValueError: if it has layers of another dtype policy than float32, or no layer to convert.
+    """
     layers = model._flatten_layers(include_self=False)
     others = {layer.dtype_policy.name for layer in layers} - {"float32"}
     if others:
@@ -28,13 +35,13 @@ def check_in_float32(model: keras.Model) -> None:
 
 
 def in_bfloat16(model: keras.Model) -> keras.Model:
-    """A copy, with weights of its own, whose attention and MLP over patches are in bfloat16.
+    """Clones a model with bfloat16 attention, MLP and word-to-patch projections.
 
-    Norms, softmax, residuals, stem and heads stay in float32, and words, but on a CPU with C++ for
-    them in bfloat16.
+    Norms, softmax, residuals, stem and heads stay in float32. Word layers do too, unless the
+    bfloat16 CPU kernel supports them. The clone does not share weights with the model.
 
     Args:
-        model: for which `check_in_float32` passes.
+        model: a model that passes `check_in_float32`.
     """
     copy = keras.models.clone_model(model, recursive=True)
     copy.set_weights(model.get_weights())
@@ -44,7 +51,7 @@ def in_bfloat16(model: keras.Model) -> keras.Model:
 
 
 def kernels_to_change(model: keras.Model) -> list[keras.Variable]:
-    """The matrices that `in_bfloat16` has multiplied in bfloat16, but those that C++ converts."""
+    """Returns the kernels that Keras casts to bfloat16; the C++ kernels convert the others."""
     parts = [layer for layer in model._flatten_layers() if is_native(layer)]
     packed = {id(layer) for part in parts for layer in part._flatten_layers()}
     return [
@@ -55,10 +62,10 @@ def kernels_to_change(model: keras.Model) -> list[keras.Variable]:
 
 
 def layers_to_change(model):
-    """The layers of attention and MLP over patches, and the projections of words to patches.
+    """Returns attention and MLP layers over patches, with sublayers, and word-to-patch projections.
 
-    Those over words too where C++ is to compute them; anything else takes longer to convert words
-    than it saves.
+    Word layers are included only if the C++ kernel computes them; otherwise the conversion of words
+    takes longer than it saves.
     """
     layers = list(model._flatten_layers())
     words = {
@@ -71,13 +78,13 @@ def layers_to_change(model):
     for layer in layers:
         if isinstance(layer, Attention | MLP) and id(layer) not in words:
             found += layer._flatten_layers()
-        elif type(layer) is WordsToPatches:  # whose projection a norm follows
+        elif type(layer) is WordsToPatches:  # A norm follows its projection.
             found.append(layer.projection)
     return found
 
 
 def is_native(layer):
-    """Whether there is C++ for a layer that is to multiply in bfloat16."""
+    """Returns whether the C++ kernel computes a layer in bfloat16."""
     if isinstance(layer, TransformerBlock):
         sizes = fused.sizes_of(layer, layer.get_build_config()["input_shape"], half=True)
     elif type(layer) is WordsToPatches:

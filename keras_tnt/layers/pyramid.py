@@ -1,8 +1,7 @@
-"""What PyramidTNT (arXiv 2201.00978) has beyond TNT: a convolutional stem, stages of ever fewer
-patches, outer attention to pooled patches with relative positions.
+"""Layers of PyramidTNT (arXiv 2201.00978): convolutional stem, patch merging, reduced attention.
 
-Maps are channels last inside, whatever the images are: the CPU has no other convolution on
-TensorFlow.
+Feature maps are channels last inside the layers for either image data format, because TensorFlow
+has no channels-first convolution on CPUs.
 """
 
 import keras
@@ -35,12 +34,12 @@ from keras_tnt.native import runtimes
 
 
 def halve(size):
-    """The size of a map after a 3x3 convolution of stride 2, zero-padded by 1 on each side."""
+    """Returns the size of a feature map after a 3x3 convolution of stride 2, zero-padded by 1."""
     return ceil_divide(size, 2)
 
 
 def enough_to_pool(x, grid, size):
-    """A tensor, once a grid is known to have a square of so many patches; see `checked`."""
+    """Returns `x` after asserting that the grid has at least `size` x `size` patches."""
     message = (
         f"A stage pools {size}x{size} patches, and has {{}}x{{}}. Give larger images, or build the "
         "model with smaller `reductions`."
@@ -49,9 +48,10 @@ def enough_to_pool(x, grid, size):
 
 
 def convolution(dim, stride, *, dtype, name):
-    """Returns a 3x3 convolution of a map that `pad_edges` has padded.
+    """Returns a 3x3 convolution for feature maps padded by `pad_edges`.
 
-    Its kernel starts from N(0, sqrt(2 / fan_out)), its bias from zeros, as in the published code.
+    As in the published code, the kernel is initialized from N(0, sqrt(2 / fan_out)) and the bias
+    with zeros.
     """
     return keras.layers.Conv2D(
         dim,
@@ -65,15 +65,16 @@ def convolution(dim, stride, *, dtype, name):
 
 
 def pad_edges(x):
-    """Zeros around (batch, rows, columns, dim); Keras's "same" pads stride 2 on one side only."""
+    """Zero-pads a feature map by 1 on each side; Keras's "same" pads stride 2 on one side only."""
     return ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization` whose statistics a recomputation on torch does not move."""
+    """`keras.layers.BatchNormalization` that freezes its statistics in recomputations on torch."""
 
     def call(self, inputs, training=None, mask=None):
+        """Normalizes `inputs`; in torch's backward pass the moving statistics stay unchanged."""
         if training and keras.backend.backend() == "torch" and runtimes.is_in_torch_backward():
             state = [(variable, variable.value) for variable in self.variables]
             with keras.StatelessScope(state_mapping=state):
@@ -83,19 +84,22 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ConvolutionNormReLU(CompositeLayer):
-    """3x3 convolution, BatchNorm, ReLU: `(batch, rows, columns, channels)` to as many of `dim`.
+    """3x3 convolution, BatchNorm and ReLU, on channels-last feature maps.
 
     Args:
-        dim: channels of the result.
-        stride: of the convolution: 1, or 2 for half the rows and columns, rounded up.
+        dim: number of output channels.
+        stride: stride of the convolution, 1 or 2; 2 halves rows and columns, rounded up. Defaults
+            to 1.
     """
 
     def __init__(self, dim: int, stride: int = 1, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.dim = dim
         self.stride = stride
 
     def build(self, input_shape):
+        """Builds the convolution and its BatchNorm."""
         policy = self.dtype_policy
         self.convolution = convolution(self.dim, self.stride, dtype=policy, name="convolution")
         self.convolution.build((None, None, None, input_shape[-1]))
@@ -103,32 +107,36 @@ class ConvolutionNormReLU(CompositeLayer):
         self.norm.build(self.compute_output_shape(input_shape))
 
     def call(self, x, training=False):
+        """Maps a feature map to `(batch, rows/stride, columns/stride, dim)`, rounded up."""
         return ops.relu(self.norm(self.convolution(pad_edges(x)), training=training))
 
     def compute_output_shape(self, input_shape):
+        """Returns `(batch, rows/stride, columns/stride, dim)`, rounded up."""
         batch, *size, _ = input_shape
         if self.stride == 2:
             size = [halve(side) for side in size]
         return (batch, *size, self.dim)
 
     def get_config(self):
+        """Returns `dim` and `stride`."""
         return {**super().get_config(), "dim": self.dim, "stride": self.stride}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class PyramidStem(CompositeLayer):
-    """Patches of 8x8 pixels and the 4x4 words in each, by convolutions of the whole image.
+    """Convolutional stem: embeds patches of 8x8 pixels and the 4x4 words of each.
 
     Args:
-        outer_dim, inner_dim: dimensions of a patch and of a word.
-        data_format: `"channels_last"` or `"channels_first"`; None: Keras's setting.
+        outer_dim: dimension of a patch.
+        inner_dim: dimension of a word.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to Keras's image data format.
 
     Call arguments:
-        images: `(batch, height, width, channels)`, or channels first; multiples of 8.
+        images: `(batch, height, width, channels)`, or channels first; sides are multiples of 8.
 
     Returns:
         `(patches, words)`: `(batch, height/8 * width/8, outer_dim)` and
-        `(batch, height/8 * width/8, 16, inner_dim)`, row by row.
+        `(batch, height/8 * width/8, 16, inner_dim)`, in row-major order.
     """
 
     part = "stem"
@@ -136,12 +144,14 @@ class PyramidStem(CompositeLayer):
     patch_size = 8
 
     def __init__(self, outer_dim: int, inner_dim: int, data_format: str | None = None, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.outer_dim = outer_dim
         self.inner_dim = inner_dim
         self.data_format = data_format or keras.config.image_data_format()
 
     def build(self, input_shape):
+        """Builds one convolution for both branches, one for the words and three for the patches."""
         height, width, channels = image_size(input_shape, self.data_format)
         shape = (None, height, width, channels)
         self.common = self.step("common", 2 * self.inner_dim, 2, shape)
@@ -154,11 +164,13 @@ class PyramidStem(CompositeLayer):
         self.patches3 = self.step("patches3", self.outer_dim, 1, shape)
 
     def step(self, name, dim, stride, shape):
+        """Returns a built `ConvolutionNormReLU` for inputs of `shape`."""
         step = ConvolutionNormReLU(dim, stride, dtype=self.dtype_policy, name=name)
         step.build(shape)
         return step
 
     def call(self, images, training=False):
+        """Maps images to patches and words."""
         images = whole_patches(images, self.patch_size, self.data_format)
         x = self.common(images, training=training)  # (b, H/2, W/2, 2*inner_dim)
         words = cut(self.words(x, training=training), 4)  # (b, r, q, 16*inner_dim)
@@ -167,10 +179,12 @@ class PyramidStem(CompositeLayer):
         return in_a_row(patches, self.outer_dim), in_a_row(words, 16, self.inner_dim)
 
     def compute_output_shape(self, input_shape):
+        """Returns the shapes of patches and words."""
         batch_and_patches = patches_of(input_shape, self.patch_size, self.data_format)
         return (*batch_and_patches, self.outer_dim), (*batch_and_patches, 16, self.inner_dim)
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "outer_dim": self.outer_dim,
@@ -180,19 +194,21 @@ class PyramidStem(CompositeLayer):
 
 
 class Merge(CompositeLayer):
-    """What the two mergings share: LayerNorm, then a 3x3 convolution of stride 2."""
+    """Base class of patch and word merging: layer norm, then a 3x3 convolution of stride 2."""
 
     part = "merge"
 
     def __init__(
         self, dim: int, grid: tuple[int, int] | None = None, epsilon: float = 1e-5, **kwargs
     ):
+        """Initializes the arguments that both merging layers share; they document them."""
         super().__init__(**kwargs)
         self.dim = dim
         self.grid = grid and tuple(grid)
         self.epsilon = epsilon
 
     def build(self, input_shape):
+        """Builds the layer norm and the convolution."""
         policy = self.dtype_policy
         self.norm = LayerNormalization(epsilon=self.epsilon, dtype=policy, name="norm")
         self.norm.build(input_shape)
@@ -200,10 +216,12 @@ class Merge(CompositeLayer):
         self.convolution.build((None, None, None, input_shape[-1]))
 
     def merged_shape(self, input_shape, grid_shape):
+        """Returns the output shape, with the sides of the grid halved and rounded up."""
         sides = self.grid if grid_shape is None else grid_shape[1:]
         return (input_shape[0], product(*map(halve, sides)), *input_shape[2:-1], self.dim)
 
     def get_config(self):
+        """Returns `dim`, `grid` and `epsilon`."""
         return {
             **super().get_config(),
             "dim": self.dim,
@@ -214,50 +232,53 @@ class Merge(CompositeLayer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class MergePatches(Merge):
-    """Patches of the next stage: a 3x3 convolution of stride 2 over the patches.
+    """Patch merging between stages: a 3x3 convolution of stride 2 over the patches.
 
     Args:
-        dim: dimension of a patch of the next stage.
-        grid: (rows, columns) of the patches, of which odd ones are rounded up; None: each call
-            tells it.
-        epsilon: of the norm.
+        dim: dimension of a patch in the next stage.
+        grid: (rows, columns) of the patches; odd numbers are rounded up. If `None`, each call
+            passes the grid.
+        epsilon: epsilon of the layer norm. Defaults to 1e-5.
 
     Call arguments:
         patches: `(batch, rows * columns, dim of this stage)`.
-        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
+        grid: `(batch, rows, columns)`, whose shape is the grid. Defaults to the layer's grid.
 
     Returns:
         `(batch, rows/2 * columns/2, dim)`.
     """
 
     def call(self, patches, grid=None):
+        """Maps `(batch, rows * columns, channels)` to `(batch, rows/2 * columns/2, dim)`."""
         shape = (-1, *told_grid(grid, self.grid), patches.shape[-1])
         x = reshape(self.norm(patches), shape)  # (b, r, q, c)
         return in_a_row(self.convolution(pad_edges(x)), self.dim)  # (b, r/2*q/2, dim)
 
     def compute_output_shape(self, patches_shape, grid_shape=None):
+        """Returns `(batch, rows/2 * columns/2, dim)`."""
         return self.merged_shape(patches_shape, grid_shape)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class MergeWords(Merge):
-    """Words of the next stage: the words of 2x2 patches joined, a 3x3 convolution of stride 2.
+    """Word merging between stages: a 3x3 convolution of stride 2 over the words of 2x2 patches.
 
     Args:
-        dim: dimension of a word of the next stage.
-        grid: (rows, columns) of the patches, to odd ones of which a row or column of zero words is
-            added; None: each call tells it.
-        epsilon: of the norm.
+        dim: dimension of a word in the next stage.
+        grid: (rows, columns) of the patches; odd numbers are padded with a row or column of zero
+            words. If `None`, each call passes the grid.
+        epsilon: epsilon of the layer norm. Defaults to 1e-5.
 
     Call arguments:
         words: `(batch, rows * columns, words, dim of this stage)`.
-        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
+        grid: `(batch, rows, columns)`, whose shape is the grid. Defaults to the layer's grid.
 
     Returns:
         `(batch, rows/2 * columns/2, words, dim)`.
     """
 
     def call(self, words, grid=None):
+        """Maps words to `(batch, rows/2 * columns/2, words, dim)`."""
         _, _, count, dim = words.shape
         side = round(count**0.5)
         sides = told_grid(grid, self.grid)
@@ -272,24 +293,26 @@ class MergeWords(Merge):
         return reshape(x, (-1, rows * columns, count, self.dim))  # (b, r/2*q/2, w, dim)
 
     def compute_output_shape(self, words_shape, grid_shape=None):
+        """Returns `(batch, rows/2 * columns/2, words, dim)`."""
         return self.merged_shape(words_shape, grid_shape)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class RelativePosition(keras.layers.Layer):
-    """A learned score for each head, patch and pooled patch, shared by the blocks of a stage.
+    """Learned relative position bias per head, patch and pooled patch, shared by a stage's blocks.
 
-    Weights saved on another grid are resampled as they load.
+    Tables saved for another grid are resampled when they are loaded.
 
     Args:
         num_heads: number of heads.
         grid: (rows, columns) of the table's patches.
-        reduction: side of the squares of patches that are pooled for keys and values.
+        reduction: side of the squares of patches that are pooled for keys and values. Defaults to
+            1.
 
     Call arguments:
-        patches: `(batch, rows * columns, dim)`, of which nothing is read.
-        grid: `(batch, rows, columns)`, whose shape tells the grid of `patches`, for which the table
-            is resampled as weights are that load; None: the table's.
+        patches: unused; `(batch, rows * columns, dim)`.
+        grid: `(batch, rows, columns)`, whose shape is the grid of `patches`; the table is resampled
+            to it as at loading. Defaults to the table's grid.
 
     Returns:
         `(1, num_heads, rows * columns, rows/reduction * columns/reduction)`.
@@ -298,28 +321,32 @@ class RelativePosition(keras.layers.Layer):
     part = "position"
 
     def __init__(self, num_heads: int, grid: tuple[int, int], reduction: int = 1, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.grid = tuple(grid)
         self.reduction = reduction
 
     def table_shape(self, grid):
+        """Returns `(num_heads, patches, pooled patches)` of a grid."""
         sides = self.table_sides(grid)
         return (self.num_heads, product(*sides[:2]), product(*sides[2:]))
 
     def table_sides(self, grid):
-        """(rows, columns, pooled rows, pooled columns) of a grid."""
+        """Returns (rows, columns, pooled rows, pooled columns) of a grid."""
         return (*grid, *(None if side is None else side // self.reduction for side in grid))
 
     def build(self, input_shape):
+        """Creates the `(num_heads, patches, pooled patches)` table."""
         self.table = self.add_weight(
             name="table",
             shape=self.table_shape(self.grid),
-            initializer=RandomNormal(stddev=1.0),  # `torch.randn` in the published code
+            initializer=RandomNormal(stddev=1.0),  # The published code uses `torch.randn`.
             autocast=False,
         )
 
     def call(self, patches, grid=None):
+        """Returns the bias `(1, num_heads, patches, pooled patches)`, resampled to the grid."""
         table = ops.convert_to_tensor(self.table)
         if grid is not None and tuple(grid.shape[1:]) != self.grid:
             new_grid = told_grid(grid, None)
@@ -331,10 +358,11 @@ class RelativePosition(keras.layers.Layer):
         return ops.expand_dims(ops.cast(table, self.compute_dtype), 0)
 
     def compute_output_shape(self, patches_shape, grid_shape=None):
+        """Returns `(1, num_heads, patches, pooled patches)`."""
         return (1, *self.table_shape(self.grid if grid_shape is None else grid_shape[1:]))
 
     def can_resample(self, shape):
-        """Whether a table of this shape, (1, heads, patches, pooled), is of a square grid."""
+        """Returns whether a table `(1, heads, patches, pooled)` is one of a square grid."""
         one, heads, patches, pooled = shape
         side = round(patches**0.5)
         return (
@@ -345,12 +373,12 @@ class RelativePosition(keras.layers.Layer):
         )
 
     def resample(self, table):
-        """Fit the table (1, heads, patches, pooled) of another, square grid to this layer's."""
+        """Resamples a table `(1, heads, patches, pooled)` of a square grid to this layer's grid."""
         side = round(table.shape[-2] ** 0.5)
         return self.resampled(table[0], (side, side))
 
     def resampled(self, table, grid):
-        """Bicubic, antialiased, over the patches as over the pooled patches."""
+        """Resamples a table `(heads, patches, pooled)` of `grid` to this layer's grid."""
         if grid == self.grid:
             return table
         sides, new_sides = self.table_sides(grid), self.table_sides(self.grid)
@@ -358,14 +386,17 @@ class RelativePosition(keras.layers.Layer):
         return np.reshape(x, self.table_shape(self.grid)).astype(table.dtype)
 
     def save_own_variables(self, store):
+        """Saves the table and its grid, from which `load_own_variables` resamples."""
         super().save_own_variables(store)
         store["grid"] = np.array(self.grid)
 
     def load_own_variables(self, store):
+        """Loads a table, resampled from the grid it was saved with."""
         grid = tuple(int(side) for side in store["grid"])
         self.table.assign(self.resampled(np.array(store["0"]), grid))
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
@@ -376,23 +407,27 @@ class RelativePosition(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ReducedAttention(Attention):
-    """Attention of all patches to patches pooled by squares (PyramidTNT, section 3.2).
+    """Spatial-reduction attention (SRA): keys and values are average-pooled patches.
+
+    See PyramidTNT, section 3.2.
 
     Args:
         num_heads: number of heads; divides the input's last dimension.
-        grid: (rows, columns) of the patches; None: each call tells it.
-        reduction: side of the squares whose mean is a key and a value; 1: no pooling. Patches
-            beyond the last whole square are nobody's key.
-        qkv_bias: whether query, key and value have a bias.
-        attention_dropout: dropout rate on the attention, in [0, 1).
-        dropout: dropout rate after the output projection, in [0, 1).
-        epsilon: of the norm of the pooled patches.
+        grid: (rows, columns) of the patches. If `None`, each call passes the grid.
+        reduction: side of the squares of patches that are averaged for a key and a value; 1
+            disables pooling. Trailing patches that do not fill a square are excluded from the keys.
+            Defaults to 1.
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        dropout: dropout rate after the output projection, in [0, 1). Defaults to 0.
+        epsilon: epsilon of the layer norm of the pooled patches. Defaults to 1e-5.
 
     Call arguments:
         x: `(batch, rows * columns, dim)`.
         bias: if given, added to the scores, `(1, num_heads, patches, pooled patches)`.
-        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
-        first_tokens: if given, only the first so many patches are computed; the result is exact.
+        grid: `(batch, rows, columns)`, whose shape is the grid. Defaults to the layer's grid.
+        first_tokens: number N of leading query patches. If given, only the first N output patches
+            are computed, with the same values as a slice of the full result.
 
     Returns:
         `(batch, first_tokens or rows * columns, dim)`.
@@ -409,12 +444,14 @@ class ReducedAttention(Attention):
         epsilon: float = 1e-5,
         **kwargs,
     ):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(num_heads, qkv_bias, attention_dropout, dropout, **kwargs)
         self.grid = grid and tuple(grid)
         self.reduction = reduction
         self.epsilon = epsilon
 
     def build(self, input_shape):
+        """Builds the projections, and the reduction of the keys if `reduction` is above 1."""
         dim = input_shape[-1]
         policy = self.dtype_policy
         self.query = projection(dim, self.qkv_bias, dtype=policy, name="query")
@@ -429,7 +466,7 @@ class ReducedAttention(Attention):
         self.build_output(dim)
 
     def pool(self, x, grid=None):
-        """The mean of each square: (batch, rows/reduction * columns/reduction, dim)."""
+        """Averages each square: `(batch, rows/reduction * columns/reduction, dim)`."""
         size, dim = self.reduction, x.shape[-1]
         grid = told_grid(grid, self.grid)
         x = enough_to_pool(x, grid, size)
@@ -439,6 +476,7 @@ class ReducedAttention(Attention):
         return reshape(ops.mean(x, axis=(2, 4)), (-1, rows * columns, dim))  # (b, r/s*q/s, c)
 
     def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        """Maps `(batch, rows * columns, dim)` to `(batch, first_tokens or rows * columns, dim)`."""
         pooled = x
         if self.reduction > 1:
             pooled = self.norm(self.reduce(self.pool(x, grid)))
@@ -451,12 +489,15 @@ class ReducedAttention(Attention):
         )
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`, the output shape without `first_tokens`."""
         return input_shape
 
     def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        """Returns the symbolic output, which has `first_tokens` patches if that is given."""
         return take_first_spec(x, first_tokens, self.compute_dtype)
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         return {
             **super().get_config(),
             "grid": self.grid,
@@ -467,26 +508,30 @@ class ReducedAttention(Attention):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ReducedBlock(TransformerBlock):
-    """A transformer block with `ReducedAttention`: PyramidTNT's outer transformer.
+    """Transformer block with `ReducedAttention`: PyramidTNT's outer transformer.
 
     Args:
         num_heads: number of heads; divides the input's last dimension.
-        grid: (rows, columns) of the patches; None: each call tells it.
-        reduction: side of the squares of patches whose mean is a key and a value; 1: no pooling.
-        mlp_ratio: hidden dimension of the MLP over the input's.
-        qkv_bias: whether query, key and value have a bias.
-        dropout: dropout rate behind each projection, in [0, 1).
-        attention_dropout: dropout rate on the attention, in [0, 1).
-        stochastic_depth: rate at which samples skip a branch, in [0, 1).
-        layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
-        squeeze_excite: whether the MLP's output passes through `SqueezeExcite`.
-        epsilon: of the norms.
+        grid: (rows, columns) of the patches. If `None`, each call passes the grid.
+        reduction: side of the squares of patches that are averaged for a key and a value; 1
+            disables pooling. Defaults to 1.
+        mlp_ratio: hidden dimension of the MLP divided by the input's. Defaults to 4.
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        dropout: dropout rate after each projection, in [0, 1). Defaults to 0.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        stochastic_depth: probability of dropping a sample's residual branch, in [0, 1). Defaults to
+            0.
+        layer_scale: initial value of the LayerScale on each branch. If `None`, there is no
+            LayerScale.
+        squeeze_excite: whether `SqueezeExcite` follows the MLP. Defaults to `False`.
+        epsilon: epsilon of the layer norms. Defaults to 1e-5.
 
     Call arguments:
         x: `(batch, rows * columns, dim)`.
         bias: if given, added to the scores, `(1, num_heads, patches, pooled patches)`.
-        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
-        first_tokens: if given, only the first so many patches are computed; the result is exact.
+        grid: `(batch, rows, columns)`, whose shape is the grid. Defaults to the layer's grid.
+        first_tokens: number N of leading query patches. If given, only the first N output patches
+            are computed, with the same values as a slice of the full result.
 
     Returns:
         `(batch, first_tokens or rows * columns, dim)`.
@@ -507,6 +552,7 @@ class ReducedBlock(TransformerBlock):
         epsilon: float = 1e-5,
         **kwargs,
     ):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(
             num_heads,
             mlp_ratio=mlp_ratio,
@@ -523,6 +569,7 @@ class ReducedBlock(TransformerBlock):
         self.reduction = reduction
 
     def make_attention(self):
+        """Returns a new `ReducedAttention`."""
         return ReducedAttention(
             grid=self.grid,
             reduction=self.reduction,
@@ -531,6 +578,7 @@ class ReducedBlock(TransformerBlock):
         )
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         config = {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
         del config["sample_axes"], config["norm_axis"]
         return config
@@ -538,31 +586,35 @@ class ReducedBlock(TransformerBlock):
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class PyramidTNTBlock(TNTBlock):
-    """`TNTBlock` with `ReducedBlock` outside, and inside norms over all words of a patch.
+    """`TNTBlock` with an outer `ReducedBlock` and inner layer norms over all words of a patch.
 
     Args:
-        outer_heads, inner_heads: heads of the two transformers; divide their dimensions.
-        grid: (rows, columns) of the patches; None: each call tells it.
-        reduction: side of the squares of patches whose mean is a key and a value of the outer
-            attention; 1: no pooling.
-        mlp_ratio: hidden dimension of the MLPs over their inputs'.
-        qkv_bias: whether query, key and value have a bias.
-        dropout: dropout rate behind each projection, in [0, 1).
-        attention_dropout: dropout rate on the attention, in [0, 1).
-        stochastic_depth: rate at which a branch is skipped, in [0, 1): by a sample in the outer
-            transformer, by a patch in the inner one.
-        layer_scale: initial value of the LayerScale on each branch; None: no LayerScale.
-        epsilon: of the norms.
+        outer_heads: number of heads of the outer transformer; divides the dimension of a patch.
+        inner_heads: number of heads of the inner transformer; divides the dimension of a word.
+        grid: (rows, columns) of the patches. If `None`, each call passes the grid.
+        reduction: side of the squares of patches that are averaged for a key and a value of the
+            outer attention; 1 disables pooling. Defaults to 1.
+        mlp_ratio: hidden dimension of the MLPs divided by their input dimension. Defaults to 4.
+        qkv_bias: whether query, key and value have a bias. Defaults to `False`.
+        dropout: dropout rate after each projection, in [0, 1). Defaults to 0.
+        attention_dropout: dropout rate on the attention weights, in [0, 1). Defaults to 0.
+        stochastic_depth: probability of dropping a residual branch, in [0, 1): per sample in the
+            outer transformer, per patch in the inner one. Defaults to 0.
+        layer_scale: initial value of the LayerScale on each branch. If `None`, there is no
+            LayerScale.
+        epsilon: epsilon of the layer norms. Defaults to 1e-5.
 
     Call arguments:
         tokens: `(batch, rows * columns, outer_dim)`.
         words: `(batch, rows * columns, words, inner_dim)`.
         bias: if given, added to the scores of the outer attention.
-        grid: `(batch, rows, columns)`, whose shape tells the grid; None: the layer's own.
-        first_tokens: if given, only the first so many patches are computed; the result is exact.
+        grid: `(batch, rows, columns)`, whose shape is the grid. Defaults to the layer's grid.
+        first_tokens: number N of leading query patches. If given, only the first N output patches
+            are computed, with the same values as a slice of the full result.
 
     Returns:
-        `(tokens, words)` of the same shapes, but for `first_tokens`.
+        `(tokens, words)`: the input shapes, except that `tokens` has `first_tokens` patches if
+        given.
     """
 
     def __init__(
@@ -580,6 +632,7 @@ class PyramidTNTBlock(TNTBlock):
         epsilon: float = 1e-5,
         **kwargs,
     ):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(
             outer_heads,
             inner_heads,
@@ -597,6 +650,7 @@ class PyramidTNTBlock(TNTBlock):
         self.reduction = reduction
 
     def make_inner(self):
+        """Returns a new inner transformer, whose layer norms span all words of a patch."""
         return TransformerBlock(
             self.inner_heads,
             sample_axes=2,
@@ -606,6 +660,7 @@ class PyramidTNTBlock(TNTBlock):
         )
 
     def make_outer(self):
+        """Returns a new outer transformer, a `ReducedBlock`."""
         return ReducedBlock(
             self.outer_heads,
             self.grid,
@@ -615,6 +670,7 @@ class PyramidTNTBlock(TNTBlock):
         )
 
     def get_config(self):
+        """Returns the arguments of the class docstring."""
         config = {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
         del config["squeeze_excite"], config["legacy"], config["prefix_tokens"]
         return config

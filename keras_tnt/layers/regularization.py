@@ -1,4 +1,4 @@
-"""LayerScale (CaiT, arXiv 2103.17239), and layers whose masks differ between replicas or ranks."""
+"""LayerScale (CaiT, arXiv 2103.17239), and dropout layers with a different mask on each replica."""
 
 import keras
 from keras import ops
@@ -6,27 +6,30 @@ from keras import ops
 from keras_tnt.layers.sharding import shard_like
 from keras_tnt.native import runtimes
 
-# Seeds that a generator remembers on torch for calls whose backward pass is still to come.
+# Maximum number of seeds that a generator stores on torch for calls before a backward pass.
 MAX_OPEN_CALLS = 1024
 
 
 class ReplicaSeedGenerator(keras.random.SeedGenerator):
-    """A seed generator that gives another seed on each replica or rank, and replays its seeds.
+    """Seed generator with different seeds on each replica or rank, which replays seeds on torch.
 
-    Replicas of a `tf.distribute.Strategy` and ranks of `torch.distributed` hold equal copies of the
-    state (`DistributedDataParallel` broadcasts rank 0's), so that without their number they would
-    all draw the same mask.
+    Replicas of a `tf.distribute.Strategy` and ranks of `torch.distributed` have equal copies of the
+    state (`DistributedDataParallel` broadcasts that of rank 0), so they would all draw the same
+    mask if the seed did not depend on the replica.
 
-    A pass that `torch.utils.checkpoint` recomputes has to draw the masks of the first pass. It
-    restores torch's random state for that, from which each call therefore takes a number; in the
-    backward pass the seed is looked up by this number, and the state stays as it is.
+    A pass that `torch.utils.checkpoint` recomputes has to draw the masks of the first pass.
+    `torch.utils.checkpoint` restores torch's random state for the recomputation. Each call
+    therefore draws a number from that state, and in the backward pass it looks up its seed by this
+    number, without changing the generator's state.
     """
 
     def __init__(self, seed: int | None = None, **kwargs):
+        """Initializes the generator; the arguments are those of `keras.random.SeedGenerator`."""
         super().__init__(seed, **kwargs)
-        self._seeds = {}  # by the number from torch's random state; the oldest first
+        self._seeds = {}  # Keys are numbers from torch's random state, the oldest first.
 
     def next(self, ordered=True):
+        """Returns the next seed `(2,)`, which depends on the replica or rank."""
         backend = keras.backend.backend()
         if backend == "torch":
             return self.next_on_torch(ordered)
@@ -40,6 +43,7 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
         return seed
 
     def next_on_torch(self, ordered):
+        """Returns the next seed on torch: a replayed one in the backward pass, else a new one."""
         number = runtimes.torch_random_number()
         if runtimes.is_in_torch_backward():
             return self.replayed(number)
@@ -54,7 +58,14 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
         return seed
 
     def replayed(self, number):
-        """The seed of an earlier call, by the number that it took from torch's random state."""
+        """Returns the seed of an earlier call, by the number it drew from torch's random state.
+
+        Args:
+            number: the number, or `None` within a `torch.func` transformation.
+
+        Raises:
+            RuntimeError: if no seed is stored for the number.
+        """
         if number not in self._seeds:
             raise RuntimeError(
                 "A random layer is recomputed in the backward pass and cannot draw the mask of the "
@@ -66,18 +77,20 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
 
 
 def of_replica(seed, replica):
-    """The seed `(2,)` of a replica or rank, of which 0 has the given one."""
+    """Returns the seed `(2,)` of a replica or rank; replica 0 uses `seed` itself."""
     offset = ops.cast(replica, seed.dtype) * 1_000_003
     return seed + ops.stack([offset, ops.zeros_like(offset)])
 
 
 class RandomDrop(keras.layers.Layer):
-    """What the random layers share: parts of the input are zero while training.
+    """Base class of the dropout layers, which zero random elements of the input in training.
 
-    What is kept is divided by the probability of keeping it, so that the expectation is the input.
+    The other elements are divided by the probability of not being dropped, so that the expectation
+    is the input.
     """
 
     def __init__(self, rate: float, seed: int | None = None, **kwargs):
+        """Initializes the layer; raises a `ValueError` if `rate` is outside of [0, 1)."""
         super().__init__(**kwargs)
         if not 0 <= rate < 1:
             raise ValueError(f"`rate` must lie in [0, 1). Received: rate={rate}")
@@ -89,79 +102,88 @@ class RandomDrop(keras.layers.Layer):
         self.built = True
 
     def call(self, x, training=False):
+        """Returns `x` with dropped elements while training, and `x` itself otherwise."""
         if not training or self.rate == 0:
             return x
         keep = 1 - self.rate
-        # In float32: a number drawn in half precision has too few steps to keep the rate.
+        # The mask is drawn in float32; 16-bit random numbers are too coarse for small rates.
         uniform = keras.random.uniform(
             self.mask_shape(x), dtype="float32", seed=self.seed_generator
         )
         return x * shard_like(ops.cast(uniform < keep, x.dtype) / keep, x)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        """Under `keras.RematScope`: as it is, for the mask that was drawn is the one to use."""
+        """Returns `layer_call` itself: under `keras.RematScope`, the mask must not be redrawn."""
         return layer_call
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`."""
         return input_shape
 
     def get_config(self):
+        """Returns `rate` and `seed`."""
         return {**super().get_config(), "rate": self.rate, "seed": self.seed}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class Dropout(RandomDrop):
-    """Drops single values while training; replicas and ranks draw different masks.
+    """Dropout with different masks on each replica or rank.
 
     Args:
         rate: probability of dropping a value, in [0, 1).
-        seed: integer, for reproducible masks.
+        seed: integer, for reproducible masks. If `None`, the seed is random.
     """
 
     def mask_shape(self, x):
+        """Returns the shape of `x`."""
         return ops.shape(x)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class StochasticDepth(RandomDrop):
-    """Drops a residual branch of whole samples while training (arXiv 1603.09382).
+    """Drops the residual branch of whole samples while training (arXiv 1603.09382).
 
     Args:
         rate: probability of dropping a sample's branch, in [0, 1).
-        sample_axes: how many leading axes count samples. TNT drops the inner branch patch by patch:
-            2 for words of shape `(batch, patches, words, dim)`.
-        seed: integer, for reproducible masks.
+        sample_axes: number of leading axes that are treated as batch axes. TNT drops the inner
+            branch per patch: 2 for words of shape `(batch, patches, words, dim)`. Defaults to 1.
+        seed: integer, for reproducible masks. If `None`, the seed is random.
 
     Example:
-
     >>> keras_tnt.layers.StochasticDepth(0.1)(np.ones((8, 16, 32)), training=True).shape
     """
 
     def __init__(self, rate: float, sample_axes: int = 1, seed: int | None = None, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(rate, seed, **kwargs)
         self.sample_axes = sample_axes
 
     def mask_shape(self, x):
+        """Returns the leading `sample_axes` sizes of `x`, followed by ones."""
         samples = ops.shape(x)[: self.sample_axes]
         return (*samples, *[1] * (len(x.shape) - self.sample_axes))
 
     def get_config(self):
+        """Returns `rate`, `sample_axes` and `seed`."""
         return {**super().get_config(), "sample_axes": self.sample_axes}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class LayerScale(keras.layers.Layer):
-    """Multiplies each channel of a residual branch by a learned factor (CaiT, equation 4).
+    """Learned per-channel scale of a residual branch (CaiT, equation 4).
 
     Args:
-        initial_value: what every factor starts from; CaiT: 1e-5 up to 24 blocks, 1e-6 beyond.
+        initial_value: initial value of every factor; CaiT uses 1e-5 up to 24 blocks, 1e-6 beyond.
+            Defaults to 1e-5.
     """
 
     def __init__(self, initial_value: float = 1e-5, **kwargs):
+        """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.initial_value = initial_value
 
     def build(self, input_shape):
+        """Creates one factor per channel."""
         self.gamma = self.add_weight(
             name="gamma",
             shape=(input_shape[-1],),
@@ -169,10 +191,13 @@ class LayerScale(keras.layers.Layer):
         )
 
     def call(self, x):
+        """Multiplies `(batch, ..., dim)` by the factors."""
         return x * self.gamma
 
     def compute_output_shape(self, input_shape):
+        """Returns `input_shape`."""
         return input_shape
 
     def get_config(self):
+        """Returns `initial_value`."""
         return {**super().get_config(), "initial_value": self.initial_value}

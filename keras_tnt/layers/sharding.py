@@ -1,7 +1,9 @@
-"""Tensors in a JAX mesh with explicit axes, where operations do not guess how results are sharded.
+"""Reshaping and sharding of tensors on JAX meshes with explicit axes.
 
-`jax.set_mesh(jax.make_mesh(...))` makes such a mesh. There the batch is sharded, weights are
-replicated, and the functions below say what JAX asks for. Everywhere else they are Keras's own.
+`jax.set_mesh(jax.make_mesh(...))` creates such a mesh, on which operations do not infer the
+sharding of their results. The batch is sharded and weights are replicated, and the functions below
+pass the sharding that JAX requires. On other meshes and backends they equal the operations of
+Keras.
 """
 
 import keras
@@ -9,7 +11,7 @@ from keras import ops
 
 
 def batch_axes(x):
-    """Returns the explicit mesh axes that shard a tensor's first axis; `None` where there are none.
+    """Returns the explicit mesh axes that shard a tensor's first axis; `None` if there are none.
 
     Args:
         x: a tensor of any backend.
@@ -29,7 +31,7 @@ def batch_axes(x):
 
 
 def reshape(x, shape):
-    """`keras.ops.reshape` of a tensor whose first axis is, or begins with, the batch."""
+    """Reshapes `x`, whose first axis is or begins with the batch, and preserves its sharding."""
     axes = batch_axes(x)
     if axes is None:
         return ops.reshape(x, shape)
@@ -39,7 +41,7 @@ def reshape(x, shape):
 
 
 def shard_like(x, reference):
-    """Returns a replicated tensor with its first axis sharded as that of another tensor."""
+    """Returns a replicated tensor with its first axis sharded like that of `reference`."""
     axes = batch_axes(reference)
     if axes is None:
         return x
