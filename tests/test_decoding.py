@@ -1,4 +1,4 @@
-"""One specification of decoding: Pillow, exported graphs and the trainer give equal pixels."""
+"""Image decoding: Pillow, exported graphs and the trainer give equal pixels."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def largest_difference(found, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_decoder_gives_the_pixels_that_a_file_stands_for(name, graphs):
+def test_every_decoder_gives_the_expected_pixels(name, graphs):
     file, expected = CASES[name]
     encoded = tf.constant(file)
     colors = np.asarray(convert(open_picture(file), 3))
@@ -53,7 +53,7 @@ def test_every_decoder_gives_the_pixels_that_a_file_stands_for(name, graphs):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_crop_from_bytes_is_a_part_of_the_upright_image(name, graphs):
+def test_decode_and_crop_matches_a_crop_of_the_upright_image(name, graphs):
     file, _ = CASES[name]
     encoded = tf.constant(file)
     expected = np.asarray(convert(open_picture(file), 3))
@@ -73,7 +73,7 @@ def test_a_crop_from_bytes_is_a_part_of_the_upright_image(name, graphs):
 
 
 @pytest.mark.parametrize("name", ["JPEG, orientation 6", "GIF, transparent, interlace 0"])
-def test_the_trainer_evaluates_on_the_pixels_of_load_image(name):
+def test_trainer_evaluation_image_matches_load_image(name):
     from training.augmentation import evaluation_image
 
     file, _ = CASES[name]
@@ -83,8 +83,8 @@ def test_the_trainer_evaluates_on_the_pixels_of_load_image(name):
     assert largest_difference(found, expected) <= 1
 
 
-def test_a_training_crop_of_a_turned_photograph_is_upright():
-    """Red above blue in the upright image, whatever the file stores."""
+def test_training_crop_of_a_rotated_photograph_is_upright():
+    """The upright image is red above blue, whatever the file stores."""
     from training import augmentation, configuration
 
     pixels = np.zeros((96, 64, 3), "uint8")
@@ -103,15 +103,15 @@ def test_a_training_crop_of_a_turned_photograph_is_upright():
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_unsupported_bmp_is_refused_by_name(name, graphs):
+def test_unsupported_bmp_is_refused_by_name(name, graphs):
     with pytest.raises(ValueError, match="BMP of a kind that is not read"):
         open_picture(REFUSED[name])
     with pytest.raises(tf.errors.OpError):
         graphs["colors"](tf.constant(REFUSED[name]))
 
 
-def test_xmp_is_no_orientation():
-    """Pillow falls back on XMP, which no other decoder reads."""
+def test_xmp_orientation_is_ignored():
+    """Pillow falls back to XMP, which no other decoder reads."""
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
     pixels = draw(40, 60)
     file = save(Image.fromarray(pixels), "JPEG", xmp=xmp)
@@ -127,7 +127,7 @@ def model():
 
 
 class TestArrays:
-    """Arrays whose values are not in [0, 255] raise instead of becoming white or black."""
+    """Arrays with values outside of [0, 255] raise instead of becoming white or black."""
 
     @pytest.mark.parametrize(
         ("array", "message"),
@@ -142,7 +142,7 @@ class TestArrays:
         ],
         ids=["uint16", "unit", "unit float16", "normalized", "integers", "bool", "nan"],
     )
-    def test_other_ranges_raise(self, model, array, message):
+    def test_other_value_ranges_raise(self, model, array, message):
         with pytest.raises(ValueError, match=message) as error:
             keras_tnt.load_image(array, model)
         assert str(array.dtype) in str(error.value)
@@ -155,7 +155,7 @@ class TestArrays:
         expected = keras_tnt.load_image(pixels, model)
         np.testing.assert_array_equal(keras_tnt.load_image(pixels.astype(dtype), model), expected)
 
-    def test_a_dark_image_of_a_batch_is_taken(self, model):
+    def test_dark_image_in_a_batch_is_accepted(self, model):
         batch = np.stack([draw(32, 32), np.ones((32, 32, 3), "uint8")]).astype("float32")
         assert keras_tnt.load_images(batch, model)[1].max() == 1
 

@@ -1,4 +1,4 @@
-"""Exported files compute what the model does, and what cannot be exported is refused early."""
+"""Exported files match the model, and invalid exports are refused early."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def images_of(model, batch):
 
 
 def randomize(model):
-    """Weights of which none is zero or one: what does nothing is left out of an ONNX file."""
+    """Sets weights none of which is 0 or 1, because ONNX files omit operations without effect."""
     random = np.random.default_rng(0)
     for variable in model.trainable_variables:
         variable.assign(random.normal(size=variable.shape) * 0.3)
@@ -64,7 +64,7 @@ def metadata_of(path):
 # === Every backend ===
 
 
-def test_saved_model_and_onnx_agree_with_the_model(tmp_path):
+def test_saved_model_and_onnx_match_the_model(tmp_path):
     model = keras_tnt.TNT(**TINY)
     version = keras_tnt.export.saved_model(
         model, tmp_path / "tnt", labels=LABELS, signatures=["serving_bytes"]
@@ -97,7 +97,7 @@ def test_saved_model_and_onnx_agree_with_the_model(tmp_path):
     ("name", "opset"),
     [
         *((name, 18) for name in SHALLOW),
-        # The others of opset 23 are below; this one has biases in its attention.
+        # The others with opset 23 are tested below; this one has an attention bias.
         pytest.param("PyramidTNTTiny", 23, marks=pytest.mark.one_backend),
     ],
 )
@@ -116,12 +116,12 @@ def test_onnx_of_each_family(name, opset, tmp_path):
 
 
 @pytest.mark.one_backend
-def test_onnx_has_norms_and_gelus_that_runtimes_know(tmp_path):
+def test_onnx_has_fusable_norms_and_gelus(tmp_path):
     model = keras_tnt.TNT(**TINY)
     randomize(model)
     path = keras_tnt.export.onnx(model, tmp_path / "model.onnx")
     nodes = [node.op_type for node in onnx.load(path).graph.node]
-    # Two in the stem, six in the block, one before the head; a GELU in both transformers.
+    # Two norms in the stem, six in the block, one before the head; a GELU per transformer.
     assert nodes.count("LayerNormalization") == 9
     assert nodes.count("Erf") == nodes.count("Div") == 2
     options = onnxruntime.SessionOptions()
@@ -132,8 +132,7 @@ def test_onnx_has_norms_and_gelus_that_runtimes_know(tmp_path):
     assert (fused.count("Gelu"), fused.count("BiasGelu")) == (0, 2) and "Erf" not in fused
 
 
-# How many attentions are one operator, and how many softmaxes are left: those of CaiT's talking
-# heads.
+# Number of Attention operators, and of remaining softmaxes: those of CaiT's talking heads.
 ATTENTIONS = {
     "tnt": (lambda: keras_tnt.TNT(**{**TINY, "depth": 2}), 4, 0),
     "distilled": (lambda: keras_tnt.TNT(**TINY, distilled=True, qkv_bias=True), 2, 0),
@@ -147,7 +146,7 @@ ATTENTIONS = {
 @pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_onnx_of_opset_23_has_attention_as_one_operator(name, tmp_path):
+def test_onnx_opset_23_uses_attention_operators(name, tmp_path):
     make, attentions, softmaxes = ATTENTIONS[name]
     model = make()
     randomize(model)
@@ -166,16 +165,16 @@ def test_onnx_of_opset_23_has_attention_as_one_operator(name, tmp_path):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("opset", [13, 18])
-def test_onnx_computes_no_shape_of_a_dense_layer(opset, tmp_path):
+def test_onnx_has_no_shape_computation_for_dense_layers(opset, tmp_path):
     model = keras_tnt.TNT(**TINY)
     randomize(model)
     path = keras_tnt.export.onnx(model, tmp_path / "model.onnx", opset=opset)
     nodes = [node.op_type for node in onnx.load(path).graph.node]
-    assert nodes.count("Shape") == 1  # of the images, as many as there are class tokens
+    assert nodes.count("Shape") == 1  # the batch size, for the class tokens
     assert "Gather" not in nodes
 
 
-# === Models of every make ===
+# === Kinds of models ===
 
 
 def wrapped():
@@ -205,7 +204,7 @@ MAKES = {
 @pytest.mark.slow
 @pytest.mark.one_backend
 @pytest.mark.parametrize("make", MAKES)
-def test_models_of_every_make_are_served(make, tmp_path):
+def test_every_kind_of_model_is_served(make, tmp_path):
     model = MAKES[make]()
     path = keras_tnt.export.saved_model(model, tmp_path / make)
     signatures = tf.saved_model.load(path).signatures
@@ -213,7 +212,7 @@ def test_models_of_every_make_are_served(make, tmp_path):
     images = images_of(model, 2)
     if make == "normalised":
         images = keras_tnt.deit.preprocess_input(images)
-    expected = compute(model, images, training=False)  # else what wraps it flips them
+    expected = compute(model, images, training=False)  # otherwise RandomFlip is active
     if make == "logits":
         expected = keras.ops.convert_to_numpy(keras.ops.softmax(expected))
     served = signatures["serving_default"](images=tf.constant(images))["probabilities"]
@@ -222,7 +221,7 @@ def test_models_of_every_make_are_served(make, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_a_model_that_takes_channels_first_is_served(tmp_path):
+def test_channels_first_model_is_served(tmp_path):
     keras.config.set_image_data_format("channels_first")
     model = keras_tnt.TNT(**{**TINY, "input_shape": (3, 32, 32)})
     path = keras_tnt.export.saved_model(model, tmp_path / "tnt")
@@ -234,7 +233,7 @@ def test_a_model_that_takes_channels_first_is_served(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_a_model_without_a_classifier_gives_features(tmp_path):
+def test_headless_model_returns_features(tmp_path):
     model = keras_tnt.TNT(**{**TINY, "include_top": False, "pooling": "avg"})
     path = keras_tnt.export.saved_model(model, tmp_path / "tnt")
     signatures = tf.saved_model.load(path).signatures
@@ -246,7 +245,7 @@ def test_a_model_without_a_classifier_gives_features(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_of_mixed_precision_is_exported_in_float32(tmp_path):
+def test_mixed_precision_model_is_exported_in_float32(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = keras_tnt.TNT(**TINY)
     keras.config.set_dtype_policy("float32")
@@ -259,7 +258,7 @@ def test_a_model_of_mixed_precision_is_exported_in_float32(tmp_path):
 
 
 @pytest.mark.one_backend
-def test_outputs_are_found_at_the_end_of_models_of_every_kind():
+def test_outputs_are_found_in_models_of_every_kind():
     from keras_tnt.export.network import serving_network
 
     backbone = keras_tnt.TNT(**{**TINY, "include_top": False, "pooling": "token"})
@@ -293,7 +292,7 @@ def test_outputs_are_found_at_the_end_of_models_of_every_kind():
 @pytest.mark.one_backend
 @pytest.mark.parametrize("opset", [18, 23])
 @pytest.mark.parametrize("precision", ["float16", "int8"])
-def test_onnx_of_less_precision_is_smaller_and_tells_its_agreement(precision, opset, tmp_path):
+def test_onnx_of_lower_precision_is_smaller_and_records_its_agreement(precision, opset, tmp_path):
     model = keras_tnt.TNT(**{**TINY, "outer_dim": 96, "depth": 2})
     exact = keras_tnt.export.onnx(model, tmp_path / "exact.onnx", opset=opset)
     path = keras_tnt.export.onnx(model, tmp_path / "small.onnx", opset=opset, precision=precision)
@@ -313,7 +312,7 @@ def test_onnx_of_less_precision_is_smaller_and_tells_its_agreement(precision, op
 
 
 @pytest.mark.one_backend
-def test_onnx_of_the_features_and_its_metadata(tmp_path):
+def test_onnx_of_features_and_its_metadata(tmp_path):
     model = keras_tnt.DeiT(input_shape=(32, 32, 3), classes=7, embed_dim=16, depth=1, num_heads=2)
     path = keras_tnt.export.onnx(
         model, tmp_path / "deit.onnx", opset=17, signature="features", labels=LABELS, weights="mine"
@@ -381,7 +380,7 @@ def test_onnx_gives_the_same_logits_in_node(tmp_path, pytestconfig):
 
 
 @pytest.mark.slow
-def test_litert_agrees_with_the_model(tmp_path):
+def test_litert_matches_the_model(tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
     names = [f"class {i}" for i in range(TINY["classes"])]
@@ -400,8 +399,8 @@ def test_litert_agrees_with_the_model(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.one_backend  # handed to TensorFlow as LiteRT's is
-def test_openvino_agrees_with_the_model(tmp_path):
+@pytest.mark.one_backend  # uses the same TensorFlow process as LiteRT
+def test_openvino_matches_the_model(tmp_path):
     import openvino
 
     model = keras_tnt.TNT(**TINY)
@@ -414,7 +413,7 @@ def test_openvino_agrees_with_the_model(tmp_path):
         np.testing.assert_allclose(found, compute(model, images), atol=1e-5)
 
 
-def test_a_package_that_is_missing_is_told_by_name(tmp_path, monkeypatch):
+def test_missing_package_error_names_it(tmp_path, monkeypatch):
     from importlib import util
 
     find_spec = util.find_spec
@@ -433,7 +432,7 @@ def test_a_package_that_is_missing_is_told_by_name(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_versions_count_up_and_are_never_replaced(tmp_path):
+def test_versions_increase_and_are_never_replaced(tmp_path):
     model = keras_tnt.TNT(**TINY)
     directory = tmp_path / "tnt"
 
@@ -450,7 +449,7 @@ def test_versions_count_up_and_are_never_replaced(tmp_path):
     assert sorted(os.listdir(directory)) == ["1", "7", "8"]
 
 
-# The module alone: importing the package takes longer than the test.
+# Loads the module alone, because importing the package takes longer than the test.
 WRITER = """
 import importlib.util, os, sys
 for name, path in zip(("keras_tnt.files", "files"), sys.argv[1:3]):
@@ -469,7 +468,7 @@ while True:
 """
 
 
-def test_a_reader_that_polls_never_sees_half_a_version_of_a_killed_writer(tmp_path):
+def test_polling_reader_sees_only_complete_versions_of_killed_writers(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
     random = np.random.default_rng(0)
@@ -483,7 +482,7 @@ def test_a_reader_that_polls_never_sees_half_a_version_of_a_killed_writer(tmp_pa
             for number in files.versions(directory):
                 if number not in seen:
                     seen.add(number)
-                    # What is there is whole at the moment that it appears.
+                    # A version is complete as soon as it appears.
                     for name in ("saved_model.pb", "variables"):
                         size = os.path.getsize(directory / str(number) / name)
                         assert size == 1_000_000
@@ -493,15 +492,15 @@ def test_a_reader_that_polls_never_sees_half_a_version_of_a_killed_writer(tmp_pa
         writer.wait()
     with files.new_version(directory):
         pass
-    # The next writer removes what the killed ones left.
+    # The next writer removes files of killed ones.
     assert sorted(map(int, os.listdir(directory))) == files.versions(directory)
 
 
 @pytest.mark.one_backend
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["saved_model", "onnx"])
-def test_exports_are_killed_and_a_polling_reader_runs_what_is_whole_alone(tmp_path, kind):
-    """KERAS_TNT_KILLS says how often they are killed."""
+def test_polling_reader_loads_only_complete_exports_of_killed_processes(tmp_path, kind):
+    """Kills KERAS_TNT_KILLS exports. Defaults to 2."""
     kills = os.environ.get("KERAS_TNT_KILLS", "2")
     command = [sys.executable, "-m", "tests.killing_exports", str(tmp_path), kind, kills]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -511,10 +510,10 @@ def test_exports_are_killed_and_a_polling_reader_runs_what_is_whole_alone(tmp_pa
     assert counted["killed"] == int(kills) and counted["read"] > 0
 
 
-# === Refusals ===
+# === Errors ===
 
 
-def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path, monkeypatch):
+def test_invalid_exports_raise_before_any_work(tmp_path, monkeypatch):
     model = keras_tnt.TNT(**TINY)
     monkeypatch.setattr(
         "keras_tnt.export.verification.example", lambda *_: pytest.fail("began to work")
@@ -550,7 +549,7 @@ def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["file"]
 
 
-def test_weights_that_give_nan_are_refused_and_nothing_is_kept(tmp_path):
+def test_weights_with_nan_raise_and_leave_no_files(tmp_path):
     model = keras_tnt.TNT(**TINY)
     model.get_layer("head").bias.assign([np.nan] * 7)
     with pytest.raises(ValueError, match="gives NaN or infinite"):
@@ -559,7 +558,7 @@ def test_weights_that_give_nan_are_refused_and_nothing_is_kept(tmp_path):
 
 
 @pytest.mark.one_backend
-def test_a_file_that_does_not_say_what_the_model_says_is_an_error(tmp_path, monkeypatch):
+def test_exported_file_that_differs_from_the_model_raises(tmp_path, monkeypatch):
     from keras_tnt.export import servable
 
     model = keras_tnt.TNT(**TINY)

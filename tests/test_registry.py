@@ -1,4 +1,4 @@
-"""Families and models by name; a family of a user's own gets everything that ours have."""
+"""Families and models by name; user-defined families have all features of the built-in ones."""
 
 import inspect
 import json
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.one_backend
-def test_models_are_listed_by_shell_patterns_in_either_spelling():
+def test_list_models_supports_patterns_in_either_spelling():
     names = keras_tnt.list_models()
     assert names[:3] == ["tnt_tiny", "tnt_small", "tnt_base"]
     assert len(names) == len(set(names)) >= 17
@@ -37,7 +37,7 @@ def test_models_are_listed_by_shell_patterns_in_either_spelling():
 
 
 @pytest.mark.one_backend
-def test_every_name_finds_its_function_and_an_unknown_one_the_nearest():
+def test_find_model_by_name_or_with_a_suggestion():
     for name in keras_tnt.list_models():
         function = registry.find_model(name)
         assert registry.find_model(function.__name__) is function
@@ -53,7 +53,7 @@ def test_every_name_finds_its_function_and_an_unknown_one_the_nearest():
 
 
 @pytest.mark.one_backend
-def test_signatures_and_docstrings_tell_every_argument():
+def test_signatures_and_docstrings_have_every_argument():
     for name in keras_tnt.list_models():
         function = registry.find_model(name)
         parameters = inspect.signature(function).parameters
@@ -72,7 +72,7 @@ def test_signatures_and_docstrings_tell_every_argument():
 
 
 @pytest.mark.one_backend
-def test_a_variant_is_a_row_and_nothing_else_anywhere(monkeypatch):
+def test_variant_requires_only_a_table_row(monkeypatch):
     from training import configuration, models
 
     row = Variant({"outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_heads": 2}, 32)
@@ -88,7 +88,7 @@ def test_a_variant_is_a_row_and_nothing_else_anywhere(monkeypatch):
 
 
 @pytest.mark.one_backend
-def test_names_that_cannot_be_are_refused():
+def test_invalid_names_raise():
     with pytest.raises(ValueError, match="lower case"):
         keras_tnt.register_family("Toy", toy_family.ToyNet, {}, toy_family.IMAGE)
     with pytest.raises(ValueError, match="begins with its family's, 'toy2_'. Received: 'other'"):
@@ -101,7 +101,7 @@ def test_names_that_cannot_be_are_refused():
         registry.load_plugins("no_such_plugin")
 
 
-# === A family of one's own ===
+# === User-defined families ===
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def toy():
     return keras_tnt.create_model("toynet_tiny", class_names=["cat", "dog", "owl"])
 
 
-def test_its_functions_are_listed_built_and_saved(toy, tmp_path):
+def test_functions_of_a_family_are_listed_built_and_saved(toy, tmp_path):
     assert keras_tnt.list_models("toynet*") == ["toynet_tiny", "toynet_xl2"]
     assert keras_tnt.ToyNetXL2(classes=2).input_shape == (None, 48, 48, 3)
     toy.save(tmp_path / "toy.keras")
@@ -121,7 +121,7 @@ def test_its_functions_are_listed_built_and_saved(toy, tmp_path):
     assert other.get_layer("position").table.shape == (24, 16)
 
 
-def test_its_checkpoints_are_loaded_by_their_tensors_names(toy, tmp_path):
+def test_checkpoints_of_a_family_use_its_tensor_names(toy, tmp_path):
     keras_tnt.save_checkpoint(toy, tmp_path / "toy.safetensors")
     tensors = load_file(tmp_path / "toy.safetensors")
     assert tensors["stem.conv.weight"].shape == (16, 3, 8, 8)
@@ -137,7 +137,7 @@ def test_its_checkpoints_are_loaded_by_their_tensors_names(toy, tmp_path):
         keras_tnt.load_checkpoint(other, tmp_path / "less.safetensors")
 
 
-def test_its_images_are_transformed_by_its_own_rule(toy):
+def test_images_of_a_family_use_its_transform(toy):
     found = keras_tnt.anatomy(toy)
     assert (found.family, found.grid, found.patch_size) == ("toynet", (4, 4), 8)
     assert (found.image.crop, found.image.covered_size()) == (0.8, (40, 40))
@@ -152,7 +152,7 @@ def test_its_images_are_transformed_by_its_own_rule(toy):
     assert_close(compute(outside, normalised[None, 4:36, 4:36].astype("float32")), expected, 1e-5)
 
 
-def test_it_is_looked_into_and_compiled(toy):
+def test_family_supports_inspection_and_compilation(toy):
     images = 100 * normal((2, 32, 32, 3))
     maps = keras_tnt.inspection.attention_maps(toy, images)
     assert {name: x.shape for name, x in maps.items()} == {"block_0/outer": (2, 2, 16, 16)}
@@ -161,7 +161,7 @@ def test_it_is_looked_into_and_compiled(toy):
     assert_close(keras_tnt.compile_inference(toy)(images), compute(toy, images), 1e-5)
 
 
-def test_stages_whose_layers_tell_no_sizes_are_found_by_their_tokens():
+def test_stages_without_sizes_are_inferred_from_their_tokens():
     model = toy_stages.StageNet(input_shape=(32, 48, 3), classes=3, distilled=True)
     found = keras_tnt.anatomy(model)
     assert (found.grid, found.patch_size, found.class_tokens) == ((8, 12), 4, 2)
@@ -182,7 +182,7 @@ def test_stages_whose_layers_tell_no_sizes_are_found_by_their_tokens():
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_it_is_exported(toy, tmp_path):
+def test_family_is_exported(toy, tmp_path):
     path = keras_tnt.export.saved_model(toy, tmp_path / "toy", signatures=["serving_bytes"])
     card = json.loads((Path(path) / "assets.extra" / "model.json").read_text())
     assert card["labels"] == ["cat", "dog", "owl"] and card["resized_to_cover"] == [40, 40]
@@ -190,7 +190,7 @@ def test_it_is_exported(toy, tmp_path):
 
 
 def run(script, *arguments):
-    """What a script of the project prints."""
+    """Runs a script of the repository and returns what it prints."""
     result = subprocess.run(
         [sys.executable, ROOT / script, "--plugins=tests.toy_family", *arguments],
         cwd=ROOT,
@@ -205,7 +205,7 @@ def run(script, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.one_backend
-def test_it_is_trained_evaluated_and_exported_by_the_commands(tmp_path):
+def test_family_is_trained_evaluated_and_exported_by_the_commands(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     short = ("--epochs=1", "--steps_per_epoch=2", "--batch_size=8", "--notensorboard")
     run("training/train.py", "--model=toynet_tiny", "--dataset=digits", workdir, *short)

@@ -1,4 +1,4 @@
-"""Data sets inside of tar and Parquet files, and of the package datasets."""
+"""Data sets in tar files, Parquet files and Hugging Face datasets."""
 
 import dataclasses
 import io
@@ -22,7 +22,7 @@ def sample(number):
 
 
 def write_tars(root, split, counts, first=0):
-    """Writes shards as webdataset does; returns the labels in their order."""
+    """Writes shards with webdataset and returns the labels in order."""
     import webdataset
 
     labels = []
@@ -81,7 +81,7 @@ def write_hugging_face(root, counts):
 
 @pytest.fixture(scope="module", params=["webdataset", "parquet", "huggingface"])
 def archive(request, tmp_path_factory):
-    """(data set, directory, labels of the 20 training and 11 held-out images)."""
+    """Returns (data set, directory, labels of the 20 training, and of the 11 held-out images)."""
     root = tmp_path_factory.mktemp(request.param)
     if request.param == "huggingface":
         labels = write_hugging_face(root, {"train": 20, "validation": 11})
@@ -125,7 +125,7 @@ def train(source, config, first=0, share=None, steps=3, epoch=1):
 
 
 def numbers(images, count=40):
-    """Which samples images of the original size are."""
+    """Returns the indices of the samples that unscaled images show."""
     known = {
         tf.io.decode_jpeg(sample(i)[0], dct_method="INTEGER_ACCURATE").numpy().tobytes(): i
         for i in range(count)
@@ -133,7 +133,7 @@ def numbers(images, count=40):
     return [known[image.tobytes()] for image in images]
 
 
-def test_each_held_out_image_is_evaluated_once_with_its_label(archive):
+def test_each_held_out_image_is_evaluated_once(archive):
     dataset, root, _, labels = archive
     config = settings(dataset, root)
     training, held_out = sources.open_sources(config)
@@ -148,7 +148,7 @@ def test_each_held_out_image_is_evaluated_once_with_its_label(archive):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
-def test_workers_share_the_images_exactly(archive, workers):
+def test_workers_partition_the_images(archive, workers):
     dataset, root, _, labels = archive
     config = settings(dataset, root)
     training, held_out = sources.open_sources(config)
@@ -166,7 +166,7 @@ def test_workers_share_the_images_exactly(archive, workers):
 
 
 @pytest.mark.slow
-def test_an_epoch_is_resumed_in_the_middle_bit_for_bit(archive):
+def test_resumed_epoch_is_bit_identical(archive):
     dataset, root, _, _ = archive
     config = settings(dataset, root, min_crop=0.4, erasing=0.5)
     source = sources.open_split(config, held_out=False)
@@ -178,13 +178,13 @@ def test_an_epoch_is_resumed_in_the_middle_bit_for_bit(archive):
     assert (train(source, config, epoch=2)["image"] != whole["image"]).any()
 
 
-def test_a_tf_data_service_is_refused_where_python_reads(archive):
+def test_data_service_raises_for_python_sources(archive):
     dataset, root, _, _ = archive
     with pytest.raises(ValueError, match="leave --data_service out"):
         sources.open_sources(settings(dataset, root, data_service="grpc://localhost:1"))
 
 
-def test_splits_that_share_images_are_refused(archive):
+def test_overlapping_or_missing_splits_raise(archive):
     dataset, root, _, _ = archive
     with pytest.raises(ValueError, match="the splits overlap"):
         sources.open_sources(settings(dataset, root, eval_split="train"))
@@ -229,7 +229,7 @@ def pairs(*labels):
         (pairs(2, 3, 4), {"classes": 0}, "go from 2 to 4: --classes=3 --label_offset=2"),
     ],
 )
-def test_a_shard_that_cannot_serve_is_refused(tmp_path, members, values, message):
+def test_invalid_shard_raises(tmp_path, members, values, message):
     write_tar(tmp_path / "train-0.tar", members)
     with pytest.raises(ValueError, match=message) as caught:
         sources.open_split(settings("webdataset", tmp_path, **values), held_out=False)
@@ -237,14 +237,14 @@ def test_a_shard_that_cannot_serve_is_refused(tmp_path, members, values, message
 
 
 @pytest.mark.parametrize("left", [1, 513, 700, 1024 + 3])
-def test_a_truncated_shard_is_named(tmp_path, left):
+def test_truncated_shard_raises_with_its_name(tmp_path, left):
     path = write_tar(tmp_path / "train-0.tar", pairs(0, 1, 2))
     path.write_bytes(path.read_bytes().rstrip(b"\0")[:-1][: -left or None])
     with pytest.raises(ValueError, match="train-0.tar (breaks off|is no whole)"):
         sources.open_split(settings("webdataset", tmp_path), held_out=False)
 
 
-def test_a_shard_cut_between_two_samples_is_not_taken_for_a_whole_one(tmp_path):
+def test_shard_truncated_between_samples_raises(tmp_path):
     path = write_tar(tmp_path / "train-0.tar", pairs(0, 1, 2))
     with tarfile.open(path) as archive:
         end = archive.getmembers()[4].offset
@@ -253,7 +253,7 @@ def test_a_shard_cut_between_two_samples_is_not_taken_for_a_whole_one(tmp_path):
         sources.open_split(settings("webdataset", tmp_path), held_out=False)
 
 
-def test_joined_and_compressed_shards_are_refused(tmp_path):
+def test_concatenated_and_compressed_shards_raise(tmp_path):
     path = write_tar(tmp_path / "train-0.tar", pairs(0, 1))
     whole = path.read_bytes()
     path.write_bytes(whole + whole)
@@ -266,7 +266,7 @@ def test_joined_and_compressed_shards_are_refused(tmp_path):
         sources.open_split(settings("webdataset", tmp_path), held_out=False)
 
 
-def test_names_that_point_elsewhere_links_and_hidden_members_do_no_harm(tmp_path):
+def test_absolute_paths_links_and_hidden_members_are_harmless(tmp_path):
     path = tmp_path / "train-0.tar"
     with tarfile.open(path, "w") as archive:
         for name, content in [
@@ -288,7 +288,7 @@ def test_names_that_point_elsewhere_links_and_hidden_members_do_no_harm(tmp_path
     assert sorted(os.listdir(tmp_path.parent)) == before
 
 
-def test_a_member_that_claims_more_than_an_image_may_have_is_refused(tmp_path):
+def test_member_above_the_size_limit_raises(tmp_path):
     path = tmp_path / "train-0.tar"
     info = tarfile.TarInfo("a.jpg")
     info.size = 2**28 + 1
@@ -302,7 +302,7 @@ def test_a_member_that_claims_more_than_an_image_may_have_is_refused(tmp_path):
     tracemalloc.stop()
 
 
-def test_an_image_that_cannot_be_decoded_is_black_counted_and_named(tmp_path, capsys):
+def test_undecodable_image_is_black_counted_and_named(tmp_path, capsys):
     members = pairs(0, 1, 2)
     members[2] = ("1.jpg", b"no image")
     write_tar(tmp_path / "val-0.tar", members)
@@ -341,21 +341,21 @@ IMAGES = [jpeg(i) for i in range(4)]
         ({"image": IMAGES, "label": [0.0, 1.0, float("nan"), 1.0]}, {}, "row 3 has the label nan"),
     ],
 )
-def test_a_parquet_file_that_cannot_serve_is_refused(tmp_path, columns, values, message):
+def test_invalid_parquet_file_raises(tmp_path, columns, values, message):
     write_parquet(tmp_path / "train-0.parquet", columns)
     with pytest.raises(ValueError, match=message) as caught:
         sources.open_split(settings("parquet", tmp_path, **values), held_out=False)
     assert "\n" not in str(caught.value)
 
 
-def test_labels_that_are_texts_are_the_training_split_s_classes(tmp_path):
+def test_text_labels_are_the_classes_of_the_training_split(tmp_path):
     write_parquet(tmp_path / "train.parquet", {"image": IMAGES, "label": ["10", "9", "9", "10"]})
     write_parquet(tmp_path / "test.parquet", {"image": IMAGES[:1], "label": ["10"]})
     training, held_out = sources.open_sources(settings("parquet", tmp_path, classes=0))
     assert training.label_names == held_out.label_names == ("9", "10")
 
 
-def test_damaged_parquet_files_and_huge_row_groups_are_refused(tmp_path, monkeypatch):
+def test_damaged_parquet_file_and_large_row_group_raise(tmp_path, monkeypatch):
     path = tmp_path / "train.parquet"
     path.write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(ValueError, match="train.parquet is no whole Parquet file"):
@@ -366,11 +366,11 @@ def test_damaged_parquet_files_and_huge_row_groups_are_refused(tmp_path, monkeyp
         sources.open_split(settings("parquet", tmp_path), held_out=False)
 
 
-def test_a_row_group_that_is_damaged_is_a_set_of_unreadable_images(tmp_path):
+def test_damaged_row_group_is_a_set_of_unreadable_images(tmp_path):
     columns = {"image": IMAGES, "label": [0, 1, 2, 0]}
     path = write_parquet(tmp_path / "val.parquet", columns, row_group_size=2, compression="none")
     whole = path.read_bytes()
-    at = whole.index(IMAGES[0])  # before it lies the header of the page
+    at = whole.index(IMAGES[0])  # preceded by the page header
     path.write_bytes(whole[:4] + b"\xff" * (at - 8) + whole[at - 4 :])
     config = settings("parquet", tmp_path, batch_size=4)
     source = sources.open_split(config, held_out=True)
@@ -380,10 +380,10 @@ def test_a_row_group_that_is_damaged_is_a_set_of_unreadable_images(tmp_path):
     assert unreadable.names == {f"{path} row 1", f"{path} row 2"}
 
 
-# === datasets ===
+# === Hugging Face datasets ===
 
 
-def test_hugging_face_reads_a_directory_of_parquet_files(tmp_path, monkeypatch):
+def test_directory_of_parquet_files_is_read_as_a_dataset(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
 
@@ -399,7 +399,7 @@ def test_hugging_face_reads_a_directory_of_parquet_files(tmp_path, monkeypatch):
     assert source.labels.tolist() == [1, 0] and source.label_names == ("ape", "bee")
 
 
-def test_a_directory_that_is_no_data_set_is_refused(tmp_path):
+def test_directory_without_a_data_set_raises(tmp_path):
     with pytest.raises(ValueError, match="has no files .*parquet of a split train"):
         sources.open_split(settings("huggingface", tmp_path), held_out=False)
     (tmp_path / "dataset_dict.json").write_text("{")
@@ -410,7 +410,7 @@ def test_a_directory_that_is_no_data_set_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "module"), [("huggingface", "datasets"), ("parquet", "pyarrow")]
 )
-def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, dataset, module):
+def test_missing_package_error_names_the_extra(tmp_path, monkeypatch, dataset, module):
     import sys
 
     monkeypatch.setitem(sys.modules, module, None)

@@ -1,4 +1,4 @@
-"""A run from beginning to end: what it leaves, how it is gone on with, what goes wrong."""
+"""Whole training runs: their files, resuming, faults, and parts of the loop."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def short(workdir, **values):
-    """A run of two epochs of four updates."""
+    """Returns the configuration of a run with two epochs of four updates."""
     defaults = {"epochs": 2, "steps_per_epoch": 4, "batch_size": 8, "deterministic": False}
     quiet = {"tensorboard": False, "report": False, "evaluate_epochs": 2, "checkpoint_steps": 2}
     return configuration.make("digits", workdir=str(workdir), **{**defaults, **quiet, **values})
@@ -58,7 +58,7 @@ def assert_identical(first, second):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The result and directory of a run with a moving average and TensorBoard."""
+    """Yields (result, directory) of a run with a moving average and TensorBoard."""
     from training import models
 
     sizes = {"depth": 1, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2, "inner_stride": 4}
@@ -68,7 +68,7 @@ def finished(tmp_path_factory):
         yield loop.train(short(workdir, ema=0.9, tensorboard=True, report=True)), workdir
 
 
-def test_a_run_leaves_its_configuration_reports_and_weights(finished):
+def test_run_writes_its_configuration_reports_and_weights(finished):
     result, workdir = finished
     record = json.loads((workdir / "config.json").read_text())
     assert record["config"]["epochs"] == 2 and record["config"]["recipe"] == "digits"
@@ -91,7 +91,7 @@ def test_a_run_leaves_its_configuration_reports_and_weights(finished):
     assert record["better"] == result["better"] and 0 <= record["calibration_error"] <= 1
 
 
-def test_the_final_files_hold_the_trained_model_on_pixels(finished):
+def test_final_files_have_the_trained_model(finished):
     result, workdir = finished
     model = keras.models.load_model(workdir / "final.keras")
     trained = final_state(workdir)
@@ -102,7 +102,7 @@ def test_the_final_files_hold_the_trained_model_on_pixels(finished):
 
 
 @pytest.mark.slow
-def test_evaluate_finds_what_the_run_found(finished, capsys):
+def test_evaluate_matches_the_results_of_the_run(finished, capsys):
     result, workdir = finished
     found = evaluate.evaluate({"batch_size": 7}, run=str(workdir))
     assert found["images"] == 360 and found["corrupt"] == 0
@@ -114,7 +114,7 @@ def test_evaluate_finds_what_the_run_found(finished, capsys):
     assert of_file["accuracy"] == pytest.approx(result["accuracy"])
 
 
-def test_runs_are_drawn_in_one_picture(finished, tmp_path):
+def test_runs_are_plotted(finished, tmp_path):
     _, workdir = finished
     picture = plot.plot([workdir], tmp_path / "picture.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -122,14 +122,14 @@ def test_runs_are_drawn_in_one_picture(finished, tmp_path):
         plot.plot([tmp_path], tmp_path / "picture.png")
 
 
-def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+def test_finished_run_is_not_repeated(finished, monkeypatch):
     result, workdir = finished
     monkeypatch.setattr(loop.Run, "epoch", None)
     again = loop.train(short(workdir, ema=0.9, tensorboard=True))
     assert again["accuracy"] == result["accuracy"]
 
 
-def test_another_configuration_is_refused_and_the_difference_shown(finished):
+def test_changed_configuration_raises_with_the_difference(finished):
     _, workdir = finished
     with pytest.raises(ValueError, match=r"--learning_rate: 0.004 -> 0.5\n.*--workdir"):
         loop.train(short(workdir, ema=0.9, learning_rate=0.5))
@@ -146,19 +146,17 @@ def test_another_configuration_is_refused_and_the_difference_shown(finished):
         ({"batch_size": 2000, "steps_per_epoch": 0}, "more than the 1437 images"),
     ],
 )
-def test_sizes_that_do_not_fit_are_an_error(tmp_path, values, message):
+def test_invalid_sizes_raise(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         loop.train(short(tmp_path, **values))
     assert not (tmp_path / "config.json").exists()
 
 
-# === Nothing lost ===
+# === Resuming and faults ===
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_a_checkpoint_from_which_the_same_weights_are_reached(
-    tiny, tmp_path, monkeypatch
-):
+def test_run_resumes_identically_after_sigterm(tiny, tmp_path, monkeypatch):
     values = {"stochastic_depth": 0.3, "ema": 0.9, "mixup": 0.5, "checkpoint_steps": 100}
     loop.train(short(tmp_path / "undisturbed", **values))
     update = loop.Run.update
@@ -182,7 +180,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_same_weights_are_reached(
 @pytest.mark.parametrize(
     ("optimizer", "jit"), [*((name, "off") for name in optimizers.OPTIMIZERS), ("muon", "on")]
 )
-def test_each_optimizer_goes_on_to_the_bit_from_what_a_checkpoint_holds(
+def test_each_optimizer_resumes_bit_identically_from_a_checkpoint(
     tiny, tmp_path, optimizer, jit, mirrored, monkeypatch
 ):
     epoch, ends = loop.Run.epoch, []
@@ -209,7 +207,7 @@ def test_each_optimizer_goes_on_to_the_bit_from_what_a_checkpoint_holds(
 
 
 @pytest.mark.slow
-def test_a_nan_rolls_back_and_the_batch_is_skipped(tiny, tmp_path, monkeypatch, capsys):
+def test_nan_loss_rolls_back_and_skips_the_batch(tiny, tmp_path, monkeypatch, capsys):
     make = step_functions.make_train_step
 
     def poisoned(*arguments):
@@ -233,9 +231,7 @@ def test_a_nan_rolls_back_and_the_batch_is_skipped(tiny, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_run_that_keeps_blowing_up_stops_with_the_reason_and_goes_on_at_another_rate(
-    tiny, tmp_path
-):
+def test_diverging_run_stops_and_resumes_with_another_learning_rate(tiny, tmp_path):
     values = {"warmup_epochs": 0.0, "max_rollbacks": 1}
     with pytest.raises(RuntimeError, match=r"the loss of step .* after 1 rollbacks.*--change"):
         loop.train(short(tmp_path, learning_rate=1e9, **values))
@@ -247,7 +243,7 @@ def test_a_run_that_keeps_blowing_up_stops_with_the_reason_and_goes_on_at_anothe
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_extended_by_the_longer_schedule(tiny, tmp_path):
+def test_finished_run_can_be_extended(tiny, tmp_path):
     loop.train(short(tmp_path, warmup_epochs=0.0))
     longer = {"warmup_epochs": 0.0, "epochs": 3}
     assert loop.train(short(tmp_path, extend=True, **longer))["step"] == 12
@@ -257,7 +253,7 @@ def test_a_finished_run_is_extended_by_the_longer_schedule(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_no_longer_gets_better_ends_with_its_best_weights(tiny, tmp_path, monkeypatch):
+def test_early_stopping_restores_the_best_weights(tiny, tmp_path, monkeypatch):
     accuracies = iter([0.3, 0.5, 0.4, 0.5, 0.9])
 
     def measured(strategy, step, dataset):
@@ -276,7 +272,7 @@ def test_a_run_that_no_longer_gets_better_ends_with_its_best_weights(tiny, tmp_p
 
 
 @pytest.mark.slow
-def test_damaged_checkpoints_stop_a_run_until_it_is_told_to_begin_afresh(tiny, tmp_path):
+def test_damaged_checkpoints_stop_a_run_without_start_afresh(tiny, tmp_path):
     loop.train(short(tmp_path))
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:100])
@@ -292,7 +288,7 @@ def test_damaged_checkpoints_stop_a_run_until_it_is_told_to_begin_afresh(tiny, t
 
 
 @pytest.mark.slow
-def test_float16_that_always_overflows_stops_and_never_ends_well(tiny, tmp_path, monkeypatch):
+def test_float16_run_that_always_overflows_raises(tiny, tmp_path, monkeypatch):
     def overflowing(self):
         return tf.convert_to_tensor(self.scale[0]) * 1e36
 
@@ -309,11 +305,13 @@ def test_float16_that_always_overflows_stops_and_never_ends_well(tiny, tmp_path,
     assert "gradient_norm" not in first and first["device_memory_bytes"] > 0
 
 
-# === Several updates in one execution ===
+# === Several updates per execution ===
 
 
 @pytest.mark.slow
-def test_a_stopped_evaluation_and_other_executions_change_no_bit(tiny, tmp_path, monkeypatch):
+def test_stopped_evaluation_and_steps_per_execution_do_not_change_the_result(
+    tiny, tmp_path, monkeypatch
+):
     values = {"stochastic_depth": 0.3, "ema": 0.9, "mixup": 0.5, "checkpoint_steps": 100}
     values |= {"report_steps": 2, "evaluate_epochs": 1, "steps_per_epoch": 5}
     values |= {"steps_per_execution": 3}
@@ -355,7 +353,7 @@ def test_a_stopped_evaluation_and_other_executions_change_no_bit(tiny, tmp_path,
 
 
 def part_of_a_run(**values):
-    """A `Run` that has not begun, of one worker, without model, data and directory."""
+    """Returns a `Run` of one worker that has not started, without model, data and directory."""
     run = object.__new__(loop.Run)
     run.config = short("unused", **values)
     run.strategy, run.workers, run.chief = tf.distribute.get_strategy(), 1, True
@@ -377,7 +375,7 @@ def part_of_a_run(**values):
 
 @pytest.fixture
 def of_two_workers(monkeypatch):
-    """A function that sets what the other worker says, and asks for a run of two workers."""
+    """Returns a function that builds a run of two workers with given replies of the other."""
 
     def make(*said, **values):
         answers = iter(said)
@@ -408,7 +406,7 @@ def of_two_workers(monkeypatch):
         ({"steps_per_execution": 4, "precision": "float32", "max_skipped_updates": 3}, [], 1, 4),
     ],
 )
-def test_an_execution_ends_where_something_has_to_be_done(values, skipped, step, length):
+def test_execution_ends_before_reports_checkpoints_and_skipped_steps(values, skipped, step, length):
     run = part_of_a_run(**{"checkpoint_steps": 0, **values})
     run.notes["skipped"] = skipped
     assert run.execution_length(step, report_steps=7) == length
@@ -426,7 +424,7 @@ def test_an_execution_ends_where_something_has_to_be_done(values, skipped, step,
         (5, (False, False), False),
     ],
 )
-def test_losses_are_looked_at_before_they_count(step, decision, looks):
+def test_losses_are_checked_before_they_are_used(step, decision, looks):
     run = part_of_a_run(precision="float16", max_skipped_updates=6)
     assert run.looks(step, 7, loop.Decision(*decision)) == looks
 
@@ -442,7 +440,7 @@ def test_losses_are_looked_at_before_they_count(step, decision, looks):
         (1.0, float("nan"), "float16", False),
     ],
 )
-def test_a_loss_is_bad_if_it_blew_up_and_a_norm_without_a_loss_scale(loss, norm, precision, bad):
+def test_healthy_detects_diverged_losses_and_norms(loss, norm, precision, bad):
     run = part_of_a_run(precision=precision)
     run.pending = [(4, 1.0, 1.0), (5, loss, norm), (6, 1.0, 1.0)]
     assert run.healthy() == (not bad)
@@ -450,7 +448,7 @@ def test_a_loss_is_bad_if_it_blew_up_and_a_norm_without_a_loss_scale(loss, norm,
 
 
 @pytest.mark.parametrize(("said", "bad"), [(4, [4]), (5, [5]), (6, [5]), (40, [5])])
-def test_workers_roll_back_to_the_first_step_that_was_bad_anywhere(of_two_workers, said, bad):
+def test_workers_roll_back_to_the_first_bad_step_of_any_worker(of_two_workers, said, bad):
     run = of_two_workers([said])
     run.pending = [(4, 1.0, 1.0), (5, float("nan"), 1.0)]
     assert not run.healthy() and run.bad == bad
@@ -460,7 +458,7 @@ def test_workers_roll_back_to_the_first_step_that_was_bad_anywhere(of_two_worker
     assert of_two_workers([40]).healthy()
 
 
-def test_updates_that_float16_skips_are_counted_in_a_row_and_once():
+def test_consecutive_skipped_updates_are_counted_once():
     run, inf = part_of_a_run(precision="float16", max_skipped_updates=3), float("inf")
     run.pending = [(0, 1.0, inf), (1, 1.0, inf)]
     for _ in range(2):
@@ -479,7 +477,7 @@ def test_updates_that_float16_skips_are_counted_in_a_row_and_once():
 
 
 @pytest.mark.parametrize("average", [[], [0.0]])
-def test_the_better_of_weights_and_their_average_decides_which_checkpoint_is_the_best(average):
+def test_best_checkpoint_is_by_the_better_of_weights_and_average(average):
     run = part_of_a_run(early_stopping=2)
     run.optimizer.averages = average
     accuracies = iter([0.3, 0.6, 0.5, 0.4, 0.55, 0.7] if average else [0.6, 0.5, 0.7])
@@ -493,7 +491,7 @@ def test_the_better_of_weights_and_their_average_decides_which_checkpoint_is_the
     ]
 
 
-def test_a_single_worker_s_clock_and_signals_count_after_the_update():
+def test_single_worker_uses_its_clock_and_signals_after_an_update():
     run = part_of_a_run(checkpoint_steps=0, checkpoint_minutes=1.0)
     assert not run.checkpoint_due(3)
     run.saved_at -= 61
@@ -502,7 +500,7 @@ def test_a_single_worker_s_clock_and_signals_count_after_the_update():
     assert not part_of_a_run(checkpoint_steps=3).checkpoint_due(7)
 
 
-def test_the_chief_s_clock_and_anybody_s_signal_are_voted_on(of_two_workers):
+def test_workers_vote_on_the_chief_clock_and_any_signal(of_two_workers):
     run = of_two_workers(checkpoint_steps=0, checkpoint_minutes=1.0)
     run.saved_at -= 61
     assert run.votes(3) == [0.0, 1.0]
@@ -514,7 +512,7 @@ def test_the_chief_s_clock_and_anybody_s_signal_are_voted_on(of_two_workers):
     assert run.votes(3) == [1.0, 0.0]
 
 
-def test_an_evaluation_ends_when_any_worker_is_told_to(of_two_workers):
+def test_evaluation_stops_if_any_worker_is_interrupted(of_two_workers):
     run = of_two_workers([0], [1])
     run.watchdog = types.SimpleNamespace(tick=lambda: None)
     run.before_evaluation(0)
@@ -523,7 +521,7 @@ def test_an_evaluation_ends_when_any_worker_is_told_to(of_two_workers):
         run.before_evaluation(loop.EVALUATION_LOOK)
 
 
-def test_unreadable_images_of_all_workers_count_once(of_two_workers):
+def test_unreadable_images_of_all_workers_are_counted_once(of_two_workers):
     source = types.SimpleNamespace(stretches=(), size=1000)
 
     def images(limit, *names):
@@ -546,7 +544,7 @@ def test_unreadable_images_of_all_workers_count_once(of_two_workers):
         run.check_images()
 
 
-def test_a_run_whose_weights_are_those_of_its_beginning_is_an_error():
+def test_run_that_changes_no_weight_raises():
     run = part_of_a_run()
     run.check_weights_changed(8)
     run.notes["initial_weights"] = run.weights_digest()
@@ -562,7 +560,7 @@ def a_saving_run(tmp_path, **values):
     return run
 
 
-def test_the_last_checkpoint_is_that_of_the_updates_that_were_made(tmp_path):
+def test_save_at_end_writes_only_healthy_completed_updates(tmp_path):
     run = a_saving_run(tmp_path)
     run.step, run.pending = 4, [(3, 1.0, 1.0)]
     assert run.save_at_end(between_updates=False) is None and run.checkpoints.step() == -1
@@ -574,7 +572,7 @@ def test_the_last_checkpoint_is_that_of_the_updates_that_were_made(tmp_path):
     assert run.save_at_end(between_updates=True) is None and run.checkpoints.step() == 4
 
 
-def test_other_workers_restore_the_checkpoint_that_the_chief_did(of_two_workers, tmp_path):
+def test_workers_restore_the_checkpoint_of_the_chief(of_two_workers, tmp_path):
     run = of_two_workers()
     run.checkpoints = checkpoint.Checkpoints(tmp_path, {"w": tf.Variable(0.0)}, 9)
     run.reporter = types.SimpleNamespace(go_on_from=lambda step: None, say=lambda text: None)
@@ -598,7 +596,7 @@ def test_other_workers_restore_the_checkpoint_that_the_chief_did(of_two_workers,
 @pytest.mark.parametrize(
     "error", [tf.errors.InternalError, tf.errors.UnavailableError, tf.errors.DeadlineExceededError]
 )
-def test_a_collective_that_fails_is_a_lost_worker_in_one_line(tmp_path, monkeypatch, error):
+def test_failed_collective_is_reported_as_a_lost_worker(tmp_path, monkeypatch, error):
     def fail(*arguments):
         raise error(None, None, "Collective ops failed\nwith more lines")
 
@@ -613,7 +611,7 @@ def test_a_collective_that_fails_is_a_lost_worker_in_one_line(tmp_path, monkeypa
         loop.train(short(tmp_path))
 
 
-def test_a_data_service_that_is_not_there_is_said_before_the_first_step(tmp_path, monkeypatch):
+def test_unreachable_data_service_raises_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(service.wait_for, "__defaults__", (0.1,))
     with pytest.raises(OSError, match="--data_service=grpc://localhost:1 cannot be used"):
         loop.train(short(tmp_path, data_service="grpc://localhost:1"))
@@ -637,7 +635,7 @@ def train_command(workdir, *flags, **environment):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_a_second_trainer_is_refused_meanwhile(tmp_path):
+def test_ctrl_c_saves_and_the_directory_is_locked_meanwhile(tmp_path):
     process = train_command(tmp_path, "--epochs=1000")
     while not list(tmp_path.glob("checkpoints/step_00000000[2-9].safetensors")):
         assert process.poll() is None, process.stdout.read()[-3000:]
@@ -654,8 +652,8 @@ def test_ctrl_c_saves_and_a_second_trainer_is_refused_meanwhile(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["one_device", "mirrored"])
-def test_killed_at_random_moments_a_run_ends_bit_identical(tmp_path, strategy):
-    """KERAS_TNT_KILLS says how often it is killed."""
+def test_run_killed_at_random_times_is_bit_identical(tmp_path, strategy):
+    """Kills the run KERAS_TNT_KILLS times. Defaults to 2."""
     kills = os.environ.get("KERAS_TNT_KILLS", "2")
     result = subprocess.run(
         [sys.executable, "-m", "tests.training.killing", str(tmp_path), strategy, kills],
@@ -670,7 +668,7 @@ def test_killed_at_random_moments_a_run_ends_bit_identical(tmp_path, strategy):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that makes a disk of so many bytes, or changes its size; returns where it is."""
+    """Yields a function that mounts a disk of `size` bytes, or resizes it, and returns its path."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -687,13 +685,12 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_what_is_whole_and_the_run_goes_on_when_there_is_room(
-    tiny, tmp_path, small_disk
-):
-    """KERAS_TNT_DISK_SIZES says how many amounts of free space are tried."""
+def test_run_resumes_after_a_full_disk_without_partial_files(tiny, tmp_path, small_disk):
+    """Tries KERAS_TNT_DISK_SIZES amounts of free space. Defaults to 3."""
     loop.train(short(tmp_path / "whole", tensorboard=True))
     needed = sum(p.stat().st_blocks * 512 for p in (tmp_path / "whole").rglob("*") if p.is_file())
-    # The last checkpoint stands beside the two before it, and each of the results for a while.
+    # The last checkpoint exists next to the two before it, and each result file next to its
+    # temporary copy.
     sizes = np.linspace(8192, 2 * needed, int(os.environ.get("KERAS_TNT_DISK_SIZES", "3")))
     for number, size in enumerate(sizes):
         workdir = small_disk(int(size)) / str(number)
@@ -720,8 +717,8 @@ def test_a_full_disk_leaves_what_is_whole_and_the_run_goes_on_when_there_is_room
 
 
 @pytest.mark.slow
-def test_two_workers_one_of_them_killed_reach_weights_and_report_of_one_process(tmp_path):
-    """KERAS_TNT_WORKERS says how many there are."""
+def test_killed_worker_is_restarted_and_results_match_one_process(tmp_path):
+    """Runs KERAS_TNT_WORKERS workers. Defaults to 2."""
     number = os.environ.get("KERAS_TNT_WORKERS", "2")
     command = [sys.executable, "-m", "tests.training.workers", str(tmp_path), number, "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -733,8 +730,8 @@ def test_two_workers_one_of_them_killed_reach_weights_and_report_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["nan", "service"])
-def test_workers_that_meet_a_fault_end_and_resume_to_the_same_bits(tmp_path, fault):
-    """KERAS_TNT_WORKERS says how many there are."""
+def test_workers_exit_after_a_fault_and_resume_bit_identically(tmp_path, fault):
+    """Runs KERAS_TNT_WORKERS workers. Defaults to 2."""
     number = os.environ.get("KERAS_TNT_WORKERS", "2")
     command = [sys.executable, "-m", "tests.training.faults", str(tmp_path), number, fault]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

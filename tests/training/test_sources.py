@@ -1,4 +1,4 @@
-"""The data sets that --dataset= names: what they read, and what they refuse before any work."""
+"""Data sets selected by --dataset: reading, splits, and errors before any work."""
 
 import csv
 import dataclasses
@@ -30,7 +30,7 @@ def settings(dataset, root="", **values):
 
 
 def read(dataset, root="", held_out=True, **values):
-    """(source, its labels of positive weight in order) of one split."""
+    """Returns (source, its labels of positive weight in order) for one split."""
     config = settings(dataset, root, **values)
     source = sources.open_split(config, held_out)
     batches = data.evaluation_batches(
@@ -52,7 +52,7 @@ def write_images(root, *paths):
 
 
 def refused(message, dataset, root="", **values):
-    """Assert that both splits are refused, by one line."""
+    """Asserts that opening the splits raises a one-line error."""
     with pytest.raises(ValueError, match=message) as caught:
         sources.open_sources(settings(dataset, root, **values))
     assert "\n" not in str(caught.value)
@@ -61,7 +61,7 @@ def refused(message, dataset, root="", **values):
 # === The registry ===
 
 
-def test_an_unknown_data_set_is_refused_with_the_nearest_name():
+def test_unknown_data_set_error_suggests_the_nearest():
     with pytest.raises(ValueError, match="'foldr'. Did you mean folder\\? There are: digits, "):
         settings("foldr")
     for name in ("tfds", "folder:images"):
@@ -70,7 +70,7 @@ def test_an_unknown_data_set_is_refused_with_the_nearest_name():
 
 
 @pytest.mark.parametrize("dataset", ["folder", "table", "tfrecord"])
-def test_a_data_set_of_files_asks_for_its_directory_and_shows_the_layout(dataset):
+def test_missing_data_dir_error_shows_the_layout(dataset):
     layout = sources.DATASETS[dataset].layout
     with pytest.raises(ValueError) as caught:
         settings(dataset)
@@ -94,7 +94,7 @@ sources.register_dataset("stripes", stripes, "black images, every other one stri
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """The name of a module that registers a data set when it is imported."""
+    """Yields the name of a module that registers a data set when it is imported."""
     (tmp_path / "stripes_plugin.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
     yield "stripes_plugin"
@@ -102,7 +102,7 @@ def plugin(tmp_path, monkeypatch):
     registry.DATASETS.pop("stripes", None)
 
 
-def test_a_registered_data_set_is_a_data_set_like_any_other(plugin):
+def test_registered_data_set_is_opened_by_name(plugin):
     importlib.import_module(plugin)
     training, held_out = sources.open_sources(settings("stripes"))
     assert (training.size, held_out.size, training.label_names) == (48, 16, ("plain", "striped"))
@@ -111,7 +111,7 @@ def test_a_registered_data_set_is_a_data_set_like_any_other(plugin):
         sources.register_dataset("stripes", None)
 
 
-def test_options_of_other_data_sets_are_refused():
+def test_options_of_other_data_sets_raise():
     refused("--dataset=digits takes no --train_split", "digits", train_split="train")
     refused(
         "--dataset=tfds:cifar10 takes no --validation_share", "tfds:cifar10", validation_share=0.1
@@ -121,7 +121,7 @@ def test_options_of_other_data_sets_are_refused():
 # === Folders ===
 
 
-def test_images_whose_names_are_no_text_are_read_and_classes_must_have_a_name(tmp_path):
+def test_file_names_may_be_any_bytes_but_class_names_must_be_text(tmp_path):
     write_images(tmp_path, "a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg")
     os.rename(tmp_path / "a" / "0.jpg", os.fsencode(tmp_path / "a") + b"/\xff.jpg")
     source, labels = read("folder", tmp_path, validation_share=0.5)
@@ -132,7 +132,7 @@ def test_images_whose_names_are_no_text_are_read_and_classes_must_have_a_name(tm
         os.rename(os.fsencode(tmp_path) + b"/" + name, tmp_path / "b")
 
 
-def test_a_flat_folder_is_split_alike_in_every_class_by_the_seed(tmp_path):
+def test_flat_folder_is_split_by_class_and_seed(tmp_path):
     write_images(
         tmp_path, *(f"cat/{i}.jpg" for i in range(10)), *(f"dog/{i}.png" for i in range(20))
     )
@@ -147,7 +147,7 @@ def test_a_flat_folder_is_split_alike_in_every_class_by_the_seed(tmp_path):
     assert again[1].paths == splits[1].paths != other[1].paths
 
 
-def test_a_share_keeps_an_image_of_each_class_on_both_sides():
+def test_validation_share_leaves_an_image_of_each_class_in_both_splits():
     names = ["few", "many"]
     mask = kinds.held_out_mask([0, 0, 1, 1, 1, 1, 1, 1], names, 0.01, 0)
     assert mask[:2].sum() == 1 and mask[2:].sum() == 1
@@ -157,7 +157,7 @@ def test_a_share_keeps_an_image_of_each_class_on_both_sides():
         kinds.held_out_mask([0, 1, 1], names, 0.5, 0)
 
 
-def test_each_class_s_share_is_a_draw_independent_of_the_others():
+def test_held_out_images_are_drawn_independently_per_class():
     mask = kinds.held_out_mask([0] * 40 + [1] * 40, ["a", "b"], 0.5, 3)
     assert mask[:40].sum() == mask[40:].sum() == 20
     assert (mask[:40] != mask[40:]).any()
@@ -174,7 +174,7 @@ def test_webp_is_read(tmp_path):
     assert read("folder", tmp_path)[1].tolist() == [0, 1]
 
 
-def test_the_held_out_folder_can_be_named(tmp_path):
+def test_eval_split_selects_the_held_out_folder(tmp_path):
     write_images(tmp_path, *(f"{s}/{c}/{s}.jpg" for s in ("train", "val", "test") for c in "ab"))
     assert "/val/" in sources.open_split(settings("folder", tmp_path), True).paths[0]
     named = settings("folder", tmp_path, eval_split="test")
@@ -225,7 +225,7 @@ def test_the_held_out_folder_can_be_named(tmp_path):
         ),
     ],
 )
-def test_a_folder_that_cannot_serve_is_refused(tmp_path, files, values, message):
+def test_invalid_folder_raises(tmp_path, files, values, message):
     write_images(tmp_path, *files)
     refused(message, "folder", tmp_path, **values)
 
@@ -244,7 +244,7 @@ def layout(root, *splits):
         (("train", "Test"), "Test"),
     ],
 )
-def test_the_validation_split_is_found_by_any_of_its_names(tmp_path, capsys, splits, taken):
+def test_validation_split_is_found_by_any_of_its_names(tmp_path, capsys, splits, taken):
     layout(tmp_path, *splits)
     training, held_out = sources.open_sources(settings("folder", tmp_path))
     assert {Path(path).parent.parent.name for path in held_out.paths} == {taken}
@@ -254,14 +254,14 @@ def test_the_validation_split_is_found_by_any_of_its_names(tmp_path, capsys, spl
     assert ("falling back to" in printed) == (taken == "Test")
 
 
-def test_splits_that_differ_in_case_alone_are_refused(tmp_path):
+def test_splits_that_differ_only_in_case_raise(tmp_path):
     layout(tmp_path, "train", "Valid", "VALID")
     refused("'VALID' and 'Valid' differ in upper and lower case alone", "folder", tmp_path)
     source = sources.open_split(settings("folder", tmp_path, eval_split="VALID"), True)
     assert "/VALID/" in source.paths[0]
 
 
-def test_what_is_no_image_of_the_user_s_is_skipped_and_counted(tmp_path, capsys):
+def test_non_image_files_are_skipped_and_counted(tmp_path, capsys):
     layout(tmp_path, "train", "val")
     write_images(tmp_path, "__MACOSX/train/a/._x.jpg", "train/__MACOSX/._train.jpg")
     write_images(tmp_path, "train/a/._train.jpg", "train/a/.ipynb_checkpoints/c.jpg")
@@ -281,7 +281,7 @@ def test_what_is_no_image_of_the_user_s_is_skipped_and_counted(tmp_path, capsys)
         assert reason in printed
 
 
-def test_linked_folders_are_read_once_and_never_under_two_labels(tmp_path):
+def test_linked_folders_are_read_once_and_under_one_label(tmp_path):
     layout(tmp_path / "images", "train", "val")
     write_images(tmp_path, "elsewhere/x.jpg", "elsewhere/deep/y.jpg")
     train = tmp_path / "images" / "train"
@@ -296,7 +296,7 @@ def test_linked_folders_are_read_once_and_never_under_two_labels(tmp_path):
         sources.open_split(settings("folder", tmp_path / "images"), False)
 
 
-def test_a_split_that_links_to_the_other_is_refused(tmp_path):
+def test_split_that_links_to_the_other_raises(tmp_path):
     layout(tmp_path, "train")
     (tmp_path / "val").symlink_to(tmp_path / "train")
     refused("the splits overlap: 2 files are in both", "folder", tmp_path)
@@ -330,7 +330,7 @@ def write_table(root, rows, suffix=".csv"):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_table_lists_files_labels_and_splits(tmp_path, suffix):
+def test_table_lists_files_labels_and_splits(tmp_path, suffix):
     write_images(tmp_path, *(row["path"] for row in ROWS))
     path = write_table(tmp_path, ROWS, suffix)
     source, labels = read("table", path)
@@ -340,7 +340,7 @@ def test_a_table_lists_files_labels_and_splits(tmp_path, suffix):
     assert read("table", path, held_out=False)[1].tolist() == [1, 0]
 
 
-def test_a_table_of_one_split_is_divided_by_the_seed(tmp_path):
+def test_table_with_one_split_is_divided_by_the_seed(tmp_path):
     rows = [{"path": f"{i}.jpg", "label": ("ape", "bee")[i % 2]} for i in range(12)]
     write_images(tmp_path, *(row["path"] for row in rows))
     path = write_table(tmp_path, rows)
@@ -370,7 +370,7 @@ def test_a_table_of_one_split_is_divided_by_the_seed(tmp_path):
         ),
     ],
 )
-def test_a_table_that_cannot_serve_is_refused(tmp_path, rows, message):
+def test_invalid_table_raises(tmp_path, rows, message):
     write_images(tmp_path, *(row["path"] for row in ROWS))
     refused(message, "table", write_table(tmp_path, rows))
 
@@ -387,12 +387,12 @@ def test_a_table_that_cannot_serve_is_refused(tmp_path, rows, message):
         (["1", "1e99999999999999999999"], ["1", "1e99999999999999999999"]),
     ],
 )
-def test_labels_are_sorted_by_value_where_all_are_numbers(labels, expected):
+def test_labels_are_sorted_by_value_if_all_are_numbers(labels, expected):
     for order in (labels, labels[::-1]):
         assert kinds.sorted_labels(order) == expected
 
 
-def test_spaces_around_labels_do_not_make_classes(tmp_path):
+def test_spaces_around_labels_are_ignored(tmp_path):
     rows = [
         {"path": f"{i}.jpg", "label": label, "split": split}
         for i, (label, split) in enumerate(
@@ -413,7 +413,7 @@ def test_spaces_around_labels_do_not_make_classes(tmp_path):
         (None, "row 2 has no label"),
     ],
 )
-def test_a_row_without_a_label_is_refused_by_its_number(tmp_path, suffix, label, message):
+def test_row_without_a_label_raises_with_its_number(tmp_path, suffix, label, message):
     rows = [
         {"path": "1.jpg", "label": 1.0, "split": "train"},
         {"path": "2.jpg", "label": label, "split": "train"},
@@ -422,20 +422,20 @@ def test_a_row_without_a_label_is_refused_by_its_number(tmp_path, suffix, label,
 
 
 @pytest.mark.parametrize("label", [" ", "NaN", "two\nlines"])
-def test_a_label_that_names_no_class_is_refused_by_its_row(tmp_path, label):
+def test_invalid_label_raises_with_its_row(tmp_path, label):
     rows = [{"path": f"{i}.jpg", "label": "a", "split": "train"} for i in range(3)]
     rows[1]["label"] = label
     refused("row 2 has (no label|the label)", "table", write_table(tmp_path, rows))
 
 
-def test_a_table_that_falls_back_to_the_test_split_says_so(tmp_path, capsys):
+def test_table_that_falls_back_to_the_test_split_prints_it(tmp_path, capsys):
     rows = [row for row in ROWS if row["split"] != "val"]
     write_images(tmp_path, *(row["path"] for row in rows))
     sources.open_split(settings("table", write_table(tmp_path, rows)), True)
     assert "falling back to 'test'" in capsys.readouterr().out
 
 
-def test_a_file_that_is_no_table_is_refused(tmp_path):
+def test_file_that_is_not_a_table_raises(tmp_path):
     refused("is no file. It must be", "table", tmp_path / "images.csv")
     for name, message in (("a.parquet", "is no Parquet file"), ("a.txt", "must end in .csv")):
         (tmp_path / name).write_bytes(b"\xff\xfe nothing")
@@ -475,12 +475,12 @@ def write_records(root, labels, name="train-0"):
         ([0, 1, 2, 3], {"label_offset": 1}, "record 0 has the label 0.* need --label_offset=0"),
     ],
 )
-def test_labels_outside_of_the_classes_are_refused(tmp_path, labels, values, message):
+def test_labels_outside_of_the_classes_raise(tmp_path, labels, values, message):
     write_records(tmp_path, labels)
     refused(message, "tfrecord", tmp_path, classes=4, **values)
 
 
-def test_a_label_that_was_not_looked_at_stops_the_run_when_it_is_read(tmp_path, monkeypatch):
+def test_unchecked_label_raises_when_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.records, "LABELS_CHECKED", 2)
     write_records(tmp_path, [0, 1, 2, 5], "val-0")
     config = settings("tfrecord", tmp_path, classes=4)
@@ -493,7 +493,7 @@ def test_a_label_that_was_not_looked_at_stops_the_run_when_it_is_read(tmp_path, 
             list(batches)
 
 
-def test_damaged_records_are_refused_by_the_file_s_name(tmp_path, monkeypatch):
+def test_damaged_records_raise_with_the_file_name(tmp_path, monkeypatch):
     path = write_records(tmp_path, [0, 1, 2, 3])
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
@@ -511,7 +511,7 @@ def test_damaged_records_are_refused_by_the_file_s_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("files", "by_file"), [(4, True), (3, True), (2, False)])
-def test_workers_share_files_in_training_where_each_gets_one(tmp_path, files, by_file):
+def test_workers_divide_files_if_there_are_enough(tmp_path, files, by_file):
     for number in range(files):
         write_records(tmp_path, [0, 1], f"train-{number}")
     source = sources.open_split(settings("tfrecord", tmp_path, classes=2), False)
@@ -531,7 +531,7 @@ CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    """Small data sets of the names and features of the real ones."""
+    """Writes small data sets with the names and features of the real ones."""
     import tensorflow_datasets as tfds
 
     root = tmp_path_factory.mktemp("tfds")
@@ -582,7 +582,7 @@ def tfds_dir(tmp_path_factory):
     return root
 
 
-# The right labels of the images of imagenet2012_real.
+# The correct labels of the images of imagenet2012_real.
 REAL = [[0], [7, 1, 3], [], [2], [900, 901], [], [5, 6, 7, 8, 9, 10]]
 
 
@@ -594,14 +594,14 @@ REAL = [[0], [7, 1, 3], [], [2], [900, 901], [], [5, 6, 7, 8, 9, 10]]
         ("oxford_iiit_pet", 9, 5, 37, "Abyssinian"),
     ],
 )
-def test_any_prepared_data_set_serves(tfds_dir, name, training, held_out, classes, first):
+def test_prepared_data_sets_are_read(tfds_dir, name, training, held_out, classes, first):
     splits = sources.open_sources(settings(f"tfds:{name}", tfds_dir))
     assert [s.size for s in splits] == [training, held_out]
     assert all(s.classes == classes and s.label_names[0] == first for s in splits)
     assert read(f"tfds:{name}", tfds_dir)[1].tolist() == [i % classes for i in range(held_out)]
 
 
-def test_prepared_files_are_read_in_an_order_that_is_a_function_of_the_seed(tfds_dir):
+def test_order_of_prepared_files_depends_on_the_seed(tfds_dir):
     source = sources.open_split(settings("tfds:cifar10", tfds_dir), False)
 
     def order(seed):
@@ -610,12 +610,12 @@ def test_prepared_files_are_read_in_an_order_that_is_a_function_of_the_seed(tfds
     assert len(source.stretches) > 1
     shuffled = [order(seed) for seed in (1, 1, 2)]
     assert shuffled[0] == shuffled[1] != shuffled[2]
-    # The files themselves are shuffled: the first image is not always the first file's.
+    # Files are shuffled too: the first image does not always come from the first file.
     firsts = {order(seed)[0] for seed in range(6)}
     assert len(firsts) > 1 and sorted(shuffled[0]) == sorted(order(None))
 
 
-def test_splits_are_told_in_tensorflow_datasets_own_syntax(tfds_dir):
+def test_splits_accept_tensorflow_datasets_syntax(tfds_dir):
     splits = {"train_split": "train[:75%]", "eval_split": "train[75%:]"}
     training, held_out = sources.open_sources(settings("tfds:cifar10:3.0.2", tfds_dir, **splits))
     assert (training.size, held_out.size) == (30, 10)
@@ -663,11 +663,11 @@ def test_splits_are_told_in_tensorflow_datasets_own_syntax(tfds_dir):
         ),
     ],
 )
-def test_a_prepared_data_set_that_cannot_serve_is_refused(tfds_dir, dataset, values, message):
+def test_invalid_prepared_data_set_raises(tfds_dir, dataset, values, message):
     refused(message, dataset, tfds_dir, **values)
 
 
-def test_a_data_set_without_a_label_is_refused(tmp_path):
+def test_data_set_without_a_label_raises(tmp_path):
     images = [{"image": np.zeros((8, 8, 3), "uint8"), "id": str(i)} for i in range(2)]
     import tensorflow_datasets as tfds
 
@@ -694,12 +694,12 @@ def test_a_data_set_without_a_label_is_refused(tmp_path):
     )
 
 
-# === From the beginning to the end ===
+# === End to end ===
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
-def test_a_run_on_a_prepared_data_set_counts_each_image_and_records_the_names(tfds_dir, tmp_path):
+def test_run_on_a_prepared_data_set_records_class_names(tfds_dir, tmp_path):
     flags = {"train_split": "train[:80%]", "eval_split": "train[80%:]+test", "classes": 0}
     short = {"epochs": 1, "deterministic": False, "tensorboard": False, "workdir": str(tmp_path)}
     result = loop.train(settings("tfds:cifar10", tfds_dir, **flags, **short))
@@ -714,7 +714,7 @@ def test_a_run_on_a_prepared_data_set_counts_each_image_and_records_the_names(tf
 
 @pytest.fixture(scope="module")
 def opinionated(tmp_path_factory):
-    """A model of 1,000 classes that sees 900 in every image, then 2, 7, 4, 6; its logits."""
+    """Returns (model of 1,000 classes that always ranks 900, 2, 7, 4, 6 highest, its logits)."""
     logits = np.zeros(1000, "float32")
     logits[[900, 2, 7, 4, 6]] = [5, 4, 3, 2, 1]
     model = models.tnt_digits(classes=1000, depth=1)
@@ -725,24 +725,24 @@ def opinionated(tmp_path_factory):
     return str(path), logits
 
 
-def test_imagenet_v2_is_counted_image_by_image(tfds_dir, opinionated):
+def test_imagenet_v2_evaluation_counts_each_image(tfds_dir, opinionated):
     weights, logits = opinionated
     found = evaluate.evaluate(
         {"dataset": "imagenet_v2", "data_dir": str(tfds_dir), "batch_size": 4}, weights=weights
     )
     assert found["images"] == 10 and found["accuracy"] == found["top5_accuracy"] == 0.1
-    # Of labels 0, 100, ... 900 the model gives the last a logit of 5 and the others 0.
+    # Of the labels 0, 100, ... 900 the model gives the last a logit of 5 and the others 0.
     expected = np.log(np.exp(logits).sum()) - 0.5
     assert found["evaluation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_real_counts_an_image_as_right_if_the_prediction_is_among_its_labels(tfds_dir, opinionated):
+def test_imagenet_real_accepts_any_of_several_labels(tfds_dir, opinionated):
     weights, logits = opinionated
     found = evaluate.evaluate(
         {"dataset": "imagenet2012_real", "data_dir": str(tfds_dir), "batch_size": 4},
         weights=weights,
     )
-    # Five of seven images have labels. 900 is right for one of them; 900, 2, 7, 4 or 6 for four.
+    # Five of seven images have labels. 900 is correct for one of them; 900, 2, 7, 4 or 6 for four.
     assert found["images"] == 5
     assert found["accuracy"] == pytest.approx(1 / 5)
     assert found["top5_accuracy"] == pytest.approx(4 / 5)
@@ -751,7 +751,7 @@ def test_real_counts_an_image_as_right_if_the_prediction_is_among_its_labels(tfd
     assert found["evaluation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_of_fewer_classes_than_the_data_set_s_is_refused(tfds_dir, tmp_path):
+def test_model_with_fewer_classes_than_the_data_set_raises(tfds_dir, tmp_path):
     models.tnt_digits(classes=12, depth=1).save(tmp_path / "twelve.keras")
     with pytest.raises(ValueError, match="tells 12 classes apart, and .*imagenet_v2 has 1000"):
         evaluate.evaluate(
@@ -761,7 +761,7 @@ def test_a_model_of_fewer_classes_than_the_data_set_s_is_refused(tfds_dir, tmp_p
 
 
 def command(script, *flags, **environment):
-    """Run a command of the trainer."""
+    """Runs a command of the trainer and returns the completed process."""
     return subprocess.run(
         [sys.executable, f"training/{script}.py", *flags],
         cwd=ROOT,
@@ -773,7 +773,7 @@ def command(script, *flags, **environment):
 
 
 @pytest.mark.slow
-def test_a_plugin_s_data_set_is_trained_on_without_an_edit(plugin, tmp_path):
+def test_data_set_of_a_plugin_can_be_trained_on(plugin, tmp_path):
     flags = ["--dataset=stripes", "--epochs=1", "--batch_size=16", "--notensorboard"]
     flags += [f"--plugins={plugin}", f"--workdir={tmp_path / 'run'}"]
     result = command("train", *flags, PYTHONPATH=str(tmp_path))
@@ -783,7 +783,7 @@ def test_a_plugin_s_data_set_is_trained_on_without_an_edit(plugin, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
-def test_an_unknown_data_set_ends_a_command_with_one_line_and_status_2(script):
+def test_unknown_data_set_is_a_one_line_command_error(script):
     result = command(script, "--dataset=foldr", "--model=tnt_digits", "--weights=any.keras")
     assert result.returncode == 2 and "Did you mean folder?" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""One update on one device and on two, and what augmentation, precision and remat do to it."""
+"""Training steps on one and two devices: augmentation, precision, rematerialization, losses."""
 
 import keras
 import numpy as np
@@ -26,14 +26,14 @@ RESULTS = {}
 
 
 def plain(strategy):
-    """What `train` gives by default, computed once."""
+    """Returns the cached result of `train` with default values."""
     if "plain" not in RESULTS:
         RESULTS["plain"] = train(strategy)
     return RESULTS["plain"]
 
 
 def train(strategy, updates=2, teach=None, **values):
-    """Losses and weights by path of some updates from a fixed start."""
+    """Returns (losses, weights by path) after some updates from a fixed start."""
     keras.utils.set_random_seed(0)
     values = configuration.make("digits", batch_size=8, **values)
     with strategy.scope():
@@ -65,7 +65,7 @@ def assert_alike(first, second, tolerance=1e-5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixing", [{}, {"mix_groups": 2, "erase_after_mixing": True}], ids=str)
-def test_two_devices_reach_the_weights_of_one(one_device, mirrored, mixing):
+def test_two_devices_match_one(one_device, mirrored, mixing):
     values = {"clip_norm": 0.5, "ema": 0.9, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
     values |= {"erasing": 0.5, **mixing}
     losses, weights = train(one_device, **values)
@@ -75,7 +75,7 @@ def test_two_devices_reach_the_weights_of_one(one_device, mirrored, mixing):
 
 
 @pytest.mark.slow
-def test_a_batch_in_parts_gives_the_weights_of_the_whole(one_device):
+def test_accumulation_matches_the_whole_batch(one_device):
     losses, weights = plain(one_device)
     losses_in_parts, weights_in_parts = train(one_device, accumulation=2)
     np.testing.assert_allclose(losses_in_parts, losses, rtol=1e-5)
@@ -83,12 +83,12 @@ def test_a_batch_in_parts_gives_the_weights_of_the_whole(one_device):
 
 
 @pytest.mark.slow
-def test_xla_within_each_replica_gives_the_weights_of_the_graph(one_device, mirrored):
+def test_xla_per_replica_matches_the_graph(one_device, mirrored):
     assert_alike(plain(one_device)[1], train(mirrored, jit="on")[1])
 
 
 @pytest.mark.slow
-def test_rematerialisation_changes_nothing_the_dropped_included(one_device):
+def test_rematerialization_changes_no_weight_with_dropout(one_device):
     rates = {"stochastic_depth": 0.5, "dropout": 0.3}
     losses, weights = train(one_device, **rates)
     losses_again, weights_again = train(one_device, remat=True, **rates)
@@ -98,7 +98,7 @@ def test_rematerialisation_changes_nothing_the_dropped_included(one_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_follows_float32(one_device, precision):
+def test_reduced_precision_follows_float32(one_device, precision):
     losses, _ = plain(one_device)
     half, weights = train(one_device, precision=precision)
     np.testing.assert_allclose(half, losses, rtol=0.02)
@@ -106,7 +106,7 @@ def test_half_precision_follows_float32(one_device, precision):
 
 
 @pytest.mark.slow
-def test_an_overflow_in_float16_leaves_the_weights_and_halves_the_scale(one_device, monkeypatch):
+def test_float16_overflow_halves_the_scale_and_keeps_the_weights(one_device, monkeypatch):
     losses, weights = train(one_device, updates=1, precision="float16")
 
     def overflowing(self):
@@ -120,7 +120,7 @@ def test_an_overflow_in_float16_leaves_the_weights_and_halves_the_scale(one_devi
 
 
 @pytest.mark.parametrize("layer", [Dropout(0.5, seed=1), StochasticDepth(0.5, seed=1)])
-def test_replicas_draw_masks_of_their_own(mirrored, layer):
+def test_replicas_draw_different_masks(mirrored, layer):
     with mirrored.scope():
         layer = type(layer).from_config(layer.get_config())
 
@@ -134,7 +134,7 @@ def test_replicas_draw_masks_of_their_own(mirrored, layer):
     assert 0.2 < (first == again).mean() < 0.8
 
 
-def test_an_image_of_weight_0_teaches_nothing(one_device, monkeypatch):
+def test_image_with_weight_0_has_no_gradient(one_device, monkeypatch):
     _, weights = plain(one_device)
     original = batch
 
@@ -148,7 +148,7 @@ def test_an_image_of_weight_0_teaches_nothing(one_device, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_teacher_teaches_the_distillation_head(one_device):
+def test_teacher_trains_the_distillation_head(one_device):
     def teacher(images):
         return tf.one_hot(tf.zeros(tf.shape(images)[0], tf.int32), 10) * 5.0
 
@@ -165,7 +165,7 @@ def draws(values, steps, size=(32, 48), groups=8):
     return np.array(drawn)  # (steps, groups, 5)
 
 
-def test_mixing_is_a_function_of_seed_step_and_group():
+def test_mixing_depends_on_seed_step_and_group():
     values = configuration.make("digits", mixup=0.8, cutmix=1.0, epochs=4, mix_off_epochs=1)
     drawn = draws(values, 20)
     np.testing.assert_array_equal(drawn, draws(values, 20))
@@ -174,19 +174,19 @@ def test_mixing_is_a_function_of_seed_step_and_group():
     rows = {tuple(row) for row in drawn.reshape(-1, 5)}
     assert len(rows) == 20 * 8
     other = draws(configuration.make("digits", mixup=0.8, cutmix=1.0, seed=1), 20)
-    # Boxes of whole numbers may meet by chance.
+    # Boxes with integer coordinates may coincide by chance.
     assert len(rows & {tuple(row) for row in other.reshape(-1, 5)}) < 5
     last = step_functions.draw_mixing(values, 7, (32, 48), 3, 2)
     np.testing.assert_array_equal(last, [[1, 0, 0, 0, 0]] * 2)
 
 
 def shares(drawn, size):
-    """The share that each image keeps: (steps, groups)."""
+    """Returns the share of each image that is kept, (steps, groups)."""
     area = (drawn[..., 2] - drawn[..., 1]) * (drawn[..., 4] - drawn[..., 3])
     return np.where(drawn[..., 0] < 1, drawn[..., 0], 1 - area / (size[0] * size[1]))
 
 
-def test_shares_are_distributed_as_the_reference_s():
+def test_mixing_shares_have_the_reference_distribution():
     size = (60, 96)
     values = configuration.make("tnt_small", batch_size=1024)
     assert step_functions.count_groups(values, 8) == 8
@@ -209,19 +209,19 @@ def test_shares_are_distributed_as_the_reference_s():
     mixed, pasted = random.beta(0.8, 0.8, 4000), np.array([of_cutmix() for _ in range(4000)])
     assert_same_distribution(found[~cut], mixed)
     assert_same_distribution(found[cut], pasted)
-    # One draw for all eight devices would leave the mean as spread as a draw.
+    # With a single draw for all eight devices, the mean would vary as much as a draw.
     spread = np.concatenate([mixed, pasted]).std()
     assert abs(found.std() - spread) < 0.015
     assert abs(found.mean(axis=1).std() - spread / np.sqrt(8)) < 0.008
     middles = (drawn[cut][:, 1] + drawn[cut][:, 2]) / 2
     assert abs(middles.mean() - size[0] / 2) < 1
-    # Neighboring groups and steps are drawn apart.
+    # Neighboring groups and steps are drawn independently.
     for first, second in ((found[:, :-1], found[:, 1:]), (found[:-1], found[1:])):
         assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.06
 
 
 def assert_same_distribution(first, second, level=1.95):
-    """Two-sample Kolmogorov-Smirnov test; 1.95 rejects one equal pair in a thousand."""
+    """Runs a two-sample Kolmogorov-Smirnov test; 1.95 rejects one equal pair in a thousand."""
     grid = np.concatenate([first, second])
     below = [
         np.searchsorted(np.sort(sample), grid, side="right") / len(sample)
@@ -247,16 +247,14 @@ def assert_same_distribution(first, second, level=1.95):
         (6, 1, 1, 3),
     ],
 )
-def test_groups_are_the_same_on_as_many_devices_as_allow_them(
-    batch_size, replicas, accumulation, groups
-):
+def test_number_of_groups_does_not_depend_on_devices(batch_size, replicas, accumulation, groups):
     values = configuration.make(
         "digits", mixup=0.8, batch_size=batch_size, accumulation=accumulation
     )
     assert step_functions.count_groups(values, replicas) == groups
 
 
-def test_groups_that_are_asked_for_are_made_or_refused():
+def test_mix_groups_are_used_or_raise():
     def count(replicas=1, mixup=0.8, batch_size=48, **values):
         values = configuration.make("digits", mixup=mixup, batch_size=batch_size, **values)
         return step_functions.count_groups(values, replicas)
@@ -270,17 +268,17 @@ def test_groups_that_are_asked_for_are_made_or_refused():
         count(2, accumulation=2, batch_size=24, mix_groups=3)
     with pytest.raises(ValueError, match="multiple of 4: 2 devices.* mixing takes images two by"):
         count(2, batch_size=50)
-    # Without mixing, an odd number of images for a device will do, whatever the groups.
+    # Without mixing, the number of images per device may be odd for any groups.
     assert count(2, mixup=0.0, batch_size=50, mix_groups=7) == 10
     with pytest.raises(ValueError, match="multiple of 2: 2 devices, --accumulation=1$"):
         count(2, mixup=0.0, batch_size=51)
 
 
-# === The formulas, in numbers worked out by hand ===
+# === Formulas, with values computed by hand ===
 
 
 class Drawn:
-    """Stands in for numpy's generator: these integers, one after the other, and this share."""
+    """Fake NumPy generator that returns the given integers in order, and one share."""
 
     def __init__(self, integers, share):
         self.coming, self.share = iter(integers), share
@@ -297,10 +295,10 @@ class Drawn:
 
 @pytest.mark.parametrize(
     ("middle", "box"),
-    # Of 32 x 48 pixels at a share of 0.75 the box is half a side: 16 x 24 about its middle.
+    # For a share of 0.75 of 32 x 48 pixels, the box has half the sides: 16 x 24 around its center.
     [((10, 20), [2, 18, 8, 32]), ((3, 40), [0, 11, 28, 48]), ((31, 0), [23, 32, 0, 12])],
 )
-def test_cutmix_s_box_is_as_large_as_its_share(monkeypatch, middle, box):
+def test_cutmix_box_has_the_size_of_its_share(monkeypatch, middle, box):
     values = configuration.make("digits", cutmix=0.5)
     drawn = Drawn([0, *middle], 0.75)
     monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
@@ -308,7 +306,7 @@ def test_cutmix_s_box_is_as_large_as_its_share(monkeypatch, middle, box):
     assert mixing.tolist() == [[1, *box]] and drawn.alphas == (0.5, 0.5)
 
 
-def test_mixup_keeps_its_share_and_ends_before_the_last_epochs(monkeypatch):
+def test_mixup_uses_its_share_and_stops_before_the_last_epochs(monkeypatch):
     values = configuration.make("digits", mixup=0.2, cutmix=1.0, epochs=4, mix_off_epochs=1)
     seeds, drawn = [], Drawn([0], 0.625)
     monkeypatch.setattr(np.random, "default_rng", lambda seed: (seeds.append(seed), drawn)[1])
@@ -322,15 +320,15 @@ def test_mixup_keeps_its_share_and_ends_before_the_last_epochs(monkeypatch):
     assert step_functions.draw_mixing(nothing, 5, (32, 48), 0, 1).tolist() == [[1, 0, 0, 0, 0]]
 
 
-def test_smoothing_is_spread_over_all_classes():
+def test_label_smoothing_is_spread_over_all_classes():
     hard = step_functions.soft_labels(tf.constant([2, 0]), 4, 0.1)
     np.testing.assert_allclose(hard, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]])
     soft = step_functions.soft_labels(tf.constant([[0.5, 0.5, 0.0, 0.0]]), 4, 0.2)
     np.testing.assert_allclose(soft, [[0.45, 0.45, 0.05, 0.05]], rtol=1e-6)
 
 
-def test_an_answer_is_right_if_it_is_one_of_several_labels():
-    # Probabilities 1/8, 4/8, 1/8, 2/8 and those of 7 classes; labels by image.
+def test_prediction_is_correct_if_it_is_one_of_several_labels():
+    # Relative probabilities 1, 4, 1, 2, 1/2, 1/4, 1/8 for 7 classes; labels by image.
     logits = np.log(np.float32([[1, 4, 1, 2, 0.5, 0.25, 0.125]] * 3))
     labels = np.float32([[0, 1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]])
     loss, top1, top5 = step_functions.judge_several_labels(tf.constant(logits), labels)
@@ -340,14 +338,14 @@ def test_an_answer_is_right_if_it_is_one_of_several_labels():
     assert top1.numpy().tolist() == [1, 0, 0] and top5.numpy().tolist() == [1, 1, 0]
 
 
-def test_an_answer_is_right_if_it_is_first_or_among_five():
+def test_top1_and_top5_of_single_labels():
     logits = np.log(np.float32([[16, 4, 8, 2, 1, 0.5, 0.5]] * 4))
     loss, top1, top5 = step_functions.judge_one_label(logits, tf.constant([0, 2, 4, 5]))
     np.testing.assert_allclose(loss, -np.log(np.array([16, 8, 1, 0.5]) / 32), rtol=1e-5)
     assert top1.numpy().tolist() == [1, 0, 0, 0] and top5.numpy().tolist() == [1, 1, 1, 0]
 
 
-def test_the_step_mixes_where_the_augmentation_does_not():
+def test_step_mixes_unless_the_augmentation_does():
     def mixes(**values):
         return step_functions.mixes(configuration.make("digits", **values))
 
@@ -366,14 +364,14 @@ def test_the_step_mixes_where_the_augmentation_does_not():
         ({"jit": "off"}, 2, False),
     ],
 )
-def test_xla_compiles_where_it_is_told_to_or_finds_a_gpu(monkeypatch, values, gpus, compiled):
+def test_xla_is_used_if_requested_or_with_a_gpu(monkeypatch, values, gpus, compiled):
     found = ["GPU"] * gpus
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: found * (kind == "GPU"))
     assert step_functions.uses_xla(configuration.make("digits", **values)) is compiled
 
 
 @pytest.mark.slow
-def test_every_replica_and_part_draws_from_a_stream_of_its_own(mirrored):
+def test_each_replica_and_part_has_a_separate_random_stream(mirrored):
     seen = []
 
     def teacher(images):
@@ -391,14 +389,14 @@ def test_every_replica_and_part_draws_from_a_stream_of_its_own(mirrored):
         assert sum(np.array_equal(images, found) for found in seen) == 1
 
 
-# === A whole step of a model of one matrix, against numpy ===
+# === A whole step of a linear model, compared with NumPy ===
 
 SIZE, CLASSES = (4, 6), 3
 
 
 @pytest.fixture
 def of_one_matrix(monkeypatch):
-    """A function that makes a model of so many heads, each a matrix upon the pixels."""
+    """Returns a function that builds a model of `heads` linear heads on the pixels."""
     monkeypatch.setattr(models, "logits_model", lambda model: model)
     monkeypatch.setattr(models, "image_size", lambda model: SIZE)
     monkeypatch.setattr(models, "pixels", lambda model, values: 90.0 + 40.0 * values)
@@ -430,7 +428,7 @@ def softmax(logits):
 
 
 def erased(images, config, step, mixing):
-    """Eight images after erasing; noise is drawn by group."""
+    """Returns eight images after random erasing; noise is drawn per group."""
     each = 8 // len(mixing)
     images = images.copy()
     for j, (top, bottom, left, right) in enumerate(eight_images()["erase"]):
@@ -441,7 +439,10 @@ def erased(images, config, step, mixing):
 
 
 def by_numpy(weights, config, mixing, streams, step, teacher_logits=None):
-    """(loss, gradients) of eight images: `mixing` by group, synthetic images by stream."""
+    """Returns (loss, gradients) of eight images in NumPy.
+
+    `mixing` is per group, and synthetic images are drawn per stream.
+    """
     data, part = eight_images(), 8 // streams
     images = data["image"].astype("float64")
     if config.dataset == "synthetic":
@@ -483,7 +484,7 @@ def by_numpy(weights, config, mixing, streams, step, teacher_logits=None):
 
 ALPHA = 0.3
 NOT_MIXED = [[1, 0, 0, 0, 0]] * 8
-# Shares that leave no half to be rounded.
+# Shares that avoid rounding ties.
 FOUR = [[0.7031234567, 0, 0, 0, 0], [1, 1, 3, 2, 6], [0.2134567891, 0, 0, 0, 0], [1, 0, 4, 0, 1]]
 LATER = {"erase_after_mixing": True, "erasing": 0.5}
 CASES = {
@@ -519,7 +520,7 @@ CASES = {
         *(("mirrored", case) for case in CASES if "group" not in case or "four" in case),
     ],
 )
-def test_a_step_is_what_numpy_makes_of_it(of_one_matrix, devices, case, request):
+def test_training_step_matches_numpy(of_one_matrix, devices, case, request):
     strategy, (heads, values, mixing) = request.getfixturevalue(devices), CASES[case]
     values = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0, **values}
     config = configuration.make(
@@ -550,7 +551,7 @@ def test_a_step_is_what_numpy_makes_of_it(of_one_matrix, devices, case, request)
         np.testing.assert_allclose(weights, first - 0.5 * gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_an_evaluation_takes_the_mean_of_the_heads_and_counts_by_weight(of_one_matrix, one_device):
+def test_evaluation_averages_the_heads_and_counts_by_weight(of_one_matrix, one_device):
     with one_device.scope():
         model = of_one_matrix(2)
     step = step_functions.make_evaluation_step(one_device, model)
@@ -571,7 +572,7 @@ def test_an_evaluation_takes_the_mean_of_the_heads_and_counts_by_weight(of_one_m
 # === Losses ===
 
 
-def test_binary_cross_entropy_counts_every_class_with_a_share_as_present():
+def test_binary_cross_entropy_treats_positive_shares_as_present():
     random = np.random.default_rng(1)
     logits = random.normal(size=(4, 7)).astype("float32")
     shares = np.float32([[0.3, 0.7, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]] * 2)
@@ -582,13 +583,13 @@ def test_binary_cross_entropy_counts_every_class_with_a_share_as_present():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_a_step_reports_the_binary_cross_entropy_that_was_asked_for(one_device):
+def test_loss_option_selects_binary_cross_entropy(one_device):
     losses, _ = train(one_device, updates=1, loss="bce", label_smoothing=0.0)
-    # Of a model that knows nothing: log 2 a class; one of the 8 images weighs nothing.
+    # An untrained model has log 2 per class; one of the 8 images has weight 0.
     assert losses[0] == pytest.approx(7 / 8 * np.log(2), rel=0.1)
 
 
-def test_mixing_goes_on_in_the_cooldown_and_ends_with_the_run():
+def test_mixing_continues_in_the_cooldown_and_stops_before_the_end():
     values = {"mixup": 0.8, "epochs": 5, "cooldown_epochs": 3}
     config = configuration.make("digits", **values)
     none = [[1, 0, 0, 0, 0]]

@@ -1,6 +1,6 @@
-"""Whatever a file of weights holds: it loads what it says, or is refused and nothing happens.
+"""Malicious and malformed weight files either load their contents or raise without side effects.
 
-`FUZZED=2000` in the environment runs as many fuzzed files; the suite runs some.
+Set `FUZZED=2000` in the environment to run that many fuzzed files. Defaults to 150.
 """
 
 import collections
@@ -23,25 +23,25 @@ from tests.weights import hostile  # noqa: E402
 
 pytestmark = [
     pytest.mark.one_backend,
-    # What torch and h5py think of such files.
+    # torch and h5py warn about such files.
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
 ]
 FUZZED = int(os.environ.get("FUZZED", 150))
 REFUSALS = (ValueError, OSError, ImportError)
-# Megabytes by which the process may grow over all files, the largest of which has 1 MB.
+# Memory growth in MB that is allowed over all files, the largest of which has 1 MB.
 GROWTH = 400
-# Audit events of Python that tell of something done to the machine.
+# Audit events of Python for side effects.
 DONE = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate")
 RUN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 
 
 class Watch:
-    """Counts what is written, removed and run while it is on."""
+    """Counts file writes, removals and started programs while it is active."""
 
     def __init__(self):
         self.seen = collections.Counter()
         self.on = False
-        sys.addaudithook(self.hook)  # It stays until the process ends.
+        sys.addaudithook(self.hook)  # cannot be removed
 
     def hook(self, event, arguments):
         if self.on and (event in DONE + RUN or event == "open" and writes(*arguments)):
@@ -70,7 +70,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def good(model, tmp_path_factory):
-    """Files of each kind that fit the model: their paths, and the tensors of the first."""
+    """Returns the paths of valid files of each kind, and the tensors of the first."""
     folder = tmp_path_factory.mktemp("good")
     names = ("a.safetensors", "b.pth", "c.pth", "d.keras", "e.weights.h5")
     paths = [folder / name for name in names]
@@ -80,14 +80,14 @@ def good(model, tmp_path_factory):
     paths[2].write_bytes(hostile.saved(hostile.as_torch(tensors), zipped=False))
     model.save(paths[3])
     model.save_weights(paths[4])
-    for path in paths:  # Modules are imported at their first use, which may write.
+    for path in paths:  # Imports modules first, which may write files.
         fill(model, find(path))
     return paths, tensors
 
 
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch):
-    """A home and a folder for temporary files in which nothing may change."""
+    """Sets a home and a temporary directory that must stay empty; returns their parent."""
     for name in ("home", "temporary", "files"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -105,7 +105,7 @@ def same(first, second):
 
 
 def attempt(model, path, watch):
-    """Whether the file loads; if it does not, the model is as it was and the error names it."""
+    """Returns whether a file loads; checks that an error names it and the model is unchanged."""
     before = values(model)
     try:
         with watch:
@@ -137,7 +137,7 @@ def megabytes():
 
 
 @pytest.mark.slow
-def test_crafted_files(model, good, watch, sandbox):
+def test_crafted_files_load_or_raise_without_side_effects(model, good, watch, sandbox):
     (*_, keras_file, h5_file), tensors = good
     fill(model, find(good[0][0]))
     expected = values(model)
@@ -158,12 +158,12 @@ def test_crafted_files(model, good, watch, sandbox):
 
 
 def untouched(sandbox, watch):
-    """Whether there is no file in the sandbox, and no event was seen."""
+    """Returns whether the sandbox has no file, after checking that no event was seen."""
     assert not watch.seen
     return not any(path.is_file() for path in sandbox.rglob("*"))
 
 
-def test_fuzzed_files(model, good, watch, sandbox):
+def test_fuzzed_files_load_or_raise_without_side_effects(model, good, watch, sandbox):
     paths, _ = good
     before, loaded = megabytes(), 0
     for path in hostile.fuzzed(sandbox / "files", paths, FUZZED):
