@@ -215,6 +215,21 @@ def test_file_with_our_operator_is_refused(place, tmp_path):
         onnx_session(path)
 
 
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "opset", "name", "value"),
+    [("Split", 18, "num_outputs", 1), ("Attention", 23, "q_num_heads", 0)],
+)
+def test_attributes_that_abort_onnx_runtime_are_refused(kind, opset, name, value, branch, tmp_path):
+    model = fuzz_onnx.graph(opset=opset)
+    (attribute,) = [a for a in node_of(model, kind).attribute if a.name == name]
+    attribute.i = value
+    if branch:
+        fuzz_onnx.put_into_branch(model, fuzz_onnx.random.Random(1))
+    with pytest.raises(ValueError, match=rf"{kind} .*{name}={value} must be .*ends the process"):
+        onnx_session(saved(model, tmp_path / "m.onnx"))
+
+
 def test_domain_is_secret_and_differs_between_processes():
     from keras_tnt.export.onnx_runtime import secret
 

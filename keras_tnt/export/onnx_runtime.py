@@ -17,6 +17,8 @@ from keras_tnt.native import runtimes
 DOMAIN = "keras_tnt"
 
 # Options that open several files get an operator of each, which must differ by name.
+# Attributes that are counts of something, by which ONNX Runtime divides.
+COUNTS = ("num_outputs", "num_heads", "q_num_heads", "kv_num_heads", "group", "blocksize")
 _sessions = itertools.count()
 
 
@@ -78,24 +80,55 @@ def onnx_session(path: str | os.PathLike, options=None):
     return Session(model, options, ["CPUExecutionProvider"])
 
 
-def refuse_our_operators(proto, path):
-    """Refuses a file that has nodes of our domains, which only a session of ours may make.
+def check_nodes(proto, path):
+    """Refuses a file with nodes that only a session may insert, or that end the process.
 
     Raises:
-        ValueError: if it has, in whatever graph or function.
+        ValueError: for a node of our domains, or an attribute for which ONNX Runtime aborts, in the
+            graph, a subgraph or a function.
     """
+    for node in nodes_of(proto):
+        if node.domain.casefold().startswith(DOMAIN):
+            raise ValueError(
+                f"'{path}' has an operator {node.domain!r}.{node.op_type!r}. Domains that "
+                f"begin with '{DOMAIN}' are for operators that are put into a graph when it is "
+                "opened; a file must not have any. Received: a file that was made or changed "
+                "by other means; export the model anew with `keras_tnt.export.onnx`."
+            )
+        fatal = fatal_attribute(node)
+        if fatal:
+            raise ValueError(
+                f"'{path}' has a {node.op_type} with {node.output[:1]} as output, whose attribute "
+                f"{fatal}, for which ONNX Runtime ends the process. Export the model anew with "
+                "`keras_tnt.export.onnx`."
+            )
+
+
+def nodes_of(proto):
+    """Yields the nodes of a model's graph, its subgraphs and its functions."""
     graphs = [proto.graph, *proto.functions]
     while graphs:
-        graph = graphs.pop()
-        for node in graph.node:
-            if node.domain.casefold().startswith(DOMAIN):
-                raise ValueError(
-                    f"'{path}' has an operator {node.domain!r}.{node.op_type!r}. Domains that "
-                    f"begin with '{DOMAIN}' are for operators that are put into a graph when it is "
-                    "opened; a file must not have any. Received: a file that was made or changed "
-                    "by other means; export the model anew with `keras_tnt.export.onnx`."
-                )
+        for node in graphs.pop().node:
+            yield node
             graphs.extend(subgraphs_of(node))
+
+
+def fatal_attribute(node):
+    """Returns a description of an attribute for which ONNX Runtime aborts; "" if there is none.
+
+    ONNX Runtime 1.31 divides by a number of heads, and fills the outputs of a Split, unchecked.
+    """
+    for attribute in node.attribute:
+        if attribute.ref_attr_name:  # given by whoever calls the function
+            continue
+        if attribute.name in COUNTS and attribute.i < 1:
+            return f"{attribute.name}={attribute.i} must be at least 1"
+        if node.op_type == "Split" and attribute.name == "num_outputs":
+            if attribute.i != len(node.output):
+                return (
+                    f"num_outputs={attribute.i} must be its number of outputs, {len(node.output)}"
+                )
+    return ""
 
 
 def check_external_files(proto, path):
@@ -147,7 +180,7 @@ def read_model(path):
         proto = onnx.load(path, load_external_data=False)
     except Exception as error:  # of protobuf's
         raise ValueError(f"'{path}' is not an ONNX file, or damaged: {error}") from error
-    refuse_our_operators(proto, path)
+    check_nodes(proto, path)
     return proto, not check_external_files(proto, path)
 
 
