@@ -6,7 +6,8 @@ A small graph contains two blocks that a session replaces with C++ kernels, and 
 after them. It is mutated in one to four places: nodes, operands, attributes, weights, shapes and
 declared types. Each mutant runs in plain ONNX Runtime and in `onnx_session`, in a forked process
 with limited memory. A mutant passes if both refuse the file or both give the same numbers. It also
-passes if only ours refuses it, with an explicit error about a node of our domains.
+passes if only ours refuses it, with an explicit error about a node of our domains, or about an
+attribute for which ONNX Runtime aborts.
 """
 
 import argparse
@@ -458,7 +459,7 @@ def try_one(seed, path, runtime):
     if runtime == "onnxruntime":
         from keras_tnt.export.onnx_runtime import fatal_attribute, nodes_of, onnx_session
 
-        if any(map(fatal_attribute, nodes_of(model))):  # the process would end with plain()
+        if any(map(fatal_attribute, nodes_of(model))):  # plain() would abort the process
             refusal = answers(lambda: onnx_session(path, options), words())
             refused = isinstance(refusal, str) and "ends the process" in refusal
             return None if refused else f"not refused: {refusal}", "fatal to ONNX Runtime", done
