@@ -42,9 +42,11 @@ $(AXE): $(READY) $(wildcard tests/package-lock.json)
 demo: setup ## train tnt_digits, export it, and compare Keras, SavedModel and ONNX
 	$(RUN) training/demo.py
 
-lint: setup ## check format and lint
+lint: setup ## check format, docstrings, spelling and the direction of imports
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/lint-imports --no-cache
 
 test: setup axe ## lint, then the tests on each backend but the slow (BACKENDS=jax, WORKERS=4, PYTEST_ARGS='-k onnx')
 	@passed=; failed=; \

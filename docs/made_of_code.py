@@ -1,4 +1,4 @@
-"""What the site takes from the code itself: tables, commands, the picture of the floors, the API.
+"""Parts of the site that are generated from code: tables, commands, import layers, the API.
 
 In a page the line `<!-- made of the code: flags -->` stands for what `MADE["flags"]` writes. At the
 end every public name that has no entry in the reference is a warning, which fails `make docs`.
@@ -14,7 +14,7 @@ import re
 import types
 from pathlib import Path
 
-import floors_picture
+import import_layers_picture
 from sphinx.util import logging
 
 import keras_tnt
@@ -179,7 +179,7 @@ MADE = {
         *(models, weights, recipes, accuracies, flags),
         *(commands, builders, variants, layers),
     )
-} | {"floors": floors_picture.draw}
+} | {"import_layers": import_layers_picture.draw}
 MARK = re.compile(r"^<!-- made of the code: (\w+) -->$", re.MULTILINE)
 
 

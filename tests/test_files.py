@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -245,3 +246,14 @@ def test_tilde_expands_to_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     files.write_atomically("~/deep/x", "content")
     assert files.read_regular("~/deep/x", 100) == b"content"
+
+
+def test_only_this_module_creates_temporary_files_and_checks_disk_space():
+    root = Path(files.__file__).parents[1]
+    calls = ("mkdtemp", "mkstemp", "NamedTemporaryFile", "disk_usage", "statvfs")
+    assert [
+        path.relative_to(root).as_posix()
+        for folder in ("keras_tnt", "training", "savedmodels")
+        for path in sorted((root / folder).rglob("*.py"))
+        if any(call in path.read_text(encoding="utf-8") for call in calls)
+    ] == ["keras_tnt/files.py"]

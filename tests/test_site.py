@@ -14,7 +14,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import keras_tnt
-from tests.floors import FLOOR, room_imports
+from tests.helpers.import_layers import LAYERS, imports_between_modules
 from training import configuration
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -50,20 +50,22 @@ def test_public_name_without_an_api_entry_is_reported(made):
 
 
 def test_layer_diagram_has_exactly_the_actual_imports(made):
-    picture = made.MADE["floors"]()
-    assert set(re.findall(r">(\w+)</text>", picture)) == set(FLOOR)
+    picture = made.MADE["import_layers"]()
+    assert set(re.findall(r">(\w+)</text>", picture)) == set(sum(LAYERS, ()))
     drawn = set(re.findall(r"<title>(\w+) imports (\w+)</title>", picture))
-    assert drawn == {(room, used) for room, all_used in room_imports().items() for used in all_used}
+    assert drawn == {
+        (room, used) for room, all_used in imports_between_modules().items() for used in all_used
+    }
 
 
 def test_layer_diagram_survives_markdown(made):
-    picture = made.MADE["floors"]()
+    picture = made.MADE["import_layers"]()
     assert "__main__" in picture and MarkdownIt().render(picture).strip() == picture
 
 
 def test_bold_edges_are_not_implied_transitively(made):
     chain = {"roof": {"hall", "ground"}, "hall": {"ground"}, "ground": set()}
-    assert made.floors_picture.needed(chain) == {("roof", "hall"), ("hall", "ground")}
+    assert made.import_layers_picture.needed(chain) == {("roof", "hall"), ("hall", "ground")}
 
 
 def test_embedded_explore_page_is_complete(made):

@@ -1,18 +1,18 @@
-"""The floors of the house as a picture, drawn of the imports as they are."""
+"""Picture of the import layers, drawn from the actual imports."""
 
-from tests.floors import FLOORS, room_imports
+from tests.helpers.import_layers import LAYERS, imports_between_modules
 
 WIDTH, ROW, TOP = 860, 84, 30
 BOX_HEIGHT, GAP, LETTER = 34, 14, 7.6
 
 
 def places():
-    """{room: (left, top, width)} of each box, the ground at the bottom."""
+    """Returns {module: (left, top, width)} of each box, the lowest layer at the bottom."""
     found = {}
-    for number, rooms in enumerate(FLOORS):
+    for number, rooms in enumerate(LAYERS):
         widths = [max(64, LETTER * len(room) + 20) for room in rooms]
         left = (WIDTH - sum(widths) - GAP * (len(rooms) - 1)) / 2
-        top = TOP + (len(FLOORS) - 1 - number) * ROW
+        top = TOP + (len(LAYERS) - 1 - number) * ROW
         for room, width in zip(rooms, widths, strict=True):
             found[room] = (left, top, width)
             left += width + GAP
@@ -20,7 +20,7 @@ def places():
 
 
 def needed(imports):
-    """The imports between rooms that no chain of others stands for."""
+    """Returns the imports that no chain of other imports implies."""
 
     def reaches(room, goal, seen):
         if room == goal:
@@ -39,25 +39,25 @@ def needed(imports):
 
 
 def draw():
-    """The picture, as SVG in one line of Markdown.
+    """Returns the picture, as SVG in one line of Markdown.
 
-    Within a `<div>` Markdown reads no markup of its own, such as that of `__main__`.
+    Inside a `<div>`, Markdown does not interpret names such as `__main__`.
     """
-    boxes, imports = places(), room_imports()
+    boxes, imports = places(), imports_between_modules()
     strong = needed(imports)
-    height = TOP + len(FLOORS) * ROW
+    height = TOP + len(LAYERS) * ROW
     parts = [
-        f'<div><svg class="floors" viewBox="0 0 {WIDTH} {height}" role="img" '
-        'aria-label="Modules of keras_tnt by floor; every line is an import, and goes down.">'
+        f'<div><svg class="import-layers" viewBox="0 0 {WIDTH} {height}" role="img" '
+        'aria-label="Modules of keras_tnt by layer; every line is an import.">'
     ]
-    for number in range(len(FLOORS)):
+    for number in range(len(LAYERS)):
         top = TOP + number * ROW - (ROW - BOX_HEIGHT) / 2
-        parts.append(f'<rect class="floor" x="0" y="{top:.0f}" width="{WIDTH}" height="{ROW}"/>')
+        parts.append(f'<rect class="layer" x="0" y="{top:.0f}" width="{WIDTH}" height="{ROW}"/>')
     edges = [(room, used) for room, all_used in imports.items() for used in sorted(all_used)]
     for room, used in sorted(edges, key=lambda edge: edge in strong):
         (left, top, width), (left_, top_, width_) = boxes[room], boxes[used]
         x, x_, y, y_ = left + width / 2, left_ + width_ / 2, top + BOX_HEIGHT, top_
-        if top == top_:  # neighbours on one floor: a bow below them
+        if top == top_:  # both in one layer: a curve below them
             y = y_ = top + BOX_HEIGHT
             bow = f"C{x:.0f} {y + 22:.0f} {x_:.0f} {y + 22:.0f} {x_:.0f} {y:.0f}"
         else:
