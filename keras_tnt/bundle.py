@@ -29,7 +29,7 @@ from keras_tnt.weights.hub_config import (
 )
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# Section of the config.json for this package alone.
+# Section of the config.json that only this package reads.
 OWN = "keras_tnt"
 # Builder arguments that are not stored with the others.
 NOT_TOLD = {"weights", "input_tensor", "input_shape", "name", "class_names"}

@@ -13,7 +13,7 @@ class ImageFolder(keras.utils.PyDataset):
     """Batches of images from one folder per class, preprocessed as by `load_image`.
 
     It requires only Pillow, and `fit`, `evaluate` and `predict` accept it on every backend. The
-    order of an epoch depends on `seed` and the epoch's number alone.
+    order of an epoch depends only on `seed` and the epoch's number.
 
     Args:
         directory: path of a directory with a folder for each class, named after it. Hidden files

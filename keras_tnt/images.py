@@ -330,7 +330,7 @@ def rescaled_pixels(picture):
     if picture.mode == "F":
         return pixels
     low, high = int(pixels.min()), int(pixels.max())
-    # A 16-bit PNG has a mode of its own; the range of mode I, Pillow's 32 bits, is a guess.
+    # A 16-bit PNG has its own mode; the range of mode I, Pillow's 32 bits, is a guess.
     if low < 0 or high > 65_535 or picture.mode == "I" and 0 < high <= 255:
         raise ValueError(
             f"A picture of mode {picture.mode} must have values in [0, 65535]. Received: "

@@ -12,7 +12,7 @@ def feature_maps(model: keras.Model, blocks: Iterable[int] | None = None) -> ker
     """Returns a model that outputs the patches after some blocks as maps, for dense prediction.
 
     Layers and weights are shared with the given model: training one trains both. If the last block
-    of a classifier computes its class token alone, the returned model has it compute the patches
+    of a classifier computes only its class token, the returned model has it compute the patches
     too.
 
     Args:
@@ -67,7 +67,7 @@ def patch_map(found: Anatomy, block: Block, number: int):
     dtype = block.layer.dtype_policy
     inputs = keras.tree.flatten(block.layer.input)
     tokens = keras.tree.flatten(block.layer.output)[0]
-    if tokens.shape[1] != inputs[0].shape[1]:  # the query tokens alone
+    if tokens.shape[1] != inputs[0].shape[1]:  # only the query tokens
         tokens = keras.tree.flatten(block.layer(*inputs))[0]
     if block.prefix_tokens:
         select = SelectTokens(block.prefix_tokens, dtype=dtype, name=f"patches_{number}")

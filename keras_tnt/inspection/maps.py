@@ -117,7 +117,7 @@ def attention_rollout(model, images):
 
 
 def with_tokens(rollout, count):
-    """Prepends `count` tokens to a rollout, which have attended to themselves alone."""
+    """Prepends `count` tokens to a rollout, which have attended only to themselves."""
     rollout = np.pad(rollout, [(0, 0), (count, 0), (count, 0)])
     rollout[:, :count, :count] = np.eye(count)
     return rollout
