@@ -1,15 +1,15 @@
 """Transformer-in-Transformer image models for Keras 3.
 
-The function of every builder and variant, `keras_tnt.TNT`, `keras_tnt.TNTSmall` and so on, is an
-attribute of this package by the registry: a variant is a row in its family's file.
+Each builder and variant, such as `keras_tnt.TNT` and `keras_tnt.TNTSmall`, is an attribute of this
+package, looked up in the registry: a variant is a row in its family's file.
 """
 
 __version__ = "0.1.0"
 
-# In the process of the command, answers and ends here what needs no Keras, such as --help.
+# For the CLI: answers `--help` and argument errors before Keras is imported (may exit).
 from keras_tnt.command import before_keras  # isort: skip
 
-# The order of the families is that of every listing.
+# Listings have the families in this order.
 from keras_tnt import tnt, pyramid_tnt, deit, cait  # isort: skip
 from keras_tnt import building, distillation, export, finetuning, inspection, layers, registry
 from keras_tnt.anatomy import anatomy, class_names

@@ -1,4 +1,4 @@
-"""`python -m keras_tnt`, which is the command keras-tnt."""
+"""Entry point of `python -m keras_tnt`, which is the command keras-tnt."""
 
 import sys
 

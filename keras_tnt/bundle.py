@@ -1,4 +1,4 @@
-"""A model to share: weights in timm's names, and a config.json that tells of it in timm's form."""
+"""Shareable model directories: weights in timm's naming, and a config.json in timm's format."""
 
 import inspect
 import json
@@ -29,35 +29,34 @@ from keras_tnt.weights.hub_config import (
 )
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# What the config.json has for us alone.
+# Section of the config.json that only this package reads.
 OWN = "keras_tnt"
-# Arguments of builders that a folder does not tell among the others.
+# Builder arguments that are not stored with the others.
 NOT_TOLD = {"weights", "input_tensor", "input_shape", "name", "class_names"}
-# Numbers up to this need no tensor as large: ratios, rates, sides of patches.
+# Arguments up to this are accepted for any tensor sizes: ratios, rates, patch sizes.
 LARGEST_SETTING = 256
 
 
 def save_pretrained(model: keras.Model, directory: str | os.PathLike) -> str:
-    """Write a model's weights and what is to be known of it into a folder that can be shared.
+    """Writes a model's weights and description to a directory that can be shared.
 
-    `model.safetensors` has timm's names of tensors, `config.json` timm's form, with the names of
-    the classes and how images are prepared. The folder is what `weights=` takes, as a path or,
-    once it lies on the hub, as `"hf://owner/repository"`; timm takes it as
-    `timm.create_model("local-dir:<folder>")` where it has the architecture.
+    `model.safetensors` has timm's tensor names and `config.json` timm's format, with the class
+    names and the preprocessing. `weights=` accepts the directory, as a path or, once uploaded to
+    the hub, as `"hf://owner/repository"`. timm loads it as
+    `timm.create_model("local-dir:<folder>")` if it has the architecture.
 
     Args:
-        model: a model of this package, or one with such a model inside and a layer
-            `Dense(classes, name="head")` behind it.
-        directory: made if it does not exist; the two files in it are replaced.
+        model: a model of this package, or one with such a model inside, followed by a layer
+            `Dense(classes, name="head")`.
+        directory: path of the directory, created if missing. Its two files are replaced.
 
     Returns:
-        The folder's absolute path.
+        The absolute path of the directory.
 
     Raises:
-        ValueError: for a quantized model, and layers that no checkpoint has.
+        ValueError: for a quantized model, or layers without a checkpoint name.
 
     Example:
-
     >>> keras_tnt.save_pretrained(model, "tnt_small_flowers")
     >>> model = keras_tnt.TNTSmall(weights="tnt_small_flowers")
     """
@@ -72,18 +71,20 @@ def save_pretrained(model: keras.Model, directory: str | os.PathLike) -> str:
 def load_pretrained(
     directory: str | os.PathLike, input_shape: tuple[int | None, ...] | None = None
 ) -> keras.Model:
-    """The model that `save_pretrained` wrote, whatever its architecture.
+    """Loads a model that `save_pretrained` wrote, of any architecture.
 
     Args:
-        directory: the folder.
-        input_shape: shape of the images that the model is to take, as the builders have it; tables
-            of positions are resampled. If `None`, that of the model that was written.
+        directory: path of the directory.
+        input_shape: shape of the input images, as for the builders; position tables are resampled.
+            If `None`, that of the saved model.
+
+    Returns:
+        A `keras.Model`.
 
     Raises:
-        ValueError: if the folder holds no such model, or it cannot take images of this shape.
+        ValueError: if the directory has no such model, or the model does not support the shape.
 
     Example:
-
     >>> model = keras_tnt.load_pretrained("tnt_small_flowers", input_shape=(384, 384, 3))
     """
     directory = expand(directory)
@@ -111,11 +112,7 @@ def load_pretrained(
 
 
 def check_channels(saved, wanted):
-    """Refuses an image shape of another number of axes or channels than a saved model takes.
-
-    Raises:
-        ValueError: naming both.
-    """
+    """Raises a `ValueError` unless a shape has three sizes and the saved model's channels."""
     axis = 0 if keras.config.image_data_format() == "channels_first" else -1
     if len(wanted) != 3 or wanted[axis] != saved[axis]:
         raise ValueError(
@@ -125,15 +122,15 @@ def check_channels(saved, wanted):
 
 
 def as_arguments(own, family, file):
-    """The builder's arguments as a folder tells them, checked before anything is allocated.
+    """Returns the builder's arguments from a directory, validated before anything is allocated.
 
     Args:
-        own: what its config.json has for us.
+        own: this package's section of the config.json.
         family: the `registry.Family`.
-        file: the folder's tensors, which no size of the model can exceed.
+        file: the directory's tensors, whose largest size bounds every size of the model.
 
     Raises:
-        ValueError: if they are of another kind, or out of bounds.
+        ValueError: if an argument has the wrong type or is out of bounds.
     """
     arguments = as_object("arguments", own["arguments"])
     known = inspect.signature(family.builder).parameters.keys() - NOT_TOLD
@@ -158,23 +155,22 @@ def as_arguments(own, family, file):
 def push_to_hub(
     model: keras.Model, repository: str, *, private: bool = False, token: str | None = None
 ) -> str:
-    """Write a model to a repository of the Hugging Face hub, which is made if it does not exist.
+    """Uploads a model to a repository of the Hugging Face hub, which is created if missing.
 
     Args:
-        model: as `save_pretrained` takes it.
+        model: as for `save_pretrained`.
         repository: "owner/name".
-        private: whether only its owner sees a repository that is made.
-        token: of the hub; None: that of `hf auth login`, or of the variable HF_TOKEN.
+        private: whether a new repository is private. Defaults to `False`.
+        token: token of the hub. If `None`, that of `hf auth login` or of the variable HF_TOKEN.
 
     Returns:
-        What `weights=` takes: "hf://owner/name".
+        The value for `weights=`: "hf://owner/name".
 
     Raises:
-        ValueError: as `save_pretrained`.
-        OSError: if the hub cannot be reached, or refuses.
+        ValueError: as for `save_pretrained`, or for an invalid repository name.
+        OSError: if the hub is unreachable, or rejects the upload.
 
     Example:
-
     >>> keras_tnt.push_to_hub(model, "someone/tnt_small_flowers")
     """
     from huggingface_hub import HfApi
@@ -204,7 +200,7 @@ def push_to_hub(
 
 
 def describe(model: keras.Model) -> dict:
-    """The config.json of a model."""
+    """Returns the config.json of a model, as a dict."""
     parts = anatomy(model)
     image, names = parts.image, class_names(model)
     size = list(image.native_size)
@@ -252,6 +248,7 @@ def describe(model: keras.Model) -> dict:
 
 
 def top_arguments(parts: Anatomy) -> dict:
+    """Returns the builder's `classes` and `classifier_activation` for a model with a head."""
     activation = getattr(parts.predictions or parts.heads[0], "activation", "softmax")
     return {
         "classes": parts.heads[0].units,
@@ -260,17 +257,22 @@ def top_arguments(parts: Anatomy) -> dict:
 
 
 def pooling_of(parts: Anatomy) -> str | None:
-    """The `pooling` that a model without its top was built with."""
+    """Returns the `pooling` argument of a model that was built without its top."""
     names = {"token": "token", "avg_pool": "avg", "max_pool": "max"}
     last = parts.model.layers[-1].name.removeprefix(parts.layer_prefix)
     return names.get(last)
 
 
 def check_heads(model, parts, pooling):
-    """Refuse a classifier around a model that reads other than the family's own reads.
+    """Checks that a classifier around a model pools as the family's own classifier does.
+
+    Args:
+        model: the model with the classifier.
+        parts: its `Anatomy`.
+        pooling: the `pooling` argument of the model inside.
 
     Raises:
-        ValueError: naming what it should read.
+        ValueError: if it does not.
     """
     if not parts.heads or parts.heads[0] in parts.model.layers:
         return
@@ -284,7 +286,7 @@ def check_heads(model, parts, pooling):
 
 
 def checkpoint_like(parts: Anatomy) -> Checkpoint | None:
-    """The public checkpoint of a model's architecture, nearest in size; None if there is none."""
+    """Returns the public checkpoint of a model's architecture, nearest in size; or `None`."""
     family = registry.family(parts.family)
     functions = {family.function_name(name): row for name, row in family.variants.items()}
     found = [
@@ -297,12 +299,12 @@ def checkpoint_like(parts: Anatomy) -> Checkpoint | None:
 
 
 def variant_like(parts: Anatomy) -> str | None:
-    """The name of the variant of a model's architecture; None if there is none."""
+    """Returns the name of the variant with a model's architecture; `None` if there is none."""
     variants = registry.family(parts.family).variants
     return next((name for name, row in variants.items() if same(parts, row.architecture)), None)
 
 
 def same(parts: Anatomy, architecture: dict) -> bool:
-    """Whether a model has an architecture, which leaves out the builder's defaults."""
+    """Returns whether a model has an architecture, given without the builder's defaults."""
     signature = inspect.signature(registry.family(parts.family).builder)
     return architecture_told(signature, architecture) == parts.entrance.architecture

@@ -1,4 +1,4 @@
-"""Figures of matplotlib: text of any script, and files that are whole or not there."""
+"""Saving of matplotlib figures: text in any script, and atomic writes."""
 
 import contextlib
 import functools
@@ -10,27 +10,28 @@ from keras_tnt.text import printable
 
 
 def drawable(text):
-    """Text as figures show it: what no installed font can draw stands as `\\u732b` and the like.
+    r"""Returns text as figures can show it; characters without an installed font become `\u732b`.
 
-    Dollars are escaped: matplotlib takes what stands between two for mathematics.
+    Dollar signs are escaped, because matplotlib parses text between two of them as math.
     """
     shown = "".join(c if family_of(c) else escape(c) for c in printable(text))
     return shown.replace("$", r"\$")
 
 
 def escape(character):
+    r"""Returns a character as a Python escape, such as `\u732b`."""
     return character.encode("unicode_escape").decode("ascii")
 
 
 @functools.cache
 def family_of(character):
-    """The family of a font that can draw a character: matplotlib's own before others; or None."""
+    """Returns a font family that can draw a character, matplotlib's default first; or `None`."""
     from matplotlib import font_manager
 
     default = font_manager.findfont(font_manager.FontProperties())
     if ord(character) in characters(default):
         return font_manager.get_font(default).family_name
-    # Not matplotlib's list of fonts, which it keeps while fonts come and go.
+    # matplotlib's own font list is cached, and stale once fonts are added or removed.
     for path in sorted(font_manager.findSystemFonts()):
         if ord(character) in characters(path):
             font_manager.fontManager.addfont(path)
@@ -40,7 +41,7 @@ def family_of(character):
 
 @functools.cache
 def characters(path):
-    """The code points that a font file can draw."""
+    """Returns the code points that a font file can draw; none for an unreadable file."""
     from matplotlib import font_manager
 
     try:
@@ -50,17 +51,17 @@ def characters(path):
 
 
 def save(figure, path, **options):
-    """Write a figure in the format that the path's ending names; PNG without one.
+    """Writes a figure atomically, in the format of the path's extension; PNG without one.
 
     Args:
-        figure: of matplotlib. Its texts get the fonts that they need, each behind the one it has.
-        path: file to write, whole or not at all.
-        options: of `savefig`, such as `dpi`.
+        figure: matplotlib figure. Fonts that a text needs are appended to the text's own.
+        path: path of the file.
+        options: options of `savefig`, such as `dpi`.
     """
     from matplotlib.text import Text
 
     for axes in figure.axes:
-        axes.get_xticklabels(), axes.get_yticklabels()  # makes the labels' text
+        axes.get_xticklabels(), axes.get_yticklabels()  # creates the labels' text
     for text in figure.findobj(Text):
         needed = {family_of(c) for c in text.get_text() if not c.isspace()} - {None}
         had = text.get_fontfamily()
@@ -73,7 +74,10 @@ def save(figure, path, **options):
 
 @contextlib.contextmanager
 def silent(name):
-    """Without a logger's warnings: of a font that has one weight alone, each text would tell."""
+    """Suppresses a logger's warnings inside the context.
+
+    matplotlib would warn once per text about a font that has a single weight.
+    """
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

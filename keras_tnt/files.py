@@ -1,6 +1,7 @@
-"""Files that are written atomically, files that are read without trust, and locks.
+"""Atomic file writes, safe reads of untrusted files, and locks.
 
-Files and folders appear whole or not at all: they are written aside, flushed to disk and renamed.
+Files and directories appear completely or not at all: they are written to a temporary directory,
+flushed to disk and renamed.
 """
 
 import contextlib
@@ -18,22 +19,22 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # on Windows
+except ImportError:  # Windows
     fcntl = None
 
 ASIDE = ".writing-"
-# A folder that is not locked so long after it was written to is nobody's.
+# An unlocked temporary directory is stale this long after its last change.
 SECONDS_TO_LOCK = 3600
 FULL = tuple(
     os.strerror(number) for number in (errno.ENOSPC, getattr(errno, "EDQUOT", 0)) if number
 )
-# What systems and file systems answer that cannot flush a directory, or any file.
+# Errors of systems and file systems that cannot flush a directory, or any file.
 CANNOT_FLUSH = {
     getattr(errno, name, None)
     for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF", "ENOTTY", "EROFS")
 }
 CANNOT_OPEN_DIRECTORY = {errno.EACCES, errno.EPERM, errno.EISDIR, *CANNOT_FLUSH}
-# What they answer that have no locks.
+# Errors of those without locks.
 CANNOT_LOCK = {
     getattr(errno, name, None) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL")
 }
@@ -47,7 +48,7 @@ KINDS = {
 }
 
 
-# === Paths, and files of others ===
+# === Paths and untrusted files ===
 
 
 def expand(path: str | os.PathLike) -> str:
@@ -56,9 +57,9 @@ def expand(path: str | os.PathLike) -> str:
 
 
 def kind_of(path: str | os.PathLike) -> str | None:
-    """Returns what stands at a path, itself if it is a link: "file", or one of `KINDS`.
+    """Returns the kind of the object at a path: "file", or one of `KINDS`.
 
-    Returns `None` if there is nothing.
+    Symbolic links are not followed. Returns `None` if there is nothing.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -75,29 +76,29 @@ def open_regular(
     flags: int = os.O_RDONLY,
     mode: int = 0o666,
 ) -> BinaryIO:
-    """Opens a file that somebody else may have made, if it is a regular file.
+    """Opens a possibly untrusted file, if it is a regular file.
 
-    Directories, FIFOs, sockets and devices are refused without being waited for.
+    Directories, FIFOs, sockets and devices are rejected without blocking.
 
     Args:
         path: Path of the file; `~` is expanded.
-        max_bytes: The largest size that is accepted. If `None`, any.
-        follow: Whether a symbolic link is followed. If not, it is refused.
-        flags: Of `os.open`.
-        mode: Of a file that is created.
+        max_bytes: Maximum size in bytes. If `None`, any size is accepted.
+        follow: Whether to follow a symbolic link; if not, it is rejected. Defaults to `True`.
+        flags: Flags of `os.open`. Defaults to `os.O_RDONLY`.
+        mode: Permissions of a file that is created. Defaults to 0o666.
 
     Returns:
         A binary file.
 
     Raises:
-        ValueError: If it is something else, or larger.
-        OSError: If there is no such file, or it may not be opened.
+        ValueError: If it is not a regular file, or is too large.
+        OSError: If there is no such file, or it cannot be opened.
     """
     path = expand(path)
     status = None
     with contextlib.suppress(FileNotFoundError):
         status = os.stat(path, follow_symlinks=follow)
-        # Before it is opened: to open a device or a FIFO has effects.
+        # Checked before it is opened, because opening a device or a FIFO has side effects.
         check_regular(path, status, max_bytes)
     for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, name, 0)
@@ -120,14 +121,14 @@ def open_regular(
 def read_regular(path: str | os.PathLike, max_bytes: int, *, follow: bool = True) -> bytes:
     """Returns the content of a regular file of at most `max_bytes`; see `open_regular`."""
     with open_regular(path, max_bytes, follow=follow) as file:
-        data = file.read(max_bytes + 1)  # A file may grow, and those of /proc have no size.
+        data = file.read(max_bytes + 1)  # Files may grow, and in /proc their size is 0.
     if len(data) > max_bytes:
         raise too_large(path, len(data), max_bytes)
     return data
 
 
 def check_regular(path, status, max_bytes=None):
-    """Raises a `ValueError` if a file's status is not that of a regular file of that size."""
+    """Raises a `ValueError` unless a status is that of a regular file of at most `max_bytes`."""
     if not stat.S_ISREG(status.st_mode):
         raise not_regular(path, KINDS.get(stat.S_IFMT(status.st_mode), "not a file"))
     if max_bytes is not None and status.st_size > max_bytes:
@@ -135,28 +136,31 @@ def check_regular(path, status, max_bytes=None):
 
 
 def not_regular(path, kind):
+    """Returns the `ValueError` for a path that is not a regular file."""
     return ValueError(f"'{os.fsdecode(path)}' is {kind}; a regular file is needed.")
 
 
 def too_large(path, size, max_bytes):
+    """Returns the `ValueError` for a file that is too large."""
     return ValueError(f"'{os.fsdecode(path)}' has {size:,} bytes; at most {max_bytes:,} are read.")
 
 
-# === Files and folders that are written ===
+# === Atomic writes ===
 
 
 @contextlib.contextmanager
 def scratch(folder: str | os.PathLike) -> Iterator[str]:
-    """A temporary folder inside `folder`, on the same disk, removed at the end of the block.
+    """Creates a temporary directory inside `folder`, and removes it at the end of the block.
 
-    What processes left there when they were killed is removed first. The folder is locked while
-    it is used, where the file system has locks: they end with their process.
+    It is on the same disk, so that its files can be renamed into place. Stale directories of killed
+    processes are removed first. The directory is locked while it is in use, if the file system
+    supports locks, which end with their process.
 
     Args:
-        folder: made if it does not exist.
+        folder: parent directory, created if missing.
 
     Yields:
-        The path of the temporary folder.
+        The path of the temporary directory.
     """
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
@@ -170,14 +174,14 @@ def scratch(folder: str | os.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, *companions: str) -> Iterator[str]:
-    """A path to write to in place of `path`, which it replaces when the block ends without error.
+    """Yields a path to write to; the file replaces `path` if the block ends without an error.
 
     Args:
-        path: of the file; its folder is made if it does not exist.
-        companions: extensions of files that are written beside it, such as ".bin".
+        path: path of the file; its directory is created if missing.
+        companions: extensions of files that are written next to it, such as ".bin".
 
     Yields:
-        A path of the same file name in a temporary folder.
+        A path with the same file name in a temporary directory.
     """
     folder, name = os.path.split(os.path.abspath(expand(path)))
     stem = os.path.splitext(name)[0]
@@ -190,19 +194,19 @@ def replacing(path: str | os.PathLike, *companions: str) -> Iterator[str]:
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write a file that is whole or not there, whatever happens meanwhile."""
+    """Writes a file atomically: at any time it has either its old or its new content."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 def flush_to_disk(path: str) -> None:
-    """Waits until a file, or the names in a folder, lie on the disk, where the system can do that.
+    """Waits until a file, or the entries of a directory, are on disk, if the system supports it.
 
-    Windows opens no directories, and some network file systems flush none (gcsfuse, CIFS): what
-    was written is in its place then, and survives a power loss when the system has written it.
+    Windows opens no directories, and some network file systems (gcsfuse, CIFS) flush none. The data
+    is in place then, but survives a power loss only once the system has written it.
     """
     is_directory = os.path.isdir(path)
-    # Windows flushes only what may be written to.
+    # Windows flushes only files that are open for writing.
     flags = os.O_RDWR | os.O_BINARY if os.name == "nt" else os.O_RDONLY
     try:
         descriptor = os.open(path, flags)
@@ -220,7 +224,7 @@ def flush_to_disk(path: str) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove the temporary folders of processes of this host that no longer run."""
+    """Removes the temporary directories of processes of this host that no longer run."""
     for name in os.listdir(folder):
         found = re.match(rf"{re.escape(ASIDE)}(.*)-(\d+)-", name)
         if found and found[1] == socket.gethostname():
@@ -230,10 +234,11 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 
 def is_left(path: str, process: int) -> bool:
-    """Whether the process that made a temporary folder is gone.
+    """Returns whether a temporary directory is stale: the process that created it is gone.
 
-    Containers may share a host's name and not its processes, and one that is started again gives
-    their numbers anew: where locks tell more, they are believed.
+    Containers may share a host name without sharing processes, and may reuse process ids after a
+    restart. So a locked directory is in use whatever its process id, and an unlocked one is stale
+    after `SECONDS_TO_LOCK` even if a process has the id.
     """
     try:
         with locked(path, required=True):
@@ -247,15 +252,15 @@ def is_left(path: str, process: int) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: str, required: bool = False) -> Iterator[None]:
-    """Lock a folder for as long as the block and this process last.
+    """Locks a directory until the block or this process ends.
 
     Args:
-        folder: its path.
-        required: whether it is an error if the folder cannot be locked.
+        folder: path of the directory.
+        required: whether it is an error if the directory cannot be locked. Defaults to `False`.
 
     Raises:
-        BlockingIOError: if it is required, and another process has the lock.
-        OSError: if it is required, and the system or the file system has no such locks.
+        BlockingIOError: if `required`, and another process holds the lock.
+        OSError: if `required`, and the system or the file system does not support such locks.
     """
     if fcntl is None:
         if required:
@@ -274,8 +279,8 @@ def locked(folder: str, required: bool = False) -> Iterator[None]:
 
 
 def runs(process: int) -> bool:
-    """Whether a process of this host runs."""
-    if os.name == "nt":  # where `os.kill(process, 0)` sends Ctrl+C
+    """Returns whether a process of this host is alive."""
+    if os.name == "nt":  # `os.kill(process, 0)` would send Ctrl+C
         return runs_on_windows(process)
     try:
         os.kill(process, 0)
@@ -287,12 +292,13 @@ def runs(process: int) -> bool:
 
 
 def runs_on_windows(process):
+    """Returns whether a process is alive, by the Windows API."""
     import ctypes
 
     kernel, synchronize, timed_out = ctypes.windll.kernel32, 0x00100000, 0x102
     handle = kernel.OpenProcess(synchronize, False, process)
     if not handle:
-        return kernel.GetLastError() == 5  # Access denied: it runs, as somebody else's.
+        return kernel.GetLastError() == 5  # access denied: another user's process
     try:
         return kernel.WaitForSingleObject(handle, 0) == timed_out
     finally:
@@ -303,28 +309,28 @@ def runs_on_windows(process):
 
 
 class Held(ValueError):
-    """Another process holds a lock; the message is what it wrote about itself."""
+    """Raised when another process holds a lock; the message is the holder's own description."""
 
 
 @contextlib.contextmanager
 def exclusive(path: str | os.PathLike, *, remove: bool = False) -> Iterator[str | None]:
-    """Holds a lock that no other process gets until the block ends or this process dies.
+    """Holds an exclusive lock until the block ends or this process dies.
 
-    The lock is the operating system's (flock, LockFileEx), so that what a killed process leaves
-    holds nobody up.
+    The lock is the operating system's (flock, LockFileEx), so that a killed process does not leave
+    it behind.
 
     Args:
-        path: Path of the file that is locked, which is made if it does not exist, and describes
-            who holds the lock. Its directory must exist.
-        remove: Whether the file is removed at the end.
+        path: Path of the lock file, which is created if missing, and describes the holder. Its
+            directory must exist.
+        remove: Whether to remove the file at the end. Defaults to `False`.
 
     Yields:
-        `None`, or why the file system cannot lock.
+        `None`, or the reason that the file system cannot lock.
 
     Raises:
         Held: If another process, or another block of this one, holds the lock.
-        ValueError: If something else than a regular file stands at the path.
-        OSError: If the file cannot be made.
+        ValueError: If the path is not that of a regular file.
+        OSError: If the file cannot be created.
     """
     import filelock
 
@@ -344,7 +350,7 @@ def exclusive(path: str | os.PathLike, *, remove: bool = False) -> Iterator[str 
         yield getattr(error, "strerror", None) or str(error)
         return
     try:
-        with contextlib.suppress(OSError, ValueError):  # On Windows nobody else may read it.
+        with contextlib.suppress(OSError, ValueError):  # Windows denies access to it.
             with open_regular(path, follow=False, flags=os.O_RDWR) as file:
                 file.truncate(0)
                 file.write(
@@ -355,28 +361,28 @@ def exclusive(path: str | os.PathLike, *, remove: bool = False) -> Iterator[str 
                 )
         yield None
     finally:
-        if remove:  # before the release, so that it is nobody else's
+        if remove:  # before the release, so that it is still ours
             with contextlib.suppress(OSError):
                 os.remove(path)
         lock.release()
 
 
 def has_posix_lock(path):
-    """Returns whether a process of an earlier version of this package locks a file: by lockf."""
+    """Returns whether a process of an earlier package version locks a file, by lockf."""
     if fcntl is None:
         return False
     try:
         with open_regular(path, follow=False, flags=os.O_RDWR) as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released on close
     except (BlockingIOError, PermissionError) as error:
-        return error.filename is None  # of lockf, not of open
+        return error.filename is None  # raised by lockf, not by open
     except OSError:
         return False
     return False
 
 
 def holder(path):
-    """What the holder of a lock wrote about itself."""
+    """Returns the description that the holder of a lock wrote."""
     try:
         text = read_regular(path, 1 << 16, follow=False).decode("utf-8", "replace")
     except (OSError, ValueError):
@@ -388,15 +394,15 @@ def holder(path):
 
 
 def check_space(folder: str | os.PathLike, needed: int, what: str) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Raises an error if the disk has too little free space.
 
     Args:
-        folder: where it will be written; need not exist yet.
-        needed: bytes.
-        what: is to be written, for the message: "the export".
+        folder: directory to write to, which need not exist yet.
+        needed: required space in bytes.
+        what: name of what is written, for the message, such as "the export".
 
     Raises:
-        OSError: of number ENOSPC.
+        OSError: with errno ENOSPC.
     """
     folder = os.path.abspath(folder)
     while not os.path.isdir(folder):
@@ -413,14 +419,14 @@ def check_space(folder: str | os.PathLike, needed: int, what: str) -> None:
 
 @contextlib.contextmanager
 def telling_of_a_full_disk(folder: str | os.PathLike, what: str) -> Iterator[None]:
-    """One clear error, whatever the libraries that write say when the disk is full.
+    """Translates every library's error about a full disk into a single clear one.
 
     Args:
-        folder: where it is written.
-        what: is written, for the message: "the export".
+        folder: directory that is written to.
+        what: name of what is written, for the message, such as "the export".
 
     Raises:
-        OSError: of number ENOSPC.
+        OSError: with errno ENOSPC.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Images in a folder for each class, for `fit` on every backend."""
+"""Data set of images in one folder per class, for `fit` on every backend."""
 
 import os
 
@@ -10,32 +10,33 @@ from keras_tnt.preprocessing import load_image
 
 
 class ImageFolder(keras.utils.PyDataset):
-    """Batches of the images in a folder for each class, read as `load_image` reads them.
+    """Batches of images from one folder per class, preprocessed as by `load_image`.
 
-    It needs Pillow alone, and is what `fit`, `evaluate` and `predict` take on every backend. Each
-    epoch has an order that follows from `seed` and the number of the epoch.
+    It requires only Pillow, and `fit`, `evaluate` and `predict` accept it on every backend. The
+    order of an epoch depends only on `seed` and the epoch's number.
 
     Args:
-        directory: has a folder for each class, whose name is the class's. Hidden files and folders,
-            and those that programs leave behind, are skipped.
-        model: the model that is to see the images; gives their size and channels.
-        batch_size: images per batch; the last batch may have fewer.
+        directory: path of a directory with a folder for each class, named after it. Hidden files
+            and folders, and those of archivers and file systems, are skipped.
+        model: model that receives the images; it determines their size and channels.
+        batch_size: images per batch; the last batch may have fewer. Defaults to 32.
         shuffle: whether epochs are shuffled; if not, images are in the order of their names.
-        seed: of the order.
-        validation_share: share of each class, drawn by `seed`, that `subset="validation"` has, and
-            `"training"` has not.
+            Defaults to `True`.
+        seed: seed of the order and of the split. Defaults to 0.
+        validation_share: fraction of each class, drawn with `seed`, that is in
+            `subset="validation"` and not in `"training"`. Defaults to 0.
         subset: `"training"` or `"validation"`. If `None`, all images.
         kwargs: `workers`, `use_multiprocessing` and `max_queue_size` of `keras.utils.PyDataset`.
 
     Attributes:
-        class_names: the names of the folders, sorted.
-        paths, labels: of the images, in the order of their names.
+        class_names: names of the folders, sorted.
+        paths, labels: paths of the images and indices of their classes, in the order of their
+            names.
 
     Raises:
-        ValueError: if there are no folders with images, and for values out of range.
+        ValueError: if there are no folders with images, or an argument is out of range.
 
     Example:
-
     >>> model = keras_tnt.DeiTTiny()
     >>> images = keras_tnt.ImageFolder("photos", model, batch_size=16)
     >>> model = keras_tnt.reset_classifier(model, class_names=images.class_names)
@@ -54,6 +55,7 @@ class ImageFolder(keras.utils.PyDataset):
         subset: str | None = None,
         **kwargs,
     ):
+        """Lists the images; the class documents the arguments."""
         super().__init__(**kwargs)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer. Received: {batch_size!r}")
@@ -85,20 +87,23 @@ class ImageFolder(keras.utils.PyDataset):
         self.order = self.draw_order()
 
     def draw_order(self):
-        """Returns the order of the images in the present epoch."""
+        """Returns the order of the images in the current epoch, as an array of indices."""
         count = len(self.paths)
         if not self.shuffle:
             return np.arange(count)
         return np.random.default_rng((self.seed, self.epoch)).permutation(count)
 
     def on_epoch_end(self):
+        """Draws the order of the next epoch."""
         self.epoch += 1
         self.order = self.draw_order()
 
     def __len__(self):
+        """Returns the number of batches."""
         return -(-len(self.paths) // self.batch_size)
 
     def __getitem__(self, index):
+        """Returns a batch: stacked images as of `load_image`, and int32 labels (batch,)."""
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} batches. Received: {index}")
         chosen = self.order[index * self.batch_size :][: self.batch_size]
@@ -107,10 +112,13 @@ class ImageFolder(keras.utils.PyDataset):
 
 
 def find_classes(directory):
-    """Returns the names of the classes in a folder, and the paths of each one's images.
+    """Returns the class names in a directory, and a list of the image paths of each class.
+
+    Args:
+        directory: path of the directory.
 
     Raises:
-        ValueError: if there is no folder, or none with images in it.
+        ValueError: if there is no directory, or none of its folders has images.
     """
     if not os.path.isdir(directory):
         raise ValueError(f"`directory` must be a folder. Received: '{directory}'")
@@ -129,7 +137,7 @@ def find_classes(directory):
 
 
 def part(paths, share, seed, subset):
-    """Returns the paths of a class that are in a subset."""
+    """Returns the paths of a class that belong to a subset."""
     count = round(len(paths) * share)
     held_out = set(np.random.default_rng(seed).permutation(len(paths))[:count].tolist())
     return [p for i, p in enumerate(paths) if (i in held_out) == (subset == "validation")]

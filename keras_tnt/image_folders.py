@@ -1,7 +1,7 @@
-"""Walks folders of images: one definition of what counts for the trainer and every command.
+"""Walks image folders, with one definition of an image for the trainer and every command.
 
-Hidden files and folders, AppleDouble companions and folders that programs leave behind hold no
-images of the user's. Each real folder is walked once, however many links lead to it.
+Hidden files and folders, AppleDouble companions and system folders are skipped. Each real folder is
+walked once, however many links lead to it.
 """
 
 import collections
@@ -9,7 +9,7 @@ import os
 import stat
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
-# Folders that archivers, file systems and network storage leave behind, in lower case.
+# Folders that archivers, file systems and network storage create, in lower case.
 SYSTEM_FOLDERS = frozenset(
     (
         "__macosx",
@@ -21,26 +21,27 @@ SYSTEM_FOLDERS = frozenset(
         "system volume information",
     )
 )
-# The names of held-out splits, in the order in which they are looked for. The last is the fallback.
+# Names of held-out splits in order of preference. The last is the fallback.
 HELD_OUT_NAMES = ("val", "validation", "valid", "dev", "test")
 
 
 class Skipped(collections.Counter):
-    """How many files and folders were skipped, by reason."""
+    """Counts of skipped files and folders, by reason."""
 
     def __str__(self):
+        """Returns the counts for a message, such as `skipped 3 hidden files`."""
         if not self:
             return "nothing skipped"
         return "skipped " + ", ".join(f"{count:,} {reason}" for reason, count in self.items())
 
 
 def is_ignored(name, is_folder, skipped=None):
-    """Returns whether a name is one of a hidden or system file or folder.
+    """Returns whether a name is that of a hidden or system file or folder.
 
     Args:
-        name: of the file or folder, without its path.
+        name: name of the file or folder, without its path.
         is_folder: whether it is a folder.
-        skipped: a `Skipped` in which to count it.
+        skipped: a `Skipped` in which to count it. If `None`, it is not counted.
     """
     kind = "folders" if is_folder else "files"
     if name.startswith("._"):
@@ -57,15 +58,16 @@ def is_ignored(name, is_folder, skipped=None):
 
 
 def walk_images(folder, skipped=None, visited=None):
-    """Yields the paths of the images in a folder and the folders below it, in order of their names.
+    """Yields the paths of the images in a folder and its subfolders, sorted by name.
 
-    Folders are listed as they are reached, so that no list of all files is held. Links to folders
-    are followed; a folder that was reached before, or that the link lies in, is skipped.
+    Folders are listed as they are reached, so that no list of all files is in memory. Links to
+    folders are followed; a folder that was visited before, or that contains the link, is skipped.
 
     Args:
         folder: path of the folder.
-        skipped: a `Skipped` that counts what is left out.
-        visited: set of the real paths of the folders that were walked; extended.
+        skipped: a `Skipped` that counts skipped files and folders. If `None`, they are not counted.
+        visited: set of the real paths of visited folders, which is extended. If `None`, it is
+            empty.
 
     Yields:
         Paths, strings that begin with `folder`.
@@ -74,7 +76,7 @@ def walk_images(folder, skipped=None, visited=None):
     visited = set() if visited is None else visited
     real = os.path.realpath(folder)
     visited.add(real)
-    # A stack and no recursion: folders may be nested deeper than Python's calls.
+    # A stack instead of recursion: folders may be nested deeper than Python's recursion limit.
     stack = [(real, list_folder(os.fspath(folder), skipped))]
     while stack:
         real, entries = stack[-1]
@@ -105,6 +107,7 @@ def list_folder(path, skipped):
 
 
 def is_folder(entry):
+    """Returns whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:
@@ -112,7 +115,7 @@ def is_folder(entry):
 
 
 def is_image(entry, skipped=None):
-    """Returns whether an entry that is no folder is the regular file of an image, by its name."""
+    """Returns whether an entry that is not a folder is a regular file with an image's suffix."""
     skipped = Skipped() if skipped is None else skipped
     if is_ignored(entry.name, False, skipped):
         return False
@@ -120,7 +123,7 @@ def is_image(entry, skipped=None):
         skipped["files without the suffix of an image"] += 1
         return False
     try:
-        # Links may lead to FIFOs and devices, on which a reader would wait for ever.
+        # Links may lead to FIFOs and devices, on which a read would block forever.
         if not entry.is_symlink() and entry.is_file():
             return True
         mode = entry.stat().st_mode
@@ -134,20 +137,24 @@ def is_image(entry, skipped=None):
 
 
 def list_folders(folder, skipped=None):
-    """Returns the names of the folders in a folder, sorted, without hidden and system folders."""
+    """Returns the sorted names of the subfolders, without hidden and system folders."""
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if is_folder(entry))
     return [name for name in names if not is_ignored(name, True, skipped)]
 
 
 def match_name(name, names):
-    """Returns the one of some names that equals a name, else the one that does in lower case.
+    """Returns the name in `names` that equals `name`, exactly or else ignoring case.
+
+    Args:
+        name: the name to look for.
+        names: the names to choose from.
 
     Returns:
         A name; `None` if there is none.
 
     Raises:
-        ValueError: if several differ from it in upper and lower case alone.
+        ValueError: if several differ from it only in upper and lower case.
     """
     if name in names:
         return name
@@ -161,13 +168,16 @@ def match_name(name, names):
 
 
 def match_held_out(names):
-    """Returns which of some names is the held-out split: val, validation, valid, dev, else test.
+    """Returns the name of the held-out split: val, validation, valid, dev, else test.
+
+    Args:
+        names: the names to choose from.
 
     Returns:
         A name; `None` if there is none.
 
     Raises:
-        ValueError: as `match_name` does.
+        ValueError: as for `match_name`.
     """
     for wanted in HELD_OUT_NAMES:
         found = match_name(wanted, names)
@@ -177,7 +187,7 @@ def match_held_out(names):
 
 
 def describe_fallback(name):
-    """Returns a sentence about a held-out split that is the test split; empty for others."""
+    """Returns a note for messages if the held-out split is the test split; else an empty string."""
     if name.casefold() != HELD_OUT_NAMES[-1]:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""ImageNet's classes."""
+"""ImageNet's class names."""
 
 import functools
 from pathlib import Path
@@ -8,6 +8,6 @@ CLASSES = Path(__file__).parent / "imagenet_classes.txt"
 
 @functools.cache
 def imagenet_classes() -> tuple[tuple[str, str], ...]:
-    """The 1,000 classes of ImageNet in the order of the models: (WordNet id, name) each."""
+    """Returns the 1,000 ImageNet classes as (WordNet id, name), in the models' output order."""
     lines = CLASSES.read_text(encoding="utf-8").splitlines()
     return tuple(tuple(line.split(" ", 1)) for line in lines)

@@ -1,8 +1,8 @@
-"""The specification of decoding: formats, limits and colors; and the evaluation crop.
+"""Specification of image decoding: formats, limits and colors; and the evaluation crop.
 
-The specification holds in Python, where Pillow decodes, in the trainer and in an exported model's
-graph (`keras_tnt.export.image`), where TensorFlow does, and in the browser page
-(`savedmodels/web/classify.js`): the same file gives the same pixels to within 1 of 255.
+The same file gives the same pixels, to within 1 of 255, in Python (Pillow), in the trainer and an
+exported model's graph (`keras_tnt.export.image`, TensorFlow), and in the browser
+(`savedmodels/web/classify.js`).
 
 - Only JPEG, PNG, WebP, GIF and uncompressed BMP files within the limits are decoded. The header is
   checked first: no decoder sees a file that claims to be larger.
@@ -12,7 +12,7 @@ graph (`keras_tnt.export.image`), where TensorFlow does, and in the browser page
 - Gray becomes three equal channels; one channel is Pillow's luma (`GREY`).
 - 16 bits per channel are reduced to 8: the value divided by 257.
 - CMYK JPEGs store inverted values, as Adobe's programs write them, with or without their marker.
-- Animations: the first frame. What a GIF's first frame does not cover has the color of the
+- Animations: the first frame. Pixels that a GIF's first frame does not cover have the color of the
   transparent palette entry, else of entry 0.
 - Color profiles are ignored.
 """
@@ -26,13 +26,13 @@ import numpy as np
 
 from keras_tnt import files
 
-# The limits of an image: bytes of the file, pixels a side and in all. What is as large as they
-# allow takes up to 1.3 GB while it is read; in a graph, as many images at once as there are cores.
+# Limits of an image: bytes of the file, pixels per side and in total. An image at the limits takes
+# up to 1.3 GB while it is decoded; a graph decodes as many images at once as there are cores.
 MAX_BYTES = 2**28
 MAX_SIDE = 65_535
 MAX_PIXELS = 2**26
 
-# The weights of red, green and blue in Pillow's grey, in 1/65536.
+# Weights of red, green and blue in Pillow's luma, in 1/65536.
 GREY = (19595, 38470, 7471)
 
 # === Formats ===
@@ -40,14 +40,14 @@ GREY = (19595, 38470, 7471)
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format that is read.
+    """Supported image format.
 
     Attributes:
-        name: Pillow's.
-        signature: bytes by the place where they stand.
-        sides: function of `read(start, count, big=False, signed=False)`, which gives the integer
-            that stands somewhere in the file, to (width, height), integers or tensors as `read`
-            gives them; None where they stand at no fixed place.
+        name: Pillow's name of the format.
+        signature: dict from offset to the bytes there.
+        sides: function from `read` to (width, height); `None` if they have no fixed offset.
+            `read(start, count, big=False, signed=False)` returns the integer at an offset of the
+            file. The sides are integers or tensors, as `read` returns them.
     """
 
     name: str
@@ -63,7 +63,7 @@ FORMATS = (
         lambda read: (read(16, 4, big=True), read(20, 4, big=True)),
     ),
     Format("GIF", {0: b"GIF8"}, lambda read: (read(6, 2), read(8, 2))),
-    # The height of one that is written from the top on is negative.
+    # The height of a top-down BMP is negative.
     Format("BMP", {0: b"BM"}, lambda read: (read(18, 4), abs(read(22, 4, signed=True)))),
     Format(
         "WEBP",
@@ -78,7 +78,7 @@ FORMATS = (
     Format("WEBP", {0: b"RIFF", 8: b"WEBPVP8X"}, lambda read: (read(24, 3) + 1, read(27, 3) + 1)),
 )
 
-# What is told by its name when it is refused.
+# Unsupported formats that are recognized, for better error messages.
 OTHERS = {
     "EPS": ({0: b"%!PS"}, {0: b"\xc5\xd0\xd3\xc6"}),
     "PDF": ({0: b"%PDF"},),
@@ -101,14 +101,18 @@ READ = (
 
 
 def has(data, signature):
+    """Returns whether data has the bytes of a signature."""
     return all(data.startswith(part, place) for place, part in signature.items())
 
 
 def check_header(data):
-    """The `Format` of an image file, if what it says of itself lies within the limits.
+    """Returns the `Format` of an image file, if its header is within the limits.
+
+    Args:
+        data: content of the file, as bytes.
 
     Raises:
-        ValueError: if it does not, or if it is of no format that is read.
+        ValueError: if the image exceeds the limits, or its format is not supported.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has {len(data) / 1e6:,.0f} MB. {READ}")
@@ -130,20 +134,22 @@ def check_header(data):
 
 
 def is_plain_bmp(read):
-    """Returns whether a BMP is uncompressed, with a palette or of 24 or 32 bits per pixel.
+    """Returns whether a BMP is uncompressed, with a palette or with 24 or 32 bits per pixel.
 
     Args:
-        read: the function of `Format.sides`; of tensors, the result is a tensor.
+        read: the `read` of `Format.sides`. If it returns tensors, so does this function.
     """
     bits, compression = read(28, 2), read(30, 4)
     palette = (bits == 1) | (bits == 4) | (bits == 8)
-    # Compression 3 states the masks of the channels: blue first, as without it.
+    # Compression 3 (BI_BITFIELDS) has channel masks, which must be those of the default BGR order.
     masks = (read(54, 4) == 0xFF0000) & (read(58, 4) == 0xFF00) & (read(62, 4) == 0xFF)
     plain = (compression == 0) & (palette | (bits == 24) | (bits == 32))
     return (read(14, 4) >= 40) & (plain | (compression == 3) & (bits == 32) & masks)
 
 
 def integers_of(data):
+    """Returns the `read` of `Format.sides` for the content of a file."""
+
     def read(start, count, big=False, signed=False):
         order = "big" if big else "little"
         return int.from_bytes(data[start : start + count], order, signed=signed)
@@ -152,6 +158,7 @@ def integers_of(data):
 
 
 def check_sides(width, height):
+    """Raises a `ValueError` if an image's sides exceed the limits."""
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise ValueError(f"it has {width:,} x {height:,} pixels. {READ}")
 
@@ -160,14 +167,14 @@ def check_sides(width, height):
 
 
 def open_picture(image, name=None):
-    """A `PIL.Image`, upright.
+    """Returns an image as a `PIL.Image`, with its EXIF orientation applied.
 
     Args:
-        image: what `keras_tnt.load_image` takes.
-        name: what errors call it; None: the file's path, or that it is bytes.
+        image: an image as for `keras_tnt.load_image`.
+        name: name of the image for errors. If `None`, the file's path, or the number of bytes.
 
     Raises:
-        As `keras_tnt.load_image`.
+        ValueError, OSError, ImportError, MemoryError: as for `keras_tnt.load_image`.
     """
     try:
         from PIL import Image
@@ -182,7 +189,7 @@ def open_picture(image, name=None):
         if not os.path.exists(path) or os.path.isdir(path):
             raise FileNotFoundError(f"There is no image file {path!r}.")
         with files.open_regular(path) as file:
-            # A byte more than is allowed shows that there are too many.
+            # One byte more than allowed reveals a file that is too large.
             return decode(file.read(MAX_BYTES + 1), repr(path))
     if isinstance(image, bytes | bytearray | memoryview):
         return decode(bytes(image), name or f"The {len(image)} bytes given")
@@ -190,7 +197,7 @@ def open_picture(image, name=None):
 
 
 def decode(data, name):
-    """The picture in a file's bytes."""
+    """Returns the `PIL.Image` in the content of a file, with its EXIF orientation applied."""
     from PIL import Image
 
     try:
@@ -201,14 +208,14 @@ def decode(data, name):
             return upright(picture)
     except MemoryError:
         raise
-    except Exception as error:  # whatever the decoders of broken files come to
+    except Exception as error:  # Decoders raise many types for broken files.
         if "out of memory" in str(error):
             raise MemoryError(f"There is no memory to read {name}.") from error
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def exif_orientation(picture):
-    """Returns a picture's EXIF orientation; `None` without, or if it is damaged."""
+    """Returns a picture's EXIF orientation; `None` if it is absent or damaged."""
     from PIL import ExifTags, Image
 
     try:
@@ -225,7 +232,7 @@ def exif_orientation(picture):
 
 
 def upright(picture):
-    """Applies a picture's EXIF orientation."""
+    """Returns a picture with its EXIF orientation applied."""
     from PIL import Image
 
     orientation = exif_orientation(picture)
@@ -296,7 +303,7 @@ def as_uint8(array):
 
 
 def convert(picture, channels):
-    """Converts a picture to the color channels of a model.
+    """Converts a picture to the number of channels of a model.
 
     Args:
         picture: a `PIL.Image`.
@@ -309,21 +316,21 @@ def convert(picture, channels):
         raise ValueError(
             f"Images have 1 or 3 channels, the model takes {channels}: prepare its input yourself."
         )
-    if picture.mode[0] in "IF":  # 16 bits, 32 bits and floats, which Pillow would cut off at 255
+    if picture.mode[0] in "IF":  # 16 bits, 32 bits and floats, which Pillow would clip at 255
         picture = from_array(rescaled_pixels(picture))
     if picture.mode == "P":
-        # By the RGB of its entries: Pillow's own conversion to L keeps a palette's alpha apart.
+        # Converted to RGB first: Pillow's own conversion to L treats a palette's alpha differently.
         picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
     return picture.convert("RGB" if channels == 3 else "L")
 
 
 def rescaled_pixels(picture):
-    """Returns the pixels in [0, 255] of a picture of mode I, I;16 or F."""
+    """Returns the pixels of a picture of mode I or I;16 divided by 257, or those of mode F."""
     pixels = np.asarray(picture)
     if picture.mode == "F":
         return pixels
     low, high = int(pixels.min()), int(pixels.max())
-    # A PNG of 16 bits says so by its mode; of mode I, Pillow's 32 bits, the range is a guess.
+    # A 16-bit PNG has its own mode; the range of mode I, Pillow's 32 bits, is a guess.
     if low < 0 or high > 65_535 or picture.mode == "I" and 0 < high <= 255:
         raise ValueError(
             f"A picture of mode {picture.mode} must have values in [0, 65535]. Received: "
@@ -336,7 +343,7 @@ def rescaled_pixels(picture):
 
 
 def evaluation_crop(picture, size, covered):
-    """Resize a picture in proportion, bicubic, until it just covers a size; cut out its middle.
+    """Resizes a picture, bicubic and in proportion, to just cover a size, and center-crops it.
 
     Args:
         picture: a `PIL.Image` of mode RGB or L.
@@ -349,8 +356,8 @@ def evaluation_crop(picture, size, covered):
     from PIL import Image
 
     (height, width), (rows, columns) = size, covering(picture.size, covered)
-    # The width first, whatever order Pillow would take: it rounds to 8 bits in between, and an
-    # exported model's graph resizes in this order.
+    # The width is resized first, whatever order Pillow would choose: it rounds to 8 bits in
+    # between, and an exported model's graph uses this order.
     picture = stretch(picture, columns, middle(columns, width), width)
     picture = picture.transpose(Image.Transpose.TRANSPOSE)
     picture = stretch(picture, rows, middle(rows, height), height)
@@ -358,13 +365,14 @@ def evaluation_crop(picture, size, covered):
 
 
 def evaluation_pixels(picture, size, covered, channels, data_format):
-    """The evaluation crop of a `PIL.Image` of any mode as `keras_tnt.load_image` returns it.
+    """Returns the evaluation crop of a `PIL.Image` of any mode, as `keras_tnt.load_image` does.
 
     Args:
         picture: a `PIL.Image`.
-        size, covered: as `evaluation_crop`.
+        size: (height, width) of the result.
+        covered: (height, width) that the resized picture covers.
         channels: 1 or 3.
-        data_format: where they stand in the result, "channels_last" or "channels_first".
+        data_format: "channels_last" or "channels_first".
 
     Returns:
         float32 array `(height, width, channels)`, or channels first, in [0, 255].
@@ -375,7 +383,7 @@ def evaluation_pixels(picture, size, covered, channels, data_format):
 
 
 def covering(size, covered):
-    """(rows, columns) of an image of `size`, (width, height), that covers (height, width)."""
+    """Returns (rows, columns) of an image of `size` (width, height), resized to cover `covered`."""
     (width, height), (covered_height, covered_width) = size, covered
     if covered_height * width >= covered_width * height:
         return covered_height, int(covered_height * width / height)
@@ -383,12 +391,13 @@ def covering(size, covered):
 
 
 def middle(whole, part):
-    # Halves are rounded to even, as in torchvision, whose crop accuracies were measured with.
+    """Returns the offset of a centered part."""
+    # Ties round to even, as in torchvision, whose crop the published accuracies use.
     return round((whole - part) / 2)
 
 
 def stretch(picture, columns, first, count):
-    """Columns `first` to `first + count` of a picture resized to so many columns."""
+    """Returns the columns [first, first + count) of a picture resized to `columns` columns."""
     from PIL import Image
 
     if columns <= picture.width or columns * picture.height <= MAX_PIXELS:
@@ -398,12 +407,13 @@ def stretch(picture, columns, first, count):
 
 
 def stretch_part(pixels, columns, first, count):
-    """As `stretch`, without the columns that are not asked for: bit by bit what Pillow gives.
+    """Computes only the requested columns of `stretch`, bit-identical to Pillow.
 
     Args:
         pixels: uint8 array (height, width) or (height, width, channels).
-        columns: more than the array has.
-        first, count: the columns asked for.
+        columns: number of columns to resize to, more than the array has.
+        first: first requested column.
+        count: number of requested columns.
 
     Returns:
         uint8 array (height, count) or (height, count, channels).
@@ -415,7 +425,7 @@ def stretch_part(pixels, columns, first, count):
     places = starts[:, None] + np.arange(5)
     weights = np.where(places < ends[:, None], cubic(places - centers[:, None] + 0.5), 0)
     weights /= weights.sum(axis=1, keepdims=True)
-    # In 22 bits behind the point, rounded away from zero.
+    # Fixed point with 22 fractional bits, ties rounded away from zero, as in Pillow.
     weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)).astype("int32")
     weights = weights.reshape(count, 5, *[1] * (pixels.ndim - 2))
     total = np.full((len(pixels), count, *pixels.shape[2:]), 2**21, "int32")
@@ -425,7 +435,7 @@ def stretch_part(pixels, columns, first, count):
 
 
 def cubic(x):
-    """Keys' kernel with a = -0.5."""
+    """Returns Keys' cubic convolution kernel with a = -0.5 at `x`."""
     x = np.abs(x)
     near = (1.5 * x - 2.5) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * -0.5

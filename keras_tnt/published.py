@@ -1,8 +1,8 @@
-"""Published accuracies: the one table that weights, recipes and documents read.
+"""Published accuracies: the only table of them, read by weights, recipes and documents.
 
-`published.csv` has a row for each measurement. `evaluated_by` is "authors", for the number in the
-paper or the repository of the authors, or "timm", for timm's evaluation of the same weights. They
-crop differently: DeiT's authors at 0.875, timm at 0.9, or 1.0 for 384.
+`published.csv` has a row for each measurement. `evaluated_by` is "authors" for the number in the
+authors' paper or repository, or "timm" for timm's evaluation of the same weights. The two use
+different crops: DeiT's authors 0.875, timm 0.9, or 1.0 for 384.
 """
 
 import csv
@@ -15,17 +15,18 @@ TABLE = Path(__file__).parent / "published.csv"
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """A published accuracy, in percent.
+    """Published accuracy, in percent.
 
     Attributes:
         dataset: "imagenet", or the data set of a transfer.
-        model: name of the variant, with `_distilled` or `_legacy` where it is.
+        model: name of the variant, with the suffix `_distilled` or `_legacy` if it applies.
         image_size: side of the images in pixels.
         top1: top-1 accuracy.
-        top5: top-5 accuracy, or None where it is not published.
-        crop: share of the side that the evaluation crops, or None where it is not published.
+        top5: top-5 accuracy, or `None` if it is not published.
+        crop: ratio of the evaluation's center crop to the resized image's side, or `None` if it is
+            not published.
         evaluated_by: "authors" or "timm".
-        source: where the number is stated.
+        source: reference for the number.
     """
 
     dataset: str
@@ -61,9 +62,9 @@ def accuracy(model: str, image_size: int, evaluated_by: str = "timm") -> Accurac
     """Returns the published ImageNet accuracy of a model.
 
     Args:
-        model: name of the variant, with `_distilled` or `_legacy` where it is.
+        model: name of the variant, with the suffix `_distilled` or `_legacy` if it applies.
         image_size: side of the images in pixels.
-        evaluated_by: "timm" or "authors".
+        evaluated_by: "timm" or "authors". Defaults to "timm".
 
     Raises:
         KeyError: if the table has none.
@@ -76,6 +77,6 @@ def accuracy(model: str, image_size: int, evaluated_by: str = "timm") -> Accurac
 
 
 def of_checkpoint(model: str, image_size: int, evaluated_by: str = "timm") -> tuple:
-    """Returns (top-1, top-5, source), the last columns of a family's table of checkpoints."""
+    """Returns (top-1, top-5, source), the last columns of a family's checkpoint table."""
     row = accuracy(model, image_size, evaluated_by)
     return row.top1, row.top5, row.source

@@ -1,4 +1,4 @@
-"""Text of unknown origin, made fit for a message."""
+"""Sanitizing of untrusted text for messages."""
 
 import re
 import reprlib
@@ -8,15 +8,15 @@ LONGEST = 100
 
 
 def printable(text, longest=LONGEST):
-    """Text that a stranger wrote, such as a name in a file, in the form that messages show.
+    r"""Returns untrusted text, such as a name in a file, in a form that is safe to print.
 
     Args:
-        text: a string, or anything else, shown as Python writes it.
-        longest: characters that are shown of it.
+        text: a string, or any object, of which the `repr` is abbreviated.
+        longest: maximum number of characters shown. Defaults to 100.
 
     Returns:
-        A string without control characters: line ends, terminal escapes, marks that reverse the
-        direction of writing and lone surrogates stand as `\\n`, `\\x1b` and the like.
+        A string without control characters: line ends, terminal escapes, bidirectional overrides
+            and lone surrogates are escaped as `\n`, `\x1b` and the like.
     """
     text = text if isinstance(text, str) else reprlib.repr(text)
     if len(text) > longest:
@@ -25,14 +25,14 @@ def printable(text, longest=LONGEST):
 
 
 def first_line(text):
-    """The first line of a message, whole, in the form of `printable`."""
+    """Returns the first line of a message, escaped by `printable` and hardly abbreviated."""
     return printable((str(text).splitlines() or [""])[0], longest=10_000)
 
 
 def escape_unencodable_output():
-    """Lets stdout and stderr print what their encoding lacks as `\\u732b` and the like.
+    r"""Makes stdout and stderr print characters that they cannot encode as `\u732b` and the like.
 
-    A terminal or a pipe that is not UTF-8 ends a command otherwise, at the first such name.
+    Otherwise the first such name ends a command whose terminal or pipe is not UTF-8.
     """
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
@@ -42,16 +42,16 @@ def escape_unencodable_output():
 
 
 def is_line(text):
-    """Whether a text is one line that is not blank."""
+    """Returns whether text is a single, non-blank line."""
     return bool(text.strip()) and text.splitlines() == [text]
 
 
 def is_encodable(text):
-    """Whether UTF-8 can hold a text: a name of a file that is no UTF-8 it cannot."""
+    """Returns whether UTF-8 can encode text; lone surrogates, as in some file names, it cannot."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-# How messages of the library name arguments, and what one types in a shell instead.
+# Patterns of argument names in the library's messages, and the flags that replace them.
 FLAGS = (
     (re.compile(r"\bweights=None\b"), "--weights=none"),
     (re.compile(r"(?<![-\w(])weights='([^']*)'"), r"--weights=\1"),
@@ -65,7 +65,7 @@ FLAGS = (
 
 
 def as_flags(text):
-    """Returns a message of the library with its advice as flags of a command."""
+    """Returns a message of the library with argument names replaced by the command's flags."""
     for argument, flag in FLAGS:
         text = argument.sub(flag, text)
     return text

@@ -1,8 +1,8 @@
-"""The command keras-tnt: a file for each thing that it does.
+"""Command keras-tnt, with a module for each subcommand.
 
 A module of this package has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the
-exit status. Nothing here imports Keras before `run` does, so that `--help` and a wrong argument
-are answered at once.
+exit status. Nothing here imports Keras before `run`, so that `--help` and argument errors are
+answered at once.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from keras_tnt.text import as_flags, escape_unencodable_output, first_line
 
 COMMANDS = ("predict", "merge", "list", "info", "explain", "rename")
 NAME = "keras-tnt"
-# What other programs call our options.
+# Names of our options in other programs.
 HABITS = {
     "arch": "model",
     "model_name": "model",
@@ -42,13 +42,14 @@ HABITS = {
 
 
 def main(arguments=None):
-    """Run the command.
+    """Runs the command.
 
     Args:
-        arguments: list of its arguments; None: the shell's.
+        arguments: list of command-line arguments. If `None`, those of the process.
 
     Returns:
-        The exit status: 0; 1 if something was left out, which was said; 2 if nothing could be done.
+        The exit status: 0; 1 if something was skipped, with a message; 2 on errors; 130 if
+            interrupted.
     """
     escape_unencodable_output()
     options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -67,7 +68,7 @@ def main(arguments=None):
 
 
 def parse(arguments):
-    """The options; a first argument that is no command is an image of `predict`."""
+    """Returns the parsed options; without a subcommand, the arguments are those of `predict`."""
     found = parsers()
     arguments = [*arguments]
     if arguments and arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
@@ -83,18 +84,18 @@ def parse(arguments):
 
 
 def expand_home(options):
-    """Replaces `~` in all options: a shell expands no `--out=~/table.csv`."""
+    """Expands `~` in all options, because shells do not expand `--out=~/table.csv`."""
     for name, value in vars(options).items():
         if isinstance(value, str):
             setattr(options, name, os.path.expanduser(value))
-        elif isinstance(value, builtins.list):  # `list` is one of the commands
+        elif isinstance(value, builtins.list):  # `list` is a subcommand's module
             paths = [os.path.expanduser(x) if isinstance(x, str) else x for x in value]
             setattr(options, name, paths)
     return options
 
 
 def check_order(parsers, arguments):
-    """Ends the process if options stand before a command, with what to type instead."""
+    """Exits with an error that shows the correct order if options precede the subcommand."""
     number = next((i for i, word in enumerate(arguments) if word in COMMANDS), None)
     if number is None:
         if not any(not word.startswith("-") for word in arguments):
@@ -110,27 +111,28 @@ def check_order(parsers, arguments):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers an unknown option with the nearest one, in one line."""
+    """Argument parser that answers an unknown option with the closest one, in one line."""
 
     def options(self):
-        """Returns the options of this command, such as "--top"."""
+        """Returns the options of this command, such as `--top`."""
         return [name for action in self._actions for name in action.option_strings]
 
     def parse_args(self, args=None, namespace=None):
+        """Parses arguments; exits with an error if one is unknown."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             getattr(options, "parser", self).refuse(unknown[0])
         return options
 
     def refuse(self, word):
-        """Ends the process because of an argument that is not known."""
+        """Exits with an error about an unknown argument."""
         if not word.startswith("-"):
             self.error(f"What is {first_line(word)!r}? `{self.prog} --help` lists the arguments.")
         option = word.partition("=")[0]
         self.error(f"There is no option {first_line(option)}. {self.nearest(option)}")
 
     def nearest(self, option):
-        """Returns a sentence that offers the options most like one that does not exist."""
+        """Returns a sentence that suggests the options closest to an unknown one."""
         names = [name.removeprefix("--") for name in self.options() if name.startswith("--")]
         wanted = re.sub("-", "_", option.strip("-").lower())
         if HABITS.get(wanted, wanted) in names:
@@ -140,11 +142,12 @@ class Parser(argparse.ArgumentParser):
         return f"`{self.prog} --help` lists the options."
 
     def error(self, message):
+        """Exits with status 2 and a message of one line."""
         self.exit(2, f"error: {message}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows each option with its default, once: behind the help, if there is one."""
+    """Help formatter that shows each option's default after its help."""
 
     def _get_help_string(self, action):
         text = action.help or ""
@@ -155,7 +158,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def parsers():
-    """The parser of `keras-tnt`, and that of each command, by name."""
+    """Returns a dict of parsers by name: that of `keras-tnt`, and that of each subcommand."""
     parser = Parser(prog=NAME, description="Transformer-in-Transformer image models.")
     parser.add_argument(
         "--version", action="store_true", help="version, backend and devices, and nothing else"
@@ -178,6 +181,6 @@ def parsers():
 
 
 def fail(message, status=2):
-    """Say what is wrong, in one line."""
+    """Prints an error in one line on stderr, and returns the exit status."""
     print(f"error: {first_line(message)}", file=sys.stderr)
     return status

@@ -1,6 +1,6 @@
-"""What the command answers before Keras, which takes seconds, is imported.
+"""Part of the command that runs before Keras, which takes seconds, is imported.
 
-`keras_tnt` imports this before anything else.
+`keras_tnt` imports this module before all others.
 """
 
 import importlib.util
@@ -14,7 +14,10 @@ BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def start():
-    """End this process here if it is the command, and needs no Keras to answer."""
+    """Exits if this process is the command, and the answer needs no Keras.
+
+    That is so for `--help`, argument errors and a backend that is not installed.
+    """
     if not is_command():
         return
     escape_unencodable_output()
@@ -33,8 +36,8 @@ def start():
 
 
 def is_command():
-    """Whether this process was started as `keras-tnt` or `python -m keras_tnt`."""
-    if sys.argv[:1] == ["-m"]:  # for as long as the package is being imported
+    """Returns whether this process was started as `keras-tnt` or `python -m keras_tnt`."""
+    if sys.argv[:1] == ["-m"]:  # while `python -m` imports the package
         return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["keras_tnt"]
     return os.path.splitext(os.path.basename("".join(sys.argv[:1])))[0] == NAME
 

@@ -1,4 +1,4 @@
-"""The cards of exported models: what they tell of themselves, read without trust."""
+"""Metadata of exported models (cards), validated as untrusted input."""
 
 import json
 import math
@@ -13,14 +13,17 @@ from keras_tnt.weights.hub_config import as_names, as_number, as_text, as_whole,
 CARD = os.path.join("assets.extra", "model.json")
 TEXTS = ("name", "input", "data_format", "made_with")
 MOST_CHANNELS = 4096
-LARGEST_GRAPH = 2**31  # bytes, of a message of protobuf
+LARGEST_GRAPH = 2**31  # bytes, protobuf's limit of a message
 
 
 def onnx_card(path):
-    """(card, number of parameters) of a file of `keras_tnt.export.onnx`.
+    """Returns (card, number of parameters) of a file of `keras_tnt.export.onnx`.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        OSError, ValueError: if it is none.
+        OSError, ValueError: if it cannot be read, or is not such a file.
     """
     from keras_tnt.export.requirements import require
 
@@ -35,7 +38,7 @@ def onnx_card(path):
             proto = onnx.load_model_from_string(file.read(LARGEST_GRAPH))
     except (OSError, ValueError):
         raise
-    except Exception as error:  # of protobuf's, which has several
+    except Exception as error:  # protobuf raises several types
         raise ValueError(f"'{path}' is no ONNX file.") from error
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     if "resized_to_cover" not in metadata:
@@ -46,6 +49,7 @@ def onnx_card(path):
 
 
 def as_json(text):
+    """Returns the value of a JSON text, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -53,11 +57,11 @@ def as_json(text):
 
 
 def saved_model_folder(path):
-    """The folder of a SavedModel of ours, the newest version of several; None if there is none."""
+    """Returns the directory of our SavedModel at a path, its newest version; or `None`."""
     path = files.expand(path)
     versions = []
     if os.path.isdir(path):
-        # Not more digits than a version has: int refuses those of thousands.
+        # No more digits than a version has, because int rejects thousands of them.
         names = (name for name in os.listdir(path) if name.isdecimal() and len(name) < 20)
         versions = sorted(map(int, names), reverse=True)
     for folder in (path, *(os.path.join(path, str(version)) for version in versions)):
@@ -67,7 +71,10 @@ def saved_model_folder(path):
 
 
 def saved_model_card(folder):
-    """The card of a SavedModel of ours.
+    """Returns the card of a SavedModel that this package exported.
+
+    Args:
+        folder: path of the SavedModel.
 
     Raises:
         OSError, ValueError: if it has none.
@@ -81,10 +88,14 @@ def saved_model_card(folder):
 
 
 def checked(card, path):
-    """A card whose values are of their kinds and within bounds.
+    """Returns a card after validating the types and bounds of its values.
+
+    Args:
+        card: dict of the card's values.
+        path: path of the file, for messages.
 
     Raises:
-        ValueError: naming the file, and the first value that is not.
+        ValueError: naming the file and the first invalid value.
     """
     try:
         for name in TEXTS:
@@ -114,13 +125,14 @@ def checked(card, path):
 
 
 def check_size(name, value):
-    """[height, width] of images."""
+    """Returns the [height, width] of images if it is valid; else raises a `ValueError`."""
     if not isinstance(value, list) or len(value) != 2:
         raise wrong(name, "two sides", value)
     return [as_whole(name, side, 1, MAX_SIDE) for side in value]
 
 
 def check_numbers(name, value, channels, least):
+    """Raises a `ValueError` unless a value is a list of 1, 3 or `channels` bounded numbers."""
     if not isinstance(value, list) or len(value) not in (1, 3, channels):
         raise wrong(name, "a list of numbers, one a channel", value)
     for number in value:

@@ -1,4 +1,4 @@
-"""What this installation is: versions, backend, devices."""
+"""Description of the installation: versions, backend and devices."""
 
 import importlib.metadata
 import json
@@ -8,15 +8,15 @@ import sys
 
 from keras_tnt import files
 
-# Installed packages whose versions decide on what can be done.
+# Packages whose presence and version determine the available features.
 PACKAGES = ("keras", "numpy", "tensorflow", "jax", "torch", "pillow", "onnxruntime", "openvino")
 
 
 def describe(devices=True):
-    """Returns what `keras-tnt info` says of the environment, as a dict that JSON can hold.
+    """Returns the description of the installation, as a JSON-serializable dict.
 
     Args:
-        devices: whether to list the backend's devices, for which it is imported.
+        devices: whether to list the backend's devices, which imports it. Defaults to `True`.
     """
     backend = configured_backend()
     found = {
@@ -31,7 +31,7 @@ def describe(devices=True):
 
 
 def configured_backend():
-    """The backend that Keras is going to take."""
+    """Returns the backend that Keras will use, without importing Keras."""
     if os.environ.get("KERAS_BACKEND"):
         return os.environ["KERAS_BACKEND"]
     home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
@@ -43,6 +43,7 @@ def configured_backend():
 
 
 def version_of(package):
+    """Returns the version of an installed package, or `None`."""
     try:
         return importlib.metadata.version(package)
     except (importlib.metadata.PackageNotFoundError, ValueError):
@@ -74,7 +75,7 @@ def list_devices():
 
 
 def show_version(options, devices=True):
-    """Prints version, backend and devices in one line each."""
+    """Prints version, backend and devices in one line each, and returns exit status 0."""
     found = describe(devices)
     print(f"keras-tnt {found['version']}")
     print(f"backend: {found['backend']}, keras {found['packages'].get('keras', 'not installed')}")

@@ -14,6 +14,7 @@ MOST_IMAGES = 50
 
 
 def add_arguments(parser):
+    """Adds the subcommand's arguments to a parser."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder of them")
     parser.add_argument(
         "--model",
@@ -30,6 +31,7 @@ def add_arguments(parser):
 
 
 def run(options):
+    """Writes the page, prints its path and returns exit status 0."""
     skipped = Skipped()
     paths = list(itertools.islice(find_images(options.images, skipped), MOST_IMAGES + 1))
     if len(paths) > MOST_IMAGES:
@@ -53,5 +55,5 @@ def run(options):
 
 
 def say(text):
-    """Prints progress, which is no part of the command's answer."""
+    """Prints progress on stderr."""
     print(f"{text} ...", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Finds the images that a command is given, and reads their pixels."""
+"""Image search and image preprocessing of the commands."""
 
 import os
 import sys
@@ -9,11 +9,11 @@ from keras_tnt.image_folders import SUFFIXES, Skipped, walk_images
 
 
 def find_images(paths, skipped=None):
-    """Finds the image files that arguments stand for: files as given, and those in folders, sorted.
+    """Yields the image files of path arguments: files as given, and those in folders, sorted.
 
     Args:
-        paths: of files and folders.
-        skipped: a `Skipped` that counts the files in folders that are left out, by reason.
+        paths: paths of files and folders.
+        skipped: a `Skipped` that counts skipped files in folders. If `None`, they are not counted.
 
     Yields:
         Paths.
@@ -36,20 +36,20 @@ def find_images(paths, skipped=None):
 
 
 def report(skipped):
-    """Prints how many files in folders are left out, by reason."""
+    """Prints the counts of skipped files in folders on stderr, if there are any."""
     if skipped:
         print(f"Folders: {skipped}.", file=sys.stderr, flush=True)
 
 
 def evaluation_array(path, transform):
-    """The pixels of an image file as a model takes them.
+    """Returns the pixels of an image file, preprocessed for a model.
 
     Args:
-        path: of the file.
+        path: path of the file.
         transform: a `runtime.Transform`.
 
     Returns:
-        A float32 array.
+        A float32 array (height, width, channels), or channels first.
     """
     from keras_tnt.images import convert, evaluation_crop, open_picture
 

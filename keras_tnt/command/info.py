@@ -1,4 +1,4 @@
-"""`keras-tnt info`: what a model is."""
+"""`keras-tnt info`: describes a model or the installation."""
 
 import json
 import os
@@ -14,6 +14,7 @@ HELP = (
 
 
 def add_arguments(parser):
+    """Adds the subcommand's arguments to a parser."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -24,6 +25,7 @@ def add_arguments(parser):
 
 
 def run(options):
+    """Prints the description and returns exit status 0."""
     found = about(options.model) if options.model else environment.describe()
     if options.json:
         print(json.dumps(found, indent=2))
@@ -43,13 +45,13 @@ def run(options):
 
 
 def about(name):
-    """What is known of a model, by name.
+    """Returns the description of a model.
 
     Args:
-        name: what `run` is given.
+        name: name or path of the model, as for `run`.
 
     Returns:
-        A dict of what JSON can hold.
+        A JSON-serializable dict.
     """
     from keras_tnt.command import cards
 
@@ -61,6 +63,7 @@ def about(name):
 
 
 def about_card(card, parameters):
+    """Returns the description of an exported model, from its card."""
     return {
         "name": card["name"],
         "image_size": "x".join(map(str, card["image_size"])),
@@ -74,7 +77,7 @@ def about_card(card, parameters):
 
 
 def about_variant(name):
-    """Returns what is known of a published size, for which no model is built; else `None`."""
+    """Returns the description of a published variant without building it; else `None`."""
     import keras
 
     from keras_tnt import registry
@@ -111,6 +114,7 @@ def about_variant(name):
 
 
 def about_keras(name):
+    """Returns the description of a model that is loaded or built for it."""
     import keras_tnt
     from keras_tnt import registry
     from keras_tnt.command.runtime import load_model

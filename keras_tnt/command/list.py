@@ -1,9 +1,9 @@
-"""`keras-tnt list`: the models that there are."""
+"""`keras-tnt list`: lists the available models."""
 
 import json
 
 HELP = "the models of published sizes, what they cost, and their public weights"
-# The columns of the table, by the names that --sort takes.
+# Columns of the table, by their names for --sort.
 COLUMNS = {
     "name": "name",
     "image": "image_size",
@@ -14,6 +14,7 @@ COLUMNS = {
 
 
 def add_arguments(parser):
+    """Adds the subcommand's arguments to a parser."""
     parser.add_argument(
         "pattern", nargs="?", metavar="PATTERN", help="of models or families, such as 'deit*'"
     )
@@ -37,6 +38,7 @@ def add_arguments(parser):
 
 
 def run(options):
+    """Prints the table and returns exit status 0."""
     from keras_tnt import registry
 
     names = registry.list_models(options.pattern)
@@ -61,7 +63,7 @@ def run(options):
 
 
 def fits(row, options):
-    """Returns whether a row is wanted; what is not known is no reason to leave it out."""
+    """Returns whether a row passes the filters; unknown costs pass."""
     parameters, macs = row["parameters"], row["multiply_accumulates"]
     return not (
         (options.with_weights and not row["weights"])
@@ -71,6 +73,7 @@ def fits(row, options):
 
 
 def table(rows):
+    """Returns rows as an aligned table in text."""
     cells = [("name", "image", "parameters", "GMACs", "top-1", "weights")]
     for row in rows:
         parameters, macs, top1 = row["parameters"], row["multiply_accumulates"], row["top1"]
@@ -93,13 +96,13 @@ def table(rows):
 
 
 def about(name):
-    """Returns what is known of a variant without building it.
+    """Returns the description of a variant without building it.
 
     Args:
-        name: of the variant.
+        name: name of the variant.
 
     Returns:
-        A dict that JSON can hold. `top1` is that of the weights that it has by default.
+        A JSON-serializable dict. `top1` is that of the variant's default weights.
     """
     from keras_tnt import registry
 

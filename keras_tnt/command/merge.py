@@ -1,4 +1,4 @@
-"""`keras-tnt merge`: one table of the parts that shards wrote."""
+"""`keras-tnt merge`: joins the tables of shards into one."""
 
 import contextlib
 import itertools
@@ -20,23 +20,33 @@ HELP = "join the tables of `predict --shard`, or say what is missing"
 
 
 def add_arguments(parser):
+    """Adds the subcommand's arguments to a parser."""
     parser.add_argument("table", help="what --out said: predictions.csv")
 
 
 def run(options):
+    """Joins the shards and returns exit status 0."""
     check_path(options.table)
     parts, count = shard_paths(options.table)
     paths = [parts.get(i, shard_path(options.table, i, count)) for i in range(1, count + 1)]
     with contextlib.ExitStack() as stack:
         for path in (options.table, *parts.values()):
-            stack.enter_context(held(path))  # until the joined table is there
+            stack.enter_context(held(path))  # until the joined table is written
         merge(options.table, paths)
     say(f"'{options.table}' has the rows of {count} shards.")
     return 0
 
 
 def merge(table, paths):
-    """Joins parts that this process holds."""
+    """Joins the tables of shards that this process has locked.
+
+    Args:
+        table: path of the joined table.
+        paths: paths of the shards' tables, in order.
+
+    Raises:
+        ValueError: if shards are missing or of different commands, or another file is at `table`.
+    """
     missing = [i for i, path in enumerate(paths, 1) if kind_of(path) != "file"]
     if missing:
         count = len(paths)
@@ -68,17 +78,19 @@ def merge(table, paths):
 
 
 def join(paths, target):
+    """Writes the joined tables to `target`, in the format of its extension."""
     if target.endswith(".parquet"):
         return join_parquet(paths, target)
     with open(target, "wb") as joined:
         for number, path in enumerate(paths):
             with open_regular(path) as part:
                 if number and path.endswith(".csv"):
-                    part.readline()  # the names of the columns
+                    part.readline()  # the header
                 shutil.copyfileobj(part, joined)
 
 
 def join_parquet(paths, target):
+    """Writes joined parquet tables to `target`, one row group at a time."""
     from pyarrow import parquet
 
     with parquet.ParquetWriter(target, parquet.read_schema(paths[0])) as writer:
@@ -89,7 +101,7 @@ def join_parquet(paths, target):
 
 
 def spans(numbers):
-    """ "3, 5 to 7" of [3, 5, 6, 7]."""
+    """Returns sorted numbers as text: `3, 5 to 7` for [3, 5, 6, 7]."""
     groups = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     runs = [[number for _, number in group] for _, group in groups]
     return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

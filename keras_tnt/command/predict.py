@@ -1,4 +1,4 @@
-"""`keras-tnt predict`: pictures in, a table out."""
+"""`keras-tnt predict`: writes the predictions for images to a table."""
 
 import collections
 import concurrent.futures
@@ -24,6 +24,7 @@ HELP = "name what images show, or give their features"
 
 
 def add_arguments(parser):
+    """Adds the subcommand's arguments to a parser."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder of them")
     parser.add_argument(
         "--model",
@@ -48,6 +49,7 @@ def add_arguments(parser):
 
 
 def run(options):
+    """Prints the predictions or writes the table, and returns the exit status."""
     if options.top < 1:
         raise ValueError(f"--top must be 1 or more. Received: {options.top}")
     if options.batch_size is not None and options.batch_size < 1:
@@ -69,7 +71,7 @@ def run(options):
 
 
 def prepare(options):
-    """Returns the number of images and a hash of their list; sets batch size and `skipped`."""
+    """Returns (number of images, hash of their list); sets the batch size and `skipped`."""
     count, digest, options.skipped = survey(options.images)
     from keras_tnt.command import runtime
 
@@ -78,7 +80,7 @@ def prepare(options):
 
 
 def make(path, options, shard, shards):
-    """Makes a table that this process holds."""
+    """Computes a table that this process has locked."""
     from keras_tnt.command import runtime
 
     count, digest = prepare(options)
@@ -104,17 +106,17 @@ def make(path, options, shard, shards):
 
 
 def share(count, batch_size, shard, shards):
-    """(first, last + 1) of the images of a shard: whole batches.
+    """Returns (first, last + 1) of the images of a shard, in whole batches.
 
-    The same images make a batch whatever the number of shards, and whenever a process was killed;
-    so the results are the same to the last bit.
+    The same images form a batch for any number of shards and after any interruption, so that
+    results are bit-identical.
     """
     batches = -(-count // batch_size)
     return tuple(min(count, batches * k // shards * batch_size) for k in (shard - 1, shard))
 
 
 def fill(table, options, start, stop):
-    """Predict the images `start` to `stop` that the table does not have yet."""
+    """Predicts the images [start, stop) that are missing in the table."""
     runtime = open_model(options, stop - start)
     batch = options.batch_size
     with table.rows(width_of(runtime, options), stop - start, batch) as journal:
@@ -139,7 +141,7 @@ def fill(table, options, start, stop):
 
 
 def show(options, count):
-    """Print what is predicted, without a table."""
+    """Prints the predictions without a table, and returns the exit status."""
     runtime = open_model(options, count)
     status, shown = 0, 0
     batches = predictions(find_images(options.images), runtime, options)
@@ -160,6 +162,7 @@ def show(options, count):
 
 
 def as_text(row):
+    """Returns a row as text for the terminal."""
     lines = [printable(row["file"], LONGEST)]
     if "features" in row:
         lines.append("  " + " ".join(f"{as_float(value):.4g}" for value in row["features"]))
@@ -169,10 +172,11 @@ def as_text(row):
     return "\n".join(lines)
 
 
-# === What is predicted ===
+# === Predictions ===
 
 
 def open_model(options, count):
+    """Returns the `Runtime` of the model, and reports skipped files and a too large `--top`."""
     from keras_tnt.command.runtime import open_runtime
 
     runtime = open_runtime(options.model, options.weights, options.features, count)
@@ -183,12 +187,12 @@ def open_model(options, count):
 
 
 def width_of(runtime, options):
-    """How many predictions, or features, a row has."""
+    """Returns the number of predictions or features in a row."""
     return runtime.width if options.features else min(options.top, runtime.width)
 
 
 def predictions(paths, runtime, options):
-    """Lists of rows, one a batch, whose images are decoded while those before are predicted."""
+    """Yields a list of rows per batch, while the images of the next ones are decoded."""
     images = decoded(paths, runtime.transform, 2 * options.batch_size)
     describe = features_of if options.features else best_of
     while batch := list(itertools.islice(images, options.batch_size)):
@@ -196,7 +200,7 @@ def predictions(paths, runtime, options):
         if not readable:
             yield [{"file": text_of(path), "error": error} for path, error in batch]
             continue
-        # What cannot be read leaves its place empty, so that the size stays one that is compiled.
+        # Unreadable images are replaced by zeros, so that the batch has a compiled size.
         blank = np.zeros_like(readable[0])
         pixels = np.stack([blank if isinstance(x, str) else x for _, x in batch])
         results = np.asarray(runtime.predict(pixels), "float32")
@@ -214,12 +218,12 @@ def predictions(paths, runtime, options):
 
 
 def text_of(path):
-    """A path as text; bytes of it that are no UTF-8 stand as \\xff and the like."""
+    r"""Returns a path as text; bytes that are not UTF-8 become `\xff` and the like."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def decoded(paths, transform, ahead):
-    """(path, pixels, or what keeps them from being read) in order, `ahead` of whoever asks."""
+    """Yields (path, pixels or error message) in order, decoding up to `ahead` images in advance."""
     workers = max(1, os.cpu_count() or 1)
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     pending = collections.deque()
@@ -236,6 +240,7 @@ def decoded(paths, transform, ahead):
 
 
 def read(path, transform):
+    """Returns the pixels of an image file, or the error message if it cannot be read."""
     try:
         return evaluation_array(path, transform)
     except (ValueError, OSError, MemoryError) as error:
@@ -243,29 +248,38 @@ def read(path, transform):
 
 
 def features_of(result, runtime, top):
+    """Returns the features of an image as the content of a row."""
     return {"features": [rounded(value) for value in result]}
 
 
 def best_of(scores, runtime, top):
-    """The likeliest classes of an image."""
+    """Returns the `top` most likely classes of an image as the content of a row."""
     best = np.argsort(-scores, kind="stable")[:top]
     return {"predictions": [runtime.about(int(i)) | {"score": rounded(scores[i])} for i in best]}
 
 
 def rounded(value):
-    """Returns a number as tables hold it; `None` for NaN and infinity, which JSON has not."""
+    """Returns a number as stored in tables; `None` for NaN and infinity, which JSON lacks."""
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
 def as_float(value):
+    """Returns a number of a row, or NaN for `None`."""
     return math.nan if value is None else value
 
 
-# === Which images ===
+# === Selection of images ===
 
 
 def parse_shard(text):
-    """(3, 16) of "3/16"; (1, 1) of None."""
+    """Returns (3, 16) for "3/16", and (1, 1) for `None`.
+
+    Args:
+        text: value of `--shard`.
+
+    Raises:
+        ValueError: for other text.
+    """
     if text is None:
         return 1, 1
     found = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -275,7 +289,7 @@ def parse_shard(text):
 
 
 def survey(images):
-    """Returns the number of images, a hash of their names in order, and the `Skipped` files."""
+    """Returns the number of images, a hash of their paths in order, and the `Skipped` files."""
     total, count, skipped = hashlib.sha256(), 0, Skipped()
     for path in find_images(images, skipped):
         total.update(path.encode("utf-8", "surrogateescape") + b"\0")
@@ -287,14 +301,15 @@ def survey(images):
 
 
 class Progress:
-    """Says on the terminal how far it is: all the time, or twice a minute where there is none.
+    """Progress reports on stderr: continuous on a terminal, else twice a minute.
 
     Args:
-        done: images that were done before.
-        total: images in all.
+        done: number of images that are already done.
+        total: total number of images.
     """
 
     def __init__(self, done, total):
+        """Starts the clock, and reports the images that are already done."""
         self.before, self.done, self.total = done, done, total
         self.begun = self.said = time.monotonic()
         self.terminal = sys.stderr.isatty()
@@ -302,6 +317,7 @@ class Progress:
             say(f"{done:,} of {total:,} images are done.")
 
     def add(self, count):
+        """Adds to the number of images that are done, and reports if it is time."""
         self.done += count
         now = time.monotonic()
         if now - self.said >= (0.5 if self.terminal else 30):
@@ -312,6 +328,7 @@ class Progress:
             say(f"\r{text}\x1b[K" if self.terminal else text, end="" if self.terminal else "\n")
 
     def end(self, unreadable):
+        """Reports the total, and the number of images that could not be read."""
         rate = (self.done - self.before) / max(time.monotonic() - self.begun, 1e-9)
         say(
             f"{chr(13) if self.terminal else ''}{self.done:,} images, {rate:.1f} images/s"
@@ -320,4 +337,5 @@ class Progress:
 
 
 def say(text, end="\n"):
+    """Prints a message on stderr."""
     print(text, end=end, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`keras-tnt rename`: other names for the classes of a model, which keeps its weights."""
+"""`keras-tnt rename`: renames the classes of a model, whose weights do not change."""
 
 import json
 import os
@@ -8,10 +8,11 @@ import zipfile
 from keras_tnt.text import printable
 
 HELP = "give the classes of a model other names; its weights stay as they are"
-MAX_BYTES = 1 << 26  # of a file of names
+MAX_BYTES = 1 << 26  # of a file of class names
 
 
 def add_arguments(parser):
+    """Adds the subcommand's arguments to a parser."""
     parser.add_argument(
         "model", help="a .keras file, the directory of a run, or one of save_pretrained"
     )
@@ -25,6 +26,7 @@ def add_arguments(parser):
 
 
 def run(options):
+    """Writes the renamed model, prints its path and returns exit status 0."""
     model = os.path.expanduser(options.model)
     out = options.out and os.path.expanduser(options.out)
     names = read_names(os.path.expanduser(options.classes))
@@ -52,10 +54,13 @@ def run(options):
 
 
 def read_names(path):
-    """Returns the names of classes in a text file, one per line.
+    """Returns the class names in a text file, one per line.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        OSError, ValueError: if it cannot be read, or a line is no name.
+        OSError, ValueError: if it cannot be read, or a line is not a valid name.
     """
     from keras_tnt.building import check_class_names
     from keras_tnt.weights.files import check_readable
@@ -80,6 +85,7 @@ def read_names(path):
 
 
 def check_count(names, classes, model):
+    """Raises a `ValueError` unless the number of names is the number of classes."""
     if len(names) != classes:
         raise ValueError(
             f"--classes must name each class. Received: {len(names)} names for the {classes} "
@@ -88,7 +94,7 @@ def check_count(names, classes, model):
 
 
 def rename_keras_file(path, names, out):
-    """Writes a `.keras` file with other names; all else in it, the optimizer too, stays."""
+    """Writes a `.keras` file with new class names; all else, even the optimizer, is copied."""
     import keras
 
     import keras_tnt
@@ -118,7 +124,7 @@ def rename_keras_file(path, names, out):
 
 
 def rename_bundle(folder, names, out):
-    """Writes the config.json of a folder of `save_pretrained` with other names."""
+    """Writes a directory of `save_pretrained` with new class names in its config.json."""
     from keras_tnt.files import replacing, write_atomically
     from keras_tnt.imagenet import imagenet_classes
     from keras_tnt.weights.hub_config import LARGEST_FILE, parse_config, parse_json

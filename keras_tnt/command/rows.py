@@ -1,8 +1,8 @@
-"""The state of a table that is being made: a journal of its rows, and the command that they are of.
+"""State of an unfinished table: a journal of its rows, and the command that produces them.
 
-A record of the journal is a line: a checksum of the rest, the number of the row in the table, and
+A record of the journal is a line: a checksum of the rest, the index of the row in the table, and
 the row as JSON. Records are appended in any order, so that rows that a power loss damaged can be
-made again; what is no whole record is not believed.
+computed again. Incomplete records are ignored.
 """
 
 import array
@@ -22,23 +22,24 @@ BEGINS_AS_RECORD = re.compile(rb"[0-9a-f]{8} \d{1,15} \{")
 
 
 class Rows:
-    """The journal of a table's rows.
+    """Journal of a table's rows.
 
     Args:
-        path: Path of the journal, which is made if it does not exist.
-        count: Number of rows of the whole table.
-        batch: Rows are made this many at a time: where one is missing, the whole batch is.
+        path: Path of the journal, which is created if missing.
+        count: Number of rows of the complete table.
+        batch: Number of rows per batch: if a row is missing, its whole batch is.
 
     Attributes:
-        damaged: Number of records that were found to be damaged.
+        damaged: Number of damaged records that were found.
 
     Raises:
-        ValueError: If another process writes it, or something else stands at the path.
+        ValueError: If another process writes it, or the path is not that of a journal.
     """
 
     def __init__(self, path, count, batch):
+        """Opens and locks the journal, and finds its rows."""
         self.path, self.count, self.batch = path, count, batch
-        # Where in the journal each row is; -1 for those that are missing.
+        # Offset of each row in the journal; -1 if it is missing.
         self.places = array.array("q", [-1]) * count
         self.file = open_state(path, flags=os.O_RDWR | os.O_CREAT)
         try:
@@ -49,13 +50,15 @@ class Rows:
             raise
 
     def __enter__(self):
+        """Returns the journal."""
         return self
 
     def __exit__(self, *_):
+        """Closes the file."""
         self.file.close()
 
     def find(self):
-        """Finds the rows that are there; returns the number of damaged records."""
+        """Finds the rows in the journal; returns the number of damaged records."""
         records = earlier = other = nul = 0
         end = 0
         for start, line in read_lines(self.file):
@@ -66,7 +69,7 @@ class Rows:
                 if number < self.count:
                     self.places[number] = start
             elif not line.endswith(b"\n") and len(line) < LONGEST_RECORD:
-                other += records == earlier == 0  # cut off while it was written
+                other += records == earlier == 0  # interrupted while it was written
             elif records == other == 0 and is_of_earlier_version(line):
                 earlier += 1
             else:
@@ -85,20 +88,22 @@ class Rows:
         return other
 
     def ends_with_newline(self, end):
+        """Returns whether the last of `end` bytes is a newline."""
         self.file.seek(end - 1)
         return self.file.read(1) == b"\n"
 
     def cut(self, end):
-        """Removes a last record that was not written to its end."""
+        """Removes an incomplete last record."""
         last = 0
         for start, _ in read_lines(self.file):
             last = start
         self.file.truncate(last)
 
     def convert(self):
-        """Writes the rows of an earlier version, which were in order and without checksums, anew.
+        """Rewrites a journal of an earlier version, which has rows in order and no checksums.
 
-        Those behind the first that is damaged are made again.
+        Rows after the first damaged one are computed again. Returns 0, the number of damaged
+        records.
         """
         rows = []
         for _, line in read_lines(self.file):
@@ -117,7 +122,7 @@ class Rows:
         return 0
 
     def missing(self):
-        """Returns the batches of which a row is missing, as a bytearray of 0 and 1."""
+        """Returns a bytearray with 1 for each batch that misses a row, else 0."""
         found = bytearray(-(-self.count // self.batch))
         for number, place in enumerate(self.places):
             if place < 0:
@@ -125,7 +130,7 @@ class Rows:
         return found
 
     def add(self, start, rows):
-        """Appends rows, of which the first has the number `start`."""
+        """Appends rows, the first of which has the index `start`."""
         end = self.file.seek(0, os.SEEK_END)
         data = []
         for number, row in enumerate(rows, start):
@@ -133,13 +138,13 @@ class Rows:
             self.places[number] = end
             end += len(data[-1])
         self.file.write(b"".join(data))
-        self.file.flush()  # so that they are there whatever becomes of this process
+        self.file.flush()  # so that rows survive the death of this process
 
     def __iter__(self):
-        """Yields all rows in their order.
+        """Yields all rows in order.
 
         Raises:
-            ValueError: If one is missing, or was damaged meanwhile.
+            ValueError: If a row is missing, or was damaged meanwhile.
         """
         for number, place in enumerate(self.places):
             found = None, None
@@ -154,18 +159,20 @@ class Rows:
             yield found[1]
 
     def remove(self):
-        self.file.close()  # Windows removes no open file.
+        """Closes and removes the file."""
+        self.file.close()  # Windows cannot remove an open file.
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.path)
 
 
 def record(number, row):
+    """Returns a record of the journal, as bytes."""
     content = b"%d %s" % (number, json.dumps(row).encode())
     return b"%08x %s\n" % (zlib.crc32(content), content)
 
 
 def parse(line):
-    """Returns (number, row) of a record; (None, None) of a line that is no whole record."""
+    """Returns (index, row) of a record; (None, None) for an incomplete or damaged line."""
     found = RECORD.fullmatch(line)
     if not found or zlib.crc32(line[9:-1]) != int(found[1], 16):
         return None, None
@@ -177,7 +184,7 @@ def parse(line):
 
 
 def is_row(row):
-    """Returns whether a value has the form of a row."""
+    """Returns whether a value has the structure of a row."""
     if not isinstance(row, dict) or not isinstance(row.get("file"), str):
         return False
     predictions = row.get("predictions", [])
@@ -190,6 +197,7 @@ def is_row(row):
 
 
 def is_of_earlier_version(line):
+    """Returns whether a line is a row of an earlier version, without checksum."""
     if not line.startswith(b'{"file": ') or not line.endswith(b"\n"):
         return False
     try:
@@ -199,7 +207,7 @@ def is_of_earlier_version(line):
 
 
 def read_lines(file):
-    """Yields (place, line) of a binary file; of a line that is too long, its parts."""
+    """Yields (offset, line) of a binary file; a line that is too long comes in parts."""
     place = 0
     file.seek(0)
     while line := file.readline(LONGEST_RECORD):
@@ -208,7 +216,7 @@ def read_lines(file):
 
 
 def open_state(path, flags):
-    """Opens a journal: a regular file, not a link to one, whose content another may need."""
+    """Opens a journal: a regular file and not a link to one, which may belong to others."""
     try:
         return files.open_regular(path, follow=False, flags=flags)
     except ValueError as error:
@@ -216,10 +224,14 @@ def open_state(path, flags):
 
 
 def lock_descriptor(file, path):
-    """Keeps commands of earlier versions, which lock the journal, from adding rows.
+    """Locks the journal, so that commands of earlier versions, which do the same, add no rows.
+
+    Args:
+        file: the open journal.
+        path: path of the journal, for messages.
 
     Raises:
-        ValueError: If one is doing so.
+        ValueError: If such a command has locked it.
     """
     if files.fcntl is None:
         return
@@ -227,7 +239,7 @@ def lock_descriptor(file, path):
         files.fcntl.flock(file, files.fcntl.LOCK_EX | files.fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(f"Another process is writing '{path.removesuffix('.rows')}'.") from error
-    except OSError:  # of a file system without locks
+    except OSError:  # The file system has no locks.
         return
 
 
@@ -235,7 +247,10 @@ def lock_descriptor(file, path):
 
 
 def read_command(path):
-    """Returns the command that a file describes, a dict; `None` if there is no file.
+    """Returns the command that a file describes, as a dict; `None` if there is no file.
+
+    Args:
+        path: path of the file.
 
     Raises:
         ValueError: If it is something else.

@@ -1,4 +1,4 @@
-"""A model of any form, opened for prediction by the fastest path that there is for it."""
+"""Opens models of any format for prediction, each by the fastest available runtime."""
 
 import dataclasses
 import hashlib
@@ -12,22 +12,22 @@ from keras_tnt.command.cards import onnx_card, saved_model_card, saved_model_fol
 from keras_tnt.imagenet import imagenet_classes
 from keras_tnt.text import printable
 
-# Fewer images than these are predicted sooner without compiling the model for speed.
+# Below this number of images, compiling the model takes longer than it saves.
 WORTH_COMPILING = 64
-# More files than these in a folder are no model.
+# A directory with more entries is not a model.
 MOST_FILES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """What is made of an image before a model sees it.
+    """Preprocessing of an image.
 
     Attributes:
-        size: (height, width) in pixels.
-        covered: (height, width) that the image is resized to cover before the centre crop.
+        size: (height, width) of the input in pixels.
+        covered: (height, width) that the resized image covers before the center crop.
         channels: number of channels.
-        channels_first: whether they stand first.
-        mean, std: by which pixels in [0, 1] are normalised; None: pixels stay in [0, 255].
+        channels_first: whether the channels come first.
+        mean, std: statistics that normalize pixels in [0, 1]. If `None`, pixels stay in [0, 255].
     """
 
     size: tuple[int, int]
@@ -40,13 +40,13 @@ class Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """A model that is ready.
+    """Model that is ready for prediction.
 
     Attributes:
-        transform: of the images.
-        predict: function from a batch to scores, or features, of each image.
-        width: how many scores or features that are.
-        labels: names of the classes; None: they have none.
+        transform: preprocessing of the images.
+        predict: function from a batch of images to scores or features, (batch, width).
+        width: number of scores or features of an image.
+        labels: names of the classes. If `None`, they have none.
     """
 
     transform: Transform
@@ -55,7 +55,7 @@ class Runtime:
     labels: list[str] | None = None
 
     def about(self, number):
-        """The number of a class and, where they are known, its name and WordNet id."""
+        """Returns the index of a class and, if known, its name and WordNet id, as a dict."""
         if self.labels is None:
             return {"class": number}
         found = {"class": number, "name": self.labels[number]}
@@ -64,20 +64,20 @@ class Runtime:
 
 
 def open_runtime(name, weights, features, count):
-    """Open a model.
+    """Opens a model for prediction.
 
     Args:
-        name: variant, or path of a `.keras` file, a run's directory, a folder of
+        name: variant, or path of a `.keras` file, a run's directory, a directory of
             `save_pretrained`, an `.onnx` file or a SavedModel.
-        weights: of a variant.
-        features: whether it is to give features in the place of scores.
-        count: of the images that it is opened for.
+        weights: weights of a variant.
+        features: whether to return features instead of scores.
+        count: number of images to predict.
 
     Returns:
         A `Runtime`.
 
     Raises:
-        ValueError, OSError: if there is no such model, or it cannot do that.
+        ValueError, OSError: if there is no such model, or it does not support the request.
     """
     name = files.expand(name)
     if name.endswith(".onnx"):
@@ -88,7 +88,7 @@ def open_runtime(name, weights, features, count):
 
 
 def default_batch_size(name):
-    """How many images at once a model computes fast."""
+    """Returns a batch size that a model computes fast: 32 on CPUs, else 256."""
     import keras
 
     if name.endswith(".onnx") or "cpu" in str(keras.ops.zeros(()).device).lower():
@@ -97,7 +97,7 @@ def default_batch_size(name):
 
 
 def load_model(name, weights=None):
-    """The Keras model of a variant, a `.keras` file, or a directory that holds one."""
+    """Returns the Keras model of a variant, a `.keras` file, or a directory with one."""
     import keras_tnt
     from keras_tnt.weights import load_keras_model
 
@@ -120,12 +120,13 @@ def load_model(name, weights=None):
         raise ValueError(
             f"'{name}' is no model: a .keras or .onnx file, a run's directory and a SavedModel are."
         )
-    if weights in ("none", "None", ""):  # as --weights=none has it
+    if weights in ("none", "None", ""):  # from --weights=none
         weights = None
     return keras_tnt.create_model(name, weights=weights)
 
 
 def open_keras(model, features, count):
+    """Returns the `Runtime` of a Keras model."""
     import keras
 
     import keras_tnt
@@ -152,10 +153,10 @@ def open_keras(model, features, count):
 
 
 def without_compiler(model):
-    """Returns a function from a batch to a model's outputs that answers soonest for few images.
+    """Returns a function from a batch to a model's outputs with the lowest latency for few images.
 
-    TensorFlow runs operation by operation: `predict_on_batch` would compile the model with XLA
-    first, which takes longer than the prediction. JAX compiles one program rather than one for each
+    TensorFlow runs eagerly, because `predict_on_batch` would first compile the model with XLA,
+    which takes longer than the prediction. JAX compiles one program instead of one for each
     operation.
     """
     import keras
@@ -167,12 +168,13 @@ def without_compiler(model):
 
 
 def open_onnx(path, features):
+    """Returns the `Runtime` of an ONNX file."""
     from keras_tnt.export import onnx_session
 
     card, _ = onnx_card(path)
     try:
         session = onnx_session(path)
-    except Exception as error:  # of ONNX Runtime's, which has many
+    except Exception as error:  # ONNX Runtime raises many types
         raise ValueError(f"'{path}' cannot be opened in ONNX Runtime: {error}") from error
     outputs = {output.name: output.shape for output in session.get_outputs()}
     inputs = {given.name: given.shape for given in session.get_inputs()}
@@ -186,7 +188,7 @@ def open_onnx(path, features):
     def predict(images):
         try:
             return session.run([wanted], {"images": images})[0]
-        except Exception as error:  # of ONNX Runtime's, which has many
+        except Exception as error:  # ONNX Runtime raises many types
             raise ValueError(f"'{path}' cannot compute: {error}") from error
 
     width = outputs[wanted][-1]
@@ -194,12 +196,12 @@ def open_onnx(path, features):
 
 
 def check_graph(path, card, images, result, wanted):
-    """Raises a `ValueError` if a graph takes other images than its card describes.
+    """Raises a `ValueError` if the shapes of a graph contradict its card.
 
     Args:
         path: Path of the file, for messages.
         card: The card.
-        images: Shape of the input; what is not an integer in it is free.
+        images: Shape of the input; sizes that are not integers are dynamic.
         result: Shape of the output, likewise.
         wanted: Name of the output.
     """
@@ -226,6 +228,7 @@ def check_graph(path, card, images, result, wanted):
 
 
 def open_saved_model(folder, features):
+    """Returns the `Runtime` of a SavedModel."""
     try:
         import tensorflow as tf
     except ImportError as error:
@@ -235,8 +238,8 @@ def open_saved_model(folder, features):
 
     card = saved_model_card(folder)
     try:
-        loaded = tf.saved_model.load(folder)  # which the function needs to be kept alive
-    except Exception as error:  # of TensorFlow's and protobuf's, which have many
+        loaded = tf.saved_model.load(folder)  # `predict` must hold a reference to it
+    except Exception as error:  # TensorFlow and protobuf raise many types
         raise ValueError(f"'{folder}' cannot be opened in TensorFlow: {error}") from error
     signature, wanted = "serving_default", "probabilities"
     if features:
@@ -265,12 +268,12 @@ def open_saved_model(folder, features):
 
 
 def as_shape(tensor):
-    """The sizes of a TensorFlow tensor or its specification; none where they are unknown."""
+    """Returns the shape of a TensorFlow tensor or spec; () if its rank is unknown."""
     return () if tensor.shape.rank is None else tuple(tensor.shape.as_list())
 
 
 def transform_of(card):
-    """The `Transform` that an export's card tells."""
+    """Returns the `Transform` that an export's card describes."""
     return Transform(
         tuple(card["image_size"]),
         tuple(card["resized_to_cover"]),
@@ -281,7 +284,7 @@ def transform_of(card):
 
 
 def normalisation(wanted, mean, std, channels):
-    """(mean, std) of a `Transform`; averages where there is not one of them a channel."""
+    """Returns (mean, std) of a `Transform`, averaged unless there is one per channel."""
     if not wanted:
         return None, None
     values = (np.array(value, "float32") for value in (mean, std))
@@ -289,10 +292,14 @@ def normalisation(wanted, mean, std, channels):
 
 
 def labels_of(card, width):
-    """The names in an export's card, where they say more than numbers do.
+    """Returns the class names in an export's card; `None` if they are only indices.
+
+    Args:
+        card: the card.
+        width: the number of classes.
 
     Raises:
-        ValueError: if they are not as many as the classes.
+        ValueError: if the numbers of names and classes differ.
     """
     labels = card["labels"]
     if labels is None or labels == [str(i) for i in range(len(labels))]:
@@ -303,7 +310,12 @@ def labels_of(card, width):
 
 
 def identity(path):
-    """What tells one model from another of the same path: a hash of its files' ends; or None.
+    """Returns a hash that identifies the content of a model; `None` if the path does not exist.
+
+    It covers names and sizes of the files, and the first and last MiB of each.
+
+    Args:
+        path: path of a file or directory.
 
     Raises:
         ValueError: If it is neither a regular file nor a directory, or has too many files.
@@ -323,10 +335,13 @@ def identity(path):
 
 
 def regular_files(folder):
-    """Yields the regular files below a folder; linked folders, FIFOs and devices are left out.
+    """Yields the regular files below a directory, without linked directories, FIFOs and devices.
+
+    Args:
+        folder: path of the directory.
 
     Raises:
-        ValueError: If there are more than a model has.
+        ValueError: If there are more than `MOST_FILES` entries.
     """
     folders, count = [folder], 0
     while folders:

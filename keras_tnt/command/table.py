@@ -1,8 +1,8 @@
-"""Tables of results that grow row by row and survive the process that writes them.
+"""Tables of results that are written row by row and survive the death of their process.
 
-Rows go to a journal next to the table (`keras_tnt.command.rows`). When all are there the table is
-made of them and takes its place whole. A third file describes the command that they belong to, and
-a fourth is locked from before these are read until after the table is made.
+Rows go to a journal next to the table (`keras_tnt.command.rows`). When it is complete, the table is
+written from it atomically. A third file describes the command that produces the rows, and a fourth
+is locked from before these are read until the table is written.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ from keras_tnt.command import rows
 from keras_tnt.files import replacing, write_atomically
 
 FORMATS = (".csv", ".jsonl", ".parquet")
-GROUP = 1024  # rows that are written to a parquet file at once
-STATE = 2  # version of the state of a table that is being made
+GROUP = 1024  # rows in a row group of a parquet file
+STATE = 2  # version of the state of an unfinished table
 
 
 @contextlib.contextmanager
 def held(path):
-    """Holds a table, so that no other process makes it, until the block ends.
+    """Locks a table against other processes until the block ends.
 
     Args:
-        path: Path of the table; its directory is made if it does not exist.
+        path: Path of the table; its directory is created if missing.
 
     Yields:
-        `None`, or why the file system cannot lock.
+        `None`, or the reason that the file system cannot lock.
 
     Raises:
-        ValueError: If another process holds it, or no table can be written there.
+        ValueError: If another process has locked it, or no table can be written there.
     """
     check_place(path)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -46,17 +46,18 @@ def held(path):
 
 
 class Table:
-    """A table and the rows of it that are there, for a process that holds it.
+    """Table and the state of its rows, for a process that has locked it.
 
     Args:
-        path: Path of the table; its ending decides the format.
-        command: A dict of what the rows depend on.
+        path: Path of the table; its extension determines the format.
+        command: A dict of everything that the rows depend on.
 
     Raises:
-        ValueError: If a table of another command is there, or none can be written.
+        ValueError: If there is a table of another command, or none can be written.
     """
 
     def __init__(self, path, command):
+        """Reads the command of an existing table, or records `command` for a new one."""
         check_path(path)
         check_place(path)
         self.path, self.rows_path, self.command_path = path, f"{path}.rows", command_path(path)
@@ -78,21 +79,23 @@ class Table:
                 )
 
     def record(self, command):
+        """Stores the command, also on disk."""
         self.command = command
         write_command(self.path, command)
 
     @property
     def finished(self):
+        """Returns whether the table is complete."""
         return files.kind_of(self.path) == "file"
 
     @contextlib.contextmanager
     def rows(self, width, count, batch):
-        """Adds the rows that are missing; at the end of the block the table is made of them all.
+        """Opens the journal for missing rows, and finally writes the table from it.
 
         Args:
-            width: Number of predictions or features of a row.
+            width: Number of predictions or features in a row.
             count: Number of rows.
-            batch: Rows are made this many at a time.
+            batch: Number of rows per batch.
 
         Yields:
             A `keras_tnt.command.rows.Rows`.
@@ -107,16 +110,21 @@ class Table:
 
 
 def command_path(path):
+    """Returns the path of the file that describes a table's command."""
     return f"{path}.command.json"
 
 
 def write_command(path, command):
+    """Writes the file that describes a table's command."""
     text = json.dumps({**command, "state": STATE}, indent=1)
     write_atomically(command_path(path), text)
 
 
 def read_command(path):
-    """Returns what a table, begun or finished, was made by; `None` if there is none.
+    """Returns the command of a table, finished or not; `None` if there is none.
+
+    Args:
+        path: path of the table.
 
     Raises:
         ValueError: If the file is of another kind or version.
@@ -131,13 +139,14 @@ def read_command(path):
 
 
 def check_place(path):
-    """Raises a `ValueError` if something else than a file stands where a table is written."""
+    """Raises a `ValueError` if the path of a table is that of something other than a file."""
     kind = files.kind_of(path)
     if kind not in (None, "file"):
         raise ValueError(f"'{path}' is {kind}, where a table has to be. Say another --out.")
 
 
 def check_path(path):
+    """Raises an error if a table's extension is unknown, or needs a package that is missing."""
     if not path.endswith(FORMATS):
         raise ValueError(f"--out must end in {', '.join(FORMATS)}. Received: {path!r}")
     if path.endswith(".parquet"):
@@ -153,7 +162,7 @@ def check_path(path):
 
 
 def columns(command):
-    """The names of a table's columns behind "file" and "error", and their types."""
+    """Returns the names of a table's columns after `file` and `error`, and their types."""
     count = command["width"]
     if command["features"]:
         return {f"feature_{i}": float for i in range(1, count + 1)}
@@ -162,7 +171,7 @@ def columns(command):
 
 
 def flat(row):
-    """The values of a row behind "file" and "error", in the order of `columns`."""
+    """Returns the values of a row after `file` and `error`, in the order of `columns`."""
     if "features" in row:
         return row["features"]
     return [p.get(name) for p in row.get("predictions", ()) for name in ("class", "name", "score")]
@@ -170,7 +179,7 @@ def flat(row):
 
 @contextlib.contextmanager
 def open_writer(path, command):
-    """A function that writes a row to a new file of the format that the path tells."""
+    """Yields a function that writes a row to a new file, in the format of its extension."""
     names = columns(command)
     if path.endswith(".jsonl"):
         with open(path, "w", encoding="utf-8") as file:
@@ -190,6 +199,7 @@ def open_writer(path, command):
 
 @contextlib.contextmanager
 def parquet_writer(path, names):
+    """Yields a function that writes a row to a new parquet file, in row groups."""
     import pyarrow
     from pyarrow import parquet
 
@@ -221,16 +231,19 @@ def parquet_writer(path, names):
 
 
 def shard_path(path, shard, count):
-    """Where a shard's part of a table lies: predictions-00003-of-00016.csv."""
+    """Returns the path of a shard's table, such as predictions-00003-of-00016.csv."""
     stem, suffix = os.path.splitext(path)
     return f"{stem}-{shard:05d}-of-{count:05d}{suffix}"
 
 
 def shard_paths(path):
-    """{shard: path of its part} and their count, of the parts that lie beside a table.
+    """Returns a dict from shard to the path of its table next to `path`, and the number of shards.
+
+    Args:
+        path: path of the joined table.
 
     Raises:
-        ValueError: if there is none, or if they are parts of several counts.
+        ValueError: if there are none, or shards of several counts.
     """
     folder, name = os.path.split(os.path.abspath(path))
     stem, suffix = os.path.splitext(name)

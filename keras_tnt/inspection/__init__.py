@@ -1,4 +1,4 @@
-"""Looking inside a model: features, attention and a picture of it; why it decides as it does."""
+"""Model inspection: feature maps, attention, relevance and their pictures."""
 
 from keras_tnt.inspection.cost import multiply_accumulates
 from keras_tnt.inspection.explore import explore

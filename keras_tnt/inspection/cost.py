@@ -1,4 +1,4 @@
-"""What a forward pass costs, counted in the program that the backend would run."""
+"""Cost of a forward pass, counted in the backend's program."""
 
 import math
 
@@ -8,16 +8,15 @@ from keras_tnt.anatomy import anatomy
 
 
 def multiply_accumulates(model):
-    """The multiplications, each with its addition, of the matrix products for one image.
+    """Returns the multiply-accumulates of matrix products and convolutions for one image.
 
     Args:
-        model: a Keras model of one input; of one of images of any size, for its native one.
+        model: Keras model of one input. If it accepts images of any size, the native size counts.
 
     Returns:
         An integer; the papers call it FLOPs.
 
     Example:
-
     >>> keras_tnt.inspection.multiply_accumulates(keras_tnt.DeiTSmall(weights=None))
     4608338304
     """
@@ -29,6 +28,7 @@ def multiply_accumulates(model):
 
 
 def tensorflow_flops(model, shape):
+    """Returns the FLOPs of the MatMul, BatchMatMulV2 and Conv2D operations in a traced graph."""
     import tensorflow as tf
 
     function = tf.function(lambda x: model(x, training=False), autograph=False)
@@ -47,6 +47,7 @@ def tensorflow_flops(model, shape):
 
 
 def jax_flops(model, shape):
+    """Returns the FLOPs of a model's jaxpr for a batch of this shape."""
     import jax
 
     def forward(values, image):
@@ -59,6 +60,7 @@ def jax_flops(model, shape):
 
 
 def jaxpr_flops(jaxpr):
+    """Returns the FLOPs of matrix products and convolutions in a jaxpr, including nested ones."""
     total = 0
     for equation in jaxpr.eqns:
         shapes = [variable.aval.shape for variable in equation.invars]
@@ -78,6 +80,7 @@ def jaxpr_flops(jaxpr):
 
 
 def torch_flops(model, shape):
+    """Returns the FLOPs that torch's `FlopCounterMode` counts in a forward pass."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

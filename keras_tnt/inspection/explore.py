@@ -1,4 +1,4 @@
-"""An HTML page with the attention and relevance of a few images: one file, without a server."""
+"""HTML page with the attention and relevance of a few images: one file, without a server."""
 
 import base64
 import html
@@ -21,45 +21,44 @@ from keras_tnt.inspection.subject import Subject, check_finite_images
 
 TOP_CLASSES = 5
 IMAGES_AT_ONCE = 8
-LARGEST_PAGE = 150_000_000  # bytes, of which a browser needs some four times as many
+LARGEST_PAGE = 150_000_000  # bytes; a browser needs about four times as much memory
 
 
 def explore(model, images, path, class_names=None, *, titles=None):
-    """Writes a page that shows, for each image, what the model attends to and why it decides so.
+    """Writes a page with the model's attention and the relevance of parts for each image.
 
     The page is one HTML file, which works from disk, offline. It begins with the image and its
     prediction, and contains the outer attention from any patch and from the class tokens, by block
     and head; the inner attention among the words of any patch; the relevance of patches and words
-    to the most likely classes (`relevance`); and the prediction after each block. Models without
-    words or class tokens get the parts that they have.
+    for the most likely classes (`relevance`); and the prediction after each block. For models
+    without words or class tokens, their sections are absent.
 
-    Scores are what the model's own activation makes of its logits, as `faithfulness` has them.
-    Attention is stored in 8 bits: each number is within 1/510 of the largest in its row. Maps with
-    values that are not finite are marked as such.
+    Scores are the model's own activation of its logits, as for `faithfulness`. Attention is stored
+    in 8 bits: each number is within 1/510 of the largest in its row. Maps with values that are not
+    finite are marked as such.
 
     Args:
         model: a classifier of this package.
         images: `(batch, height, width, channels)` as the model takes them, or channels first.
-        path: of the file, `.html`.
-        class_names: a name for each class; None: those that the model carries, or numbers.
-        titles: a name for each image, such as its file's, which the page has as its title. If
+        path: path of the file, `.html`.
+        class_names: a name for each class. If `None`, those that the model stores, or numbers.
+        titles: a name for each image, such as its file's, which is its title on the page. If
             `None`, "Image 1" and so on.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: if the images do not fit or are more than a page can hold, if they or the
-            model's logits are not finite, or the model is no classifier of this package.
-        IsADirectoryError: if `path` is a folder.
+        ValueError: if the images do not match the model or are more than a page can hold, if they
+            or the model's logits are not finite, or the model is not a classifier of this package.
+        IsADirectoryError: if `path` is a directory.
 
     Example:
-
     >>> names = ["cat.jpg", "dog.jpg"]
     >>> images = np.stack([keras_tnt.load_image(name, model) for name in names])
     >>> keras_tnt.inspection.explore(model, images, "page.html", titles=names)
     """
-    path = type(path)(os.path.expanduser(path))  # a Path stays one
+    path = type(path)(os.path.expanduser(path))  # A Path remains a Path.
     subject = Subject(model, images)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder. Give the name of a file in it, page.html")
@@ -92,6 +91,7 @@ def explore(model, images, path, class_names=None, *, titles=None):
 
 
 def check_counts(names, classes, titles, images):
+    """Raises a `ValueError` unless there are images, and a name per class and image."""
     if not len(images):
         raise ValueError("There is no image to show.")
     if len(names) != classes:
@@ -105,7 +105,7 @@ def check_counts(names, classes, titles, images):
 
 
 def check_size(image_bytes, count, folder):
-    """Raise an error where the page would be too large for a browser or the disk."""
+    """Raises an error if the page would be too large for a browser or the disk."""
     fit = LARGEST_PAGE * 3 // 4 // image_bytes
     if count > fit:
         raise ValueError(
@@ -116,7 +116,7 @@ def check_size(image_bytes, count, folder):
 
 
 def fill(page, data):
-    """The page's template with what it shows."""
+    """Returns the page's HTML, as bytes, from the template and the page's data."""
     template = resources.files("keras_tnt.inspection").joinpath("explore.html")
     arrays = "\n".join(
         f'<script type="application/octet-stream" id="data-{i}">{base64.b64encode(x).decode()}'
@@ -130,17 +130,18 @@ def fill(page, data):
     }
     text = template.read_text(encoding="utf-8")
     text = re.sub(r"%%([A-Z]+)%%", lambda found: values[found[1]], text)
-    # Halves of characters, in names of files that are no UTF-8, become escapes, which JSON knows.
+    # Lone surrogates, in file names that are not UTF-8, become escapes, which are valid in JSON.
     return text.encode("utf-8", "backslashreplace")
 
 
 class Pack:
-    """All that the page shows of an image, as bytes, and where in them each array lies."""
+    """Everything that the page shows of an image, as bytes, and the offset of each array."""
 
     def __init__(self, subject, image):
+        """Computes and packs attention, relevance and predictions of a batch of one image."""
         self.subject = subject
         self.pieces, self.layout, self.size = [], {}, 0
-        self.not_finite = []  # what has values that are NaN or infinite
+        self.not_finite = []  # maps with values that are NaN or infinite
         self.blocks = list(self.pack_attention(image))
         self.pack_relevance(image)
         self.add("pixels", np.uint8(np.round(255 * displayed(image[0]))))
@@ -148,14 +149,14 @@ class Pack:
         self.data = b"".join(self.pieces)
 
     def add(self, name, array):
-        """Append an array at a multiple of four bytes."""
+        """Appends an array at a multiple of four bytes."""
         data = np.ascontiguousarray(array).tobytes()
         self.layout[name] = {"at": self.size, "type": array.dtype.name, "shape": array.shape}
         self.pieces.append(data + bytes(-len(data) % 4))
         self.size += len(self.pieces[-1])
 
     def add_rows(self, name, x):
-        """Append rows of attention in 8 bits, and what 255 stands for: NaN of non-finite rows."""
+        """Appends attention rows in 8 bits, and the value of 255 in each; NaN if not finite."""
         x = np.asarray(x, "float32")
         finite = np.isfinite(x).all(axis=-1)
         x = np.where(finite[..., None], x, 0)
@@ -168,7 +169,7 @@ class Pack:
             self.not_finite.append(f"{kind} attention of block {int(number) + 1}")
 
     def pack_attention(self, image):
-        """Yields what the page has to know of each block."""
+        """Packs the attention of each block, and yields the block's description for the page."""
         found, grids = self.subject.found, self.subject.grids
         maps = attention_maps(self.subject.model, image)
         for block in found.blocks:
@@ -202,7 +203,7 @@ class Pack:
             }
 
     def pack_relevance(self, image):
-        """Relevance of patches and words for the most likely classes."""
+        """Packs the relevance of patches and words for the most likely classes."""
         subject = self.subject
         self.probabilities = subject.probabilities(subject.predict(image))[0]
         self.classes = np.argsort(-self.probabilities, kind="stable")[:TOP_CLASSES]
@@ -215,6 +216,7 @@ class Pack:
                 self.not_finite.append(f"relevance of {level}")
 
     def describe(self, names, title):
+        """Returns the image's title, classes and predictions, as a JSON-serializable dict."""
         final = self.probabilities
         classes = [
             {"name": str(names[i]), "index": int(i), "probability": score(final[i])}
@@ -241,7 +243,7 @@ class Pack:
 
 
 def score(x):
-    """A number of float32 as JSON has it: without noise of binary fractions; None: not finite."""
+    """Returns a float32 number with 7 significant digits; `None` if it is not finite."""
     return float(f"{float(x):.7g}") if np.isfinite(x) else None
 
 
@@ -249,8 +251,8 @@ def predictions_by_depth(subject, image):
     """Returns the prediction after each block, from its class tokens or mean patch (logit lens).
 
     Returns:
-        A dict from a block's number to probabilities; of blocks before the class token comes, or of
-        an earlier stage than the last, nothing can be said, nor of a model inside another.
+        A dict from a block's number to probabilities. It lacks blocks without the class token and
+        blocks of earlier stages than the last; for a model inside another it is empty.
     """
     found, blocks = subject.found, subject.found.blocks
     if found.model is not subject.model:
@@ -265,7 +267,7 @@ def predictions_by_depth(subject, image):
 
 
 def read_heads(subject, tokens):
-    """Probabilities (classes,) that the heads read off one image's tokens."""
+    """Returns the probabilities (classes,) that the heads compute from one image's tokens."""
     found = subject.found
     tokens = found.norm(tokens)
     read = [tokens[:, i] for i in range(found.class_tokens)] or [ops.mean(tokens, axis=1)]

@@ -10,40 +10,42 @@ FORWARD_BATCH = 64
 
 
 def faithfulness(model, images, maps, targets=None, *, baseline=None, seed=0):
-    """Measures how faithful maps are to the model, compared with random maps.
+    """Measures the faithfulness of maps to the model, compared with random maps.
 
-    Parts are deleted by replacing them with the baseline. The measure is the target's output: the
-    model's own activation of the (mean) logits. It is a probability with softmax, and with sigmoid,
-    where each class has one by itself and a single output is enough; without activation (linear) it
-    is the target's logit:
+    Parts are deleted by replacing them with the baseline. The measure is the target's output after
+    the model's own activation of the (mean) logits: a probability for softmax and sigmoid (where
+    each class has its own, and a single output suffices), and the target's logit without an
+    activation (linear):
 
     - deletion: parts are deleted, the most relevant first; a good map's curve falls early;
-    - insertion: parts are put into the baseline, the most relevant first; a good one's rises early
-      (both Petsiuk et al. 2018, arXiv 1806.07421);
-    - SaCo (Wu et al. 2024, arXiv 2404.01415): of all pairs of ten groups of parts, ordered by
-      relevance, whether the more relevant one also matters more by itself, weighed by how much more
-      relevant it is said to be; from -1 to 1.
+    - insertion: parts are inserted into the baseline, the most relevant first; a good map's curve
+      rises early (both Petsiuk et al. 2018, arXiv 1806.07421);
+    - SaCo (Wu et al. 2024, arXiv 2404.01415): over all pairs of ten groups of parts, ordered by
+      relevance, whether deleting the more relevant group has the larger effect, weighted by the
+      difference in relevance; from -1 to 1.
 
-    The same numbers of random maps of the same size are the baseline to compare with.
+    Random maps of the same size are measured in the same way, for comparison.
 
     Args:
-        model, images, targets: as `relevance` has them.
+        model: as for `relevance`.
+        images: as for `relevance`.
         maps: `(batch, rows, columns)`, of which rows and columns divide the images' sides.
-        baseline: pixel value, or one a channel, of a deleted part. If `None`, the one that the
+        targets: as for `relevance`.
+        baseline: pixel value, or one per channel, of a deleted part. If `None`, the one that the
             model normalizes to zero.
-        seed: of the random maps.
+        seed: seed of the random maps. Defaults to 0.
 
     Returns:
         A dict: `"measure"`, the name of the activation; `"fractions"` of the parts changed,
         `(steps,)`; `"deletion"` and `"insertion"`, the mean measures there; `"deletion_area"` and
         `"insertion_area"`, the areas under them, and `"saco"`, means over the images; `"images"`,
-        their number; and under `"random"` the same of random maps.
+        their number; and under `"random"` the same for random maps.
 
     Raises:
-        ValueError: for maps that do not fit the images or are not finite, and as `relevance` does.
+        ValueError: for maps that do not match the images or are not finite, and as `relevance`
+            does.
 
     Example:
-
     >>> maps = keras_tnt.inspection.relevance(model, images)
     >>> found = keras_tnt.inspection.faithfulness(model, images, maps)
     >>> found["deletion_area"], found["random"]["deletion_area"]
@@ -64,6 +66,7 @@ def faithfulness(model, images, maps, targets=None, *, baseline=None, seed=0):
 
 
 def check_maps(subject, images, maps):
+    """Raises a `ValueError` unless maps are finite and match the images."""
     height, width = subject.sides
     fits = maps.ndim == 3 and len(maps) == len(images) and maps.size
     if not fits or height % maps.shape[1] or width % maps.shape[2]:
@@ -76,13 +79,14 @@ def check_maps(subject, images, maps):
 
 
 class Trial:
-    """Images of which parts are deleted."""
+    """Experiment that deletes parts of a subject's images."""
 
     def __init__(self, subject, images, targets, baseline):
+        """Takes the images, their class indices and the baseline pixel."""
         self.subject, self.images, self.targets, self.baseline = subject, images, targets, baseline
 
     def of(self, maps):
-        """The curves, their areas and SaCo of maps, as means over the images."""
+        """Returns the curves, their areas and SaCo of maps, as means over the images."""
         parts = maps[0].size
         counts = np.unique(np.linspace(0, parts, min(STEPS, parts) + 1).round().astype(int))
         groups = np.array_split(np.arange(parts), min(GROUPS, parts))
@@ -99,11 +103,11 @@ class Trial:
         }
 
     def of_image(self, i, relevance, counts, groups):
-        """(deletion curve, insertion curve, SaCo) of one image."""
+        """Returns (deletion curve, insertion curve, SaCo) of one image."""
         order = np.argsort(-relevance.ravel(), kind="stable")
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
-        deleted = rank >= counts[:, None]  # (steps, parts): what is still there
+        deleted = rank >= counts[:, None]  # (steps, parts): the parts that remain
         without_group = np.stack([~np.isin(rank, group) for group in groups])
         kept = np.concatenate([deleted, ~deleted, without_group])
         probabilities = self.probabilities(i, kept.reshape(-1, *relevance.shape))
@@ -112,7 +116,7 @@ class Trial:
         return deletion, insertion, saco(np.array(said), deletion[0] - without)
 
     def probabilities(self, i, kept):
-        """The target's output in image `i` with only some parts kept, (cases, rows, columns)."""
+        """Returns the target's output in image `i` for masks of parts, (cases, rows, columns)."""
         image, predict = self.images[i], self.subject.logits.predict_on_batch
         cases = []
         for start in range(0, len(kept), FORWARD_BATCH):
@@ -123,18 +127,19 @@ class Trial:
 
 
 def area_under(curve, x):
+    """Returns the area under a curve, by the trapezoidal rule."""
     return float(np.sum((curve[1:] + curve[:-1]) / 2 * np.diff(x)))
 
 
 def saco(said, measured):
-    """Salience-guided faithfulness (arXiv 2404.01415, algorithm 1).
+    """Returns the salience-guided faithfulness coefficient (arXiv 2404.01415, algorithm 1).
 
     Args:
         said: relevance of each group, the most relevant first.
-        measured: by how much the target's probability falls without each group.
+        measured: decrease of the target's output without each group.
 
     Returns:
-        A number from -1 to 1; 0 where all groups are said to be equally relevant.
+        A number from -1 to 1; 0 if all groups have the same relevance.
     """
     more = said[:, None] - said[None]
     pairs = np.triu_indices(len(said), k=1)

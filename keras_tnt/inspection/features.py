@@ -1,4 +1,4 @@
-"""Feature maps: what the patches hold after some of a model's blocks."""
+"""Feature maps of the patches after some of a model's blocks."""
 
 from collections.abc import Iterable
 
@@ -9,27 +9,27 @@ from keras_tnt.layers import PatchGrid, PatchMap, SelectTokens
 
 
 def feature_maps(model: keras.Model, blocks: Iterable[int] | None = None) -> keras.Model:
-    """A model that gives the patches after some blocks as maps, as detectors and segmenters want.
+    """Returns a model that outputs the patches after some blocks as maps, for dense prediction.
 
-    Layers and weights are the given model's: training one trains both. Where the last block of a
-    classifier computes its class token alone, the maps' model has it compute the patches too.
+    Layers and weights are shared with the given model: training one trains both. If the last block
+    of a classifier computes only its class token, the returned model has it compute the patches
+    too.
 
     Args:
         model: a model of this package.
-        blocks: blocks done, counted from 1: `(3, 6, 9, 12)` are the maps after a quarter, half,
-            three quarters and the whole of 12 blocks. PyramidTNT: its stages, from 1. None: after
-            each quarter of the blocks; all stages.
+        blocks: numbers of completed blocks, from 1: `(3, 6, 9, 12)` are the maps after a quarter,
+            half, three quarters and all of 12 blocks. PyramidTNT: its stages, from 1. If `None`,
+            after each quarter of the blocks, or all stages.
 
     Returns:
         A `keras.Model` from the model's input to a list of maps `(batch, height/p, width/p, dim)`
-        (of one block: to its map), channels last whatever the images are, without class tokens and
-        before the final norm; p is the patch size, and 8, 16, 32 and 64 in PyramidTNT's stages.
+        (to a map, if there is one block), always channels last, without class tokens and before the
+        final norm; p is the patch size, and 8, 16, 32 and 64 in PyramidTNT's stages.
 
     Raises:
         ValueError: if the model has no such block, or wraps one that has.
 
     Example:
-
     >>> backbone = keras_tnt.inspection.feature_maps(keras_tnt.TNTSmall(weights=None))
     >>> [tuple(m.shape) for m in backbone(np.zeros((1, 224, 224, 3)))]
     [(1, 14, 14, 384), (1, 14, 14, 384), (1, 14, 14, 384), (1, 14, 14, 384)]
@@ -57,17 +57,17 @@ def feature_maps(model: keras.Model, blocks: Iterable[int] | None = None) -> ker
 
 
 def patch_map(found: Anatomy, block: Block, number: int):
-    """The symbolic map (batch, rows, columns, dim) of the patches after a block.
+    """Returns the symbolic map (batch, rows, columns, dim) of the patches after a block.
 
     Args:
-        found: what the model is.
+        found: the model's `Anatomy`.
         block: one of its blocks.
-        number: behind the names of the layers that make the map.
+        number: suffix of the names of the layers that make the map.
     """
     dtype = block.layer.dtype_policy
     inputs = keras.tree.flatten(block.layer.input)
     tokens = keras.tree.flatten(block.layer.output)[0]
-    if tokens.shape[1] != inputs[0].shape[1]:  # the first tokens only
+    if tokens.shape[1] != inputs[0].shape[1]:  # only the query tokens
         tokens = keras.tree.flatten(block.layer(*inputs))[0]
     if block.prefix_tokens:
         select = SelectTokens(block.prefix_tokens, dtype=dtype, name=f"patches_{number}")

@@ -1,7 +1,7 @@
-"""By how much words and patches are read in a forward pass, and what the logits make of it.
+"""Attention weights of a forward pass, and the gradients of the logits with respect to them.
 
-Nothing is computed here that the model does not compute itself: its layers show what they weigh
-words and patches by, and let it be multiplied by gates.
+Links are the weights by which layers read words and patches. The model computes them itself: its
+layers expose them, and let them be multiplied by gates.
 """
 
 import keras
@@ -11,11 +11,15 @@ from keras_tnt.layers.base import observing_links
 
 
 def observe(model, images):
-    """A forward pass, watched.
+    """Runs a forward pass and records its links.
+
+    Args:
+        model: a model of this package.
+        images: images as the model takes them.
 
     Returns:
-        `(logits, weights)`: what the model gives, and a dict from a layer's path to the weights by
-        which it reads: the softmax of attention, a one for each word that a patch is made of.
+        `(logits, weights)`: the model's output as an array, and a dict from a layer's path to its
+        links: the softmax of attention, and ones for the words of `WordsToPatches`.
     """
     weights = {}
 
@@ -29,15 +33,16 @@ def observe(model, images):
 
 
 def gate_gradient_of(model):
-    """How the sum of target logits grows with a gate on each link, which multiplies its weight.
+    """Returns a function that differentiates the target logits by gates on the links.
+
+    A gate multiplies a link, so that its gradient is gradient times weight.
 
     Args:
-        model: from images to logits.
+        model: model from images to logits.
 
     Returns:
-        A function (weights, images, chosen) to a dict of float64 arrays, gradient times weight:
-        `weights` are what `observe` saw of the images, `chosen` a one for each image's target,
-        `(batch, classes)`.
+        A function (weights, images, chosen) to a dict of float64 arrays: `weights` are those that
+        `observe` recorded for the images, `chosen` the one-hot targets, `(batch, classes)`.
     """
 
     def target_logits(gates, images, chosen):
@@ -55,19 +60,19 @@ def gate_gradient_of(model):
 
 
 def sum_of_targets(logits, chosen):
-    """The sum over a batch of each image's target logit: its gradient is each image's own."""
+    """Returns the sum over a batch of target logits, whose gradient is that of each image."""
     return ops.sum(ops.multiply(ops.cast(logits, "float32"), chosen))
 
 
 def gradient_of(function, variables):
-    """The gradient of a scalar function by its first argument.
+    """Returns the gradient of a scalar function with respect to its first argument.
 
     Args:
-        function: of a nest of tensors, and of others that it takes as they are.
-        variables: all that it reads.
+        function: function of a nest of tensors, and of other arguments, which are constants.
+        variables: all variables that it reads.
 
     Returns:
-        A function of the same arguments. JAX compiles it, once for each shape.
+        A function of the same arguments. JAX compiles it once per shape.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

@@ -8,7 +8,7 @@ from keras_tnt.layers.attention import record_attention
 
 
 def attention_maps(model, images):
-    """The attention that a forward pass uses, by layer.
+    """Returns the attention of a forward pass, by layer.
 
     Args:
         model: a model of this package, or one with such a model inside.
@@ -16,7 +16,7 @@ def attention_maps(model, images):
 
     Returns:
         A dict of float32 arrays whose last axis, the keys, sums to one, in the order of the forward
-        pass. CaiT's are those before its heads are mixed. Tokens are the class token, the
+        pass. CaiT's maps are those before its heads are mixed. Tokens are the class token, the
         distillation token if there is one, and the patches row by row:
 
         - `"block_3/outer"` (PyramidTNT: `"stage_0_block_1/outer"`), of every family's blocks:
@@ -26,10 +26,9 @@ def attention_maps(model, images):
         - `"class_block_0"`, of class attention: `(batch, heads, class tokens, tokens)`.
 
     Raises:
-        ValueError: if images do not fit the model, or it has no attention layer of this package.
+        ValueError: if images do not match the model, or it has no attention layer of this package.
 
     Example:
-
     >>> maps = keras_tnt.inspection.attention_maps(keras_tnt.TNTSmall(weights=None), images)
     >>> maps["block_11/outer"].shape, maps["block_11/inner"].shape
     ((1, 6, 197, 197), (1, 196, 4, 16, 16))
@@ -44,7 +43,7 @@ def attention_maps(model, images):
 
 
 def check_images(model, images):
-    """Raise ValueError for what is no batch of images that the model takes."""
+    """Raises a `ValueError` unless images are a batch that the model accepts."""
     shape = tuple(np.shape(images))
     image = anatomy(model).image
     expected = image.shape
@@ -57,7 +56,7 @@ def check_images(model, images):
 
 
 def attention_names(model):
-    """What each attention layer is called in the maps, by its path."""
+    """Returns a dict from the path of each attention layer to its name in the maps."""
     names = {}
     found = anatomy(model)
     for block in found.blocks:
@@ -70,22 +69,22 @@ def attention_names(model):
 
 
 def attention_rollout(model, images):
-    """How much of each input token reaches each output token, through all outer blocks.
+    """Computes attention rollout through all outer blocks (arXiv 2005.00928).
 
-    The product over blocks of (mean attention of the heads + identity) / 2 (Abnar and Zuidema 2020,
-    arXiv 2005.00928). Class attention goes the same way, its patches staying as they are. In
-    PyramidTNT a pooled patch stands for its patches alike, and a merged one for the 2x2 it is made
-    of.
+    Rollout (Abnar and Zuidema 2020) is the product over blocks of (mean attention of the heads +
+    identity) / 2, and says how much of each input token reaches each output token. In class
+    attention, patches have identity rows. In PyramidTNT, attention to a pooled patch is distributed
+    evenly over its patches, and a merged patch is the mean of its 2x2.
 
     Args:
-        model, images: as `attention_maps` has them.
+        model: as for `attention_maps`.
+        images: as for `attention_maps`.
 
     Returns:
         Array `(batch, tokens, tokens)`, whose rows sum to one; row 0 is the class token's where
         there is one. PyramidTNT: `(batch, last patches, first patches)`.
 
     Example:
-
     >>> rollout = keras_tnt.inspection.attention_rollout(model, images)
     >>> heat = rollout[:, 0, 1:].reshape(-1, 14, 14)
     """
@@ -111,29 +110,29 @@ def attention_rollout(model, images):
             step = np.pad(step, [(0, 0), (0, keys - queries), (0, 0)])
             step[:, queries:] = np.eye(keys)[queries:]
         step = (step + np.eye(keys)) / 2
-        if rollout is not None and rollout.shape[1] < keys:  # class tokens that enter here
+        if rollout is not None and rollout.shape[1] < keys:  # class tokens are added here
             rollout = with_tokens(rollout, keys - rollout.shape[1])
         rollout = step if rollout is None else step @ rollout
     return rollout.astype("float32")
 
 
 def with_tokens(rollout, count):
-    """Tokens in front that have seen nothing but themselves."""
+    """Prepends `count` tokens to a rollout, which have attended only to themselves."""
     rollout = np.pad(rollout, [(0, 0), (count, 0), (count, 0)])
     rollout[:, :count, :count] = np.eye(count)
     return rollout
 
 
 def means(grid, new_grid, size):
-    """The mean of each `size` x `size` patches of a grid, (new patches, patches).
+    """Returns the matrix (new patches, patches) that averages `size` x `size` patches of a grid.
 
-    Patches beyond the new grid's squares are left out, squares beyond the grid cut off.
+    Patches outside the new grid's windows are excluded; windows are clipped to the grid.
     """
     return np.kron(*(side_means(*sides, size) for sides in zip(grid, new_grid, strict=True)))
 
 
 def side_means(side, new_side, size):
-    """The mean of each `size` of `side` things in a row, (new_side, side)."""
+    """Returns the matrix (new_side, side) that averages each `size` consecutive elements."""
     sums = np.repeat(np.eye(new_side), size, axis=1)
     sums = np.pad(sums, [(0, 0), (0, max(0, side - sums.shape[1]))])[:, :side]
     return sums / np.maximum(sums.sum(axis=1, keepdims=True), 1)

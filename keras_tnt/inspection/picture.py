@@ -1,4 +1,4 @@
-"""A picture of the attention of a model in one image."""
+"""Picture of a model's attention on an image."""
 
 import keras
 import numpy as np
@@ -13,33 +13,34 @@ GLOW = (1.0, 0.6, 0.0, 0.8)
 
 
 def plot_attention(model, image, path, patches=None):
-    """Draws what a model attends to in an image, and writes the picture.
+    """Draws a model's attention on an image, and writes the picture.
 
-    Above: the image, three of its patches framed; how much of each patch reaches the class token
-    through all blocks (`attention_rollout`); the class token's attention in the last block, mean of
-    the heads and head by head. PyramidTNT has no class token: the mean patch stands for it. Below,
-    where the model has inner transformers, the framed patches one by one, cut into their words: the
-    pixels; how much attention each word gets in the last inner transformer, mean of heads; and what
-    the word with the least even attention, framed, gives to each. Colors below are multiples of the
-    even share. Rows, columns and heads are counted from 1 in the picture.
+    First row: the image, with three patches framed; the attention rollout from the patches to the
+    class token (`attention_rollout`); and the class token's attention in the last block, as the
+    mean of the heads and for each head. Without a class token (PyramidTNT), the mean over all
+    patches replaces it.
+
+    Second row, if the model has inner transformers: for each framed patch, its pixels, and the
+    attention of one word, dotted, to the words of the patch, in the last inner transformer, as the
+    mean of the heads. It is the word whose attention is least uniform. Values are multiples of
+    uniform attention. Rows, columns and heads are counted from 1 in the picture.
 
     Args:
         model: a model of this package, with its top or without.
         image: `(height, width, channels)` as the model takes it, or channels first.
-        path: file to write, of a type that matplotlib knows by its ending.
-        patches: numbers of up to three patches, from 0, row by row; None: the three that the class
-            token attends to most in the last block.
+        path: file to write, in the format of its extension, one that matplotlib knows.
+        patches: indices of up to three patches, from 0, row by row. If `None`, the three that the
+            class token attends to most in the last block.
 
     Returns:
         `path`.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the image does not fit the model or has no such patches, or if it or the
+        ValueError: if the image does not match the model or has no such patches, or if it or the
             model's attention is not finite.
 
     Example:
-
     >>> image = keras_tnt.load_image("cat.jpg", model)
     >>> keras_tnt.inspection.plot_attention(model, image, "attention.png")
     """
@@ -84,11 +85,11 @@ def plot_attention(model, image, path, patches=None):
     return path
 
 
-# === What is drawn ===
+# === Data ===
 
 
 def class_attention(model, image, maps):
-    """Each head's attention of the class token to the patches, (heads, rows, columns)."""
+    """Returns each head's attention of the class token to the patches, (heads, rows, columns)."""
     key = [key for key in maps if not key.endswith("/inner")][-1]
     attention = maps[key][0]  # (heads, queries, keys)
     found = anatomy(model)
@@ -100,7 +101,7 @@ def class_attention(model, image, maps):
 
 
 def class_rollout(model, image):
-    """How much of each patch reaches the class token through all blocks, (rows, columns)."""
+    """Returns the attention rollout of the class token over the patches, (rows, columns)."""
     rollout = attention_rollout(model, image[None])[0]
     found = anatomy(model)
     reached = rollout[0] if found.class_tokens else rollout.mean(axis=0)
@@ -109,7 +110,7 @@ def class_rollout(model, image):
 
 
 def prediction(model, image):
-    """The class that a classifier sees in the image, for a title."""
+    """Returns a title with the predicted class and its score; `image` without a classifier."""
     outputs = keras.ops.convert_to_numpy(model(image[None], training=False))
     layer = anatomy(model).predictions
     if layer is None:
@@ -122,7 +123,7 @@ def prediction(model, image):
 
 
 def displayed(image):
-    """The image with channels last and values from 0 to 1, in RGB."""
+    """Returns an image as RGB, with channels last and values in [0, 1]."""
     if keras.config.image_data_format() == "channels_first":
         image = np.moveaxis(image, 0, -1)
     if image.shape[-1] != 3:
@@ -132,10 +133,11 @@ def displayed(image):
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 
-# === How ===
+# === Drawing ===
 
 
 def draw_outer(figure, reader, pixels, title, heats, frames):
+    """Draws the first row: the image, and heat maps of outer attention over it."""
     figure.suptitle(
         f"Outer attention of the {reader}: transparent, least attention; orange, most", fontsize=10
     )
@@ -153,11 +155,14 @@ def draw_outer(figure, reader, pixels, title, heats, frames):
 
 
 def draw_inner(figure, pixels, attention, frames):
-    """`attention`: (patches, words, words), the mean of the heads."""
+    """Draws the second row: each framed patch, and the attention of its dotted word.
+
+    `attention` has the shape (patches, words, words), averaged over heads.
+    """
     words = attention.shape[-1]
     side = round(words**0.5)
-    shares = words * attention  # 1: even
-    reach = max(np.abs(shares - 1).max(), 0.5)  # what is nearly even shall look it
+    shares = words * attention  # 1: uniform
+    reach = max(np.abs(shares - 1).max(), 0.5)  # nearly uniform attention should look uniform
     figure.suptitle(
         "Inner attention: what the dotted word of each framed patch attends to (1: an even share)",
         fontsize=10,
@@ -183,11 +188,12 @@ def draw_inner(figure, pixels, attention, frames):
 
 
 def percent(x):
-    """A share with two significant digits."""
+    """Returns a fraction as a percentage with two significant digits."""
     return f"{100 * float(f'{x:.2g}'):.6g}%"
 
 
 def show(axis, pixels, title, colour="black"):
+    """Shows pixels without ticks, with a title and a colored frame."""
     axis.imshow(pixels, interpolation="nearest")
     axis.set_title(title, fontsize=8)
     axis.set_xticks([])
@@ -198,12 +204,14 @@ def show(axis, pixels, title, colour="black"):
 
 
 def over(axis, heat, pixels, **style):
+    """Shows a heat map over pixels, stretched to their size."""
     height, width = pixels.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axis.imshow(heat, extent=extent, interpolation="nearest", **style)
 
 
 def frame(axis, row, column, grid, pixels, colour, linestyle="-"):
+    """Draws the frame of a grid's cell over pixels."""
     from matplotlib.patches import Rectangle
 
     height, width = (side / cells for side, cells in zip(pixels.shape, grid, strict=False))
@@ -223,5 +231,6 @@ def frame(axis, row, column, grid, pixels, colour, linestyle="-"):
 
 
 def cut_out(pixels, row, column, grid):
+    """Returns the pixels of a grid's cell."""
     height, width = (side // cells for side, cells in zip(pixels.shape, grid, strict=False))
     return pixels[row * height : (row + 1) * height, column * width : (column + 1) * width]

@@ -1,4 +1,4 @@
-"""Why a model says so: how much each patch, or each word in it, speaks for a class."""
+"""Relevance of patches, or of the words in them, for a class."""
 
 import keras
 import numpy as np
@@ -23,40 +23,42 @@ def relevance(
     baseline=None,
     seed=0,
 ):
-    """How much each part of an image speaks for a class, by the model's own reckoning.
+    """Computes the relevance of each part of an image for a class.
 
-    Gradients are those of the class's logit, of a distilled model of the mean of both heads'.
-    docs/relevance.md has the equations, those of the words among them.
+    Gradients are those of the class's logit, or of the mean of both heads' logits for a distilled
+    model. docs/relevance.md has the equations, including those of words.
 
     Args:
         model: a classifier of this package, or one built on such a model.
         images: `(batch, height, width, channels)` as the model takes them, or channels first.
-        targets: a class for each image, or one for all, by index or name; None: the predicted ones.
+        targets: a class for each image, or one for all, by index or name. If `None`, the predicted
+            ones.
         method:
             - `"gradient_attention"`: the positive part of gradient times attention, accumulated
               over the blocks (Chefer et al. 2021, arXiv 2103.15679);
             - `"rollout"`: attention alone, the same for every class (`attention_rollout`);
             - `"grad_cam"`: channels weighted by their mean gradient (arXiv 1610.02391), before the
-              last block: behind its attention no class token reads a patch any more;
-            - `"integrated_gradients"`: of the pixels on the way from the baseline (arXiv
+              last block, because no class token reads a patch after its attention;
+            - `"integrated_gradients"`: those of the pixels on the path from the baseline (arXiv
               1703.01365), summed over each part; may be negative;
-            - `"random"`: what any method should be better than.
-        level: `"patches"`, or `"words"` where the model has them.
-        baseline: pixel value, or one a channel, where integrated gradients start; None: what the
-            model normalises to zero.
-        seed: of `"random"`.
+            - `"random"`: random values, the baseline for the others.
+
+            Defaults to `"gradient_attention"`.
+        level: `"patches"`, or `"words"` if the model has them. Defaults to `"patches"`.
+        baseline: pixel value, or one per channel, where integrated gradients start. If `None`, the
+            one that the model normalizes to zero.
+        seed: seed of `"random"`. Defaults to 0.
 
     Returns:
-        Float32 array `(batch, rows, columns)` of the patches or words, as the equations give it; of
+        Float32 array `(batch, rows, columns)` of the patches or words, not normalized; for
         PyramidTNT those of its first stage.
 
     Raises:
-        ValueError: for a class that is not there, images that do not fit, a model without head or
-            attention, a level that it does not have, an unknown method, and images or logits that
-            are not finite.
+        ValueError: for an unknown class, images that do not match the model, a model without head
+            or attention, a level that it does not have, an unknown method, and images or logits
+            that are not finite.
 
     Example:
-
     >>> maps = keras_tnt.inspection.relevance(model, images, targets="tabby", level="words")
     >>> maps.shape
     (1, 56, 56)
@@ -82,6 +84,7 @@ def relevance(
 
 
 def check_choice(name, given, choices):
+    """Raises a `ValueError` unless an argument is one of the choices."""
     if given not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}. Received: {given!r}")
 
@@ -90,18 +93,20 @@ def check_choice(name, given, choices):
 
 
 def gradient_attention(subject, images, classes, words, **_):
+    """Returns maps of gradient times attention, accumulated over the blocks."""
     links = gradient_links(subject, images, classes)
     return flow.relevance_map(subject, links, 1.0, words)
 
 
 def gradient_links(subject, images, classes):
-    """The positive part of gradient times weight, mean of heads, by the path of a layer."""
+    """Returns the positive part of gradient times link, averaged over heads, by layer path."""
     _, weights = observe(subject.logits, images)
     gates = subject.gate_gradient(weights, images, subject.chosen(classes))
     return {path: mean_of_heads(np.maximum(x, 0)) for path, x in gates.items()}
 
 
 def rollout(subject, images, classes, words, **_):
+    """Returns maps of attention rollout, which are the same for every class."""
     _, weights = observe(subject.logits, images)
     weights = {path: ops.convert_to_numpy(x).astype("float64") for path, x in weights.items()}
     links = {path: mean_of_heads(x) / 2 for path, x in weights.items()}
@@ -109,11 +114,12 @@ def rollout(subject, images, classes, words, **_):
 
 
 def mean_of_heads(x):
-    """The mean over the heads of attention (batch, ..., heads, queries, keys); words have none."""
+    """Averages attention (batch, ..., heads, queries, keys) over heads; others do not change."""
     return x.mean(axis=-3) if x.ndim > 3 else x
 
 
 def grad_cam(subject, images, classes, words, **_):
+    """Returns Grad-CAM maps of the tokens that enter the last block."""
     found = subject.found
     if found.model is not subject.model:
         raise ValueError(
@@ -145,7 +151,7 @@ def grad_cam(subject, images, classes, words, **_):
 
 
 def integrated_gradients(subject, images, classes, words, baseline, **_):
-    """The path from the baseline to the image at the middles of its steps, image by image."""
+    """Returns maps of integrated gradients by the midpoint rule, one image at a time."""
     ways = (np.arange(STEPS_FROM_BASELINE) + 0.5) / STEPS_FROM_BASELINE
     maps = []
     for image, label in zip(ops.convert_to_numpy(images), classes, strict=True):
@@ -158,7 +164,7 @@ def integrated_gradients(subject, images, classes, words, baseline, **_):
 
 
 def sum_of_pixels(subject, pixels, words):
-    """The sum of an image's values over each patch or word, (batch, rows, columns)."""
+    """Returns the sum of an image's values over each patch or word, (batch, rows, columns)."""
     if subject.found.image.data_format == "channels_first":
         pixels = np.moveaxis(pixels, 1, -1)
     size = subject.found.patch_size // (subject.word_side if words else 1)
@@ -168,6 +174,7 @@ def sum_of_pixels(subject, pixels, words):
 
 
 def random(subject, images, classes, words, random, **_):
+    """Returns maps of uniform random values."""
     side = subject.word_side if words else 1
     return random.random((len(images), *(side * count for count in subject.grids[0])))
 

@@ -1,4 +1,4 @@
-"""A classifier that is to be explained: what it is made of, its logits and its classes."""
+"""Classifier to explain, with its logits, classes and patch grids."""
 
 import difflib
 import functools
@@ -16,27 +16,28 @@ MOST_NAMED = 3
 
 
 class Subject:
-    """A classifier that is to be explained, and the images that it sees.
+    """Classifier to explain, and the images that it receives.
 
     Args:
         model: a classifier of this package, or one built on such a model.
-        images: as the model takes them.
+        images: images as the model takes them.
 
     Attributes:
-        found: its `Anatomy`.
-        logits: a model from images to the mean of the heads' logits, `(batch, classes)`.
-        activation: what the model applies to its logits, `"softmax"`, `"sigmoid"`, `"linear"` or
-            the name of another function of `keras.activations`.
+        found: the model's `Anatomy`.
+        logits: model from images to the mean of the heads' logits, `(batch, classes)`.
+        activation: activation of the logits: `"softmax"`, `"sigmoid"`, `"linear"` or the name of
+            another function of `keras.activations`.
         sides: (height, width) of the images in pixels.
-        grids: (rows, columns) of the patches of each stage.
-        word_side: words along a side of a patch; 0: the model has patches alone.
-        patch_embedding: the layer that makes the first patches of words, or None.
+        grids: list of (rows, columns) of the patches of each stage.
+        word_side: number of words along a side of a patch; 0 if the model has no words.
+        patch_embedding: the layer that embeds words as the first patches, or `None`.
 
     Raises:
-        ValueError: if there is no class to explain, or the images do not fit.
+        ValueError: if there is no class to explain, or the images do not match the model.
     """
 
     def __init__(self, model, images):
+        """Checks the model and the images, and builds the model of the logits."""
         self.model, self.found = model, anatomy(model)
         heads = self.found.heads
         if not heads:
@@ -66,12 +67,12 @@ class Subject:
 
     @functools.cached_property
     def gate_gradient(self):
-        """See `gate_gradient_of`."""
+        """Returns the function of `gate_gradient_of` for the logits."""
         return gate_gradient_of(self.logits)
 
     @functools.cached_property
     def pixel_gradient(self):
-        """A function (images, chosen) to the gradient of the target logits by the images."""
+        """Returns a function (images, chosen) to the gradient of target logits by the images."""
 
         def target_logits(images, chosen):
             return sum_of_targets(self.logits(images, training=False), chosen)
@@ -79,19 +80,19 @@ class Subject:
         return gradient_of(target_logits, self.logits.variables)
 
     def chosen(self, classes):
-        """A one for each image's class, (batch, classes)."""
+        """Returns the one-hot rows of class indices, (batch, classes)."""
         return np.eye(self.logits.output_shape[-1], dtype="float32")[classes]
 
     def predict(self, images):
-        """The mean of the heads' logits, as an array (batch, classes)."""
+        """Returns the mean of the heads' logits, as an array (batch, classes)."""
         return keras.ops.convert_to_numpy(self.logits(images, training=False))
 
     def check_finite(self, logits, names=None):
-        """Raise ValueError where the logits of an image are not finite.
+        """Raises a `ValueError` if the logits of an image are not finite.
 
         Args:
             logits: `(batch, classes)`.
-            names: a name for each image; None: numbers from 1.
+            names: a name for each image. If `None`, images are numbered from 1.
         """
         finite = np.isfinite(np.asarray(logits, "float32")).all(axis=-1)
         if finite.all():
@@ -104,12 +105,17 @@ class Subject:
         )
 
     def probabilities(self, logits):
-        """What the model's own activation makes of logits, (batch, classes): those if linear."""
+        """Returns the model's own activation of logits, (batch, classes)."""
         logits = keras.ops.convert_to_tensor(np.asarray(logits, "float32"))
         return keras.ops.convert_to_numpy(self.activate(logits)).astype("float32")
 
     def class_indices(self, targets, count):
-        """The index of each image's class, of indices or names, one an image or one for all."""
+        """Returns the class index of each image, as an array.
+
+        Args:
+            targets: indices or names of classes, one per image or one for all.
+            count: number of images.
+        """
         if isinstance(targets, str) or np.ndim(targets) == 0:
             targets = [targets] * count
         if len(targets) != count:
@@ -119,6 +125,7 @@ class Subject:
         return np.array([self.class_index(target) for target in targets])
 
     def class_index(self, target):
+        """Returns the index of a class, given by index or name."""
         classes = self.logits.output_shape[-1]
         if not isinstance(target, str):
             if not 0 <= target < classes:
@@ -132,7 +139,7 @@ class Subject:
         return names.index(target)
 
     def baseline(self, value=None):
-        """The pixel of an image that says nothing, (channels,): `value`, or what becomes zero."""
+        """Returns the baseline pixel: `value`, or the one that is normalized to zero."""
         image = self.found.image
         if value is None:
             value = 255 * np.array(image.mean) if image.normalises else 0.0
@@ -140,18 +147,18 @@ class Subject:
         return pixel[:, None, None] if self.channels_first else pixel
 
     def to_pixels(self, maps):
-        """Maps (batch, rows, columns) as large as the images, with an axis of channels."""
+        """Returns maps (batch, rows, columns) enlarged to the images' size, with a channel axis."""
         for axis, side in enumerate(self.sides, start=1):
             maps = np.repeat(maps, side // maps.shape[axis], axis=axis)
         return np.expand_dims(maps, 1 if self.channels_first else -1)
 
 
 def check_finite_images(images, names=None):
-    """Raise ValueError for images with values that are NaN or infinite.
+    """Raises a `ValueError` for images with values that are NaN or infinite.
 
     Args:
         images: `(batch, ...)`.
-        names: a name for each image; None: numbers from 1.
+        names: a name for each image. If `None`, images are numbered from 1.
     """
     for i, image in enumerate(images):
         image = keras.ops.convert_to_numpy(image)
@@ -165,7 +172,7 @@ def check_finite_images(images, names=None):
 
 
 def cause_of_nonfinite(model):
-    """Returns a sentence that says why a model's activations are not finite, and what helps."""
+    """Returns a sentence with the cause of a model's non-finite activations, and a fix."""
     broken = [
         weight.path
         for weight in model.weights
@@ -185,25 +192,28 @@ def cause_of_nonfinite(model):
 
 
 class DenseLogits(keras.layers.Layer):
-    """The output of a `Dense` layer before its activation, from the same weights."""
+    """Layer that computes the output of a `Dense` layer before its activation, from its weights."""
 
     def __init__(self, dense, **kwargs):
+        """Takes the `Dense` layer, whose variables it shares."""
         super().__init__(dtype=dense.dtype_policy, **kwargs)
         self.dense = dense
         self.built = True
 
     def call(self, x):
+        """Returns logits (..., units) of x (..., dim)."""
         x = keras.ops.matmul(x, keras.ops.cast(self.dense.kernel, x.dtype))
         if self.dense.use_bias:
             x = keras.ops.add(x, keras.ops.cast(self.dense.bias, x.dtype))
         return x
 
     def compute_output_shape(self, input_shape):
+        """Returns the input shape with the last axis replaced by `units`."""
         return (*input_shape[:-1], self.dense.units)
 
 
 def logits_of(head):
-    """Returns the symbolic logits of a head: its output before an activation."""
+    """Returns the symbolic logits of a head: its output before its activation."""
     if activation_name(head.activation) == "linear":
         return head.output
     if getattr(head, "quantization_mode", None):
@@ -216,7 +226,7 @@ def logits_of(head):
 
 
 def activation_name(activation):
-    """The name of an activation, be it a layer, a function or None."""
+    """Returns the name of an activation, which is a layer, a function or `None`."""
     if isinstance(activation, keras.layers.Softmax):
         return "softmax"
     activation = getattr(activation, "activation", activation)

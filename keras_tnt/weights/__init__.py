@@ -1,6 +1,6 @@
-"""Files of weights, from the hub and from the disk, and how they fill a model.
+"""Weight files, from the hub and from disk, and loading them into models.
 
-Nothing here knows a family of models: names and layouts are handed over in tables.
+No module here knows a model family: tensor names and layouts are passed in as tables.
 """
 
 from keras_tnt.weights.keras_files import KERAS, load_keras_file, load_keras_model

@@ -1,4 +1,4 @@
-"""Fill a model from a PyTorch-named checkpoint, and write one."""
+"""Loads PyTorch-named checkpoints into models, and writes them."""
 
 import dataclasses
 import os
@@ -14,14 +14,14 @@ LISTED = 10
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What is known of the names of a model's tensors.
+    """Naming table of a model's tensors.
 
     Attributes:
         family: name of the family, for messages.
-        table: the family's rows of names, as `keras_tnt.weights.names` explains.
-        telling: rows of (pattern of a tensor's name, argument of the builder, what the tensor is):
-            a file has such tensors just where the argument is true.
-        prefix: what the names of the model's layers begin with.
+        table: the family's rows of tensor names, in the format of `keras_tnt.weights.names`.
+        telling: rows of (regular expression of a tensor name, builder argument, description): a
+            checkpoint contains such tensors if and only if the argument is true.
+        prefix: common prefix of the names of the model's layers.
     """
 
     family: str
@@ -31,38 +31,38 @@ class Names:
 
 
 def fill(model, file, names):
-    """Fill a model from an open file of tensors.
+    """Loads the tensors of an open file into a model.
 
     Args:
         model: a model built by this package, or one with such a model inside.
-        file: what `open_tensors` gave.
+        file: a `TensorFile`, from `open_tensors`.
         names: the `Names` of the model's tensors.
 
     Raises:
-        ValueError: if the file's tensors do not fit the model or are no finite numbers. The model
-            is unchanged then.
+        ValueError: if the tensors do not match the model, or contain NaN or Inf. The model is
+            unchanged then.
     """
     try:
         matched = match(model, file.shapes, names)
     except ValueError as error:
         raise ValueError(f"'{file.path}': {error}") from error
-    # Everything is read once before anything is assigned, so that a bad tensor changes nothing.
+    # All tensors are read once before the first assignment, so that a bad one changes nothing.
     file.check(name for entry in matched for name in entry.names)
     for entry in matched:
         entry.assign(file.read(entry.names))
 
 
 def write(model, path, names):
-    """Write a model's weights under the first of the naming conventions.
+    """Writes a model's weights under timm's tensor names.
 
     Args:
-        model: as `fill` has it.
-        path: ends in `.safetensors`. A file there is replaced.
+        model: as for `fill`.
+        path: path of the file, which must end in `.safetensors`. An existing file is replaced.
         names: the `Names` of the model's tensors.
 
     Raises:
-        ValueError: for another ending, a quantized model, and layers that no checkpoint has.
-        OSError: if the disk has no room for it, or runs full; nothing is kept.
+        ValueError: for another extension, a quantized model, or layers without a checkpoint name.
+        OSError: if the disk has too little space; no partial file is left.
     """
     path = expand(path)
     if not path.endswith(SAFETENSORS):
@@ -78,14 +78,22 @@ def write(model, path, names):
         save_file(tensors, unfinished, metadata={"format": "pt"})
 
 
-# === What fits, and what does not ===
+# === Matching ===
 
 
 def match(model, shapes, names):
-    """The model's entries in the naming convention of a file that holds tensors of these shapes.
+    """Returns the model's entries in the naming convention that fits a file best.
+
+    Args:
+        model: the model to fill.
+        shapes: dict from tensor name to shape, of the file.
+        names: the `Names` of the model's tensors.
+
+    Returns:
+        A list of `keras_tnt.weights.names.Entry`.
 
     Raises:
-        ValueError: telling what does not fit, and the likely cause.
+        ValueError: if the tensors do not match; the message lists likely causes and differences.
     """
     candidates = [
         entries(model, names.table, names.prefix, convention, skip_others=True)
@@ -106,7 +114,7 @@ def match(model, shapes, names):
 
 
 def differences(model, matched, wanted, shapes):
-    """What keeps a file's tensors from filling the model, a line each."""
+    """Returns one line per mismatch between a file's tensors and the model's."""
     misshaped = [
         f"shape: {name} is {shapes[name]} in the file, {shape} in the model"
         for e in matched
@@ -125,12 +133,12 @@ def differences(model, matched, wanted, shapes):
 
 
 def is_top(wanted, name):
-    """Whether a tensor belongs to the heads of a model that is built without them."""
+    """Returns whether a tensor belongs to heads that the model was built without."""
     return "head.weight" not in wanted and name.split(".")[0] in ("head", "head_dist")
 
 
 def causes(names, wanted, shapes):
-    """The common reasons that a file does not fit, as far as names and shapes tell them."""
+    """Yields likely reasons for a mismatch, inferred from tensor names and shapes."""
     if not set(wanted) & set(shapes):
         yield (
             "No tensor of the file has a name that timm or the original release gives to a "
@@ -158,10 +166,12 @@ def causes(names, wanted, shapes):
 
 
 def size(shapes):
+    """Returns a model's size as text, such as `dimension 384 and 12 blocks`, from its shapes."""
     dim = (shapes.get("norm.weight") or ("?",))[-1]
     blocks = {block[0] for block in map(re.compile(r"blocks\.\d+\.").match, shapes) if block}
     return f"dimension {dim}" + (f" and {len(blocks)} blocks" if blocks else "")
 
 
 def classes(shapes):
+    """Returns the number of classes from the shape of `head.weight`; `None` without one."""
     return (shapes.get("head.weight") or (None,))[0]

@@ -1,8 +1,8 @@
-"""Stand-ins for what training scripts save next to the weights: scalars, paths, settings.
+"""Inert stand-ins for objects that training scripts save next to the weights.
 
-`torch.load(weights_only=True)` refuses every global that it does not know. The globals listed
-here are common and carry no weights; each is read as an inert stand-in, so that no constructor of
-another package is called with the values of an untrusted file.
+`torch.load(weights_only=True)` rejects every global that it does not know. The globals listed here
+(scalars, paths, settings) are common and carry no weights. Each is unpickled as an inert stand-in,
+so that no constructor of another package runs on values of an untrusted file.
 """
 
 import argparse
@@ -12,63 +12,79 @@ import re
 
 import numpy as np
 
-# Kinds of NumPy's types that are plain numbers or text, with the bytes of an item.
+# NumPy type codes of numbers and strings, with the item size in bytes.
 SCALAR_TYPE = re.compile(r"[biufcSU]\d{1,6}")
 
 
 class Dtype:
-    """Stands in for `numpy.dtype`: the code of a type and its byte order."""
+    """Stand-in for `numpy.dtype`: the type code and the byte order."""
 
     def __init__(self, code="", *_):
+        """Stores the type code; other arguments are ignored."""
         self.code, self.order = code, "="
 
     def __setstate__(self, state):
+        """Reads the byte order, the second item of the pickled state."""
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="):
             self.order = state[1]
 
 
 class Array:
-    """Stands in for `numpy.ndarray`: an array next to the weights, whose values are not read."""
+    """Stand-in for `numpy.ndarray`: an array next to the weights, whose values are not read."""
 
     def __init__(self, *_):
+        """Ignores all arguments."""
         pass
 
     def __setstate__(self, state):
+        """Discards the pickled state."""
         pass
 
 
 class Dict:
-    """Stands in for subclasses of `dict`: makes a plain one, which is filled afterwards."""
+    """Stand-in for subclasses of `dict`."""
 
     def __new__(cls, *_):
+        """Returns a plain empty dict, which the unpickler fills."""
         return {}
 
 
 class List:
-    """Stands in for other sequences: makes a plain list, which is filled afterwards."""
+    """Stand-in for other sequences."""
 
     def __new__(cls, *_):
+        """Returns a plain empty list, which the unpickler fills."""
         return []
 
 
 class Factory:
-    """Stands in for a built-in type that is named, such as the factory of a `defaultdict`.
+    """Stand-in for a built-in type that a pickle names, such as the factory of a `defaultdict`.
 
     Args:
-        type: the type, of which only the empty value is made.
+        type: the type, of which only the empty value is ever created.
     """
 
     def __init__(self, type):
+        """Stores the type."""
         self.type = type
 
     def __call__(self, *arguments):
+        """Returns the type's empty value; raises a `ValueError` if given arguments."""
         if arguments:
             raise ValueError(f"it calls {self.type.__name__}")
         return self.type()
 
 
 def scalar(dtype, data=b""):
-    """Stands in for NumPy's `scalar`: returns a Python number or string of the bytes `data`."""
+    """Returns a Python number or string, in place of NumPy's `scalar`.
+
+    Args:
+        dtype: a `Dtype` of a number or string.
+        data: bytes of the item.
+
+    Raises:
+        ValueError: if the type is another one, or `data` does not have its size.
+    """
     if not isinstance(dtype, Dtype) or not SCALAR_TYPE.fullmatch(str(dtype.code)):
         raise ValueError("it holds a NumPy scalar that is no number and no text")
     dtype = np.dtype(dtype.order + dtype.code)
@@ -78,17 +94,17 @@ def scalar(dtype, data=b""):
 
 
 def posix_path(*parts):
-    """Stands in for `pathlib.Path`: a path that never reaches the disk."""
+    """Returns a pure POSIX path, which cannot access the disk, in place of `pathlib.Path`."""
     return pathlib.PurePosixPath(*map(str, parts))
 
 
 def windows_path(*parts):
-    """Stands in for `pathlib.WindowsPath`: a path that never reaches the disk."""
+    """Returns a pure Windows path, which cannot access the disk, in place of `WindowsPath`."""
     return pathlib.PureWindowsPath(*map(str, parts))
 
 
 def safe_globals():
-    """Returns what `torch.serialization.safe_globals` takes: pairs of a stand-in and a name."""
+    """Returns the pairs (stand-in, name) that `torch.serialization.safe_globals` takes."""
     found = [
         (argparse.Namespace, "argparse.Namespace"),
         (argparse.Namespace, "types.SimpleNamespace"),

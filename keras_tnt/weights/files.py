@@ -1,4 +1,4 @@
-"""Files of PyTorch-named tensors: their names and shapes first, the values one by one."""
+"""PyTorch-named tensor files: names and shapes are read first, values on demand."""
 
 import os
 import pickle
@@ -15,31 +15,32 @@ from keras_tnt.weights.wrappers import LIGHTNING, choose, without_wrappers
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pth", ".pt", ".pth.tar", ".bin", ".ckpt")
-# The types of weights, as safetensors and as torch call them.
+# Weight types, by safetensors' names, with torch's.
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-# What pickles of protocol 2, the only one of torch.save, begin with.
+# First bytes of a pickle of protocol 2, the one that torch.save writes.
 PICKLE = b"\x80\x02"
-# How torch names a global that it refuses.
+# Matches the name of the global in torch's error when it rejects a pickle.
 GLOBAL = re.compile(r"\bGLOBAL (\S+)")
-ENCRYPTED = 1  # in the flags of a zip archive's entry
+ENCRYPTED = 1  # flag bit of a zip entry
 
 
 def open_tensors(path, ema=False):
-    """Open a file of tensors without reading their values.
+    """Opens a file of tensors without reading their values.
 
     Args:
         path: path of a `.safetensors` file, or of a `.pth`, `.pt`, `.pth.tar`, `.bin` or `.ckpt`
-            file where torch is installed.
-        ema: whether to read the moving average of the weights, which some `.pth` files hold beside
-            the weights.
+            file if torch is installed.
+        ema: whether to read the exponential moving average (EMA) of the weights, which some `.pth`
+            files store in addition to the weights. Defaults to `False`.
 
     Returns:
         A `TensorFile`.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ImportError: if it takes torch to read it, which is not installed.
-        ValueError: for another kind of file, a damaged one, and one that would run code.
+        OSError: if the file does not exist or cannot be read.
+        ImportError: if reading it needs torch, which is not installed.
+        ValueError: for other file types, damaged files, files that would execute code, and
+            `ema=True` for a file without an EMA.
     """
     path = expand(path)
     if not path.endswith(SAFETENSORS + TORCH):
@@ -56,51 +57,65 @@ def open_tensors(path, ema=False):
 
 
 def check_readable(path):
-    """Raise an OSError that says why, or a ValueError, if a path is no file that can be read."""
+    """Checks that a path is a readable regular file.
+
+    Args:
+        path: the path.
+
+    Raises:
+        OSError: if it does not exist or cannot be opened.
+        ValueError: if it is a directory or a device.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):  # Opening a pipe would wait for its writer.
         raise ValueError(f"'{path}' is a folder or a device, not a file.")
     open_regular(path).close()
 
 
 def advice_on_keras_files(path):
+    """Returns a hint on `load_weights` for the path of a Keras file; else an empty string."""
     if path.endswith((".keras", ".h5")):
         return ". A file that Keras wrote is loaded with model.load_weights(path)."
     return ""
 
 
 class TensorFile:
-    """Tensors of a file by name.
+    """Tensors of a file, by name.
 
     Attributes:
-        path: of the file.
-        shapes: dict from each tensor's name to its shape.
+        path: path of the file.
+        shapes: dict from tensor name to shape.
     """
 
     def read(self, names):
-        """The values of tensors as a list of float arrays.
+        """Returns the values of tensors as a list of float32 or float64 arrays.
+
+        Args:
+            names: names of the tensors.
 
         Raises:
-            ValueError: if one is no array of finite floating-point numbers.
+            ValueError: if a tensor is not a dense floating-point array, or contains NaN or Inf.
         """
         return [self.read_one(name) for name in names]
 
     def check(self, names):
-        """Read tensors one by one, keep none, and raise what `read` would."""
+        """Reads tensors one at a time and discards them; raises as `read` does."""
         for name in names:
             self.read_one(name)
 
     def read_one(self, name):
+        """Returns one tensor as a float32 or float64 array; raises as `read` does."""
         if problem := self.problem(name):
             raise self.unreadable(name, problem)
         value = self.value(name)
         value = np.asarray(value, "float64" if value.dtype == "float64" else "float32")
-        with np.errstate(over="ignore"):  # The variables are of float32 or smaller types.
+        with np.errstate(over="ignore"):  # Variables are float32 or smaller.
             finite = np.isfinite(value.astype("float32", copy=False))
         if not np.all(finite):
             raise self.unreadable(name, "holds NaN or infinity")
         return value
 
     def unreadable(self, name, problem):
+        """Returns the `ValueError` for a tensor that cannot be loaded."""
         return ValueError(
             f"'{self.path}' cannot be loaded: tensor '{printable(name)}' {problem}. Weights are "
             f"finite numbers of {', '.join(FLOATS.values())}."
@@ -108,9 +123,10 @@ class TensorFile:
 
 
 class SafetensorsFile(TensorFile):
-    """A `.safetensors` file; what has been read of it does not stay in memory."""
+    """File in the `.safetensors` format, whose tensors do not stay in memory after reading."""
 
     def __init__(self, path):
+        """Reads names, shapes and types from the header."""
         self.path = path
         with self.open() as file:
             self.names = without_wrappers(path, file.keys())
@@ -119,6 +135,7 @@ class SafetensorsFile(TensorFile):
             self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
 
     def open(self):
+        """Opens the file; raises a `ValueError` if it is truncated or damaged."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -130,20 +147,23 @@ class SafetensorsFile(TensorFile):
             ) from error
 
     def problem(self, name):
+        """Returns the reason that a tensor is not a usable weight; `None` if it is."""
         dtype = self.dtypes[name]
         return None if dtype in FLOATS else f"is of type {dtype}"
 
     def value(self, name):
-        # Opened anew each time: the pages of an open file that have been read count as memory of
-        # the process.
+        """Returns a tensor as an array of its stored type."""
+        # The file is reopened each time, because pages of an open mapping that have been read
+        # count as resident memory of the process.
         with self.open() as file:
             return file.get_tensor(self.names[name])
 
 
 class TorchFile(TensorFile):
-    """A file that `torch.save` wrote, of tensors alone."""
+    """Tensors of a file that `torch.save` wrote."""
 
     def __init__(self, path, ema):
+        """Unpickles the file without running code, and selects the weights or their EMA."""
         self.path = path
         whole = load_torch(path)
         content = choose(path, whole, ema)
@@ -161,6 +181,7 @@ class TorchFile(TensorFile):
         self.shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
 
     def problem(self, name):
+        """Returns the reason that a tensor is not a usable weight; `None` if it is."""
         import torch
 
         tensor = self.tensors[name]
@@ -171,20 +192,31 @@ class TorchFile(TensorFile):
             return "is on the device 'meta', where no values are"
         if dtype not in FLOATS.values():
             return f"is of type {dtype}"
-        # `expand` shows the same number at many places.
+        # Tensors from `expand` repeat stored numbers, so the file does not bound their size.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             return f"of shape {tuple(tensor.shape)} has fewer numbers in the file"
         return None
 
     def value(self, name):
+        """Returns a tensor as a float32 array."""
         return self.tensors[name].detach().float().resolve_neg().numpy()
 
 
-# === Files of torch.save ===
+# === torch.save files ===
 
 
 def load_torch(path):
-    """What a file of `torch.save` holds, none of it code, its tensors mapped from the disk."""
+    """Returns the content of a `torch.save` file, without running code in it.
+
+    Tensors of zip archives are memory-mapped.
+
+    Args:
+        path: path of the file.
+
+    Raises:
+        ImportError: if torch is not installed.
+        ValueError: if the file is damaged, or would execute code.
+    """
     try:
         import torch
     except ImportError as error:
@@ -195,7 +227,7 @@ def load_torch(path):
     stored = check_torch_format(path)
     claims = Claims(os.path.getsize(path))
     try:
-        # Many files hold the settings of a training run next to the weights.
+        # Many checkpoints store training settings next to the weights.
         with torch.serialization.safe_globals(safe_globals()):
             content = torch.load(
                 path, map_location=claims.add, weights_only=True, mmap=stored is not None
@@ -208,12 +240,12 @@ def load_torch(path):
             f"'{path}' is refused: {refusal(error)}, and opening it could run code of whoever made "
             "it. Where you trust the file, write the state dict alone as .safetensors."
         ) from error
-    except Exception as error:  # A damaged pickle raises whatever its garbage leads to.
+    except Exception as error:  # A damaged pickle may raise any exception.
         raise damaged(path, f"{type(error).__name__}: {error}".rstrip(": ")) from error
 
 
 def refusal(error):
-    """Returns why torch refused a pickle: the global that it names, where there is one."""
+    """Returns the reason that torch rejected a pickle, with the global that it names, if any."""
     found = GLOBAL.search(str(error))
     if found is None:
         return "it is damaged, or holds more than tensors"
@@ -222,6 +254,7 @@ def refusal(error):
 
 
 def damaged(path, reason):
+    """Returns the `ValueError` for a damaged file."""
     return ValueError(
         f"'{path}' cannot be read: {printable(reason, longest=300)}. It may be truncated or "
         "damaged: delete it, and fetch it again."
@@ -229,14 +262,23 @@ def damaged(path, reason):
 
 
 class Claims:
-    """The bytes that a file claims for its tensors, each storage as torch comes to it."""
+    """Byte sizes that a file claims for its tensor storages, limited by the file's own size."""
 
     def __init__(self, room):
+        """Takes the size of the file in bytes."""
         self.room = room
         self.sizes = []
 
     def add(self, storage, _):
-        """Leave a storage where it is, on the CPU; a file cannot hold more than its own size."""
+        """Returns a storage unchanged, on the CPU, as torch's `map_location` callback.
+
+        Args:
+            storage: torch storage.
+            _: location tag, ignored.
+
+        Raises:
+            ValueError: if all storages together claim more bytes than the file has.
+        """
         size = storage.nbytes()
         self.room -= size
         if self.room < 0:
@@ -247,11 +289,13 @@ class Claims:
 
 
 def check_torch_format(path):
-    """Check what can be checked before torch reads a file.
+    """Validates a file before torch reads it.
+
+    Args:
+        path: path of the file.
 
     Returns:
-        The sizes of the stored tensors in bytes where the file is a zip archive; None where it is
-        of torch's older format.
+        A list of the storages' sizes in bytes for a zip archive; `None` for torch's legacy format.
 
     Raises:
         ValueError: if it is neither, or a damaged archive.
@@ -269,14 +313,14 @@ def check_torch_format(path):
 
 
 def check_archive(path):
-    """The entries of a zip archive, each of them there once, uncompressed and undamaged."""
+    """Returns the entries of a zip archive; they must be unique, uncompressed and undamaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             problem = entry_problem(entries)
             if problem is None and (changed := archive.testzip()):
                 problem = f"the checksum of its entry '{changed}' differs"
-    except Exception as error:  # A damaged archive raises whatever its garbage leads to.
+    except Exception as error:  # A damaged archive may raise any exception.
         raise damaged(path, str(error) or type(error).__name__) from error
     if problem:
         raise damaged(path, problem)
@@ -284,6 +328,7 @@ def check_archive(path):
 
 
 def entry_problem(entries):
+    """Returns the reason that zip entries are not acceptable; `None` if they are."""
     names = [entry.filename for entry in entries]
     if len(set(names)) < len(names):
         return "two of its entries have the same name"

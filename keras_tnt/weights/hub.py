@@ -1,9 +1,8 @@
-"""Files of the Hugging Face hub, kept in its cache.
+"""Downloads from the Hugging Face hub, stored in its cache.
 
-`huggingface_hub` asks and transfers: its cache, tokens, offline mode and `HF_ENDPOINT` are what
-they are everywhere. The endpoint is not trusted: what it says is checked before a file is named
-after it, and what it sends before it enters the cache. Added are an end to waiting, and one message
-for each thing that goes wrong.
+`huggingface_hub` makes the requests: its cache, tokens, offline mode and `HF_ENDPOINT` work as
+usual. The endpoint is not trusted: names that it sends are validated before they become paths, and
+content is verified before it enters the cache. This module adds timeouts and clear error messages.
 """
 
 import contextlib
@@ -20,56 +19,57 @@ from keras_tnt import files
 from keras_tnt.text import printable
 from keras_tnt.weights.files import SAFETENSORS, SafetensorsFile, check_readable
 
-# Seconds without a byte after which a download is given up.
+# Stall timeout: seconds without progress after which a download is aborted.
 PATIENCE = 20
-# Bytes that are taken from an endpoint that does not say how many there are.
+# Maximum bytes accepted from an endpoint that does not announce a size.
 LARGEST_FILE = 20 * 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-# Names that are taken into the cache: no path, nothing hidden, nothing that a shell reads.
+# Names accepted into the cache: no paths, no hidden files, no shell metacharacters.
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,200}", re.ASCII)
 COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class MissingFile(FileNotFoundError):
-    """The repository is there, the file is not."""
+    """Raised when the repository exists, but the file does not."""
 
 
 class Damaged(OSError):
-    """What came is not the file."""
+    """Raised when the downloaded content is corrupt."""
 
 
 class Distrusted(ConnectionError):
-    """The endpoint answered as no hub does."""
+    """Raised when the endpoint returns an invalid or unsafe response."""
 
 
 def fetch(repository, file, revision="main", sha256=None, renew=False, largest=None):
-    """The path of a file of the hub, downloaded if it is not in the cache.
+    """Returns the path of a hub file, downloaded if it is not in the cache.
 
     Args:
         repository: "owner/name".
         file: path within the repository.
-        revision: branch, tag or commit.
-        sha256: of the file, where it is known; the hub tells that of large files itself.
-        renew: whether to ask for a newer version of a file in the cache.
-        largest: bytes that the file may have; None: any number.
+        revision: branch, tag or commit. Defaults to "main".
+        sha256: expected SHA-256 of the file. If `None`, the one that the hub sends for large files.
+        renew: whether to look for a newer version of a cached file. Defaults to `False`.
+        largest: maximum size in bytes, checked if the endpoint sends the size. If `None`, any size
+            is accepted.
 
     Returns:
-        The path.
+        The path of the file in the cache.
 
     Raises:
         MissingFile: if the repository has no such file.
-        ValueError: if there is no such repository or revision for this user, if one of the names
-            cannot be one, or if the file is larger than `largest`.
-        ConnectionError: if the hub cannot be reached, stops sending, or answers as no hub does.
-        OSError: if the file cannot be written, or is not what it should be. Nothing of it is kept.
+        ValueError: if the repository or revision does not exist for this user, if a name is
+            invalid, or if the file is larger than `largest`.
+        ConnectionError: if the hub is unreachable, stalls, or returns an invalid response.
+        OSError: if the file cannot be written, or is corrupt. Nothing of it is stored.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
     check_names(repository, file, revision)
     check_ref(Cache(repository).path("refs", *revision.split("/")))
-    # A path, None, or a mark that the repository is known to have no such file.
+    # A path, None, or a sentinel that says that the repository has no such file.
     known = try_to_load_from_cache(repository, file, revision=revision)
     cached = known if isinstance(known, str) else None
     if cached and not is_whole(cached):
@@ -94,7 +94,7 @@ def fetch(repository, file, revision="main", sha256=None, renew=False, largest=N
 
 
 def check_names(repository, file, revision):
-    """Raise a ValueError if a name could not be a repository's, a file's or a revision's."""
+    """Raises a `ValueError` if the name of a repository, file or revision is invalid."""
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repository)
@@ -110,10 +110,10 @@ def check_names(repository, file, revision):
 
 
 def download(repository, file, revision, sha256, largest, beat):
-    """Ask for a file, and put it into the cache as `huggingface_hub` does.
+    """Downloads a file into the cache, in the layout of `huggingface_hub`.
 
-    The cache holds each content once, under `blobs`, by its ETag; `snapshots` has the names of the
-    files of a commit, linked to those; `refs` has the commits of branches and tags.
+    The cache stores each content once, under `blobs`, by its ETag. `snapshots` has a link to it for
+    each commit and file name, and `refs` has the commits of branches and tags.
     """
     import huggingface_hub
     from huggingface_hub.utils import WeakFileLock
@@ -136,13 +136,23 @@ def download(repository, file, revision, sha256, largest, beat):
             if not os.path.exists(blob):
                 transfer(url, file, metadata, sha256, blob, beat)
             link(blob, path)
-    with contextlib.suppress(PermissionError):  # A cache that is only read serves as well.
+    with contextlib.suppress(PermissionError):  # A read-only cache works too.
         cache.remember(revision, metadata.commit_hash)
     return path
 
 
 def check_metadata(metadata, file, largest):
-    """Raise if the names that the endpoint gives to a file are none, or the file is too large."""
+    """Validates the ETag, commit and size that the endpoint sends for a file.
+
+    Args:
+        metadata: result of `huggingface_hub.get_hf_file_metadata`.
+        file: path within the repository, for messages.
+        largest: as for `fetch`.
+
+    Raises:
+        Distrusted: if the ETag or the commit is not a valid name.
+        ValueError: if the file is larger than `largest`.
+    """
     for what, name, allowed in (
         ("ETag", metadata.etag, PLAIN_NAME),
         ("commit", metadata.commit_hash, COMMIT),
@@ -157,7 +167,7 @@ def check_metadata(metadata, file, largest):
 
 
 def transfer(url, file, metadata, sha256, blob, beat):
-    """Download a content into the cache, where it appears when it has been checked."""
+    """Downloads a content to a temporary file, verifies it, and moves it into the cache."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -175,19 +185,22 @@ def transfer(url, file, metadata, sha256, blob, beat):
 
 
 def origin(url):
+    """Returns (scheme, host and port) of a URL. A token is sent to its own origin only."""
     parts = urllib.parse.urlsplit(url)
     return parts.scheme, parts.netloc
 
 
 class Receiver(io.BufferedWriter):
-    """A new file that takes no more bytes than were promised, and tells of each piece."""
+    """New file that accepts at most the announced number of bytes, and reports progress."""
 
     def __init__(self, path, promised, beat):
+        """Opens the file; without an announced size, the limit is `LARGEST_FILE`."""
         super().__init__(io.FileIO(path, "w"))
         self.promised = LARGEST_FILE if promised is None else promised
         self.beat = beat
 
     def write(self, piece):
+        """Writes bytes and calls `beat`; raises `Distrusted` beyond the announced size."""
         if self.tell() + len(piece) > self.promised:
             raise Distrusted(
                 f"{endpoint()} sends more than the {self.promised:,} bytes that it promised. It is "
@@ -198,35 +211,37 @@ class Receiver(io.BufferedWriter):
 
 
 class Cache:
-    """The part of the hub's cache that belongs to a repository."""
+    """Cache directory of one repository."""
 
     def __init__(self, repository):
+        """Takes the repository's name, "owner/name"."""
         from huggingface_hub import constants
 
         self.root = constants.HF_HUB_CACHE
         self.name = f"models--{repository.replace('/', '--')}"
 
     def path(self, *parts):
+        """Returns a path inside the repository's cache directory."""
         return os.path.join(self.root, self.name, *parts)
 
     def lock(self, etag):
-        """The path of the file that whoever writes a content locks."""
+        """Returns the path of a blob's lock file, whose directory is created if missing."""
         folder = os.path.join(self.root, ".locks", self.name)
         os.makedirs(folder, exist_ok=True)
         return os.path.join(folder, f"{etag}.lock")
 
     def remember(self, revision, commit):
-        """Keep the commit that a branch or tag is at."""
+        """Stores the commit of a branch or tag."""
         path = self.path("refs", *revision.split("/"))
         if revision != commit and (not os.path.isfile(path) or read_text(path) != commit):
             files.write_atomically(path, commit)
 
     def lacks(self, commit, file):
-        """Keep that a commit has no file of this name."""
+        """Records that a commit has no file of this name."""
         files.write_atomically(self.path(".no_exist", commit, *file.split("/")), b"")
 
     def size(self):
-        """How many bytes of the repository's contents are there, finished or not."""
+        """Returns the total bytes of the repository's blobs, including unfinished ones."""
         found = 0
         for folder, _, names in os.walk(self.path("blobs")):
             for name in names:
@@ -236,39 +251,50 @@ class Cache:
 
 
 def check_ref(path):
-    """Raises a `ValueError` if a FIFO or a device stands where a branch's commit is cached."""
+    """Raises a `ValueError` if the cached commit of a branch is a FIFO or a device."""
     if os.path.exists(path) and not os.path.isdir(path):
         files.open_regular(path, 1 << 16).close()
 
 
 def read_text(path):
+    """Returns the text of a regular file of at most 64 KiB."""
     return files.read_regular(path, 1 << 16).decode("utf-8", "replace")
 
 
 def link(blob, path):
-    """Give a content of the cache a file's name."""
+    """Links a blob of the cache to a file's name."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         os.remove(path)
     try:
         os.symlink(os.path.relpath(blob, folder), path)
-    except OSError:  # Windows grants links to some users alone.
+    except OSError:  # Windows lets only some users create links.
         os.replace(blob, path)
 
 
 def endpoint():
-    """The hub's address; `HF_ENDPOINT` counts even if set after huggingface_hub was imported."""
+    """Returns the hub's URL; `HF_ENDPOINT` applies even if set after huggingface_hub's import."""
     from huggingface_hub import constants
 
     return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
 
 
-# === An end to waiting ===
+# === Stall timeout ===
 
 
 def watched(work, repository):
-    """`work(beat)` in a thread, given up where neither it nor another process makes progress."""
+    """Returns `work(beat)`, run in a thread with a stall timeout.
+
+    Progress is a call of `beat`, or a change in the size of the repository's cache.
+
+    Args:
+        work: function of `beat`, which it calls at each step of progress.
+        repository: "owner/name".
+
+    Raises:
+        TimeoutError: after `PATIENCE` seconds without progress.
+    """
     outcome = {}
     last = [time.monotonic()]
     cache = Cache(repository)
@@ -287,7 +313,7 @@ def watched(work, repository):
     seen = None
     while thread.is_alive():
         thread.join(timeout=0.2)
-        # Another process may be downloading the file, and this one waiting for it.
+        # Another process may be downloading the file while this one waits for its lock.
         if (now := cache.size()) != seen:
             seen = now
             beat()
@@ -298,11 +324,20 @@ def watched(work, repository):
     return outcome["value"]
 
 
-# === What came ===
+# === Verification ===
 
 
 def check(path, file, sha256):
-    """Raise if a content is not what the file of this name should be."""
+    """Verifies the content of a downloaded file.
+
+    Args:
+        path: path of the content.
+        file: path within the repository.
+        sha256: expected SHA-256. If `None`, it is not checked.
+
+    Raises:
+        Damaged: if the checksum differs, or a `.safetensors` file is incomplete.
+    """
     if sha256 is not None:
         with open(path, "rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()
@@ -319,10 +354,12 @@ def check(path, file, sha256):
 
 
 def is_whole(path):
+    """Returns whether a cached file is complete; only `.safetensors` files are checked."""
     return not path.endswith(SAFETENSORS) or is_safetensors(path)
 
 
 def is_safetensors(path):
+    """Returns whether a file is a complete `.safetensors` file."""
     check_readable(path)
     try:
         SafetensorsFile(path)
@@ -332,9 +369,9 @@ def is_safetensors(path):
 
 
 def discard(path):
-    """Remove a file from the cache: its name, and the content that it leads to.
+    """Removes a file from the cache: its link and its blob.
 
-    What lies outside of the cache, which a name in it may lead to, is left alone.
+    A link's target outside the cache is not removed.
     """
     from huggingface_hub import constants
 
@@ -346,11 +383,11 @@ def discard(path):
                 os.remove(part)
 
 
-# === What went wrong ===
+# === Errors ===
 
 
 def explain(error, repository, file, revision):
-    """The error to raise in place of `error`, or `error` itself."""
+    """Returns the error to raise in place of `error`, or `error` itself."""
     from huggingface_hub import constants, errors
 
     where = f"'{file}' of '{repository}'"
@@ -411,7 +448,7 @@ def explain(error, repository, file, revision):
 
 
 def advice(response):
-    """What to do about an answer of this status."""
+    """Returns advice on an HTTP error, by its status."""
     status = response.status_code
     if status == 401:
         return "The token is not valid: log in again (`hf auth login`, or HF_TOKEN)."

@@ -1,11 +1,11 @@
-"""The config.json of a repository of the hub, in timm's form, read without trust."""
+"""Parser of a hub repository's config.json in timm's format, as untrusted input."""
 
 import dataclasses
 import json
 
 from keras_tnt.text import is_encodable, printable
 
-# What lies beyond these is taken for an attack or a mistake, before anything is allocated.
+# Values beyond these limits are rejected before anything is allocated.
 LARGEST_FILE = 16 * 2**20  # bytes
 MOST_CLASSES = 200_000
 LARGEST_SIDE = 4096  # pixels
@@ -17,17 +17,17 @@ SMALLEST_STD = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class HubConfig:
-    """What a config.json tells of a model; None where it tells nothing.
+    """Description of a model by its config.json; absent fields are `None`.
 
     Attributes:
-        architecture: timm's name of it, without the name of the weights behind a dot.
+        architecture: timm's name, without the tag of the weights after a dot.
         classes: number of classes; 0 for a model without a classifier.
-        size: (height, width) of its images in pixels.
-        mean, std: of its images' channels, for pixels in [0, 1].
-        crop: share of the image that the centre crop keeps, in (0, 1].
-        interpolation: name of the filter that resizes its images.
-        label_names: the names of the classes, in their order.
-        label_descriptions: dict from names to what they mean, for some or all of them.
+        size: (height, width) of the input images in pixels.
+        mean, std: per-channel statistics of images, for pixels in [0, 1].
+        crop: ratio of the center crop to the resized image, in (0, 1].
+        interpolation: name of the resize filter.
+        label_names: class names in order.
+        label_descriptions: dict from label names to descriptions, for some or all of them.
     """
 
     architecture: str | None = None
@@ -42,22 +42,25 @@ class HubConfig:
 
     @property
     def class_names(self):
-        """What people call the classes: their descriptions where there are any; or None."""
+        """Returns the display names of the classes, descriptions where available; or `None`."""
         if self.label_names is None:
             return None
         return tuple((self.label_descriptions or {}).get(name, name) for name in self.label_names)
 
 
 def parse_config(data: bytes, origin: str) -> HubConfig:
-    """Read a config.json.
+    """Parses a config.json.
 
     Args:
-        data: its bytes.
-        origin: where it comes from, for messages.
+        data: content of the file.
+        origin: source of the file, for messages.
+
+    Returns:
+        A `HubConfig`.
 
     Raises:
-        ValueError: if it is not UTF-8, not JSON, not an object, or if one of the values that
-            `HubConfig` has is of another kind or out of bounds.
+        ValueError: if the content is not UTF-8, not JSON or not an object, or if a field of
+            `HubConfig` has the wrong type or is out of bounds.
     """
     try:
         return read_fields(parse_json(data))
@@ -68,6 +71,7 @@ def parse_config(data: bytes, origin: str) -> HubConfig:
 
 
 def parse_json(data):
+    """Returns the JSON object in `data`; raises a `ValueError` for other or too large content."""
     if len(data) > LARGEST_FILE:
         raise ValueError(f"it has {len(data):,} bytes, more than {LARGEST_FILE:,}.")
     try:
@@ -82,12 +86,14 @@ def parse_json(data):
 
 
 def refuse_constant(name):
+    """Raises a `ValueError` for NaN and Infinity, which are not JSON."""
     raise ValueError(f"it holds {name}, which is no JSON.")
 
 
 def read_fields(config):
+    """Returns the `HubConfig` of a JSON object; raises a `ValueError` for invalid fields."""
     arguments = told(config, "model_args", as_object) or {}
-    # timm once wrote the fields of `pretrained_cfg` beside the others.
+    # Earlier versions of timm wrote the fields of `pretrained_cfg` at the top level.
     pretrained = told(config, "pretrained_cfg", as_object) or config
     everything = pretrained | config
     architecture = told(config, "architecture", as_text)
@@ -116,37 +122,41 @@ def read_fields(config):
 
 
 def told(config, name, read, *bounds):
-    """The value of a name, read as one of the kinds below; None where there is none."""
+    """Returns a field's value, parsed by one of the functions below; `None` if it is absent."""
     value = config.get(name)
     return None if value is None else read(name, value, *bounds)
 
 
-# === Values of one kind ===
+# === Field parsers, which raise a ValueError for other values ===
 
 
 def wrong(name, kind, value):
+    """Returns the `ValueError` for a value of the wrong type or out of bounds."""
     return ValueError(f"`{name}` must be {kind}. It is {printable(value)}.")
 
 
 def as_object(name, value):
+    """Returns a dict."""
     if not isinstance(value, dict):
         raise wrong(name, "an object", value)
     return value
 
 
 def as_text(name, value):
-    # JSON may hold halves of characters, which no file can.
+    """Returns a non-blank string that UTF-8 can encode."""
+    # JSON may contain lone surrogates, which no file can.
     if not isinstance(value, str) or not is_encodable(value) or not value.strip():
         raise wrong(name, "a text", value)
     return value
 
 
 def as_texts(name, value):
+    """Returns a dict of non-blank strings."""
     return {key: as_text(name, text) for key, text in as_object(name, value).items()}
 
 
 def as_names(name, value):
-    """Names from a list, or from an object whose keys are the numbers of the classes."""
+    """Returns a tuple of names, from a list or from an object with class indices as keys."""
     if isinstance(value, dict):
         numbers = [str(number) for number in range(len(value))]
         if set(value) != set(numbers):
@@ -158,13 +168,14 @@ def as_names(name, value):
 
 
 def as_whole(name, value, least, most):
+    """Returns an integer in [least, most]; bools are rejected."""
     if type(value) is not int or not least <= value <= most:
         raise wrong(name, f"a whole number from {least:,} to {most:,}", value)
     return value
 
 
 def as_size(name, value):
-    """(height, width) from a side, two of them, or (channels, height, width)."""
+    """Returns (height, width) from one side, two sides, or (channels, height, width)."""
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) not in (2, 3):
         raise wrong(name, "two sides, or channels and two sides", value)
@@ -172,13 +183,15 @@ def as_size(name, value):
 
 
 def as_number(name, value, least, most):
-    # NaN is not between any two numbers.
+    """Returns a float in [least, most]; bools are rejected."""
+    # The comparison rejects NaN too.
     if type(value) not in (int, float) or not least <= value <= most:
         raise wrong(name, f"a number from {least:g} to {most:g}", value)
     return float(value)
 
 
 def as_statistics(name, value, least):
+    """Returns a tuple of 1 or 3 floats, at least `least`."""
     if not isinstance(value, list) or len(value) not in CHANNELS:
         raise wrong(name, "a list of 3 numbers, one a channel, or of 1", value)
     return tuple(as_number(name, number, least, LARGEST_STATISTIC) for number in value)

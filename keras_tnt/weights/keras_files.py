@@ -1,4 +1,4 @@
-"""Files of weights that Keras wrote, into a model: all of a file, or nothing and the reason."""
+"""Loads Keras weight files into a model, completely or not at all."""
 
 import collections
 import contextlib
@@ -14,35 +14,35 @@ from keras_tnt.text import printable
 from keras_tnt.weights.files import check_archive, check_readable, damaged
 
 KERAS = (".weights.h5", ".keras")
-# The name that Keras gives to the file of weights inside of a `.keras` file.
+# Keras's name for the weight file inside a `.keras` file.
 INSIDE = "model.weights.h5"
 LISTED = 10
 
 
 def load_keras_file(model, path):
-    """Fill a model with the weights of a file that Keras wrote.
+    """Loads the weights of a file that Keras wrote into a model.
 
-    Every variable of the model is filled and every tensor of the file used, but for the heads where
-    the model has none.
+    Every variable of the model is assigned, and every tensor of the file is used, except for
+    classifier heads that the model does not have.
 
     Args:
         model: a model built by this package.
-        path: of a `.keras` or `.weights.h5` file.
+        path: path of a `.keras` or `.weights.h5` file.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ValueError: if the file is damaged, or its weights do not fit the model or are no finite
-            numbers. The model is unchanged then.
+        OSError: if the file does not exist or cannot be read.
+        ValueError: if the file is damaged, or its weights do not match the model or contain NaN or
+            Inf. The model is unchanged then.
     """
     path = expand(path)
     shapes = without_unused_heads(model, read_shapes(path))
-    # In this scope variables stay as they are, and what they are assigned is kept beside them.
+    # In this scope assignments are recorded, and the variables do not change.
     with keras.StatelessScope() as scope, warnings.catch_warnings():
-        # Keras warns of groups that it looks for in vain before it says what it misses.
+        # Keras warns about groups that it does not find before its error lists them.
         warnings.simplefilter("ignore")
         try:
             model.load_weights(path)
-        except Exception as error:  # Whatever h5py and the layers' own loading raise.
+        except Exception as error:  # h5py and the layers' loading raise many types.
             raise misfit(model, path, shapes, error) from error
     values = [(v, scope.get_current_value(v)) for v in model.variables if is_float(v.dtype)]
     if len(shapes) != len(values) or any(value is None for _, value in values):
@@ -55,29 +55,33 @@ def load_keras_file(model, path):
 
 
 def load_keras_model(path):
-    """The model that a `.keras` file holds, not compiled.
+    """Returns the model in a `.keras` file, not compiled.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ValueError: if the file is damaged, or holds no model that can be built.
+        OSError: if the file does not exist or cannot be read.
+        ValueError: if the file is damaged, or contains no model that Keras can build.
     """
     path = expand(path)
     read_shapes(path)
     try:
         return keras.saving.load_model(path, compile=False)
-    except Exception as error:  # Whatever the layers of its configuration raise.
+    except Exception as error:  # Layers may raise any exception.
         reason = printable(str(error), longest=500)
         raise ValueError(f"'{path}' holds no model that Keras can build: {reason}") from error
 
 
 def without_unused_heads(model, shapes):
-    """A model without its top leaves the file's heads alone."""
+    """Returns the shapes of a file without its heads if the model has no head."""
     if any(layer.name == "head" for layer in model.layers):
         return shapes
     return {name: shapes[name] for name in shapes if not re.match(r"layers/dense(_\d+)?/", name)}
 
 
 def is_float(dtype):
+    """Returns whether a dtype is a floating-point type."""
     return "float" in str(dtype)
 
 
@@ -85,23 +89,26 @@ def is_float(dtype):
 
 
 def read_shapes(path):
-    """The shapes of a file's floating-point tensors by their paths, each found to be whole.
+    """Returns the shapes of the model's floating-point tensors in a file, after an integrity check.
 
     Args:
-        path: of a `.keras` or `.weights.h5` file.
+        path: path of a `.keras` or `.weights.h5` file.
+
+    Returns:
+        A dict from HDF5 path to shape.
     """
     return inside(path, shapes_inside)
 
 
 def read_grid(path):
-    """(rows, columns) that a file tells of its table of the patches' positions; None without.
+    """Returns (rows, columns) of the patch grid of a file's position table; `None` without one.
 
     Args:
-        path: of a `.keras` or `.weights.h5` file.
+        path: path of a `.keras` or `.weights.h5` file.
     """
     shapes = read_shapes(path)
     named = [re.fullmatch(r"(layers/position_embedding(?:_(\d+))?)/vars/0", x) for x in shapes]
-    # A patch has more dimensions than each of its words, whose table there may be too.
+    # Patches have a larger dimension than words, whose table may be in the file too.
     tables = [(shapes[x[0]][-1], int(x[2] or 0), x[1]) for x in named if x]
     if not tables:
         return None
@@ -113,7 +120,7 @@ def read_grid(path):
 
 
 def inside(path, read):
-    """What a function reads in a file's HDF5 content."""
+    """Returns `read(content)` for the HDF5 content of a file."""
     import h5py
 
     check_readable(path)
@@ -128,11 +135,12 @@ def inside(path, read):
         try:
             with h5py.File(file) as content:
                 return read(content)
-        except Exception as error:  # A damaged file raises whatever its garbage leads to.
+        except Exception as error:  # A damaged file may raise any exception.
             raise damaged(path, str(error)) from error
 
 
 def shapes_inside(content):
+    """Returns the shapes of the floating-point tensors of the layers in HDF5 content."""
     import h5py
 
     shapes = {}
@@ -142,20 +150,20 @@ def shapes_inside(content):
             return
         if item.shape is None or item.id.get_storage_size() < item.nbytes:
             raise ValueError(f"'{name}' claims more numbers than it has")
-        # HDF5 has no bfloat16: Keras writes it as two bytes, and its name beside them.
+        # HDF5 has no bfloat16: Keras stores two bytes, and the type as an attribute.
         is_number = item.dtype.kind == "f" or item.attrs.get("dtype") == "bfloat16"
-        if is_number and name.startswith("layers/"):  # The optimiser's lie beside them.
+        if is_number and name.startswith("layers/"):  # not the optimizer's state
             shapes[name] = item.shape
 
     content.visititems(visit)
     return shapes
 
 
-# === What does not fit ===
+# === Mismatches ===
 
 
 def misfit(model, path, shapes, error):
-    """The error that says in what a file and a model differ, or else what Keras says."""
+    """Returns the error that lists how a file and a model differ, or else Keras's message."""
     lines = list(differences(model, shapes)) or [f"Keras says: {printable(str(error), 300)}"]
     if len(lines) > LISTED:
         lines[LISTED:] = [f"and {len(lines) - LISTED} more"]
@@ -166,7 +174,7 @@ def misfit(model, path, shapes, error):
 
 
 def differences(model, shapes):
-    """In what a file's layers differ from the model's, a line each, the likely cause first."""
+    """Yields the differences of a file's layers from the model's, the likely cause first."""
     layers = layers_by_group(model)
     ours = {
         group: [tuple(v.shape) for v in layer.weights if is_float(v.dtype)]
@@ -192,17 +200,18 @@ def differences(model, shapes):
 
 
 def listed(shapes):
+    """Returns shapes as text for a message."""
     return printable(", ".join(map(str, shapes)) or "nothing else")
 
 
 def classes(shapes):
-    """The number of classes of a head with variables of these shapes; None where it is none."""
+    """Returns the number of classes of a head from its variables' shapes; `None` without a head."""
     kernels = [shape for shape in shapes or () if len(shape) == 2]
     return kernels[0][-1] if kernels else None
 
 
 def layers_by_group(model):
-    """The model's layers by what Keras calls them in its files: their class, and a number."""
+    """Returns the model's layers by their group names in Keras's files: class and counter."""
     layers, numbers = {}, collections.Counter()
     for layer in model.layers:
         name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", type(layer).__name__)

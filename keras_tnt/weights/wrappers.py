@@ -1,4 +1,4 @@
-"""The tensors of a model in a checkpoint of a wrapped one: containers and prefixes, taken off.
+"""Removes the containers and name prefixes of checkpoints of wrapped models.
 
 Training scripts nest a state dict in containers (`{"model": ...}`), and wrappers rename its
 tensors: DistributedDataParallel and AveragedModel (`module.`), torch.compile (`_orig_mod.`),
@@ -9,7 +9,7 @@ import re
 
 from keras_tnt.text import printable
 
-# Keys that a model's tensors are nested under, and those of its moving average (EMA).
+# Keys of the containers of a state dict, and of that of the moving average (EMA).
 PLAIN = (
     "model",
     "state_dict",
@@ -22,11 +22,11 @@ PLAIN = (
     "weights",
 )
 EMA = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "params_ema")
-# Names that torch's wrappers give to what they wrap, at any depth; no layer has such a name.
+# Names that torch's wrappers insert at any depth; no layer has such a name.
 INTERNAL = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-# What wrappers put before the names of all tensors.
+# Prefixes that wrappers put before all tensor names.
 OUTER = ("module.", "model.", "net.", "network.")
 # AveragedModel counts its updates in a tensor next to the weights.
 COUNTER = re.compile(r"(^|\.)n_averaged$")
@@ -34,12 +34,12 @@ LIGHTNING = "pytorch-lightning_version"
 
 
 def choose(path, content, ema):
-    """Returns the state dict of the weights, or of their moving average, in a file's content.
+    """Returns the state dict of the weights, or of their moving average, from a file's content.
 
     Args:
-        path: of the file, for messages.
-        content: what the file holds.
-        ema: whether the moving average is wanted.
+        path: path of the file, for messages.
+        content: the file's content.
+        ema: whether to return the exponential moving average (EMA).
 
     Raises:
         ValueError: if there is no such state dict.
@@ -75,10 +75,10 @@ def without_wrappers(path, names, others_may_be=False):
     """Returns a dict from the name of each tensor in the wrapped model to its name in the file.
 
     Args:
-        path: of the file, for messages.
-        names: of the tensors in the file.
-        others_may_be: whether tensors of other modules may stand next to the model's, as losses
-            and metrics do in Lightning's files. They are left out.
+        path: path of the file, for messages.
+        names: names of the tensors in the file.
+        others_may_be: whether the file may contain tensors of other modules, such as losses and
+            metrics in Lightning's files. They are left out. Defaults to `False`.
 
     Raises:
         ValueError: if two tensors would have the same name.
@@ -102,7 +102,7 @@ def without_wrappers(path, names, others_may_be=False):
 
 
 def common_prefix(names, others_may_be):
-    """Returns what a wrapper has put before all names; None if nothing."""
+    """Returns the prefix that a wrapper put before all names; `None` if there is none."""
     names = [name for name in names if not COUNTER.search(name)]
     for prefix in OUTER:
         count = sum(name.startswith(prefix) for name in names)
