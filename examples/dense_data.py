@@ -67,7 +67,7 @@ def load(task: str, options, held_out: bool) -> Items:
     return (boxes_in_folder if task == "detection" else masks_in_folder)(folder, options)
 
 
-# === Made scenes ===
+# === Generated scenes ===
 
 
 def made_scenes(task, options, held_out):

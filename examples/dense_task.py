@@ -212,7 +212,7 @@ def make_optimizer(steps, learning_rate, weight_decay, schedule):
 
 
 def jit():
-    """Returns whether `fit` uses XLA: on JAX alone, for XLA compiles longer than such models train."""
+    """Returns whether to compile with XLA: only on JAX, because models this small train fast."""
     import keras
 
     return keras.backend.backend() == "jax"
