@@ -1,4 +1,4 @@
-# Everything runs in .venv, built once from the extras of setup.py at the versions of constraints.txt.
+# All targets run in .venv, built once from the extras of setup.py at the versions of constraints.txt.
 
 PYTHON ?= python3
 BACKENDS ?= tensorflow jax torch
@@ -13,7 +13,7 @@ AXE := $(VENV)/axe
 SERVERS := .venv-servers
 RUN := $(VENV)/bin/python
 
-# TensorFlow's start-up messages; its errors still show.
+# Hides TensorFlow's start-up messages, but not its errors.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
@@ -25,15 +25,14 @@ help: ## list the targets
 
 setup: $(READY) ## build .venv with everything that the other targets need
 
-# The stamp lies inside .venv and is made last: --clear removes it first, so that a set-up which broke
-# off is begun again.
+# The stamp is a file in .venv, written last: --clear removes it, so an interrupted set-up starts again.
 $(READY): setup.py constraints.txt
 	@echo "== set-up: $(VENV), some minutes and 4 GB the first time =="
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install -c constraints.txt -e '.[test]'
 	@touch $@
 
-axe: $(AXE) ## install axe-core, by which the tests of pages check accessibility (npm)
+axe: $(AXE) ## install axe-core, with which tests check the accessibility of web pages (npm)
 
 $(AXE): $(READY) $(wildcard tests/package-lock.json)
 	@npm ci --prefix tests --no-audit --no-fund || echo "npm cannot install axe-core: tests of accessibility are skipped."
@@ -48,15 +47,15 @@ lint: setup ## check format, docstrings, spelling and the direction of imports
 	$(VENV)/bin/codespell
 	$(VENV)/bin/lint-imports --no-cache
 
-test: setup axe ## lint, then the tests on each backend but the slow (BACKENDS=jax, WORKERS=4, PYTEST_ARGS='-k onnx')
+test: setup axe ## run lint and the fast tests on each backend (BACKENDS=jax, WORKERS=4, PYTEST_ARGS='-k onnx')
 	@passed=; failed=; \
 	$(MAKE) --no-print-directory lint && passed=lint || failed=lint; \
 	$(call on_each_backend,not slow)
 
-slow: setup axe ## the slow tests on each backend: whole runs, exports of every kind, kills
+slow: setup axe ## run the slow tests on each backend: training runs, exports of every kind, kills
 	@passed=; failed=; $(call on_each_backend,slow)
 
-# Each backend runs whatever the others do, and lint before them; the exit status tells of all.
+# Each backend runs even if lint or another backend failed; the exit status is that of all.
 define on_each_backend
 for backend in $(BACKENDS); do \
 	printf '\n== tests on %s: $(1) ==\n' $$backend; \
@@ -67,7 +66,7 @@ if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1;
 printf '\n== passed: %s ==\n' "$$passed"
 endef
 
-dense: setup ## the tests of detectors and segmenters with KerasHub's heads, on each backend
+dense: setup ## test detectors and segmenters with KerasHub's heads, on each backend
 	@failed=; \
 	for backend in $(BACKENDS); do \
 		printf '\n== tests/dense on %s ==\n' $$backend; \
@@ -75,10 +74,10 @@ dense: setup ## the tests of detectors and segmenters with KerasHub's heads, on 
 	done; \
 	if [ -n "$$failed" ]; then printf '\n== failed: %s ==\n' "$$failed" >&2; exit 1; fi
 
-servers: setup axe $(SERVERS)/ready ## the tests against real servers, Triton and MLServer, in an environment of their own
+servers: setup axe $(SERVERS)/ready ## run the tests with real servers, Triton and MLServer, in a separate environment
 	KERAS_BACKEND=tensorflow $(RUN) -m pytest tests/servers $(PYTEST_ARGS)
 
-# The page in savedmodels/web wants npm's onnxruntime-web, too; its test skips itself without.
+# The page in savedmodels/web needs onnxruntime-web from npm; its test is skipped without.
 $(SERVERS)/ready: tests/servers/requirements.txt savedmodels/web/package-lock.json
 	@echo "== set-up: $(SERVERS), a few minutes and 0.5 GB the first time =="
 	$(PYTHON) -m venv --clear $(SERVERS)
@@ -86,23 +85,23 @@ $(SERVERS)/ready: tests/servers/requirements.txt savedmodels/web/package-lock.js
 	@npm ci --prefix savedmodels/web --no-audit --no-fund || echo "npm gives no onnxruntime-web."
 	@touch $@
 
-# `numpy` is Keras's smallest backend: pages are made of docstrings and tables, nothing is computed.
-docs: setup ## build the site in build/docs; a broken link, or a public name without an entry, is an error
+# The NumPy backend starts fastest; pages are built from docstrings and tables, without computation.
+docs: setup ## build the site in build/docs; broken links and undocumented public names are errors
 	KERAS_BACKEND=numpy $(RUN) -m sphinx -E -W --keep-going -q docs build/docs
 
-dist: setup ## sdist and wheel in dist/, built twice and compared, and what they say of themselves checked
+dist: setup ## build sdist and wheel in dist/ twice, check reproducibility and metadata
 	$(RUN) tests/release.py build
 
-installs: dist ## install dist/ into clean environments: each extra alone, the oldest versions, the newest
+installs: dist ## install dist/ into clean environments: each extra alone, oldest and newest versions
 	$(RUN) tests/release.py install
 
-mutation: setup ## change FILE in small ways, one by one, and see if its tests notice (SAMPLE=50)
+mutation: setup ## run mutation testing on FILE with its tests (SAMPLE=50)
 	$(RUN) tests/mutation.py $(FILE) --sample $(SAMPLE)
 
-notebooks: setup ## run the notebooks of examples/ from clean, and keep what they give
+notebooks: setup ## re-run the notebooks of examples/ and save their outputs
 	$(RUN) -m tests.notebooks
 
-bench: setup ## measure speed on each backend, beside timm where it is installed
+bench: setup ## measure speed on each backend, and timm's if it is installed
 	$(RUN) benchmarks/speed.py
 
 clean: ## remove .venv, runs/ and caches; exported models stay

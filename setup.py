@@ -1,4 +1,4 @@
-"""The package, and the extras that its optional parts import."""
+"""Packaging of keras_tnt, with an extra for each optional feature."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,14 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-# Read, not imported: importing keras_tnt needs Keras, which a build does not have.
+# Parsed, because importing keras_tnt needs Keras, which build environments do not have.
 VERSION = re.search(
     r'^__version__ = "([^"]+)"$',
     (ROOT / "keras_tnt" / "__init__.py").read_text(encoding="utf-8"),
     re.MULTILINE,
 ).group(1)
 
-TENSORFLOW = ["tensorflow>=2.20,<3"]  # the first with tf.io.decode_webp
+TENSORFLOW = ["tensorflow>=2.20,<3"]  # first version with tf.io.decode_webp
 JAX = ["jax>=0.8.1,<1"]
 TORCH = ["torch>=2.6,<3"]
 IMAGES = ["pillow>=11"]
@@ -30,15 +30,15 @@ TRAIN = [
     *PARQUET,
     "scikit-learn>=1.5,<2",
     *PLOTS,
-    "tensorboard>=2.20,<3",  # tf.summary.scalar lives in it
+    "tensorboard>=2.20,<3",  # implements tf.summary.scalar
     "tqdm>=4.66,<5",  # the progress bar on a terminal
-    "grpcio>=1.68,<2",  # asks a tf.data service whether it is there
+    "grpcio>=1.68,<2",  # checks that a tf.data service is running
     "pyyaml>=6",  # --config
 ]
-# Experiment trackers of --logger. They pin older packages than the tests have: not in `test`.
+# Experiment trackers for --logger. They pin older packages than the tests use: not in `test`.
 WANDB = ["wandb>=0.17,<1"]
 MLFLOW = ["mlflow>=2.14,<4"]
-# Heads of detectors and segmenters, and what the examples with them measure and draw.
+# Detection and segmentation heads, and the metrics and plots of their examples.
 DENSE = [
     *TENSORFLOW,
     "keras-hub>=0.32,<1",
@@ -68,16 +68,16 @@ TEST = [
     *TORCH,
     *PARQUET,
     *HUGGINGFACE,
-    "webdataset>=1,<2",  # writes the tar files of the tests
+    "webdataset>=1,<2",  # writes tar files in the tests
     *DOCS,
-    "scikit-image>=0.25,<1",  # photographs
+    "scikit-image>=0.25,<1",  # test photographs
     "ml_dtypes>=0.5.1,<1",
     "protobuf>=5.28.3",
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "cosmic-ray>=8.4.1,<9",  # make mutation
     "kubernetes-validate>=1.32",
-    "markdown-it-py>=3,<5",  # reads the pages whose code the tests run
+    "markdown-it-py>=3,<5",  # parses the pages whose code the tests run
     "ruff>=0.17,<0.18",  # make lint, with the next two
     "codespell>=2.4,<3",
     "import-linter>=2.5,<3",
@@ -115,7 +115,7 @@ setup(
     package_data={
         "keras_tnt": [
             "py.typed",
-            "export/servers/*.py",  # run by servers, with what they bring
+            "export/servers/*.py",  # imported by servers, not by the package
             *(f"**/*.{kind}" for kind in ("txt", "csv", "html", "h", "cpp")),
         ]
     },

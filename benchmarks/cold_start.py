@@ -1,12 +1,12 @@
-"""Seconds from a fresh process to its first prediction, by runtime, without caches and with them.
+"""Measures seconds from process start to the first prediction, without and with caches.
 
     python benchmarks/cold_start.py
     python benchmarks/cold_start.py --models=TNTSmall --runtimes=jax,onnxruntime --rounds=3
 
-Each measurement is a process of its own with an empty folder of caches, then --rounds with what the
-first left there: C++ libraries, programs of JAX and torch. A process starts Python, imports, builds
-the model with weights of a file or opens an exported one, and predicts one image; how it ends does
-not count. Files are written before.
+Each measurement is a separate process. The first has an empty cache directory, and --rounds more
+processes use what it cached: C++ libraries, and compiled programs of JAX and torch. A process
+starts Python, imports, builds the model with weights from a file or opens an exported file, and
+predicts one image; its shutdown does not count. The files are written before the measurement.
 """
 
 import argparse
@@ -44,6 +44,7 @@ PREDICT = {
 
 
 def main():
+    """Measures every model on every runtime, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="TNTSmall,DeiTSmall")
     parser.add_argument("--runtimes", default=",".join((*BACKENDS, *FILES)))
@@ -79,7 +80,7 @@ def main():
 
 
 def write(model, folder):
-    """Write a model's weights and its ONNX file; returns what the code is told of them."""
+    """Writes a model's weights and ONNX file; returns the values for the programs' templates."""
     weights, path = (os.path.join(folder, name) for name in ("model.weights.h5", "model.onnx"))
     code = f"""
 import json, keras_tnt
@@ -100,6 +101,7 @@ print(json.dumps(model.input_shape[1:]))
 
 
 def seconds(runtime, code, caches):
+    """Returns the seconds from the start of a process to the end of its first prediction."""
     settings = {
         **environment(runtime),
         "XDG_CACHE_HOME": caches,
@@ -115,7 +117,7 @@ def seconds(runtime, code, caches):
 
 
 def environment(runtime):
-    """Of a process: a file needs no backend, and Keras's on NumPy starts the quickest."""
+    """Returns a process's environment; files use the backend that starts fastest, NumPy."""
     return {
         **os.environ,
         "KERAS_BACKEND": runtime if runtime in BACKENDS else "numpy",

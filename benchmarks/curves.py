@@ -1,9 +1,9 @@
-"""What a forward pass costs by batch, image size and depth: ours beside timm's.
+"""Measures a forward pass by batch, image size and depth, for keras_tnt and timm.
 
     python benchmarks/curves.py                        # JAX and timm, eager
     python benchmarks/curves.py --runtimes="torch,timm compiled"
 
-Each point's rows take turns, like those of speed.py. Writes results/curves.json and curves.png.
+The rows of a point take turns, as in speed.py. Writes results/curves.json and curves.png.
 """
 
 import argparse
@@ -24,6 +24,7 @@ LABELS = {"batch": "batch", "image_size": "side of the images in pixels", "depth
 
 
 def main():
+    """Measures every point, and writes the results and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--models", type=words, default=list(speed.MODELS))
@@ -32,7 +33,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=speed.RESULTS / "curves.json")
     options = parser.parse_args()
-    points = [BASE]  # where the axes meet
+    points = [BASE]  # the point that all axes share
     points += [
         {**BASE, axis: value}
         for axis, values in AXES.items()
@@ -49,6 +50,7 @@ def main():
 
 
 def measure(point, options):
+    """Returns rows with the median milliseconds of a point, by model and installed runtime."""
     tasks = [
         {**point, "model": model, "runtime": runtime, "precision": options.precision}
         for model in options.models
@@ -60,6 +62,7 @@ def measure(point, options):
 
 
 def draw(rows, path):
+    """Plots milliseconds per image along each axis."""
     import matplotlib
 
     matplotlib.use("Agg")

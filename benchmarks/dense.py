@@ -1,13 +1,13 @@
-"""TNT, DeiT and PyramidTNT of as many parameters, as backbones of a detector and a segmenter.
+"""Compares TNT, DeiT and PyramidTNT of equal size as backbones for detection and segmentation.
 
     KERAS_BACKEND=jax python benchmarks/dense.py
     KERAS_BACKEND=jax python benchmarks/dense.py --tasks=segmentation --seeds=2 --steps=600
 
-Each backbone begins with the weights of a classifier of single digits, and is trained as a whole,
-or stands still but for the layers that bring its maps to their strides, under KerasHub's heads: see
-examples/detection.py and examples/segmentation.py, which do all the work. A seed draws weights and
-order; the scenes are the same for all. Finished runs stay in --workdir, and a call that was broken
-off goes on from there.
+Each backbone is initialized from a classifier of single digits. With KerasHub's heads, it is
+fine-tuned, or frozen except for the layers that resample its maps; examples/detection.py and
+examples/segmentation.py do the work. The seed determines initial weights and data order; the scenes
+are always the same. Completed runs are saved in --workdir, from which an interrupted benchmark
+resumes.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import keras_tnt  # noqa: E402
 from examples import dense_task, detection, scenes, segmentation  # noqa: E402
 from keras_tnt.files import write_atomically  # noqa: E402
 
-# As the backbone of a detector 557,232, 551,720 and 550,277 parameters.
+# Parameters as the backbone of a detector: 557,232, 551,720 and 550,277.
 ARCHITECTURES = {
     "tnt": dense_task.TNT_SCENES,
     "deit": {"patch_size": 8, "depth": 4, "embed_dim": 104, "num_heads": 4},
@@ -48,6 +48,7 @@ TRAINED = {"frozen": ["--freeze=head"], "fine-tuned": []}
 
 
 def main():
+    """Trains every task, mode and model with every seed, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default="segmentation,detection")
     parser.add_argument("--seeds", type=int, default=3)
@@ -60,7 +61,7 @@ def main():
         parser.error(f"{', '.join(sorted(unknown))}: there are {', '.join(TASKS)}")
 
     rows = {}
-    for seed in range(options.seeds):  # outermost, so that each row has its first seed soon
+    for seed in range(options.seeds):  # the outer loop, so that every row soon has a result
         for task in tasks:
             for trained in TRAINED:
                 for model in ARCHITECTURES:
@@ -70,7 +71,7 @@ def main():
 
 
 def run(task, trained, model, seed, options):
-    """What a detector or segmenter reaches on held-out scenes, trained now or found."""
+    """Returns the held-out metric of a detector or segmenter, trained now or in an earlier run."""
     example, metric = TASKS[task]
     folder = options.workdir / f"seed_{seed}" / model
     workdir = folder / f"{task}_{trained}_{options.steps}"
@@ -100,7 +101,7 @@ def run(task, trained, model, seed, options):
 
 
 def backbone_parameters(model):
-    """Parameters of the backbone of a detector; a segmenter's has fewer levels."""
+    """Returns the parameters of a detector's backbone; a segmenter's has fewer levels."""
     size = (scenes.SIZE, scenes.SIZE, 3)
     levels = ("P3", "P4", "P5")
     built = keras_tnt.backbone(
@@ -110,7 +111,7 @@ def backbone_parameters(model):
 
 
 def report(rows, options):
-    """Print the table and write the rows."""
+    """Prints the table and writes the rows."""
     print(f"\n| task | backbone | parameters | | {options.seeds} seeds | each |")
     print("|---|---|---|---|---|---|")
     table = []

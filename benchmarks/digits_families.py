@@ -1,12 +1,12 @@
-"""DeiT against TNT of as many parameters, and TNT distilled from the better, on held-out digits.
+"""Compares DeiT, TNT of equal size, and TNT distilled from the better one, on held-out digits.
 
     python benchmarks/digits_families.py
     python benchmarks/digits_families.py --seeds=2 --epochs=5
     KERAS_BACKEND=torch python benchmarks/digits_families.py --models TNT --plain --workdir=runs/p
 
-A seed draws weights, batches and shifts; the held-out images are always the same 360. A student's
-teacher has its own seed, so that none is picked by its accuracy. Finished runs stay in --workdir,
-and a call that was broken off goes on from there.
+The seed determines weights, batches and shifts; the 360 held-out images are always the same. A
+student's teacher has the student's seed, so no teacher is selected by its accuracy. Completed runs
+are saved in --workdir, from which an interrupted benchmark resumes.
 """
 
 import argparse
@@ -36,6 +36,7 @@ LEARNING_RATE = 2e-3
 
 
 def main():
+    """Trains every model with every seed, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=30)
@@ -73,16 +74,17 @@ COMMON = {"input_shape": (32, 32, 3), "classes": 10, "patch_size": 8, "depth": 3
 
 
 def tnt(**arguments):
-    """189,530 parameters."""
+    """Builds the TNT, with 189,530 parameters."""
     return keras_tnt.TNT(**COMMON, **TNT, **arguments)
 
 
 def deit():
-    """189,484 parameters."""
+    """Builds the DeiT, with 189,484 parameters."""
     return keras_tnt.DeiT(**COMMON, **DEIT)
 
 
 def distilled_tnt():
+    """Builds the TNT with a distillation token."""
     return tnt(distilled=True)
 
 
@@ -93,7 +95,7 @@ BUILDERS = {"DeiT": deit, "TNT": tnt}
 
 
 def row(name, build, digits, options, teacher=None):
-    """Mean and spread of a model's held-out accuracy over the seeds."""
+    """Returns mean and standard deviation of a model's held-out accuracy over the seeds."""
     accuracies = [run(name, build, digits, options, teacher, s) for s in range(options.seeds)]
     return {
         "model": name,
@@ -105,7 +107,7 @@ def row(name, build, digits, options, teacher=None):
 
 
 def run(name, build, digits, options, teacher, seed):
-    """The held-out accuracy of one seed, trained now or found."""
+    """Returns the held-out accuracy of one seed, trained now or in an earlier run."""
     path = weights_path(name, options, seed)
     result = path.with_suffix("").with_suffix(".json")
     if result.exists():
@@ -128,7 +130,7 @@ def run(name, build, digits, options, teacher, seed):
 
 
 def train(model, digits, options, seed):
-    """AdamW with warm-up and cosine, label smoothing, randomly shifted images."""
+    """Trains with AdamW, warm-up, cosine decay, label smoothing and random shifts."""
     images, labels = digits
     batches = Shifted(images, keras.utils.to_categorical(labels, 10), seed)
     updates = options.epochs * len(batches)
@@ -141,15 +143,16 @@ def train(model, digits, options, seed):
     )
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "table", "token"])
     loss = keras.losses.CategoricalCrossentropy(label_smoothing=0.1)
-    # So small a model is trained before XLA has compiled it.
+    # Training so small a model takes less time than XLA's compilation.
     model.compile(optimizer, loss, jit_compile=keras.backend.backend() == "jax")
     model.fit(batches, epochs=options.epochs, verbose=0)
 
 
 class Shifted(keras.utils.PyDataset):
-    """Whole batches of images in an order and with shifts that seed and epoch decide."""
+    """Full batches of images with random order and shifts, determined by the seed."""
 
     def __init__(self, images, labels, seed):
+        """Pads the images by the largest shift."""
         super().__init__()
         pad = [(0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)]
         self.images, self.labels = np.pad(images, pad), labels
@@ -157,14 +160,17 @@ class Shifted(keras.utils.PyDataset):
         self.on_epoch_end()
 
     def on_epoch_end(self):
+        """Draws order and shifts of the next epoch."""
         count = len(self.images)
         self.order = self.random.permutation(count)
         self.shifts = self.random.integers(0, 2 * SHIFT + 1, (count, 2))
 
     def __len__(self):
+        """Returns the number of full batches."""
         return len(self.images) // BATCH
 
     def __getitem__(self, i):
+        """Returns batch `i`: float32 images and one-hot labels."""
         chosen = self.order[i * BATCH : (i + 1) * BATCH]
         size = self.images.shape[1] - 2 * SHIFT
         cut = [
@@ -178,12 +184,13 @@ class Shifted(keras.utils.PyDataset):
 
 
 def weights_path(name, options, seed):
+    """Returns the path of a model's weights in the working directory."""
     stem = f"{name.lower().replace(' ', '_')}_{options.epochs}_epochs_seed_{seed}"
     return options.workdir / f"{stem}.weights.h5"
 
 
 def report(rows, options):
-    """Print the table and write the rows."""
+    """Prints the table and writes the rows."""
     print(f"\n| model | parameters | held-out accuracy, {options.seeds} seeds | each |")
     print("|---|---|---|---|")
     for found in rows:

@@ -1,10 +1,12 @@
-"""Images per second of the trainer's input pipeline: python benchmarks/input_pipeline.py
+"""Measures images/s of the trainer's input pipeline.
 
-Each mode, with op determinism (`--deterministic`, the default) and without, has a process, for
-TensorFlow cannot turn determinism off again. The modes are measured in turn, round by round, and
-the median of the rounds is shown, so that what else the machine does falls on both alike. Mixing
-and the noise of random erasing are part of the training step, and are not measured here.
-`--keras_cv` adds KerasCV's layers in the place of the trainer's own augmentation.
+    python benchmarks/input_pipeline.py
+
+Each mode, with op determinism (`--deterministic`, the trainer's default) and without, is a separate
+process, because TensorFlow cannot turn determinism off again. The modes take turns, and the median
+of the rounds is shown, so other load affects both equally. Mixup, CutMix and the noise of random
+erasing are part of the training step, and are not measured. `--keras_cv` adds a row with KerasCV's
+layers instead of the trainer's own augmentation.
 """
 
 import argparse
@@ -28,7 +30,7 @@ import numpy as np  # noqa: E402
 FILL = (128, 128, 128)
 PLAIN = {"repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "randaugment": False}
 
-# What each row adds to the one before.
+# Each row adds a stage to the one before.
 STAGES = {
     "decode, crop, resize": {**PLAIN, "flip": False},
     "+ flip": {**PLAIN, "flip": True},
@@ -39,6 +41,7 @@ KERAS_CV = {"the full recipe with KerasCV's layers": {"augmentation": "keras_cv"
 
 
 def main(arguments=None):
+    """Measures every stage in both modes, and returns the medians that it prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=5, help="length of a measurement")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each mode")
@@ -50,7 +53,7 @@ def main(arguments=None):
     )
     parser.add_argument("--keras_cv", action="store_true", help="measure KerasCV's layers too")
     parser.add_argument("--full_only", action="store_true", help="measure the full recipe alone")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)  # what the processes are started with
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # internal, for the worker processes
     options = parser.parse_args(arguments)
     if options.serve:
         return serve(options)
@@ -63,7 +66,7 @@ def main(arguments=None):
 
 
 def write_pictures(directory, number):
-    """Writes JPEGs of ImageNet's usual size, with detail at every scale, as photographs have."""
+    """Writes JPEGs of ImageNet's usual size, with detail at every scale, as in photographs."""
     from PIL import Image
 
     directory.mkdir(parents=True)
@@ -88,7 +91,7 @@ def measure(directory, stages, options):
     try:
         for stage, values in stages.items():
             for number in range(options.rounds):
-                # Each mode is first in every other round.
+                # The modes alternate in going first.
                 for deterministic in ((1, 0), (0, 1))[number % 2]:
                     rate = ask(processes[deterministic], values)
                     found[stage][deterministic].append(rate)
@@ -100,7 +103,7 @@ def measure(directory, stages, options):
 
 
 def start(directory, deterministic, options):
-    """Starts the process of a mode."""
+    """Starts the worker process of a mode."""
     command = [sys.executable, __file__, f"--serve={directory}", f"--seconds={options.seconds}"]
     command += [f"--rounds={deterministic}", f"--image_size={options.image_size}"]
     command += [f"--batch_size={options.batch_size}"]
@@ -108,7 +111,7 @@ def start(directory, deterministic, options):
 
 
 def ask(process, values):
-    """Returns the images/s that a process measures with some values of the recipe."""
+    """Returns the images/s that a worker measures for these values of the recipe."""
     process.stdin.write(json.dumps(values) + "\n")
     process.stdin.flush()
     for line in process.stdout:
@@ -118,7 +121,7 @@ def ask(process, values):
 
 
 def serve(options):
-    """Measures what the lines of standard input ask for; `--rounds` is the determinism."""
+    """Measures a recipe per line of standard input; `--rounds` is the determinism, 0 or 1."""
     import tensorflow as tf
 
     if options.rounds:
@@ -135,7 +138,7 @@ def serve(options):
 
 
 def pipeline(options, values):
-    """Returns the batches of tnt_small's recipe with some values changed."""
+    """Returns the batches of tnt_small's recipe with `values` changed."""
     from training import configuration, data, sources
 
     values = {
@@ -153,7 +156,7 @@ def pipeline(options, values):
 
 
 def rate(batches, batch_size, seconds):
-    """Returns the images per second."""
+    """Returns the images/s of batches during `seconds`."""
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         next(batches)
@@ -162,7 +165,7 @@ def rate(batches, batch_size, seconds):
 
 
 def report(found, options):
-    """Prints the medians; returns them, {stage: {deterministic: images/s}}."""
+    """Prints and returns the medians, {stage: {deterministic: images/s}}."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     medians = {
         stage: {mode: statistics.median(rates) for mode, rates in modes.items()}

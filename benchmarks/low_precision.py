@@ -1,13 +1,12 @@
-"""How far bfloat16 and int8 are from float32, and how much faster, on weights that were trained.
+"""Measures accuracy loss and speedup of bfloat16 and int8 against float32, on trained weights.
 
     python benchmarks/low_precision.py
     python benchmarks/low_precision.py --models=tnt_digits --runtimes=onnxruntime,openvino
 
-The models learn handwritten digits first: tnt_digits of 32x32 pixels, TNTSmall of 64x64, in --steps
-batches, enough for weights that are no noise any more. Then all held-out digits are
-predicted in both precisions: how often the first class is the same, the largest difference of a
-probability, and the images/s of a batch of 8, the two precisions in turn. int8 is that of static
-ranges, from 64 training images.
+The models are first trained on handwritten digits for --steps batches: tnt_digits on 32x32 pixels,
+TNTSmall on 64x64. Then all held-out digits are predicted in both precisions, for the top-1
+agreement and the largest difference of a probability; the speedup is that of a batch of 8, for
+which the precisions take turns. int8 is static quantization, calibrated on 64 training images.
 """
 
 import argparse
@@ -28,6 +27,7 @@ BATCH, CALIBRATION = 8, 64
 
 
 def main():
+    """Trains the models, compares every runtime, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="tnt_digits,TNTSmall")
     parser.add_argument("--runtimes", default=",".join(RUNTIMES))
@@ -59,7 +59,7 @@ def main():
 
 
 def run(backend, *part):
-    """The last line that a process of its own prints."""
+    """Runs a function in a separate process, and returns the last line that it prints."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
     command = [sys.executable, __file__, "--part", json.dumps(part)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -67,10 +67,12 @@ def run(backend, *part):
 
 
 def side_of(name):
+    """Returns the side of a model's images in pixels."""
     return 32 if name == "tnt_digits" else 64
 
 
 def build(name):
+    """Builds a model for ten classes."""
     from training import models
 
     side = side_of(name)
@@ -79,7 +81,7 @@ def build(name):
 
 
 def digits(name):
-    """Training and held-out images and labels, as the model takes them."""
+    """Returns (images, labels) of the training and held-out split, as the model takes them."""
     import numpy as np
 
     from training import sources
@@ -92,6 +94,7 @@ def digits(name):
 
 
 def train(name, steps, batch, folder):
+    """Trains a model, saves its weights, and prints its accuracy."""
     import keras
     import numpy as np
 
@@ -121,7 +124,7 @@ def train(name, steps, batch, folder):
 
 
 def compare(name, runtime, rounds, folder):
-    """Print the agreement and the ratio of speeds of a runtime's two precisions, as JSON."""
+    """Prints agreement and speedup of a runtime's two precisions, as JSON."""
     import numpy as np
 
     model = build(name)
@@ -153,7 +156,7 @@ def compare(name, runtime, rounds, folder):
 
 
 def opened(model, runtime, precision, calibration, folder):
-    """A function from images to probabilities."""
+    """Returns a function from images to probabilities."""
     import numpy as np
 
     import keras_tnt
@@ -170,7 +173,7 @@ def opened(model, runtime, precision, calibration, folder):
 
 
 def written(model, folder, precision="float32", **arguments):
-    """The path of the model's ONNX file, which runtimes share."""
+    """Returns the path of the model's ONNX file, which is exported once for all runtimes."""
     import keras_tnt
 
     path = f"{folder}/{model.name}_{precision}.onnx"

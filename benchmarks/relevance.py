@@ -1,12 +1,12 @@
-"""Which maps of relevance say what a model goes by: every method and level, on digits and scenes.
+"""Measures the faithfulness of relevance maps, for every method and level, on digits and scenes.
 
     python benchmarks/relevance.py
     python benchmarks/relevance.py --epochs=5 --images=20
 
-DeiT and TNT of as many parameters. On held-out digits: deletion, insertion and SaCo, beside maps of
-chance. On scenes of two different held-out digits side by side, of which a model says which two
-there are: how often relevance for a digit lies in that digit's half. Trained weights stay in
---workdir, and a call that was broken off goes on from there.
+DeiT and TNT have equal size. On held-out digits, it measures deletion, insertion and SaCo, compared
+with random maps. On scenes of two different held-out digits, left and right, which a model has to
+name, it measures how often the relevance for a digit is in that digit's half. Trained weights are
+saved in --workdir, from which an interrupted benchmark resumes.
 """
 
 import argparse
@@ -29,10 +29,11 @@ from keras_tnt import files, inspection  # noqa: E402
 from keras_tnt.inspection.relevance import LEVELS, METHODS  # noqa: E402
 from training import sources  # noqa: E402
 
-PAPER = 0  # the pixels around a digit, which stand for parts taken away
+PAPER = 0  # baseline for removed parts: the background around a digit
 
 
 def main():
+    """Trains the models, measures every method and level, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--images", type=int, default=100, help="digits, and scenes, a row")
@@ -68,7 +69,7 @@ def main():
 
 
 def row(single, double, images, labels, scenes, pairs, method, level):
-    """The measures of a method at a level."""
+    """Returns the measures of a method at a level."""
     maps = inspection.relevance(single, images, labels, method, level, baseline=PAPER)
     found = inspection.faithfulness(single, images, maps, labels, baseline=PAPER)
     measures = ("deletion_area", "insertion_area", "saco")
@@ -84,7 +85,7 @@ def row(single, double, images, labels, scenes, pairs, method, level):
 
 
 def own_half(model, scenes, pairs, method, level):
-    """Share of the relevance for each digit that lies in its half, (2 * scenes,)."""
+    """Returns the fraction of each digit's positive relevance in its half, (2 * scenes,)."""
     shares = []
     for side in (0, 1):
         maps = inspection.relevance(model, scenes, pairs[:, side], method, level, baseline=PAPER)
@@ -98,7 +99,7 @@ def own_half(model, scenes, pairs, method, level):
 
 
 def trained(family, width, activation, batches, options):
-    """A model of a family, trained now or found."""
+    """Returns a model of a family, trained now or in an earlier run."""
     keras.utils.set_random_seed(options.seed)
     builder, sizes = {"DeiT": (keras_tnt.DeiT, digits.DEIT), "TNT": (keras_tnt.TNT, digits.TNT)}[
         family
@@ -125,14 +126,18 @@ def trained(family, width, activation, batches, options):
 
 
 class SingleDigits(digits.Shifted):
+    """Shifted digits with one-hot labels."""
+
     def __init__(self, images, labels, seed):
+        """Converts the labels to one-hot."""
         super().__init__(images, keras.utils.to_categorical(labels, 10), seed)
 
 
 class TwoDigits(SingleDigits):
-    """Scenes of a batch's digits and the next one's, where they differ."""
+    """Scenes of a batch's digits next to those of the next batch, where they differ."""
 
     def __getitem__(self, i):
+        """Returns batch `i`: scenes and multi-hot labels; its size varies."""
         left, names = super().__getitem__(i)
         right, others = super().__getitem__((i + 1) % len(self))
         different = np.any(names != others, axis=-1)
@@ -141,7 +146,7 @@ class TwoDigits(SingleDigits):
 
 
 def make_scenes(images, labels, order):
-    """(scenes, (left, right) digits) of held-out digits in pairs that differ."""
+    """Returns (scenes, (left, right) digits) of pairs of different held-out digits."""
     left, right = order[: len(order) // 2], order[len(order) // 2 :]
     different = labels[left] != labels[right]
     left, right = left[different], right[different]
@@ -155,6 +160,7 @@ def make_scenes(images, labels, order):
 
 
 def line(found):
+    """Returns a row of the table."""
     cells = [found["model"], found["method"], found["level"]]
     cells += [f"{found[name]:.3f}" for name in ("deletion_area", "insertion_area", "saco")]
     cells += [f"{found['in_own_half']:.1%}", f"{found['share_in_own_half']:.1%}"]
@@ -162,7 +168,7 @@ def line(found):
 
 
 def report(rows, options):
-    """Print the table and write the rows."""
+    """Prints the table and writes the rows."""
     print(f"\n{rows[0]['images']} digits and {rows[0]['scenes']} scenes (two digits each)\n")
     print("| model | method | level | deletion | insertion | SaCo | in its half | share there |")
     print("|---|---|---|---|---|---|---|---|")

@@ -1,11 +1,11 @@
-"""A training step on 1, 2 and 4 processes of this machine, and what that predicts for clusters.
+"""Measures a training step on 1, 2 and 4 processes, and models the scaling to clusters.
 
     python benchmarks/scaling.py --model=tnt_digits --batch_size=16 --processes=1,2,4
 
-Each process is a worker of --strategy=multi_worker with a batch of its own (weak scaling). Three
-things are timed in turn in each: the trainer's whole step; the sum of the gradients over the
-workers alone; and the step of one device without any collective, while the other processes do the
-same. The whole step less the last is what the collectives cost it. Results go to
+Each process is a worker of --strategy=multi_worker with its own batch (weak scaling). Three timings
+take turns in each: the trainer's full step; the all-reduce of the gradients alone; and the step of
+a single device without collectives, while the other processes run the same. The difference between
+the first and the last is the cost of the collectives. Results are written to
 benchmarks/results/scaling.json.
 """
 
@@ -23,11 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "scaling.json"
 sys.path.insert(0, str(ROOT))
 
-# === The prediction ===
+# === Performance model ===
 
-# Bytes per second that a device sends and receives at once, and seconds for a message, as the
-# makers state them: NVLink of an H100 within a node of eight; a network card a device between
-# nodes.
+# Bandwidth per device, full duplex, and latency per message, as stated by the manufacturers: NVLink
+# of an H100 within a node of eight, and one network card per device between nodes.
 NVLINK = {"bytes_per_second": 450e9, "seconds_per_message": 3e-6}
 NETWORKS = {
     "400 Gb/s InfiniBand": {"bytes_per_second": 50e9, "seconds_per_message": 5e-6},
@@ -38,27 +37,31 @@ NODE = 8
 
 
 def ring_seconds(devices, size, link):
-    """Seconds of a ring's all-reduce: 2 (n - 1) messages of a n-th of the bytes, one by one."""
+    """Returns the time of a ring all-reduce: 2 (n - 1) sequential messages of 1/n of the bytes."""
     messages = 2 * (devices - 1)
     return messages * (size / devices / link["bytes_per_second"] + link["seconds_per_message"])
 
 
 def all_reduce_seconds(devices, size, network):
-    """Within a node a ring over NVLink; between nodes a ring of eighths over the network too."""
+    """Returns the time of a hierarchical all-reduce.
+
+    Within a node, it is a ring over NVLink; between nodes, rings of an eighth each over the
+    network.
+    """
     inside = ring_seconds(min(devices, NODE), size, NVLINK)
     nodes = -(-devices // NODE)
     return inside + (ring_seconds(nodes, size / NODE, network) if nodes > 1 else 0.0)
 
 
 def predict(parameters, flops, batch, peak, utilisation):
-    """Rows of a table: nothing of the sum overlaps the computing.
+    """Returns rows of a table, assuming that all-reduce does not overlap with computation.
 
     Args:
-        parameters: of the model; their gradients are summed in float32.
-        flops: of a forward pass of an image; a training step costs three.
-        batch: images a device and step.
-        peak: of a device, FLOP/s.
-        utilisation: share of the peak that the computing is assumed to reach.
+        parameters: number of parameters, whose gradients are summed in float32.
+        flops: FLOPs of a forward pass of an image; a training step costs three times as many.
+        batch: images per device and step.
+        peak: peak FLOP/s of a device.
+        utilisation: assumed fraction of the peak that the computation reaches.
     """
     computing = 3 * flops * batch / (peak * utilisation)
     return [
@@ -74,11 +77,11 @@ def predict(parameters, flops, batch, peak, utilisation):
     ]
 
 
-# === The measurement ===
+# === Measurement ===
 
 
 def worker(options):
-    """Time the three in turn, and print medians as JSON."""
+    """Runs a worker: times the three in turn, and prints medians as JSON."""
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import numpy as np
     import tensorflow as tf
@@ -139,7 +142,7 @@ def worker(options):
 
 
 def measure(options, processes):
-    """The medians of worker 0 of so many."""
+    """Returns the medians of worker 0 of `processes` workers."""
     listening = [socket.socket() for _ in range(processes)]
     for each in listening:
         each.bind(("127.0.0.1", 0))
@@ -165,6 +168,7 @@ def measure(options, processes):
 
 
 def main():
+    """Measures every number of processes, and prints the predicted table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tnt_digits")
     parser.add_argument("--batch_size", type=int, default=16, help="images a process and step")

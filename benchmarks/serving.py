@@ -1,10 +1,10 @@
-"""Throughput and latency of Triton's server by calls at a time, and its memory under a long load.
+"""Measures throughput and latency of Triton by concurrency, and its memory under load.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --model=DeiTSmall --concurrency=1,4,16 --soak=600
 
-The server that `make servers` installs serves the model for encoded images on the loopback;
-savedmodels/client.py asks it from this process, so that the two share the machine.
+The server that `make servers` installs serves the model for encoded images on the loopback
+interface. savedmodels/client.py calls it from this process, so both share the machine.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from tests.servers.running import ENVIRONMENT, Triton  # noqa: E402
 
 
 def main():
+    """Exports a model, serves it, and writes results and a plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="TNTSmall")
     parser.add_argument("--calls", type=int, default=100, help="at each concurrency")
@@ -57,6 +58,7 @@ def main():
 
 
 def load_client():
+    """Imports savedmodels/client.py, which is not in a package."""
     path = ROOT / "savedmodels" / "client.py"
     spec = importlib.util.spec_from_file_location("client", path)
     module = importlib.util.module_from_spec(spec)
@@ -65,7 +67,7 @@ def load_client():
 
 
 def soak(client, kserve, picture, server, seconds):
-    """Images computed, and MiB that the server held by the minute, at eight calls at a time."""
+    """Returns the images computed under load, eight calls at a time, and memory by minute."""
     start, images, held = time.monotonic(), 0, [server.memory()]
     while time.monotonic() - start < seconds:
         images += client.benchmark(kserve.predict, picture, 64, 8)["calls"]

@@ -1,14 +1,13 @@
-"""Images/s of inference and of a training step: ours on each backend beside what a user would run.
+"""Measures images/s of inference and training steps, for keras_tnt on each backend and for timm.
 
     python benchmarks/speed.py                              # TNT-S and DeiT-S, batch 8, 224x224
     python benchmarks/speed.py --models=tnt_small --modes=training --precision=bfloat16 --batch=256
 
-Every row runs in a process of its own, and the rows take turns, so that a machine whose speed
-drifts drifts under all of them: read ratios, not absolute numbers. timm's rows come with
-`pip install --no-deps timm`. "onnxruntime" is a file of opset 23 in `onnx_session`, "onnxruntime
-alone" the same file without our operator, "openvino" the file in `openvino_session`, "timm
-openvino" timm's ONNX file in OpenVINO. `--precision=bfloat16` is for all but ONNX Runtime, which
-has no such products.
+Every row is a separate process, and the rows take turns, so drift in machine speed affects all rows
+equally: compare ratios, not absolute numbers. timm's rows need `pip install --no-deps timm`.
+"onnxruntime" is a file of opset 23 in `onnx_session`, "onnxruntime alone" the same file without the
+C++ operator, "openvino" the file in `openvino_session`, "timm openvino" timm's ONNX file in
+OpenVINO. `--precision=bfloat16` does not apply to ONNX Runtime, which has no bfloat16 GEMM.
 """
 
 import argparse
@@ -44,15 +43,16 @@ RUNTIMES = {
     ),
     "training": ("tensorflow", "jax", "torch", "timm", "timm compiled"),
 }
-FILES = ("onnxruntime", "openvino")  # run files of ours
+FILES = ("onnxruntime", "openvino")  # runtimes of exported files
 PEER = "timm compiled"
-PAUSE = 0.1  # seconds between rows: the threads of the last one go on spinning for a while
+PAUSE = 0.1  # seconds between rows, because the last one's threads spin for a while
 
 
 class Benchmarked(NamedTuple):
-    """A model: its builder here, its name in timm, its cost.
+    """Benchmarked model: title, builder in keras_tnt, name in timm, and cost.
 
-    Multiply-accumulates of one 224x224 image: table 1 of arXiv 2103.00112, table 5 of 2012.12877.
+    Giga multiply-accumulates of a 224x224 image are from table 1 of arXiv 2103.00112 and table 5 of
+    2012.12877.
     """
 
     title: str
@@ -68,6 +68,7 @@ MODELS = {
 
 
 def main():
+    """Measures every mode, model and installed runtime, and prints a table."""
     options = parse()
     if options.worker:
         return work(**json.loads(options.worker))
@@ -92,6 +93,7 @@ def main():
 
 
 def parse():
+    """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--models", type=words, default=list(MODELS))
@@ -115,15 +117,15 @@ def parse():
     return options
 
 
-# === The race: one process a row, one batch each in turn ===
+# === Measurement: one process per row, one batch each in turn ===
 
 
 def race(tasks, rounds):
-    """Run each task in a process of its own, all in turn.
+    """Runs each task in a separate process, with batches in turn.
 
     Returns:
-        The tasks, each with the seconds of its batches and what its process told; without those
-        that failed.
+        The tasks that did not fail, each with the seconds of its batches and the values that its
+        process reported.
     """
     workers = []
     for task in tasks:
@@ -142,23 +144,26 @@ def race(tasks, rounds):
 
 
 def say(line):
+    """Prints progress to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
 def installed(runtime):
+    """Returns whether the packages of a runtime are installed."""
     modules = [word for word in runtime.split() if word not in ("alone", "onnx", "compiled")]
     return all(map(importlib.util.find_spec, modules))
 
 
 def title(runtime):
-    """A runtime as a person reads it: ours by its backend, timm's as timm's."""
+    """Returns the label of a runtime in tables."""
     return runtime if runtime.startswith("timm") else f"ours on {runtime}"
 
 
 class Worker:
-    """A process that prepares a row, then runs a batch whenever it is asked to."""
+    """Process that prepares a row, and runs a batch for each "run" that it reads."""
 
     def __init__(self, task):
+        """Starts the process, and waits until it is ready; `ready` is `None` if it failed."""
         self.task, self.seconds = task, []
         backend = task["runtime"].split()[0]
         backend = backend if backend in ("tensorflow", "jax", "torch") else "torch"
@@ -181,17 +186,19 @@ class Worker:
         self.ready = self.answer()
 
     def ask(self, word):
+        """Sends a command, and returns the answer."""
         self.process.stdin.write(word + "\n")
         self.process.stdin.flush()
         return self.answer()
 
     def stop(self):
+        """Ends the process, and returns its peak memory."""
         answer = self.ask("stop")
         self.process.wait()
         return answer
 
     def answer(self):
-        """The next line that is an answer: libraries print too."""
+        """Returns the next line of JSON; libraries print other lines."""
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
@@ -200,7 +207,7 @@ class Worker:
 
 
 def work(mode, **task):
-    """A worker: prepare, then answer "run" with the seconds of a batch, "stop" with peak memory."""
+    """Runs a worker: answers "run" with the seconds of a batch, and "stop" with peak memory."""
     import resource
 
     import numpy as np
@@ -226,28 +233,28 @@ def work(mode, **task):
 
 
 def prepare_ours(runtime, model, mode, images, labels, depth, precision):
-    """A function without arguments that runs one batch to its end."""
+    """Returns a function that runs one batch of a keras_tnt model."""
     import keras
     import numpy as np
 
     import keras_tnt
 
-    # Of inference on a CPU `compile_inference` is asked for it.
+    # On a CPU, `compile_inference` takes the precision of inference.
     compiled = mode == "inference" and "cpu" in str(keras.ops.zeros(()).device).lower()
     dtype = None if precision == "float32" or compiled else f"mixed_{precision}"
     network = keras_tnt.create_model(
         MODELS[model].builder, weights=None, input_shape=images.shape[1:], depth=depth, dtype=dtype
     )
     if mode == "training":
-        # What a Keras user runs; XLA compiles the step on TensorFlow and JAX.
+        # The usual setting of Keras users: XLA on TensorFlow and JAX.
         jit = keras.backend.backend() != "torch"
         network.compile(
             keras.optimizers.AdamW(1e-4), "sparse_categorical_crossentropy", jit_compile=jit
         )
-        network.optimizer.build(network.trainable_variables)  # as the trainer does
+        network.optimizer.build(network.trainable_variables)  # as in the trainer
         return lambda: network.train_on_batch(images, labels)
     for variable in network.trainable_variables:
-        if variable.name == "bias":  # which an ONNX file leaves out where it is zero
+        if variable.name == "bias":  # ONNX export would drop zero biases
             variable.assign(np.random.default_rng(0).normal(scale=0.02, size=variable.shape))
     if runtime.split()[0] in FILES:
         with tempfile.TemporaryDirectory() as folder:
@@ -264,6 +271,7 @@ def prepare_ours(runtime, model, mode, images, labels, depth, precision):
 
 
 def onnx_step(path, name, images):
+    """Returns a function that runs a batch in ONNX Runtime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
@@ -271,6 +279,7 @@ def onnx_step(path, name, images):
 
 
 def openvino_step(path, images, precision):
+    """Returns a function that runs a batch in OpenVINO."""
     import openvino
 
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
@@ -279,7 +288,7 @@ def openvino_step(path, images, precision):
 
 
 def prepare_timm(runtime, model, mode, images, labels, depth, precision):
-    """The same of timm's model."""
+    """Returns a function that runs one batch of a timm model."""
     import torch
 
     stand_in_for_torchvision()
@@ -300,7 +309,7 @@ def prepare_timm(runtime, model, mode, images, labels, depth, precision):
     if runtime in ("timm onnx", "timm openvino"):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "model.onnx")
-            # The exporter that needs no further package; onnxscript, the other's, is not here.
+            # The TorchScript exporter, because the other needs onnxscript.
             torch.onnx.export(network.eval(), (x,), path, dynamo=False, input_names=["images"])
             if runtime == "timm openvino":
                 return openvino_step(path, x.numpy(), precision)
@@ -327,7 +336,7 @@ def prepare_timm(runtime, model, mode, images, labels, depth, precision):
 
 
 def stand_in_for_torchvision():
-    """timm imports torchvision for its data pipelines; its models run without."""
+    """Installs a stub of torchvision, which timm imports for its data pipelines only."""
     if importlib.util.find_spec("torchvision"):
         return
     import types
@@ -360,21 +369,21 @@ def stand_in_for_torchvision():
             setattr(sys.modules[parent], name, module)
 
 
-# === What the machine can do, and the table ===
+# === Machine limits and the table ===
 
 
 def machine_limits():
-    """GFLOP/s of float32 matrix products and GB/s of copying, the best of some tries on the CPU."""
+    """Returns GFLOP/s of float32 GEMM and GB/s of copying, the best of several tries on the CPU."""
     import numpy as np
 
     a = np.random.default_rng(0).random((2048, 2048), "float32")
     products = [best_of(9, lambda: a @ a)]
-    if installed("torch"):  # MKL, where NumPy has OpenBLAS
+    if installed("torch"):  # MKL, while NumPy uses OpenBLAS
         import torch
 
         tensor = torch.from_numpy(a)
         products.append(best_of(9, lambda: tensor @ tensor))
-    if installed("jax"):  # XLA's own
+    if installed("jax"):  # XLA
         import jax
 
         product, array = jax.jit(lambda x: x @ x), jax.device_put(a, jax.devices("cpu")[0])
@@ -386,6 +395,7 @@ def machine_limits():
 
 
 def best_of(times, function):
+    """Returns the shortest time of several calls in seconds."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -395,6 +405,7 @@ def best_of(times, function):
 
 
 def report(rows, options):
+    """Prints the table and writes the rows."""
     limits = machine_limits()
     print(
         f"\nbatch {options.batch}, {options.image_size}x{options.image_size}, {options.precision}; "
@@ -430,6 +441,7 @@ def report(rows, options):
 
 
 def write(path, record):
+    """Writes a record as JSON."""
     from keras_tnt.files import write_atomically
 
     write_atomically(path, json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""Detection and segmentation with KerasHub's heads on keras_tnt backbones."""

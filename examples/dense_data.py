@@ -1,8 +1,8 @@
-"""Images with boxes or masks from three places, at one size: made scenes, tfds, a folder.
+"""Images with boxes or masks, at one size, from generated scenes, tfds or a folder.
 
-An item is a dict of numpy arrays: `image` (height, width, 3) uint8, and for detection `boxes`
-(n, 4), (top, left, bottom, right) in pixels, `labels` (n,) and `crowd` (n,), whether a box is of a
-crowd; for segmentation `mask` (height, width), the class of each pixel, 255 of what does not count.
+An item is a dict of numpy arrays: `image` (height, width, 3) uint8; for detection `boxes` (n, 4),
+(top, left, bottom, right) in pixels, `labels` (n,) and `crowd` (n,), whether a box is of a crowd;
+for segmentation `mask` (height, width), the class of each pixel, or 255 where pixels do not count.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from examples import scenes
 
-IGNORED = 255  # in a mask
+IGNORED = 255  # value of mask pixels that do not count
 LAYOUTS = {
     "detection": "DIR/train and DIR/validation, each with images and an annotations.json in COCO's "
     "form, whose file_name tells an image's path from there",
@@ -29,8 +29,8 @@ class Items:
 
     Attributes:
         count: number of items.
-        classes: names of the classes; in segmentation the class of value 0 first.
-        read: from nothing to an iterator over all items.
+        classes: class names by index; in segmentation, index 0 is the mask value 0.
+        read: function without arguments that returns an iterator over all items.
     """
 
     count: int
@@ -39,15 +39,19 @@ class Items:
 
 
 def load(task: str, options, held_out: bool) -> Items:
-    """One split of what `--dataset` names.
+    """Loads a split of the data set that `--dataset` names.
 
     Args:
         task: "detection" or "segmentation".
-        options: of the command: dataset, data_dir, image_size, scenes, held_out_scenes, classes.
-        held_out: whether the held-out split is wanted.
+        options: options of the command: dataset, data_dir, image_size, scenes, held_out_scenes,
+            classes.
+        held_out: whether to load the held-out split.
+
+    Returns:
+        `Items`.
 
     Raises:
-        ValueError: if there is no such data set, or it is not laid out as it must be.
+        ValueError: if there is no such data set, or its layout is not supported.
     """
     if options.dataset == "scenes":
         return made_scenes(task, options, held_out)
@@ -63,11 +67,11 @@ def load(task: str, options, held_out: bool) -> Items:
     return (boxes_in_folder if task == "detection" else masks_in_folder)(folder, options)
 
 
-# === Made scenes ===
+# === Generated scenes ===
 
 
 def made_scenes(task, options, held_out):
-    """Scenes of digits: the same at each call."""
+    """Returns generated scenes of digits, which are the same at each call."""
     count = options.held_out_scenes if held_out else options.scenes
     made = scenes.scenes(count, held_out, size=options.image_size)
 
@@ -86,7 +90,7 @@ def made_scenes(task, options, held_out):
 
 
 def prepared(task, options, held_out):
-    """A data set of tensorflow-datasets with boxes, or with a mask beside the image."""
+    """Returns a data set of tensorflow-datasets with boxes, or with a mask next to the image."""
     import tensorflow_datasets as tfds
 
     from training.sources.tfds import HELD_OUT_SPLITS, find_builder
@@ -113,7 +117,7 @@ def prepared(task, options, held_out):
 
 
 def boxes_of_tfds(options, features, kinds):
-    """(classes, from an example to an item) of a sequence with `bbox` and `label`."""
+    """Returns (classes, function from example to item) of a sequence with `bbox` and `label`."""
     found = [
         (key, feature.feature)
         for key, feature in features.items()
@@ -139,7 +143,7 @@ def boxes_of_tfds(options, features, kinds):
 
 
 def mask_of_tfds(options, features, kinds):
-    """(classes, from an example to an item) of a second image, the mask."""
+    """Returns (classes, function from example to item) of a second image, the mask."""
     masks = [
         key for key, each in features.items() if isinstance(each, kinds.Image) and key != "image"
     ]
@@ -159,7 +163,7 @@ def mask_of_tfds(options, features, kinds):
 
 
 def colour(image):
-    """(height, width, 1 or 3) to three channels."""
+    """Converts (height, width, 1 or 3) to three channels."""
     return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
 
 
@@ -167,7 +171,7 @@ def colour(image):
 
 
 def boxes_in_folder(folder, options):
-    """Images with COCO's annotations."""
+    """Returns images with annotations in COCO's format."""
     path = folder / "annotations.json"
     if not path.exists():
         raise ValueError(f"There is no {path}. A folder is {LAYOUTS['detection']}")
@@ -200,7 +204,7 @@ def boxes_in_folder(folder, options):
 
 
 def masks_in_folder(folder, options):
-    """Images, each with a PNG of its classes."""
+    """Returns images with a PNG mask of classes each."""
     images = sorted(path for path in (folder / "images").glob("*") if path.is_file())
     if not images:
         raise ValueError(
@@ -216,7 +220,7 @@ def masks_in_folder(folder, options):
         from PIL import Image
 
         for image, path in zip(images, masks, strict=True):
-            with Image.open(path) as picture:  # of a palette, its indices: no conversion
+            with Image.open(path) as picture:  # a palette image gives its indices
                 mask = np.asarray(picture)
             pixels = read_image(image)
             if mask.shape != pixels.shape[:2]:
@@ -231,7 +235,7 @@ def masks_in_folder(folder, options):
 
 
 def names_of_masks(options, names):
-    """Names of the classes of masks: as told, or numbers."""
+    """Returns the class names of masks: `names`, or numbers up to `--classes`."""
     if names:
         return tuple(names)
     if not options.classes:
@@ -243,7 +247,7 @@ def names_of_masks(options, names):
 
 
 def check_mask(mask, classes, where):
-    """Raise an error on a value that is no class."""
+    """Raises a ValueError if a mask has a value that is not a class."""
     wrong = mask[(mask >= classes) & (mask != IGNORED)]
     if wrong.size:
         raise ValueError(
@@ -253,12 +257,14 @@ def check_mask(mask, classes, where):
 
 
 def check_files(paths):
+    """Raises a ValueError if a file is missing."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ValueError(f"There is no {missing[0]}, and {len(missing) - 1} more are missing")
 
 
 def read_image(path):
+    """Reads an image as uint8 (height, width, 3)."""
     from keras_tnt import images
 
     return np.asarray(images.convert(images.open_picture(path), 3))
@@ -268,15 +274,15 @@ def read_image(path):
 
 
 def resize(item, size, scale=None):
-    """An item whose image fits into a square, above and to the left, its targets with it.
+    """Resizes an item to fit a square, padded on the right and at the bottom.
 
     Args:
-        item: as this module describes it.
+        item: an item as described by this module.
         size: side of the square in pixels.
-        scale: by which it is resized; None: so that the longer side fills the square.
+        scale: resize factor. If `None`, the longer side fills the square.
 
     Returns:
-        `(item, scale)`: the image padded with its mean colour, the mask with `IGNORED`.
+        `(item, scale)`: the image is padded with gray (127), the mask with `IGNORED`.
     """
     from PIL import Image
 
@@ -300,14 +306,14 @@ def resize(item, size, scale=None):
 
 
 def pad(array, size, value):
-    """An image or mask padded below and to the right to a square; what juts out is cut off."""
+    """Pads an image or mask to a square on the right and at the bottom, or crops it."""
     array = array[:size, :size]
     room = [(0, size - side) for side in array.shape[:2]] + [(0, 0)] * (array.ndim - 2)
     return np.pad(array, room, constant_values=value)
 
 
 def augment(item, random, options):
-    """What training does to an item: mirrors it, and cuts a square out of it at another scale."""
+    """Applies random flips and, with `--crop`, scale jitter and random crops, to an item."""
     if options.flip and random.random() < 0.5:
         width = item["image"].shape[1]
         item = dict(item, image=item["image"][:, ::-1])
@@ -318,7 +324,7 @@ def augment(item, random, options):
             item["boxes"] = np.stack([top, width - right, bottom, width - left], axis=-1)
     if not options.crop:
         return resize(item, options.image_size)[0]
-    # The shorter side is between half and twice the square, which is cut at a random place.
+    # Scale jitter: the shorter side becomes 0.5 to 2 times the crop, which is at a random place.
     shorter = min(item["image"].shape[:2])
     scale = options.image_size / shorter * random.uniform(0.5, 2.0)
     visible = options.image_size / scale
@@ -329,16 +335,16 @@ def augment(item, random, options):
 
 
 def batches(items: Items, options, target: Callable, seed: int):
-    """Endless batches for `fit` on every backend, in an order that the seed decides.
+    """Returns endless batches for `fit` on every backend, in an order determined by the seed.
 
     Args:
-        items: of the training split.
+        items: the training split.
         options: image_size, batch, flip, crop.
-        target: from an item to what the model's loss compares with, of the same shape for all.
-        seed: of order and augmentation.
+        target: function from an item to the target of the model's loss, of a fixed shape.
+        seed: seed of order and augmentation.
 
     Returns:
-        A `tf.data.Dataset` of (images, targets), images float32 in [0, 255].
+        A `tf.data.Dataset` of (images, targets), with float32 images in [0, 255].
     """
     import tensorflow as tf
 

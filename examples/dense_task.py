@@ -1,4 +1,4 @@
-"""What detection.py and segmentation.py have in common: options, backbone, training, export."""
+"""Options, backbone, training and export, shared by detection.py and segmentation.py."""
 
 import argparse
 import dataclasses
@@ -23,23 +23,24 @@ TNT_SCENES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Values of a training; each field but `architecture` is a flag of the commands.
+    """Training configuration; each field but `architecture` is a flag of the commands.
 
     Attributes:
-        model: a name of `keras_tnt.create_model`.
+        model: name for `keras_tnt.create_model`.
         architecture: keyword arguments of the model.
-        weights: "digits", learnt first from small scenes of one digit; "imagenet", or whatever
-            else the model takes; "none".
+        weights: "digits", from pretraining on small scenes of one digit; "imagenet", or any other
+            value that the model supports; "none".
         image_size: side of the square that images are fitted into, a multiple of 32.
-        batch: images a step.
+        batch: images per step.
         steps: number of training steps.
-        learning_rate: of AdamW, reached after a linear warm-up over a twentieth of the steps.
-        schedule: "cosine" or "poly", the power 0.9, down to 0.
-        weight_decay: of AdamW, on kernels.
-        flip: whether images are mirrored at random.
-        crop: whether squares at random scales are cut out of images (segmentation).
-        freeze: what stands still: None, "stem", a number of blocks, or "head" for the whole model
-            but the layers that make levels of its maps.
+        learning_rate: peak learning rate of AdamW, after a linear warm-up over a twentieth of the
+            steps.
+        schedule: "cosine" or "poly" (power 0.9), both down to 0.
+        weight_decay: weight decay of AdamW, on kernels.
+        flip: whether to flip images at random.
+        crop: whether to crop squares at random scales (segmentation).
+        freeze: layers to freeze: None, "stem", a number of blocks, or "head" for the whole model
+            except the layers that resample its maps to levels.
     """
 
     model: str
@@ -60,7 +61,7 @@ class Settings:
 
 
 def parse(description, settings: dict[str, Settings], arguments):
-    """The options of a command: those of the named settings, each of which a flag overrides."""
+    """Parses the options; flags override the values of the chosen settings."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,7 +90,7 @@ def parse(description, settings: dict[str, Settings], arguments):
     name = options.settings or ("scenes" if options.dataset == "scenes" else "paper")
     for key, value in vars(settings[name]).items():
         if getattr(options, key) is None:
-            # An architecture belongs to its model.
+            # The architecture of the settings is for their own model.
             own = key != "architecture" or options.model == settings[name].model
             setattr(options, key, value if own else {})
     if options.image_size % 32:
@@ -104,7 +105,7 @@ def parse(description, settings: dict[str, Settings], arguments):
 
 
 def run(main, arguments=None):
-    """Run a command; what goes wrong with what was asked is told in one line.
+    """Runs a command; user errors are reported in one line.
 
     Returns:
         The exit status.
@@ -123,7 +124,7 @@ def run(main, arguments=None):
 
 
 def require(*modules):
-    """Raise an ImportError that names what to install if one of these modules is missing."""
+    """Raises an ImportError with the command that installs what is missing of these modules."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -136,7 +137,7 @@ def require(*modules):
 
 
 def make_model(options):
-    """The model that a backbone is made of, with the weights that the options ask for."""
+    """Builds the model for the backbone, with the weights of the options."""
     import keras_tnt
 
     weights = {"none": None}.get(options.weights, options.weights)
@@ -153,10 +154,10 @@ def make_model(options):
 
 
 def digits_weights(options, count=6000, epochs=12, size=32):
-    """Weights of a classifier of single digits in small scenes, trained now or found.
+    """Trains a classifier of single digits in small scenes, or finds its weights.
 
     Returns:
-        The path of a `.weights.h5` file beside the run.
+        The path of a `.weights.h5` file in the working directory.
     """
     import keras
 
@@ -192,7 +193,7 @@ def digits_weights(options, count=6000, epochs=12, size=32):
 
 
 def make_optimizer(steps, learning_rate, weight_decay, schedule):
-    """AdamW with warm-up, which decays kernels alone."""
+    """Returns AdamW with warm-up, with weight decay on kernels only."""
     import keras
 
     warmup = max(1, steps // 20)
@@ -211,20 +212,21 @@ def make_optimizer(steps, learning_rate, weight_decay, schedule):
 
 
 def jit():
-    """Whether Keras compiles: models this small are trained before XLA has compiled them."""
+    """Returns whether to compile with XLA: only on JAX, because models this small train fast."""
     import keras
 
     return keras.backend.backend() == "jax"
 
 
 def train(model, dataset, options, epochs=20):
-    """Fit with a progress bar; a call that was broken off goes on after its last epoch.
+    """Trains with `fit`; an interrupted run resumes after its last completed epoch.
 
     Args:
-        model: compiled.
+        model: a compiled model.
         dataset: endless batches.
         options: steps, workdir.
-        epochs: parts that the steps are told and kept in.
+        epochs: number of parts into which the steps are divided for progress and backups. Defaults
+            to 20.
     """
     import keras
 
@@ -252,7 +254,7 @@ from examples import {task}
 {task}.export(keras.saving.load_model(sys.argv[2]), sys.argv[3])
 """
 
-# TensorFlow alone reads the SavedModel; it may import Keras by itself, this program does not.
+# Only TensorFlow reads the SavedModel. It may import Keras itself, but the program does not.
 SERVE = """
 import sys
 import numpy as np
@@ -266,12 +268,12 @@ assert "keras_tnt" not in sys.modules and "keras_hub" not in sys.modules
 
 
 def export(task, path, directory):
-    """Write the SavedModel of a `.keras` file, with Keras on TensorFlow whatever trained it."""
+    """Writes the SavedModel of a `.keras` file, in a process with Keras on TensorFlow."""
     python(EXPORT.format(task=task), ROOT, path, directory)
 
 
 def serve(directory, images, workdir):
-    """What a SavedModel says of images, in a process without Keras.
+    """Runs a SavedModel on images, in a process without Keras.
 
     Returns:
         A dict of arrays.
@@ -288,6 +290,7 @@ def serve(directory, images, workdir):
 
 
 def python(program, *arguments):
+    """Runs a Python program in a process with Keras on TensorFlow and without a GPU."""
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1"}
     finished = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
@@ -300,7 +303,7 @@ def python(program, *arguments):
 
 
 def write_results(workdir, results):
-    """Keep and print what was measured, a row for each form of the model."""
+    """Writes the metrics to results.json, and prints a row for each form of the model."""
     from keras_tnt.files import write_atomically
 
     write_atomically(workdir / "results.json", json.dumps(results, indent=2))

@@ -1,13 +1,13 @@
-"""Teach KerasHub's RetinaNet to find objects, on a backbone of keras_tnt.
+"""Trains KerasHub's RetinaNet for object detection on a keras_tnt backbone.
 
     python examples/detection.py
     python examples/detection.py --dataset=tfds:coco/2017 --data_dir=DIR
     python examples/detection.py --dataset=FOLDER --weights=imagenet --steps=5000
 
-Without a flag it makes scenes of handwritten digits on cluttered ground, learns their boxes in
-some minutes on two cores, and measures COCO's average precision on scenes of digits that it never
-saw: of the trained detector, reloaded from disk, and exported to a SavedModel. Called again, it
-goes on where it was. docs/dense.md explains the data sets.
+Without flags, it generates scenes of handwritten digits on cluttered ground, trains for some
+minutes on two cores, and measures COCO's average precision on scenes of held-out digits: of the
+trained detector, reloaded from disk, and exported to a SavedModel. An interrupted run resumes if
+the same command is run again. docs/dense.md explains the data sets.
 """
 
 import sys
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples.dense_task import TNT_SCENES, Settings, parse, require, run  # noqa: E402
 
 BOXES = "yxyx"
-MOST_BOXES = 100  # of an image, in training and in the answer
+MOST_BOXES = 100  # per image, in training and in predictions
 
 SETTINGS = {
     "scenes": Settings(
@@ -46,11 +46,12 @@ SETTINGS = {
 
 
 def main(arguments=None):
+    """Trains, evaluates and exports a detector, and returns the metrics by form of the model."""
     options = parse(__doc__, SETTINGS, arguments)
     require("keras_hub", "faster_coco_eval", "sklearn", "tensorflow")
     import keras
 
-    import keras_tnt  # noqa: F401  Keras loads its layers by their names
+    import keras_tnt  # noqa: F401  registers the layers with Keras
     from examples import dense_data, dense_task
 
     keras.utils.set_random_seed(options.seed)
@@ -83,10 +84,10 @@ def main(arguments=None):
 
 
 def make_detector(options, classes):
-    """RetinaNet on a backbone of keras_tnt, compiled.
+    """Builds and compiles RetinaNet on a keras_tnt backbone.
 
-    Anchors are made for objects of a sixth to the whole of the digits' scenes; for larger images
-    they are RetinaNet's own (arXiv 1708.02002).
+    For generated scenes, anchors cover objects of a sixth to the whole of the image; otherwise they
+    are RetinaNet's own (arXiv 1708.02002).
     """
     import keras
     import keras_hub
@@ -123,8 +124,8 @@ def make_detector(options, classes):
             BOXES, from_logits=True, confidence_threshold=0.05, max_detections=MOST_BOXES
         ),
     )
-    # RetinaNet's classes begin at a probability of 0.01 (section 4.1). KerasHub 0.32 gives the
-    # bias that does so to the boxes, which begin far from their anchors then.
+    # RetinaNet initializes class probabilities to 0.01 (section 4.1). KerasHub 0.32 sets this bias
+    # on the boxes as well, which then begin far from their anchors.
     for head, bias in (
         (detector.classification_head, -np.log(99)),
         (detector.box_head, 0.0),
@@ -145,7 +146,7 @@ def make_detector(options, classes):
 
 
 def padded_boxes(item):
-    """Boxes and labels of an item as the loss takes them: as many for every image."""
+    """Returns boxes and labels of an item, without crowds, padded to `MOST_BOXES` rows."""
     import numpy as np
 
     kept = ~item["crowd"]
@@ -158,10 +159,10 @@ def padded_boxes(item):
 
 
 def detect(detector, images, batch):
-    """What a detector finds in images: a dict of arrays, `MOST_BOXES` rows an image.
+    """Returns the detections in images, as a dict of arrays with `MOST_BOXES` rows per image.
 
-    Every batch is full, the last image repeated where there are fewer: KerasHub's suppression of
-    overlapping boxes wants to know the number of images in a TensorFlow graph.
+    The last batch is padded with the last image, because KerasHub's non-maximum suppression needs a
+    static number of images in a TensorFlow graph.
     """
     import numpy as np
 
@@ -172,7 +173,7 @@ def detect(detector, images, batch):
 
 
 def export(detector, directory):
-    """Write a SavedModel from images to boxes, labels and confidences; runs on TensorFlow."""
+    """Writes a SavedModel from images to boxes, labels and confidences. Needs TensorFlow."""
     import keras
     import tensorflow as tf
 
@@ -184,7 +185,7 @@ def export(detector, directory):
         return {key: tf.cast(found[key][0], spec.dtype) for key, spec in specs.items()}
 
     def serve(images):
-        # Image by image: the number of images is not known here, as `detect` needs it.
+        # One image at a time, because NMS needs a static number of images; see `detect`.
         predictions = detector(images, training=False)
         return tf.map_fn(decode, (predictions, images), fn_output_signature=specs)
 
@@ -206,7 +207,7 @@ def export(detector, directory):
 
 
 def evaluation_set(items, options):
-    """All images at the model's size, and what is in them."""
+    """Returns all images at the model's size, and their ground truth in original pixels."""
     import numpy as np
 
     from examples import dense_data
@@ -221,14 +222,14 @@ def evaluation_set(items, options):
 
 
 def evaluate(found, truth):
-    """COCO's average precision, in the images' own pixels.
+    """Computes COCO's average precision, in the pixels of the original images.
 
     Args:
-        found: what the detector predicts: boxes, labels, confidence, num_detections.
-        truth: of `evaluation_set`.
+        found: predictions of the detector: boxes, labels, confidence, num_detections.
+        truth: ground truth returned by `evaluation_set`.
 
     Returns:
-        A dict of AP (mean over overlaps of 0.5 to 0.95), AP50 and AP75.
+        A dict of AP (mean over IoU 0.5 to 0.95), AP50 and AP75.
     """
     import contextlib
     import io
@@ -272,7 +273,7 @@ def evaluate(found, truth):
 
 
 def draw(path, images, found, truth, classes, count=12, threshold=0.5):
-    """Draw boxes over held-out images: what is there dashed, what was found in full lines."""
+    """Draws held-out images with boxes: ground truth dashed, detections solid."""
     import matplotlib
     import numpy as np
 

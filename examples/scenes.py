@@ -1,4 +1,4 @@
-"""Scenes with known boxes and masks: handwritten digits at random places on cluttered ground."""
+"""Synthetic scenes with known boxes and masks: handwritten digits on cluttered ground."""
 
 import dataclasses
 
@@ -7,20 +7,20 @@ import numpy as np
 CLASSES = tuple("0123456789")
 SIZE = 64  # of a scene, in pixels
 SIDES = (22, 34)  # of a pasted digit, in pixels
-COUNTS = (1, 3)  # digits a scene
-INK = 0.4  # share of full ink from which on a pixel belongs to the digit
-TRIES = 20  # for a place where a digit touches no other
+COUNTS = (1, 3)  # digits per scene
+INK = 0.4  # threshold, relative to full ink, of the pixels that belong to a digit
+TRIES = 20  # to find a place where a digit does not touch another
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """Scenes with what is in them.
+    """Scenes with their annotations.
 
     Attributes:
         images: (n, size, size, 3), uint8.
         boxes: a list of (count, 4) arrays, (top, left, bottom, right) in pixels of a digit's ink.
         labels: a list of (count,) arrays, the digits.
-        masks: (n, size, size), uint8: 0 ground, 1 + digit elsewhere.
+        masks: (n, size, size), uint8: 0 for ground, 1 + digit elsewhere.
     """
 
     images: np.ndarray
@@ -30,7 +30,7 @@ class Scenes:
 
 
 def digits(held_out: bool):
-    """scikit-learn's handwritten digits, (n, 8, 8) of ink in [0, 1], and labels; 20% held out."""
+    """Returns scikit-learn's digits, (n, 8, 8) ink in [0, 1], and labels; 20% are held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -43,15 +43,18 @@ def digits(held_out: bool):
 
 
 def scenes(count: int, held_out: bool, size: int = SIZE, sides=SIDES, counts=COUNTS, seed: int = 0):
-    """`Scenes` of digits that training sees, or of those that it never sees.
+    """Generates scenes of training digits or of held-out digits.
 
     Args:
         count: number of scenes.
-        held_out: whether of held-out digits. Their scenes are drawn apart from all others.
-        size: side of the scenes in pixels.
-        sides: least and greatest side of a pasted digit in pixels.
-        counts: least and greatest number of digits in a scene.
-        seed: of the draw.
+        held_out: whether to use held-out digits, with a separate random stream.
+        size: side of the scenes in pixels. Defaults to 64.
+        sides: smallest and largest side of a pasted digit in pixels. Defaults to (22, 34).
+        counts: smallest and largest number of digits in a scene. Defaults to (1, 3).
+        seed: random seed. Defaults to 0.
+
+    Returns:
+        `Scenes`.
     """
     random = np.random.default_rng((seed, held_out))
     glyphs, kinds = digits(held_out)
@@ -80,7 +83,7 @@ def scenes(count: int, held_out: bool, size: int = SIZE, sides=SIDES, counts=COU
 
 
 def ground(random, size):
-    """Cluttered ground: patches of colour that melt into each other, strokes and noise."""
+    """Draws cluttered ground: smooth patches of color, strokes and noise."""
     coarse = random.uniform(0.0, 0.4, (4, 4, 3))
     image = np.stack([enlarge(coarse[..., c], size) for c in range(3)], axis=-1)
     ys, xs = np.mgrid[:size, :size]
@@ -95,14 +98,14 @@ def ground(random, size):
 
 
 def paste(random, image, ink, top, left):
-    """Paint ink onto the image in one bright colour."""
+    """Paints ink onto the image, in place, in one bright color."""
     colour = random.uniform(0.7, 1.0, 3)
     part = image[top : top + len(ink), left : left + len(ink)]
     part += ink[..., None] * (colour - part)
 
 
 def enlarge(image, side):
-    """(n, n) to (side, side), bilinear."""
+    """Resizes (n, n) to (side, side), bilinear."""
     at = (np.arange(side) + 0.5) * len(image) / side - 0.5
     at = np.clip(at, 0, len(image) - 1)
     low = np.minimum(at.astype(int), len(image) - 2)
@@ -112,13 +115,13 @@ def enlarge(image, side):
 
 
 def box_of(ink):
-    """(top, left, bottom, right) of the pixels that belong to the digit."""
+    """Returns (top, left, bottom, right) of the pixels that belong to the digit."""
     rows, columns = np.nonzero(ink > INK)
     return np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1], "float32")
 
 
 def free_place(random, box, shape, size, others):
-    """(top, left) where the box touches none of the others; None if none is found."""
+    """Returns (top, left) where the box does not touch the others, or `None`."""
     for _ in range(TRIES):
         top, left = (int(random.integers(0, size - side + 1)) for side in shape)
         y1, x1, y2, x2 = box + np.array([top, left, top, left])
@@ -128,10 +131,16 @@ def free_place(random, box, shape, size, others):
 
 
 def crops(count: int, held_out: bool, size: int = 32, seed: int = 0):
-    """(images, labels): small scenes of one digit each, to learn digits from before anything else.
+    """Generates small scenes of one digit each, for pretraining a classifier.
+
+    Args:
+        count: number of scenes.
+        held_out: whether to use held-out digits.
+        size: side of the scenes in pixels. Defaults to 32.
+        seed: random seed. Defaults to 0.
 
     Returns:
-        uint8 (count, size, size, 3) and int32 (count,).
+        Images, uint8 (count, size, size, 3), and labels, int32 (count,).
     """
     found = scenes(count, held_out, size, (SIDES[0], size), (1, 1), seed)
     return found.images, np.concatenate(found.labels)

@@ -1,13 +1,13 @@
-"""Teach KerasHub's DeepLabV3+ to name every pixel, on a backbone of keras_tnt.
+"""Trains KerasHub's DeepLabV3+ for semantic segmentation on a keras_tnt backbone.
 
     python examples/segmentation.py
     python examples/segmentation.py --dataset=tfds:scene_parse150 --data_dir=DIR --classes=151
     python examples/segmentation.py --dataset=FOLDER --weights=imagenet --steps=5000
 
-Without a flag it makes scenes of handwritten digits on cluttered ground, learns their masks in
-some minutes on two cores, and measures the mean IoU over ten digits and ground on scenes of digits
-that it never saw: of the trained segmenter, reloaded from disk, and exported to a SavedModel.
-Called again, it goes on where it was. docs/dense.md explains the data sets.
+Without flags, it generates scenes of handwritten digits on cluttered ground, trains for some
+minutes on two cores, and measures the mean IoU over ten digits and ground on scenes of held-out
+digits: of the trained segmenter, reloaded from disk, and exported to a SavedModel. An interrupted
+run resumes if the same command is run again. docs/dense.md explains the data sets.
 """
 
 import sys
@@ -44,11 +44,12 @@ SETTINGS = {
 
 
 def main(arguments=None):
+    """Trains, evaluates and exports a segmenter, and returns the metrics by form of the model."""
     options = parse(__doc__, SETTINGS, arguments)
     require("keras_hub", "sklearn", "tensorflow")
     import keras
 
-    import keras_tnt  # noqa: F401  Keras loads its layers by their names
+    import keras_tnt  # noqa: F401  registers the layers with Keras
     from examples import dense_data, dense_task
 
     keras.utils.set_random_seed(options.seed)
@@ -82,7 +83,7 @@ def main(arguments=None):
 
 
 def make_segmenter(options, classes):
-    """DeepLabV3+ on a backbone of keras_tnt, compiled."""
+    """Builds and compiles DeepLabV3+ on a keras_tnt backbone."""
     import keras
     import keras_hub
 
@@ -92,7 +93,7 @@ def make_segmenter(options, classes):
     for_scenes = options.dataset == "scenes"
     size = options.image_size
     model = dense_task.make_model(options)
-    fine = 3 if len(keras_tnt.anatomy(model).stages) > 1 else 2  # the finest level that there is
+    fine = 3 if len(keras_tnt.anatomy(model).stages) > 1 else 2  # the finest available level
     coarse = 4 if for_scenes else 5
     backbone = keras_hub.models.DeepLabV3Backbone(
         image_encoder=keras_tnt.backbone(model, (f"P{fine}", f"P{coarse}")),
@@ -106,7 +107,7 @@ def make_segmenter(options, classes):
     segmenter = keras_hub.models.DeepLabV3ImageSegmenter(
         backbone,
         num_classes=classes,
-        compile=False,  # metrics of a first compilation stay with a second
+        compile=False,  # metrics of a first compilation would remain after the second
     )
     if options.freeze is not None:
         keras_tnt.finetuning.freeze(segmenter, options.freeze)
@@ -121,7 +122,7 @@ def make_segmenter(options, classes):
 
 
 def classify(segmenter, images, options):
-    """The likeliest class of each pixel: uint8 (n, height, width)."""
+    """Returns the most likely class of each pixel, uint8 (n, height, width)."""
     import numpy as np
 
     parts = [
@@ -132,7 +133,7 @@ def classify(segmenter, images, options):
 
 
 def export(segmenter, directory):
-    """Write a SavedModel from images to probabilities and the likeliest class of each pixel."""
+    """Writes a SavedModel from images to probabilities and the most likely class of each pixel."""
     import keras
     import tensorflow as tf
 
@@ -154,7 +155,7 @@ def export(segmenter, directory):
 
 
 def evaluation_set(items, options):
-    """All images at the model's size, and their masks there."""
+    """Returns all images at the model's size, and their masks at that size."""
     import numpy as np
 
     from examples import dense_data
@@ -165,11 +166,15 @@ def evaluation_set(items, options):
 
 
 def evaluate(found, masks, classes):
-    """Mean IoU over the classes, and the share of pixels that are right.
+    """Computes mean IoU over the classes, and pixel accuracy.
 
     Args:
-        found, masks: (n, height, width), the classes found and true.
+        found: predicted classes, (n, height, width).
+        masks: true classes, (n, height, width); `IGNORED` pixels do not count.
         classes: number of classes.
+
+    Returns:
+        A dict of "mean IoU" and "pixel accuracy".
     """
     import keras
 
@@ -186,7 +191,7 @@ def evaluate(found, masks, classes):
 
 
 def draw(path, images, found, masks, classes, count=6):
-    """Draw held-out images, their masks, and what the segmenter found."""
+    """Draws held-out images, their masks, and the predicted masks."""
     import matplotlib
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Ask a server about images: TF Serving by REST or gRPC, Triton and MLServer by KServe's protocol.
+"""Client of TF Serving (REST or gRPC), and of Triton and MLServer (KServe's protocol).
 
 python savedmodels/client.py cat.jpg dog.png --model=tnt_small
 python savedmodels/client.py --call=status --model=tnt_small --protocol=grpc
@@ -22,13 +22,13 @@ import time
 import urllib.parse
 
 PORTS = {"rest": 8501, "grpc": 8500, "kserve": 8000}
-# The limits of a reply, each checked before what it limits is used.
+# Limits of a reply, each of which is checked before the data is used.
 MAX_REPLY = 2**26  # bytes
-MAX_GRPC_REPLY = 2**24  # bytes; a message can be a hundred times larger in memory
-MAX_HEADERS = 2**20  # bytes, added to those of the body
-MAX_VALUES = 2**21  # numbers, strings, lists and objects of JSON; json limits their nesting
+MAX_GRPC_REPLY = 2**24  # bytes; in memory a message can be a hundred times larger
+MAX_HEADERS = 2**20  # bytes, in addition to the body
+MAX_VALUES = 2**21  # JSON values; the json module limits their nesting
 MAX_VALUE = 2**16  # bytes of a number or a string
-MAX_CLASSES = 2**18  # of an image
+MAX_CLASSES = 2**18  # per image
 MAX_NAME = 2**12  # characters
 MAX_VERSIONS = 2**16
 MAX_DIMENSIONS = 32
@@ -36,20 +36,22 @@ MAX_IMAGE = 2**28  # bytes
 
 
 class ServerError(Exception):
-    """The server cannot be reached, or refuses; the message says which and what to do."""
+    """Raised if the server cannot be reached or refuses; the message says what to do."""
 
 
 class HttpClient:
-    """Calls by HTTP and JSON, which end in time.
+    """HTTP client for JSON with a limit on the time and size of a call.
 
     Args:
-        host, port: where the server listens.
-        model: the name that the server knows the model by.
-        version: integer; None: the latest that the server serves.
-        timeout: seconds that a call may take.
+        host: host of the server.
+        port: port of the server.
+        model: name of the model on the server.
+        version: version number. If `None`, the latest that the server serves.
+        timeout: time limit of a call in seconds. Defaults to 10.
     """
 
     def __init__(self, host, port, model, version=None, timeout=10.0):
+        """Builds the model's URL path; each call opens its own connection."""
         self.host, self.port, self.address = host, port, f"{host}:{port}"
         self.model, self.version, self.timeout = model, version, timeout
         self.path = "/models/" + urllib.parse.quote(model, safe="", errors="surrogateescape")
@@ -57,12 +59,15 @@ class HttpClient:
             self.path += f"/versions/{version}"
 
     def ask(self, path, body, read):
-        """Returns what `read` makes of the JSON of a reply, within the time that a call may take.
+        """Sends a request, and returns the result of `read` on the JSON of the reply.
 
         Args:
-            path: Path of the request.
-            body: JSON of the request. If `None`, there is none.
-            read: Function of the reply's JSON.
+            path: path of the request.
+            body: JSON-serializable body of a POST request. If `None`, the request is a GET.
+            read: function of the parsed reply.
+
+        Raises:
+            ServerError: if the call fails, or takes longer than the time limit.
         """
         answer = concurrent.futures.Future()
         deadline = time.monotonic() + self.timeout
@@ -73,19 +78,19 @@ class HttpClient:
             except BaseException as error:
                 answer.set_exception(error)
 
-        # A thread, because looking up a host's name has no time limit. What follows ends by itself.
+        # A thread, because a DNS lookup has no time limit. The rest has a deadline.
         threading.Thread(target=work, daemon=True).start()
         try:
             return answer.result(self.timeout)
         except TimeoutError as error:
             raise ServerError(no_answer(self.address, self.timeout)) from error
-        except http.client.HTTPException as error:  # some are OSErrors, too
+        except http.client.HTTPException as error:  # some are OSErrors as well
             raise ServerError(no_such_server(self.address, self.KIND)) from error
         except (OSError, UnicodeError) as error:
             raise ServerError(unreachable(self.address)) from error
 
     def exchange(self, path, body, deadline):
-        """Returns (status, reason, body) of a reply; redirections are not followed."""
+        """Returns (status, reason, body) of a reply; redirects are not followed."""
         body = None if body is None else json.dumps(body).encode()
         connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
         is_connected = False
@@ -103,9 +108,9 @@ class HttpClient:
         except TooLong as error:
             other = no_such_server(self.address, self.KIND)
             raise ServerError(f"{other} Its reply has more than 67 MB.") from error
-        except UnicodeError:  # of a host's name that cannot be encoded
+        except UnicodeError:  # the host's name cannot be encoded
             raise
-        except ValueError as error:  # of http.client: a status or a length that is no number
+        except ValueError as error:  # http.client: a status or length that is not a number
             raise ServerError(no_such_server(self.address, self.KIND)) from error
         except MemoryError as error:
             raise ServerError(no_memory(self.address)) from error
@@ -122,7 +127,7 @@ class HttpClient:
             connection.close()
 
     def understand(self, status, reason, text, read):
-        """Returns what `read` makes of a reply, or raises what the server says."""
+        """Returns the result of `read` on a reply, or raises the server's error message."""
         with understood(self.address, self.KIND):
             if status == 200:
                 return read(parse_json(text))
@@ -135,58 +140,66 @@ class HttpClient:
         except (ValueError, KeyError, TypeError, RecursionError, MemoryError):
             refusal = f"HTTP {status} {reason}: {text[:200].decode(errors='replace')}"
             elsewhere = status in (404, 405)
-        if elsewhere:  # there is no such path, and not merely no such model
+        if elsewhere:  # the path does not exist, rather than the model
             raise ServerError(f"{no_such_server(self.address, self.KIND)} It says: {refusal[:200]}")
         raise ServerError(f"The server refuses: {refusal[:2000]}")
 
 
 class TooLong(Exception):
-    """A server sends more than a reply may have."""
+    """Raised if a reply exceeds the size limit."""
 
 
 class BoundedSocket:
-    """A connected socket from which all that is read ends in time and in size.
+    """Connected socket whose reads have a deadline and a size limit.
 
-    `http.client` reads headers, `100 Continue` and chunks without a limit to their number, and a
-    chunk of a negative size to its end.
+    `http.client` limits neither the number of headers, `100 Continue` replies and chunks, nor the
+    size of a chunk whose stated size is negative.
     """
 
     def __init__(self, connected, deadline):
+        """Wraps a connected socket; the deadline is in `time.monotonic()` seconds."""
         self.socket, self.deadline = connected, deadline
 
     def wait(self):
-        """Limits the next operation to the time that is left."""
+        """Sets the socket's timeout to the remaining time, or raises a TimeoutError."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
         self.socket.settimeout(left)
 
     def sendall(self, data):
+        """Sends data before the deadline."""
         self.wait()
         self.socket.sendall(data)
 
     def makefile(self, mode):
-        # The socket stays open for as long as a file of it is, even when it is closed.
+        """Returns a buffered reader with the limits; `mode` is always "rb"."""
+        # The file holds the socket open, even after the socket is closed.
         return io.BufferedReader(BoundedReader(self, self.socket.makefile("rb", 0)), 1 << 16)
 
     def close(self):
+        """Closes the socket; readers that are still open hold the connection."""
         self.socket.close()
 
 
 class BoundedReader(io.RawIOBase):
-    """What a `BoundedSocket` is read through."""
+    """Raw stream that enforces the limits of a `BoundedSocket`."""
 
     def __init__(self, bounded, file):
+        """Limits the bytes of body and headers together."""
         self.bounded, self.file, self.left = bounded, file, MAX_REPLY + MAX_HEADERS
 
     def close(self):
+        """Closes the socket's file, too."""
         self.file.close()
         super().close()
 
     def readable(self):
+        """Returns True, which `io.BufferedReader` requires."""
         return True
 
     def readinto(self, buffer):
+        """Reads into a buffer; raises TooLong beyond the size limit."""
         self.bounded.wait()
         count = self.file.readinto(buffer)
         self.left -= count
@@ -196,14 +209,15 @@ class BoundedReader(io.RawIOBase):
 
 
 def parse_json(text):
-    """Returns the value of a reply's JSON.
+    """Parses the JSON of a reply.
 
     Raises:
-        ValueError: If it is none, or has too many values, which is found before they take memory.
-        RecursionError: If it is nested too deeply.
+        ValueError: if it is not JSON, or has too many or too large values, which is checked before
+            they take memory.
+        RecursionError: if it is nested too deeply.
     """
-    # Each value but the first follows one of these. Those within strings count as well.
-    # An escaped character takes as much as a value while its string is put together.
+    # Each value but the first follows one of these characters; those in strings count as well.
+    # An escaped character takes as much memory as a value while its string is decoded.
     if sum(map(text.count, (b",", b"[", b"{", b"\\"))) > MAX_VALUES:
         raise ValueError("more values than a reply has")
     place = 0
@@ -216,13 +230,13 @@ def parse_json(text):
 
 
 class RestClient(HttpClient):
-    """Calls of TF Serving's REST interface; arguments as those of `HttpClient`."""
+    """Client of TF Serving's REST API; arguments as in `HttpClient`."""
 
     KIND = "TF Serving"
     UNKNOWN_PATH = ()
 
     def predict(self, images):
-        """A list of (class, score) for each encoded image, from signature serving_bytes."""
+        """Returns a list of (class, score) for each encoded image, by signature serving_bytes."""
         body = {
             "signature_name": "serving_bytes",
             "instances": [{"image_bytes": encoded(image)} for image in images],
@@ -235,7 +249,7 @@ class RestClient(HttpClient):
         return self.call(":predict", body, read)
 
     def classify(self, images):
-        """The same from TF Serving's Classify call."""
+        """Returns the same as `predict`, by TF Serving's Classify call."""
         body = {
             "signature_name": "classify",
             "examples": [{"image/encoded": encoded(image)} for image in images],
@@ -243,7 +257,7 @@ class RestClient(HttpClient):
         return self.call(":classify", body, lambda reply: checked(reply["results"], images))
 
     def metadata(self):
-        """Inputs and outputs, with dtype and shape, of each signature."""
+        """Returns inputs and outputs, with dtype and shape, of each signature."""
 
         def read(reply):
             signatures = reply["metadata"]["signature_def"]["signature_def"]
@@ -263,7 +277,7 @@ class RestClient(HttpClient):
         return self.call("/metadata", None, read)
 
     def status(self):
-        """The state of each version that the server has."""
+        """Returns the state of each version on the server."""
 
         def read(reply):
             return {
@@ -276,17 +290,18 @@ class RestClient(HttpClient):
         return self.call("", None, read)
 
     def call(self, call, body, read):
+        """Calls a method of the model, such as ":predict"; arguments as in `ask`."""
         return self.ask(f"/v1{self.path}{call}", body, read)
 
 
 class KServeClient(HttpClient):
-    """Calls of KServe's protocol, version 2, as Triton and MLServer speak it, by HTTP."""
+    """Client of KServe's protocol, version 2, for Triton and MLServer, by HTTP."""
 
     KIND = "server of KServe's protocol"
-    UNKNOWN_PATH = "Malformed request"  # TF Serving
+    UNKNOWN_PATH = "Malformed request"  # TF Serving's answer to an unknown path
 
     def predict(self, images):
-        """A list of (class, score) for each encoded image."""
+        """Returns a list of (class, score) for each encoded image."""
         body = {
             "parameters": {"content_type": "base64"},
             "inputs": [
@@ -309,12 +324,13 @@ class KServeClient(HttpClient):
         return self.ask(f"/v2{self.path}/infer", body, read)
 
     def classify(self, images):
+        """Raises a ServerError, because the protocol has no such call."""
         raise ServerError(
             "--call=classify is TF Serving's own; KServe's protocol has --call=predict."
         )
 
     def metadata(self):
-        """Inputs and outputs, with dtype and shape."""
+        """Returns inputs and outputs, with dtype and shape."""
 
         def read(reply):
             return {
@@ -329,7 +345,7 @@ class KServeClient(HttpClient):
         return self.ask(f"/v2{self.path}", None, read)
 
     def status(self):
-        """The state of each version that the server has."""
+        """Returns the state of each version on the server."""
 
         def read(reply):
             return {
@@ -346,7 +362,7 @@ class KServeClient(HttpClient):
 
 
 def rows_of(output, count):
-    """Returns the `count` rows of a tensor of two axes in KServe's protocol."""
+    """Returns the `count` rows of a matrix in KServe's protocol."""
     rows, columns = (as_count(size) for size in as_list(output["shape"], 2))
     if rows != count or columns > MAX_CLASSES:
         raise ValueError("not a row for each image")
@@ -355,9 +371,10 @@ def rows_of(output, count):
 
 
 class GrpcClient:
-    """Calls of TF Serving's gRPC interface; arguments and results as those of `RestClient`."""
+    """Client of TF Serving's gRPC API; arguments and results as in `RestClient`."""
 
     def __init__(self, host, port, model, version=None, timeout=10.0):
+        """Opens a channel; raises a ServerError if gRPC is not installed."""
         try:
             import grpc
             from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
@@ -367,12 +384,12 @@ class GrpcClient:
             ) from error
         self.address = f"{host}:{port}"
         self.model, self.version, self.timeout = model, version, timeout
-        # Messages hold whole batches of images.
+        # Requests contain whole batches of images, so they have no limit.
         lengths = [
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", MAX_GRPC_REPLY),
             ("grpc.max_metadata_size", MAX_HEADERS // 64),
-            # No compressed replies: what they unfold to is limited by nothing but memory.
+            # No compressed replies: their decompressed size has no limit.
             ("grpc.compression_enabled_algorithms_bitset", 1),
         ]
         channel = grpc.insecure_channel(self.address, lengths)
@@ -380,6 +397,7 @@ class GrpcClient:
         self.models = model_service_pb2_grpc.ModelServiceStub(channel)
 
     def predict(self, images):
+        """Returns a list of (class, score) for each encoded image, by signature serving_bytes."""
         import tensorflow as tf
         from tensorflow_serving.apis import predict_pb2
 
@@ -397,6 +415,7 @@ class GrpcClient:
             return checked([[(name.decode(), s) for name, s in row] for row in rows], images)
 
     def classify(self, images):
+        """Returns the same as `predict`, by TF Serving's Classify call."""
         from tensorflow_serving.apis import classification_pb2
 
         request = self.address_model(classification_pb2.ClassificationRequest(), "classify")
@@ -411,6 +430,7 @@ class GrpcClient:
             return checked(rows, images)
 
     def metadata(self):
+        """Returns inputs and outputs, with dtype and shape, of each signature."""
         from tensorflow.core.framework import types_pb2
         from tensorflow_serving.apis import get_model_metadata_pb2
 
@@ -435,6 +455,7 @@ class GrpcClient:
             }
 
     def status(self):
+        """Returns the state of each version on the server."""
         from tensorflow_serving.apis import get_model_status_pb2
 
         request = self.address_model(get_model_status_pb2.GetModelStatusRequest())
@@ -449,6 +470,7 @@ class GrpcClient:
             }
 
     def address_model(self, request, signature=None):
+        """Sets model, version and signature of a request, and returns it."""
         request.model_spec.name = self.model
         if self.version is not None:
             request.model_spec.version.value = self.version
@@ -457,6 +479,7 @@ class GrpcClient:
         return request
 
     def ask(self, call, request):
+        """Calls a method of a stub, and converts its errors to ServerErrors."""
         import grpc
 
         try:
@@ -482,18 +505,19 @@ CLIENTS = {"rest": RestClient, "grpc": GrpcClient, "kserve": KServeClient}
 
 
 def encoded(image):
+    """Returns the JSON form of an encoded image in TF Serving's REST API."""
     return {"b64": base64.b64encode(image).decode()}
 
 
 def tensor_rows(tensor, count, dtype):
-    """Returns the `count` rows of a `TensorProto` of two axes.
+    """Returns the `count` rows of a matrix in a `TensorProto`.
 
-    Not by `tf.make_ndarray`, which repeats the last value until a shape is full.
+    `tf.make_ndarray` is not used, because it repeats the last value until the shape is full.
 
     Args:
-        tensor: A `TensorProto`.
-        count: Number of rows.
-        dtype: Number of the dtype that it has to be of: strings, or float32.
+        tensor: a `TensorProto`.
+        count: number of rows.
+        dtype: required dtype as a protobuf enum, string or float32.
     """
     if tensor.dtype != dtype or len(tensor.tensor_shape.dim) != 2:
         raise ValueError("not a matrix of the right dtype")
@@ -509,6 +533,7 @@ def tensor_rows(tensor, count, dtype):
 
 
 def dimensions(sizes):
+    """Returns a shape in words; the size -1 is "batch"."""
     sizes = [int(d["size"]) for d in as_list(sizes, most=MAX_DIMENSIONS)]
     if not all(-1 <= size < 2**63 for size in sizes):
         raise ValueError("not the sizes of a shape")
@@ -519,7 +544,7 @@ def dimensions(sizes):
 
 
 def as_list(value, count=None, most=None):
-    """Returns a list if it is one, with `count` values or at most `most`."""
+    """Returns a value that must be a list of `count`, or at most `most`, values."""
     if not isinstance(value, list) or count not in (None, len(value)):
         raise ValueError("not a list of that length")
     if most is not None and len(value) > most:
@@ -528,35 +553,39 @@ def as_list(value, count=None, most=None):
 
 
 def as_count(value):
+    """Returns a value that must be an integer from 0 to `MAX_VALUES`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_VALUES:
         raise ValueError("not a size")
     return value
 
 
 def as_name(value):
+    """Returns a value that must be a string of at most `MAX_NAME` characters."""
     if not isinstance(value, str) or len(value) > MAX_NAME:
         raise ValueError("not a name")
     return value
 
 
 def as_version(value):
+    """Returns the integer of a value that must be a number or a short string."""
     if isinstance(value, bool) or not isinstance(value, int | str) or len(str(value)) > 20:
         raise ValueError("not a version")
     return int(value)
 
 
 def state_of(state, message):
-    """The state of a version in words."""
+    """Returns the state of a version in words."""
     return as_name(state) + (f": {as_name(message)[:2000]}" if message else "")
 
 
 def paired(names, scores):
+    """Returns a list of (name, score)."""
     return list(zip(as_list(names, most=MAX_CLASSES), as_list(scores), strict=True))
 
 
 @contextlib.contextmanager
 def understood(address, kind="TF Serving"):
-    """A reply of another shape than the protocol's is one error, wherever it is noticed."""
+    """Converts any error from a malformed reply within the block to one ServerError."""
     try:
         yield
     except (
@@ -571,13 +600,13 @@ def understood(address, kind="TF Serving"):
     except MemoryError as error:
         raise ServerError(no_memory(address)) from error
     except Exception as error:
-        if type(error).__name__ != "DecodeError":  # protobuf's, which is imported with gRPC alone
+        if type(error).__name__ != "DecodeError":  # protobuf's, which only gRPC imports
             raise
         raise ServerError(no_such_server(address, kind)) from error
 
 
 def checked(rows, images):
-    """A row of (class, score) for each image."""
+    """Returns a list of (class, score) for each image, after type checks."""
     rows = [
         [(as_name(name), as_score(score)) for name, score in as_list(row, most=MAX_CLASSES)]
         for row in as_list(rows, len(images))
@@ -586,13 +615,14 @@ def checked(rows, images):
 
 
 def as_score(value):
+    """Returns the float of a value that must be a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("not a score")
     return float(value)
 
 
 def finite(value):
-    """Returns a value with `None` for NaN and infinity, which JSON has not."""
+    """Returns a value with `None` for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -601,15 +631,17 @@ def finite(value):
 
 
 def printable(text):
-    """Text in one line, without anything that a terminal obeys."""
+    """Returns text on one line, with terminal control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def unreachable(address):
+    """Returns the message for a server that cannot be reached."""
     return f"No server can be reached at {address}. Is it running, and are host and port right?"
 
 
 def no_such_server(address, kind="TF Serving"):
+    """Returns the message for a reply that does not follow the protocol."""
     return (
         f"What answers at {address} is no {kind}, or answers as none does. --protocol=rest or grpc "
         "asks TF Serving, kserve Triton or MLServer."
@@ -617,10 +649,12 @@ def no_such_server(address, kind="TF Serving"):
 
 
 def no_memory(address):
+    """Returns the message for a reply that does not fit into memory."""
     return f"There is no memory for the reply of {address}."
 
 
 def no_answer(address, timeout):
+    """Returns the message for a call that exceeds the time limit."""
     return f"No answer from {address} within {timeout:g} s. A longer --timeout may help."
 
 
@@ -628,6 +662,7 @@ def no_answer(address, timeout):
 
 
 def main(arguments=None):
+    """Runs the command, and prints its results."""
     options = parse(arguments)
     if options.model in ("", ".", "..") or not options.model.isprintable():
         raise ServerError(f"--model: {options.model!r} is no name of a model.")
@@ -670,6 +705,7 @@ def main(arguments=None):
 
 
 def parse(arguments):
+    """Returns the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -717,6 +753,7 @@ def parse(arguments):
 
 
 def read_images(paths):
+    """Returns the contents of image files."""
     missing = [path for path in paths if not os.path.exists(os.path.expanduser(path))]
     if missing:
         raise ServerError(f"There is no file {', '.join(missing)}.")
@@ -724,7 +761,7 @@ def read_images(paths):
 
 
 def read_image(path):
-    """Returns the content of a regular file; FIFOs and devices are refused, not waited for."""
+    """Returns the content of a regular file; FIFOs and devices are refused without blocking."""
     found = os.path.expanduser(path)
     if not stat.S_ISREG(os.stat(found).st_mode):
         raise ServerError(f"{path} is no file: images have to be regular files.")
@@ -737,10 +774,16 @@ def read_image(path):
 
 
 def benchmark(call, batch, calls, concurrency):
-    """Time calls.
+    """Measures throughput and latency of calls.
+
+    Args:
+        call: function of a batch.
+        batch: list of encoded images.
+        calls: number of calls.
+        concurrency: number of threads that call.
 
     Returns:
-        A dict: images per second over all, and percentiles of a call's latency in milliseconds.
+        A dict with images per second, and percentiles of the latency in milliseconds.
     """
 
     def timed(_):
@@ -748,7 +791,7 @@ def benchmark(call, batch, calls, concurrency):
         call(batch)
         return time.perf_counter() - start
 
-    timed(None)  # connects
+    timed(None)  # warm-up
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
         latencies = sorted(pool.map(timed, range(calls)))
@@ -764,11 +807,11 @@ def benchmark(call, batch, calls, concurrency):
 
 
 def plot(measured, path):
-    """Write throughput and latency by concurrency as a picture.
+    """Plots throughput and latency by concurrency.
 
     Args:
-        measured: what `benchmark` returned, for each concurrency.
-        path: of a PNG file.
+        measured: list of dicts returned by `benchmark`, one for each concurrency.
+        path: path of a PNG file.
     """
     try:
         from matplotlib.figure import Figure
@@ -795,7 +838,7 @@ def plot(measured, path):
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # a name that the terminal's encoding lacks is escaped
+        if stream is not None:  # escapes characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         main()

@@ -1,4 +1,4 @@
-"""Export a model for TF Serving, for Triton and MLServer, and as ONNX: see docs/serve.md.
+"""Exports a model for TF Serving, Triton and MLServer, and to ONNX; see docs/serve.md.
 
 python savedmodels/export.py --model=TNTSmall --weights=imagenet
 python savedmodels/export.py --run=runs/demo --onnx=digits.onnx
@@ -16,8 +16,9 @@ MAX_TEXT_BYTES = 16 * 2**20
 
 
 def main(arguments=None):
+    """Exports the model that the options describe in every requested format."""
     options = parse(arguments)
-    for name, value in vars(options).items():  # A shell expands no `--onnx=~/model.onnx`.
+    for name, value in vars(options).items():  # Shells do not expand `--onnx=~/model.onnx`.
         if isinstance(value, str):
             setattr(options, name, os.path.expanduser(value))
     check(options)
@@ -63,6 +64,7 @@ def main(arguments=None):
 
 
 def parse(arguments):
+    """Returns the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,7 +114,7 @@ def parse(arguments):
 
 
 def check(options):
-    """Refuse what cannot work before Keras is even imported."""
+    """Exits with a message if the options cannot work, before Keras is imported."""
     if options.run and (options.weights or options.image_size or options.classes):
         stop("--run has its own weights, size and classes; leave out --weights and the like")
     averaged = options.checkpoint == "averaged"
@@ -141,7 +143,7 @@ def check(options):
 
 
 def load(options):
-    """(model, where its weights come from)."""
+    """Returns (model, description of the weights' origin)."""
     import keras_tnt
     from keras_tnt.weights import load_keras_model
 
@@ -167,14 +169,15 @@ def load(options):
 
 
 def final(run, checkpoint="final"):
+    """Returns the path of a run's `.keras` file."""
     return os.path.join(run, f"{checkpoint}.keras")
 
 
 def better(run):
-    """The weights of a run that were the better at its end, as its results say: plain or averaged.
+    """Returns the weights of a run that were more accurate at its end, according to its results.
 
     Returns:
-        "final" or "final_ema".
+        "final", or "final_ema" for their moving average.
     """
     from keras_tnt.files import read_regular
 
@@ -191,7 +194,7 @@ def better(run):
 
 
 def load_checkpoint_of(run, checkpoint):
-    """The model of a run with the weights of its end, or of its best evaluation."""
+    """Returns the model of a run with the weights of a checkpoint."""
     from keras_tnt.weights import load_keras_model
 
     if checkpoint != "best":
@@ -213,6 +216,7 @@ def load_checkpoint_of(run, checkpoint):
 
 
 def read_labels(path):
+    """Returns the lines of a text file of labels."""
     from keras_tnt.files import read_regular
 
     try:
@@ -222,7 +226,7 @@ def read_labels(path):
 
 
 def agreement(path):
-    """What the metadata of an ONNX file tell of its agreement with the model, in words."""
+    """Returns a sentence about the agreement of an ONNX file with the model, from its metadata."""
     import onnx
 
     properties = {p.key: p.value for p in onnx.load(path).metadata_props}
@@ -235,12 +239,13 @@ def agreement(path):
 
 
 def stop(message):
+    """Exits with a message."""
     sys.exit(f"export.py: {message}.")
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # a name that the terminal's encoding lacks is escaped
+        if stream is not None:  # escapes characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         main()

@@ -1,4 +1,4 @@
-"""Models for other runtimes and servers, verified after writing."""
+"""Export to SavedModel, ONNX, LiteRT, OpenVINO and Triton; every written file is verified."""
 
 from keras_tnt.export.edge import litert, openvino
 from keras_tnt.export.onnx_file import onnx

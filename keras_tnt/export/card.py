@@ -1,4 +1,4 @@
-"""What whoever serves a model has to know about it: metadata beside the file or in it."""
+"""Serving metadata of an exported model: classes, preprocessing and provenance."""
 
 import keras
 
@@ -8,21 +8,22 @@ from keras_tnt.text import is_encodable, is_line
 
 
 def describe(model, network, labels=None, weights=None):
-    """A model's card, in values that JSON can hold.
+    """Returns a model's metadata in JSON-serializable values.
 
     Args:
-        model: what the user handed over.
+        model: the model that the user passed.
         network: its `serving_network`.
-        labels: names of the classes; None: the model's own, else numbers.
-        weights: where the weights come from, in words.
+        labels: class names. Defaults to the model's own names, or numbers if it has none.
+        weights: description of the weights' origin. Defaults to None.
 
     Returns:
-        A dict; `mean` and `std` are what the model normalises pixels in [0, 1] by, or what has to
-        be done to them before where `input` says "normalised". Of a model of images of any size
-        `image_size` is the one for encoded images, and others are those of `multiple_of`.
+        A dict. `mean` and `std` are those of pixels in [0, 1]: the caller has to normalize with
+        them if `input` is "normalised", otherwise the model does. For a model of any image size,
+        `image_size` is the size of encoded images; other sizes must be multiples of `multiple_of`.
 
     Raises:
-        ValueError: if there are not as many labels as classes.
+        ValueError: if the number of labels is not the number of classes, or a label is not a line
+            of text.
     """
     image = anatomy(model).image
     any_size = {"multiple_of": image.multiple_of} if image.multiple_of else {}
@@ -43,7 +44,7 @@ def describe(model, network, labels=None, weights=None):
 
 
 def label_names(model, network, labels):
-    """The names of the classes, one each; None for a model without a classifier."""
+    """Returns one name per class, or `None` for a model without a classifier."""
     if "probabilities" not in network.output:
         if labels is not None:
             raise ValueError(f"`labels` were given, but model '{network.name}' has no classifier.")

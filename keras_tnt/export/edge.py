@@ -1,4 +1,4 @@
-"""LiteRT and OpenVINO files, by Keras's own export."""
+"""Export to LiteRT and OpenVINO with Keras's own exporters."""
 
 import json
 import os
@@ -23,28 +23,27 @@ def litert(
     labels: list[str] | None = None,
     weights: str | None = None,
 ) -> str:
-    """Write a model for LiteRT (TensorFlow Lite), and check the file against the model.
+    """Exports a model to LiteRT (TensorFlow Lite), and verifies the file against the model.
 
-    Its signature takes `images` of any batch to `probabilities`, `logits` and `features`, as far as
-    the model has them. Behind the model the file is a zip archive, as LiteRT has associated files:
-    `labels.txt`, a class name a line, and `model.json`, which tells of images and weights.
+    The signature maps `images`, of any batch size, to those of `probabilities`, `logits` and
+    `features` that the model has. A zip archive with LiteRT's associated files is appended to the
+    model: `labels.txt`, one class name per line, and `model.json`, the metadata.
 
     Args:
         model: a functional model of this package, or one built around it.
-        path: of the file, ending in `.tflite`; one that exists is replaced.
-        labels: names of the classes; None: the model's own, else numbers.
-        weights: where the weights come from, for the metadata.
+        path: path of the file, ending in `.tflite`. An existing file is replaced.
+        labels: class names. Defaults to the model's own names, or numbers if it has none.
+        weights: description of the weights' origin, for the metadata. Defaults to None.
 
     Returns:
         The file's absolute path.
 
     Raises:
         ImportError: if `ai-edge-litert` is not installed.
-        ValueError: for a model or a path that cannot be exported.
-        RuntimeError: if what was written does not compute what the model does; nothing is kept.
+        ValueError: if the model or the path is not supported.
+        RuntimeError: if the file's outputs differ from the model's. No file is left behind.
 
     Example:
-
     >>> path = keras_tnt.export.litert(model, "tnt.tflite")
     >>> runner = Interpreter(path).get_signature_runner()  # of ai_edge_litert.interpreter
     >>> runner(images=images)["probabilities"]
@@ -56,22 +55,21 @@ def litert(
 
 
 def openvino(model: keras.Model, path: str | os.PathLike) -> str:
-    """Write a model for OpenVINO, a `.xml` and a `.bin` file, and check them against the model.
+    """Exports a model to OpenVINO, a `.xml` and a `.bin` file, and verifies them.
 
     Args:
         model: a functional model of this package, or one built around it.
-        path: of the file, ending in `.xml`; one that exists is replaced.
+        path: path of the file, ending in `.xml`. An existing file is replaced.
 
     Returns:
         The `.xml` file's absolute path.
 
     Raises:
         ImportError: if `openvino` is not installed.
-        ValueError: for a model or a path that cannot be exported.
-        RuntimeError: if what was written does not compute what the model does; nothing is kept.
+        ValueError: if the model or the path is not supported.
+        RuntimeError: if the file's outputs differ from the model's. No file is left behind.
 
     Example:
-
     >>> path = keras_tnt.export.openvino(model, "tnt.xml")
     >>> openvino.Core().compile_model(path)(images)["probabilities"]
     """
@@ -81,6 +79,7 @@ def openvino(model: keras.Model, path: str | os.PathLike) -> str:
 
 
 def export(write, model, path, extension, labels=None, weights=None):
+    """Checks the arguments and calls the function named `write`, with Keras on TensorFlow."""
     path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if not path.endswith(extension):
         raise ValueError(f"`path` must end in {extension}. Received: '{path}'")
@@ -92,7 +91,7 @@ def export(write, model, path, extension, labels=None, weights=None):
             "model with `input_shape`, and give it the weights. `onnx` and `saved_model` write "
             "files for any."
         )
-    # A SavedModel is what both are made from.
+    # Keras converts both formats from a temporary SavedModel.
     check_space(os.path.dirname(path), 2 * files.size_of(network), "The export")
     card = describe(model, network, labels, weights)
     references = {"images": examples(network, card)}
@@ -104,11 +103,13 @@ def export(write, model, path, extension, labels=None, weights=None):
 
 
 def with_named_input(network):
+    """Returns the network with an input named `images`, as the file's signature has it."""
     images = keras.Input(network.inputs[0].shape[1:], name="images")
     return keras.Model(images, network(images), name=network.name)
 
 
 def write_litert(network, references, path, card):
+    """Writes and verifies a LiteRT file, and returns its path. Needs Keras on TensorFlow."""
     from ai_edge_litert.interpreter import Interpreter
 
     with files.new_file(path) as temporary:
@@ -124,6 +125,7 @@ def write_litert(network, references, path, card):
 
 
 def write_openvino(network, references, path, card):
+    """Writes and verifies OpenVINO files, and returns the path. Needs Keras on TensorFlow."""
     with files.new_file(path, ".bin") as temporary:
         with_named_input(network).export(temporary, format="openvino", verbose=False)
         exact = {"INFERENCE_PRECISION_HINT": "f32"}

@@ -1,4 +1,4 @@
-"""Exported files, and a model's directory of versions: each appears whole."""
+"""Atomic writes of exported files and of numbered model versions."""
 
 import contextlib
 import os
@@ -13,17 +13,17 @@ WHAT = "the export"
 
 
 def versions(directory):
-    """The version numbers that a model's directory holds, in order."""
+    """Returns the version numbers in a model's directory, sorted."""
     if not os.path.isdir(directory):
         return []
     return sorted(int(name) for name in os.listdir(directory) if re.fullmatch(r"\d+", name))
 
 
 def check_directory(directory, version=None):
-    """Refuse a directory that cannot take another version.
+    """Raises an error if a directory cannot take a new version.
 
     Raises:
-        NotADirectoryError: if `directory`, or a folder above it, is a file.
+        NotADirectoryError: if `directory` or one of its parents is a file.
         ValueError: if `version` is not a positive integer.
         FileExistsError: if `version` exists.
     """
@@ -45,20 +45,20 @@ def check_directory(directory, version=None):
 
 
 def size_of(network):
-    """Bytes of a model's weights in float32."""
+    """Returns the size of a model's weights in float32, in bytes."""
     return 4 * sum(int(np.prod(v.shape)) for v in network.variables)
 
 
 @contextlib.contextmanager
 def new_version(directory, version=None):
-    """A folder to write a version into; it takes its place when the block ends without error.
+    """Yields a temporary folder that becomes a version if the block ends without an error.
 
     Args:
         directory: the model's directory.
-        version: its number; None: the next free one at the end of the block.
+        version: version number. Defaults to the next free number at the end of the block.
 
     Yields:
-        A `Place`: `aside` is the folder to write into, `path`, after the block, where it lies.
+        A `Place`. Files are written to its `aside`; after the block, `path` is the version.
     """
     with telling_of_a_full_disk(directory, WHAT), scratch(directory) as aside:
         place = Place(aside)
@@ -81,16 +81,17 @@ def new_version(directory, version=None):
 
 
 class Place:
-    """Where a version is being written, and then where it lies."""
+    """Temporary folder and final path of a version."""
 
     def __init__(self, aside):
+        """Sets the temporary folder; `new_version` sets `path` when the block has ended."""
         self.aside = aside
         self.path = None
 
 
 @contextlib.contextmanager
 def new_file(path, *companions):
-    """As `keras_tnt.files.replacing`; what tools write meanwhile lies beside the file, too."""
+    """Yields the path of `keras_tnt.files.replacing`; temporary files go to the same folder."""
     folder = os.path.dirname(os.path.abspath(path))
     with telling_of_a_full_disk(folder, WHAT), replacing(path, *companions) as temporary:
         with temporary_files_in(os.path.dirname(temporary)):
@@ -99,7 +100,10 @@ def new_file(path, *companions):
 
 @contextlib.contextmanager
 def temporary_files_in(folder):
-    """Python's temporary files lie in a folder for a while: one that is removed after a kill."""
+    """Sets Python's temporary directory to `folder` within the block.
+
+    Scratch folders are removed by a later export if this process is killed; `/tmp` is not.
+    """
     before, tempfile.tempdir = tempfile.tempdir, os.fspath(folder)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A Keras model as TensorFlow functions: the same for the TensorFlow and the JAX backend."""
+"""Keras models as TensorFlow functions and as SavedModel signatures."""
 
 import keras
 
@@ -7,14 +7,14 @@ from keras_tnt.export.pictures import TOP, normalisation_of
 
 
 def tensorflow_function(network):
-    """A function of TensorFlow tensors that computes `network`.
+    """Returns a TensorFlow function that computes `network`.
 
     Args:
         network: a functional Keras model, on the TensorFlow or JAX backend.
 
     Returns:
-        `(function, variables)`: from images to the dict of outputs, and the `tf.Variable`s that it
-        reads.
+        `(function, variables)`: a function from images to the dict of outputs, and the
+        `tf.Variable`s that it reads.
     """
     import tensorflow as tf
 
@@ -32,7 +32,7 @@ def tensorflow_function(network):
         stateless,
         with_gradient=False,
         polymorphic_shapes=[None, f"(batch, {shape})"],
-        # So that what a machine with a GPU exports runs on a server without.
+        # An export from a machine with a GPU must run on a server without one.
         native_serialization_platforms=("cpu", "cuda"),
     )
     variables = [
@@ -43,17 +43,19 @@ def tensorflow_function(network):
 
 
 def serving_module(network, card, labels_file, signatures):
-    """The signatures of a SavedModel.
+    """Builds the module and the signatures of a SavedModel.
 
     Args:
         network: a `serving_network`.
-        card: what `describe` said of it.
-        labels_file: path of a text file, a label a line, which becomes an asset.
-        signatures: names of those wanted.
+        card: metadata as returned by `describe`.
+        labels_file: path of a text file with one label per line, which becomes an asset. If `None`,
+            the module has no labels.
+        signatures: names of the signatures to build.
 
     Returns:
-        `(module, functions)`: a `tf.Module` with everything that the functions use, and the
-        functions by the signature's name, traced: `tf.saved_model.save` traces others once more.
+        `(module, functions)`: a `tf.Module` that tracks everything the functions use, and the
+        functions by signature name. They are traced already, because `tf.saved_model.save` would
+        trace them a second time otherwise.
     """
     import tensorflow as tf
 
@@ -61,7 +63,8 @@ def serving_module(network, card, labels_file, signatures):
     function, module.network_variables = tensorflow_function(network)
     images_spec = tf.TensorSpec((None, *network.inputs[0].shape[1:]), tf.float32, name="images")
     bytes_spec = tf.TensorSpec((None,), tf.string, name="image_bytes")
-    # Functions that signatures call, so that the file holds the network and the decoders once.
+    # The signatures call these functions, so that the file contains the network and the decoders
+    # once.
     function = tf.function(function, input_signature=[images_spec], autograph=False)
 
     @tf.function(input_signature=[bytes_spec], autograph=False)
@@ -121,7 +124,7 @@ def serving_module(network, card, labels_file, signatures):
 
 
 def model_input(pixels, card):
-    """Pixels (batch, height, width, channels) in [0, 255] as the model takes them."""
+    """Converts pixels (batch, height, width, channels) in [0, 255] to the model's input."""
     import tensorflow as tf
 
     if card["input"] == "normalised":
@@ -133,7 +136,7 @@ def model_input(pixels, card):
 
 
 def named(outputs, names):
-    """The outputs of these names that there are, or else `features`."""
+    """Returns those of the named outputs that exist, or `features` if there are none."""
     import tensorflow as tf
 
     names = [name for name in names if name in outputs] or ["features"]

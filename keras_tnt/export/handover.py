@@ -1,4 +1,4 @@
-"""Work that only TensorFlow can do, done in a fresh process on the TensorFlow backend."""
+"""Subprocesses on the TensorFlow backend, for work that other backends cannot do."""
 
 import json
 import os
@@ -15,25 +15,26 @@ from keras_tnt.export.network import all_layers
 from keras_tnt.export.verification import Example
 from keras_tnt.files import check_space, scratch, telling_of_a_full_disk
 
-# What the fresh process hands back as it is; by any other error it ends.
+# Errors that are passed back to the calling process; any other ends the new process.
 ERRORS = (RuntimeError, ValueError, OSError, ImportError)
 
 
 def in_tensorflow(function, network, references, arguments, directory):
-    """Call a function of this package in a fresh process with Keras on TensorFlow.
+    """Calls a function of this package in a new process with Keras on TensorFlow.
 
     Args:
         function: "module:name" of a function of (network, references, **arguments).
         network: a `serving_network`.
-        references: lists of `Example` by kind.
-        arguments: keyword arguments that JSON can hold.
-        directory: what is exported is written there, and what is handed over lies there meanwhile.
+        references: lists of `Example`, by kind.
+        arguments: JSON-serializable keyword arguments.
+        directory: output directory. The data for the process is stored there temporarily.
 
     Returns:
-        What the function returned.
+        The function's result.
 
     Raises:
-        The error that it failed by, if it is one of `ERRORS`; if not, a RuntimeError that tells it.
+        RuntimeError: if the process fails. Errors of the types in `ERRORS` are raised here with
+            their own type.
     """
     check_space(directory, 2 * files.size_of(network), "The export")
     with telling_of_a_full_disk(directory, files.WHAT), scratch(directory) as folder:
@@ -52,7 +53,7 @@ def in_tensorflow(function, network, references, arguments, directory):
             "path": [os.path.abspath(entry or ".") for entry in sys.path],
         }
         write_json(os.path.join(folder, "task.json"), task)
-        # Not the GPU: the calling process holds it.
+        # The calling process may hold the GPU's memory.
         environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1"}
         environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         environment["PYTHONPATH"] = os.pathsep.join(task["path"])
@@ -78,7 +79,7 @@ def in_tensorflow(function, network, references, arguments, directory):
 
 
 def main():
-    """What the fresh process runs: the task in the folder named on the command line."""
+    """Runs the task in the folder that is named on the command line, in the new process."""
     import importlib
 
     folder = sys.argv[1]
@@ -106,14 +107,14 @@ def main():
 
 
 def end_with(parent):
-    """End this process when the one that began it is no more."""
+    """Exits this process as soon as its parent process is gone."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def save_example(folder, name, example):
-    """Write an example; returns what `load_example` finds it by."""
+    """Saves an example, and returns the arguments that `load_example` needs after `folder`."""
     np.savez(os.path.join(folder, f"{name}.npz"), images=example.images, **example.outputs)
     for number, picture in enumerate(example.pictures):
         with open(os.path.join(folder, f"{name}-picture-{number}"), "wb") as file:
@@ -122,6 +123,7 @@ def save_example(folder, name, example):
 
 
 def load_example(folder, name, pictures):
+    """Loads an `Example` saved by `save_example`."""
     arrays = dict(np.load(os.path.join(folder, f"{name}.npz")))
     encoded = []
     for number in range(pictures):
@@ -131,5 +133,6 @@ def load_example(folder, name, pictures):
 
 
 def write_json(path, value):
+    """Writes a value as JSON in UTF-8."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file)

@@ -1,49 +1,49 @@
-"""`keras_tnt.load_image` as TensorFlow operations: within 1 of 255 of what Pillow gives.
+"""`keras_tnt.load_image` in TensorFlow operations, within 1 of 255 of Pillow's result.
 
-`keras_tnt.images` has the specification. Exported graphs and the trainer decode with the functions
-below. Pillow resizes along the width, rounds to 8 bits, then along the height. So does this;
-rounding apart, TensorFlow's operation has the same kernel, Keys' cubic with a = -0.5.
+The specification is in `keras_tnt.images`. Exported graphs and the trainer decode with these
+functions. As in Pillow, an image is resized along the width, rounded to 8 bits, and resized along
+the height; TensorFlow's operation has the same kernel, Keys' cubic with a = -0.5.
 
-TensorFlow's decoders are given nothing before its header was read: they take as much memory as a
-file claims to need, all frames of a GIF are in memory before the first is returned, and an animated
-WebP of opaque frames ends the process. Where they disagree with the specification, the file is
-rewritten before it is decoded (CMYK JPEG, GIF) or decoded here (BMP).
+TensorFlow's decoders run only after the header is checked: they allocate as much memory as a file
+claims to need, hold all frames of a GIF before they return the first, and crash the process at an
+animated WebP of opaque frames. Where they differ from the specification, the file is rewritten
+before it is decoded (CMYK JPEG, GIF) or decoded here (BMP).
 """
 
 import functools
 
 from keras_tnt.images import FORMATS, GREY, MAX_BYTES, MAX_PIXELS, MAX_SIDE, READ, is_plain_bmp
 
-# Adobe's marker of a JPEG, without a color transform: its CMYK is inverted.
+# Adobe's APP14 marker without a color transform, which means inverted CMYK.
 ADOBE_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 JPEG_EXIF_REACH = 1 << 20  # bytes in which a JPEG's EXIF data must begin
 
 
 def load_images(image_bytes, size, covered, channels=3):
-    """Encoded images to the evaluation crop.
+    """Decodes encoded images and applies the evaluation crop.
 
     Args:
-        image_bytes: string tensor (batch,): files of the formats, and within the limits, of
-            `keras_tnt.images`; an animated WebP is none.
+        image_bytes: string tensor (batch,) of files, in the formats and within the limits of
+            `keras_tnt.images`, except animated WebP.
         size: (height, width) of the crop.
-        covered: (height, width) that the image just covers before it is cropped.
-        channels: 3 or 1.
+        covered: (height, width) that the resized image just covers before it is cropped.
+        channels: 3 or 1. Defaults to 3.
 
     Returns:
-        Float tensor (batch, height, width, channels) in [0, 255]. Running it fails, and tells the
-        places in the batch, if images cannot be decoded.
+        Float tensor (batch, height, width, channels) in [0, 255]. If images cannot be decoded, it
+        fails at run time with an error that lists their indices in the batch.
     """
     import tensorflow as tf
 
     shape = (*size, channels)
     batch = tf.shape(image_bytes, tf.int64)[0]
 
-    # AutoGraph, which nothing here needs, writes files that it removes at the process's end alone.
+    # AutoGraph is not needed, and writes files that it removes only when the process ends.
     @tf.autograph.experimental.do_not_convert
     def numbered(place, encoded):
         return place, evaluation_crop(decode(encoded, channels), size, covered)
 
-    # A dataset decodes on all cores, and leaves out what fails, so that its place can be told.
+    # A dataset decodes on all cores, and skips failures, so that their positions can be reported.
     decoded = (
         tf.data.Dataset.from_tensor_slices(image_bytes)
         .enumerate()
@@ -55,7 +55,7 @@ def load_images(image_bytes, size, covered, channels=3):
     broken = tf.sets.difference([tf.range(batch + 1)], [places]).values
     tf.debugging.Assert(
         tf.size(broken) == 0,
-        # TensorFlow leaves out what there is no memory for as it does what it cannot decode.
+        # The dataset also skips images for which there is too little memory.
         [
             f"Not an image that can be decoded, or no memory for it: {READ}. Places in the batch:",
             broken,
@@ -69,9 +69,9 @@ def load_images(image_bytes, size, covered, channels=3):
 
 
 def decode(encoded, channels=3):
-    """Decodes an image file to uint8 (height, width, channels), upright; the first frame.
+    """Decodes the first frame of an image file to uint8 (height, width, channels), upright.
 
-    Running it fails for what `keras_tnt.images` refuses, and for an animated WebP.
+    It fails at run time for files that `keras_tnt.images` refuses, and for an animated WebP.
     """
     image = upright(decode_stored(encoded), exif_orientation(encoded))
     return grey(image) if channels == 1 else image
@@ -87,7 +87,7 @@ def decode_stored(encoded):
         fits &= within_limits(*(format.sides(read) if format.sides else jpeg_sides(encoded)))
         if format.name == "BMP":
             fits &= is_plain_bmp(read)
-        # No decoder takes an empty string.
+        # Every decoder fails on an empty string.
         image = DECODERS[format.name](tf.where(fits, encoded, ""))
         return tf.ensure_shape(image, (None, None, 3))
 
@@ -100,7 +100,7 @@ def decode_stored(encoded):
 
 
 def decode_and_crop(encoded, choose_box):
-    """Decodes a part of an image file; of a JPEG, nothing but that part.
+    """Decodes a box of an image file; of a JPEG, only that box.
 
     Args:
         encoded: string tensor, a file.
@@ -108,7 +108,7 @@ def decode_and_crop(encoded, choose_box):
             it, int32 (top, left, height, width).
 
     Returns:
-        uint8 (height, width, 3): what cutting the box out of `decode(encoded)` gives.
+        uint8 (height, width, 3), equal to the box of `decode(encoded)`.
     """
     import tensorflow as tf
 
@@ -118,7 +118,7 @@ def decode_and_crop(encoded, choose_box):
         transposed = orientation >= 5
         sides = tf.where(transposed, width, height), tf.where(transposed, height, width)
         box = stored_box(choose_box(*sides), orientation, *sides)
-        # libjpeg interpolates color between neighbors: at the edges it needs one more.
+        # libjpeg interpolates chroma between neighbors, so the box needs a margin.
         start = tf.maximum(box[:2] - 2, 0)
         end = tf.minimum(box[:2] + box[2:] + 2, tf.stack([height, width]))
         part = tf.image.decode_and_crop_jpeg(
@@ -140,19 +140,20 @@ def decode_and_crop(encoded, choose_box):
 
 
 def crop(image, box):
-    """Returns the part (top, left, height, width) of an image."""
+    """Returns the box (top, left, height, width) of an image with 3 channels."""
     import tensorflow as tf
 
     return tf.slice(image, [box[0], box[1], 0], [box[2], box[3], 3])
 
 
 def stored_box(box, orientation, height, width):
-    """Returns where the file stores a box of its upright image.
+    """Maps a box of the upright image to the image as the file stores it.
 
     Args:
         box: int32 (top, left, height, width) in the upright image.
         orientation: EXIF orientation, 1 to 8.
-        height, width: of the upright image.
+        height: height of the upright image.
+        width: width of the upright image.
 
     Returns:
         int32 (top, left, height, width).
@@ -170,7 +171,7 @@ def stored_box(box, orientation, height, width):
 
 
 def is_readable_jpeg(encoded):
-    """Returns whether a file is a JPEG within the limits, as far as its header says."""
+    """Returns whether a file is, according to its header, a JPEG within the limits."""
     import tensorflow as tf
 
     return tf.cond(
@@ -181,13 +182,13 @@ def is_readable_jpeg(encoded):
 
 
 def switch(index, branches, encoded, dtype, shape):
-    """Runs one of some functions of a string tensor.
+    """Calls the function with number `index` on a string tensor.
 
-    As `tf.switch_case`, but for its cost: that is turned into operations of which the branches not
-    taken run too, on nothing. With all decoders among them this takes longer than decoding.
+    `tf.switch_case` computes the same, but is lowered to operations that also run for the branches
+    not taken, on dead tensors. With all decoders as branches, this is slower than decoding.
 
-    Run eagerly, it calls the branch: TensorFlow would wait for each nested `StatelessCase` on a
-    thread of its pool, and with as many of them as the pool has threads for ever.
+    In eager mode the branch is called directly: each nested `StatelessCase` blocks a thread of
+    TensorFlow's pool, and as many of them as the pool has threads would deadlock.
     """
     import tensorflow as tf
 
@@ -206,6 +207,7 @@ def switch(index, branches, encoded, dtype, shape):
 
 
 def has(encoded, signature):
+    """Returns whether a file has the bytes of a signature, a dict from offset to bytes."""
     import tensorflow as tf
 
     return tf.reduce_all(
@@ -214,7 +216,7 @@ def has(encoded, signature):
 
 
 def integers_of(encoded):
-    """The function `read` of `keras_tnt.images.Format`."""
+    """Returns the `read` function of `keras_tnt.images.Format` for a string tensor."""
     import tensorflow as tf
 
     def read(start, count, big=False, signed=False):
@@ -228,6 +230,7 @@ def integers_of(encoded):
 
 
 def within_limits(width, height):
+    """Returns whether an image of this size is within `MAX_SIDE` and `MAX_PIXELS`."""
     import tensorflow as tf
 
     sides = tf.cast(tf.stack([width, height]), tf.int64)
@@ -235,6 +238,7 @@ def within_limits(width, height):
 
 
 def jpeg_sides(encoded):
+    """Returns (width, height) from the header of a JPEG."""
     import tensorflow as tf
 
     height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(encoded))
@@ -242,16 +246,17 @@ def jpeg_sides(encoded):
 
 
 def decode_jpeg(encoded):
+    """Decodes a JPEG, which may be CMYK, to uint8 (height, width, 3), without EXIF."""
     import tensorflow as tf
 
-    # The accurate transform is the default of libjpeg, and so of Pillow.
+    # The accurate inverse DCT is the default of libjpeg, and therefore of Pillow.
     channels = tf.io.extract_jpeg_shape(encoded)[2]
     encoded = with_adobe_marker(encoded, channels)
     return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def with_adobe_marker(encoded, channels):
-    """Puts Adobe's marker in front of a CMYK JPEG; a marker of the file's own overrides it."""
+    """Inserts Adobe's marker into a CMYK JPEG; one that the file has overrides it."""
     import tensorflow as tf
 
     def marked():
@@ -262,13 +267,17 @@ def with_adobe_marker(encoded, channels):
 
 
 def decode_png(encoded):
+    """Decodes a PNG to uint8 (height, width, 3)."""
     import tensorflow as tf
 
     return tf.io.decode_png(encoded, channels=3)
 
 
 def decode_bmp(encoded):
-    """Decodes an uncompressed BMP, which TensorFlow does neither with a palette nor from 1 bit."""
+    """Decodes an uncompressed BMP to uint8 (height, width, 3).
+
+    TensorFlow's decoder supports neither palettes nor 1 bit per pixel.
+    """
     import tensorflow as tf
 
     read = integers_of(encoded)
@@ -278,15 +287,15 @@ def decode_bmp(encoded):
     length = tf.cast(tf.strings.length(encoded), tf.int64)
     start = read(10, 4)
     fits = (width > 0) & (rows > 0) & (start + rows * stride <= length)
-    # Of what does not fit there are no bytes, and the reshape fails.
+    # If the pixels do not fit into the file, the string is empty and the reshape fails.
     pixels = tf.strings.substr(encoded, tf.where(fits, start, 0), tf.where(fits, rows * stride, 0))
     pixels = tf.reshape(tf.io.decode_raw(pixels, tf.uint8), (rows, stride))
 
-    def colors(channels):  # blue, green, red and, of 4 channels, one that is not used
+    def colors(channels):  # stored as BGR, or BGRX with 4 channels
         image = tf.reshape(pixels[:, : width * channels], (rows, width, channels))
         return image[..., 2::-1]
 
-    def palette_colors(count):  # indices of `count` bits, the first of a byte in its highest bits
+    def palette_colors(count):  # indices of `count` bits, the most significant first
         shifts = tf.constant([*range(8 - count, -1, -count)], tf.uint8)
         parts = tf.bitwise.right_shift(pixels[..., None], shifts)
         indices = tf.reshape(parts & (2**count - 1), (rows, -1))[:, :width]
@@ -306,16 +315,17 @@ def decode_bmp(encoded):
 
 
 def decode_webp(encoded):
+    """Decodes a still WebP to uint8 (height, width, 3), without its alpha channel."""
     import tensorflow as tf
 
     extended = tf.strings.substr(encoded, 12, 4) == "VP8X"
     animated = extended & (integers_of(encoded)(20, 1) // 2 % 2 == 1)
-    # It gives frames, of 3 or 4 channels, and refuses to give 3 of 4.
+    # The decoder returns frames of 3 or 4 channels, and cannot drop the alpha channel.
     return tf.io.decode_webp(tf.where(animated, "", encoded))[0, ..., :3]
 
 
 def decode_gif(encoded):
-    """The first frame of a GIF, from a file that ends behind it."""
+    """Decodes the first frame of a GIF, from a rewritten file that ends after it."""
     import tensorflow as tf
 
     data = tf.pad(tf.io.decode_raw(encoded, tf.uint8), [[0, 1]])
@@ -327,7 +337,10 @@ def decode_gif(encoded):
         return place + tf.where(flags >= 128, 3 * 2 ** (flags % 8 + 1), 0)
 
     def behind_blocks(place, at_most):
-        """Behind blocks of data, each of which begins with its length, the last with 0."""
+        """Returns the offset after data sub-blocks.
+
+        Each begins with its length; the last has length 0.
+        """
         goes_on = {"cond": lambda p: byte(p) > 0, "body": lambda p: [p + 1 + byte(p)]}
         return tf.while_loop(**goes_on, loop_vars=[place], maximum_iterations=at_most)[0] + 1
 
@@ -364,7 +377,7 @@ def decode_gif(encoded):
     def piece(start, count):
         return tf.strings.substr(encoded, tf.where(fits, start, 0), tf.where(fits, count, 0))
 
-    # The frame alone, all entries of its palette in place, none of them transparent.
+    # A GIF of this frame alone, with a palette of 256 colors and without transparency.
     alone = [
         b"GIF89a",
         piece(frame + 5, 4),
@@ -377,7 +390,7 @@ def decode_gif(encoded):
         b";",
     ]
     image = tf.io.decode_gif(tf.where(fits, tf.strings.join(alone), ""))[0]
-    # A canvas of the color outside of the frame.
+    # Outside of the frame, the canvas has the color of the transparent palette entry.
     padding = [[top, sides[1] - top - height], [left, sides[0] - left - width]]
     color = tf.reshape(palette, (256, 3))[transparent]
     inside = tf.pad(tf.ones((height, width, 1), tf.bool), [*padding, [0, 0]])
@@ -385,14 +398,14 @@ def decode_gif(encoded):
 
 
 def little_endian(values):
-    """Returns the integer that two bytes hold."""
+    """Returns the integer in a uint8 tensor of two bytes, little-endian."""
     import tensorflow as tf
 
     return tf.reduce_sum(tf.cast(values, tf.int32) * [1, 256])
 
 
 def string_of(values):
-    """Returns the string of a uint8 tensor (length,)."""
+    """Converts a uint8 tensor (length,) to a string tensor."""
     import tensorflow as tf
 
     characters = tf.constant([bytes([i]) for i in range(256)])
@@ -409,7 +422,7 @@ DECODERS = {
 
 
 def grey(image):
-    """Luma, uint8 (height, width, 1), in Pillow's fixed point."""
+    """Returns luma, uint8 (height, width, 1), in Pillow's fixed-point arithmetic."""
     import tensorflow as tf
 
     luma = tf.reduce_sum(tf.cast(image, tf.int32) * GREY, axis=-1, keepdims=True)
@@ -418,7 +431,7 @@ def grey(image):
 
 # === Orientation ===
 
-# EXIF orientations; those from 5 on are transposed first.
+# EXIF orientations that flip an axis. Orientations 5 to 8 are transposed first.
 FLIPPED_COLUMNS = (2, 3, 6, 7)
 FLIPPED_ROWS = (3, 4, 7, 8)
 
@@ -426,9 +439,9 @@ FLIPPED_ROWS = (3, 4, 7, 8)
 def exif_orientation(encoded):
     """Returns the EXIF orientation, 1 to 8, of a JPEG, PNG or WebP; 1 without.
 
-    The name of the chunk is searched for, not reached from chunk to chunk, which as a graph takes
-    longer than decoding: with the header of the data behind it, it is 8 bytes or more, which
-    compressed pixels do not have by chance.
+    The name of the chunk is searched for, because as a graph, walking from chunk to chunk is slower
+    than decoding. The name and the header of its data are at least 8 bytes, which do not occur in
+    compressed pixels by chance.
     """
     import tensorflow as tf
 
@@ -437,15 +450,16 @@ def exif_orientation(encoded):
 
 
 def split_at_exif(encoded):
-    """Returns a file in two parts, before and behind the name of its EXIF data, or in one.
+    """Splits a file at the name of its EXIF chunk.
 
     Returns:
-        String tensor (1 or 2,), and whether the file is a JPEG, and a WebP.
+        The parts before and after the name as a string tensor (2,), or the whole file, (1,), if it
+        has none; whether the file is neither PNG nor WebP; whether it is a WebP.
     """
     import tensorflow as tf
 
     png, webp = has(encoded, FORMATS[1].signature), has(encoded, FORMATS[6].signature)
-    # PNG and WebP may have it behind the pixels.
+    # In PNG and WebP the chunk may follow the pixels.
     reach = tf.where(png | webp, tf.strings.length(encoded), JPEG_EXIF_REACH)
     name = tf.where(png, b"eXIf", tf.where(webp, b"EXIF", b"Exif\0\0"))
     searched = tf.strings.substr(encoded, 0, reach)[None]
@@ -454,15 +468,15 @@ def split_at_exif(encoded):
 
 
 def parse_exif(encoded):
-    """Returns the orientation, 1 to 8, of a file in which there is the name of EXIF data."""
+    """Returns the orientation, 1 to 8, of a file that contains the name of an EXIF chunk."""
     import tensorflow as tf
 
     parts, jpeg, webp = split_at_exif(encoded)
     before, data = parts[0], parts[1]
-    # In front of JPEG's name there are marker APP1 and two bytes of length.
+    # In JPEG, the APP1 marker and two bytes of length precede the name.
     start = tf.maximum(tf.strings.length(before) - 4, 0)
     valid = ~jpeg | (tf.strings.substr(before, start, 2) == b"\xff\xe1")
-    # Behind WebP's there is a length; some programs put JPEG's name next.
+    # In WebP, a length follows the name, and some programs write JPEG's name after it.
     size = tf.where(webp & (tf.strings.length(data) >= 4), 4, 0)
     data = tf.strings.substr(data, size, -1)
     named = tf.strings.substr(data, 0, 6) == b"Exif\0\0"
@@ -472,10 +486,10 @@ def parse_exif(encoded):
 
 
 def tiff_orientation(data):
-    """Returns the orientation, 1 to 8, in the first directory of EXIF data; 1 without.
+    """Returns the orientation, 1 to 8, in the first directory (IFD0) of EXIF data; 1 without.
 
     Args:
-        data: string tensor of at least 14 bytes, which should start with a TIFF header.
+        data: string tensor of at least 14 bytes, which should begin with a TIFF header.
     """
     import tensorflow as tf
 
@@ -484,7 +498,7 @@ def tiff_orientation(data):
     little = order == b"II*\0"
 
     def integers(values):
-        """The integers in the last axis, of 2 or 4 bytes."""
+        """Returns the integers in the last axis, of 2 or 4 bytes."""
         powers = tf.constant([256**i for i in range(values.shape[-1])], tf.int64)
         powers = tf.where(little, powers, powers[::-1])
         return tf.reduce_sum(tf.cast(values, tf.int64) * powers, axis=-1)
@@ -498,7 +512,7 @@ def tiff_orientation(data):
         count = tf.minimum(read(directory, 2), (length - directory - 2) // 12)
         entries = tf.strings.substr(data, directory + 2, 12 * count)
         entries = tf.reshape(tf.io.decode_raw(entries, tf.uint8), (-1, 12))
-        # The tag, one value, of type SHORT.
+        # The orientation tag, with one value of type SHORT.
         valid = integers(entries[:, :2]) == 0x0112
         valid &= (integers(entries[:, 2:4]) == 3) & (integers(entries[:, 4:8]) == 1)
         found = tf.boolean_mask(integers(entries[:, 8:10]), valid)
@@ -523,6 +537,7 @@ def upright(image, orientation):
 
 
 def is_one_of(orientation, orientations):
+    """Returns whether an orientation is in the tuple `orientations`."""
     import tensorflow as tf
 
     return tf.reduce_any(orientation == tf.constant(orientations))
@@ -532,7 +547,7 @@ def is_one_of(orientation, orientations):
 
 
 def evaluation_crop(image, size, covered):
-    """Resize an image in proportion, bicubic, until it just covers a size; cut out its middle.
+    """Resizes an image (bicubic, aspect ratio preserved) to just cover a size, and center-crops it.
 
     Args:
         image: uint8 (height, width, channels).
@@ -540,7 +555,7 @@ def evaluation_crop(image, size, covered):
         covered: (height, width) that the resized image covers.
 
     Returns:
-        Float tensor (*size, channels) of whole numbers in [0, 255].
+        Float tensor (*size, channels) of integers in [0, 255].
     """
     import tensorflow as tf
 
@@ -556,14 +571,14 @@ def evaluation_crop(image, size, covered):
 
 
 def stretch_middle(image, axis, new, count):
-    """The `count` middle rows, axis 0, or columns, 1, of an image resized to `new` of them."""
+    """Returns the center `count` rows (axis 0) or columns (1) of an image resized to `new`."""
     import tensorflow as tf
 
     old = tf.cast(tf.shape(image)[axis], tf.float64)
     new = tf.cast(new, tf.float64)
-    # Halves are rounded to even, as `load_image` does.
+    # Halves are rounded to even, as in `load_image`.
     first = tf.round((new - count) / 2)
-    # What the kernel reads of the image: no more is resized, however long a strip it is.
+    # Only the part that the kernel reads is resized, because the image may be a long strip.
     reach = 2 * tf.maximum(old / new, 1) + 1
     start = tf.maximum(tf.floor(first * old / new - reach), 0)
     end = tf.minimum(tf.math.ceil((first + count) * old / new + reach), old)

@@ -1,4 +1,4 @@
-"""What is exported: a float32 model with the named outputs that every exported form has."""
+"""The float32 model with named outputs that all exporters write."""
 
 import keras
 import numpy as np
@@ -7,18 +7,20 @@ from keras_tnt.anatomy import anatomy, is_ours
 
 
 def serving_network(model):
-    """A float32 functional model, with the weights of `model`, to a dict of named outputs.
+    """Returns a float32 functional model with the weights of `model` and a dict of named outputs.
 
     Args:
-        model: a functional model of one input and one output: one of this package's, or one built
-            around it.
+        model: a functional model with one input and one output, which is or contains a model of
+            this package.
 
     Returns:
-        A model to `probabilities`, `logits` and, where one vector reaches the head, `features`
-        (of two heads the mean of their vectors); without a classifier, to `features` alone.
+        A model with the outputs `probabilities`, `logits` and, if a single vector reaches the head,
+        `features` (for two heads, the mean of their vectors). Without a classifier, the only output
+        is `features`.
 
     Raises:
-        ValueError: if the model is not functional, has several inputs or outputs, or is quantized.
+        ValueError: if the model is not functional, has several inputs or outputs, is quantized, or
+            has an unknown input size that the package does not support.
     """
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ValueError(
@@ -43,12 +45,12 @@ def serving_network(model):
 
 
 def takes_any_size(model):
-    """Whether a model or network takes images of which not every size is known."""
+    """Returns whether an input size other than the batch is unknown."""
     return None in model.inputs[0].shape[1:]
 
 
 def check_same(model, network):
-    """Raise a ValueError if the named outputs are not those of a model that ends in another one."""
+    """Raises a ValueError unless a named output equals the model's own output."""
     shape = model.inputs[0].shape[1:]
     if takes_any_size(model):
         shape = anatomy(model).image.native_shape
@@ -65,7 +67,7 @@ def check_same(model, network):
 
 
 def as_float32(model):
-    """`model` itself if it computes in float32, else a copy that does."""
+    """Returns `model` if it computes in float32, or a float32 copy."""
     policies = [layer.dtype_policy for layer in all_layers(model)]
     if any(isinstance(policy, keras.dtype_policies.QuantizedDTypePolicy) for policy in policies):
         raise ValueError(
@@ -77,7 +79,7 @@ def as_float32(model):
 
     def clone(layer):
         config = layer.get_config()
-        if isinstance(layer, keras.layers.Layer):  # and not an operation between layers
+        if isinstance(layer, keras.layers.Layer):  # operations have no dtype policy
             config["dtype"] = "float32"
         return type(layer).from_config(config)
 
@@ -87,7 +89,7 @@ def as_float32(model):
 
 
 def all_layers(model):
-    """The layers of a model and of the models inside it."""
+    """Yields the layers of a model and of its nested models."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             yield from all_layers(layer)
@@ -96,10 +98,10 @@ def all_layers(model):
 
 
 def named_outputs(model):
-    """The tensors behind the output names, found at the model's end."""
+    """Returns output tensors by name, found from the model's last layers."""
     last, output = model.layers[-1], model.outputs[0]
     if isinstance(last, keras.Model):
-        # Whatever stands before it is taken for a chain; `serving_network` checks.
+        # The layers before it are assumed to be a chain, which `check_same` verifies.
         before = model.layers[-2].output if len(model.layers) > 1 else model.inputs[0]
         return keras.Model(last.inputs[0], named_outputs(last))(before)
     if len(output.shape) != 2:
@@ -125,7 +127,7 @@ def named_outputs(model):
 
 
 def without_activation(dense):
-    """The logits of a Dense layer with an activation, by a layer with its weights."""
+    """Returns the logits of a Dense layer, from a linear copy if it has an activation."""
     if dense.activation is keras.activations.linear:
         return dense.output
     linear = keras.layers.Dense(

@@ -1,9 +1,9 @@
-"""The transformer blocks of an ONNX graph, for which there are operators in C++.
+"""Pattern matching of transformer blocks in ONNX graphs, for the C++ operators.
 
-A file may come from anyone. A block is found from its last node backward, and each node, the order
-of its operands, its attributes and constants must be the block's. Then the shape of every tensor in
-between is derived from the shape of what goes in, and from nothing that the file claims: the
-operator computes what the nodes do, for whatever batch they do, or the nodes stay.
+Files are not trusted. A block is matched from its last node backward; each node, the order of its
+operands, its attributes and its constants must be those of the block. The shape of every tensor in
+between is then derived from the shape of the block's input, and not from what the file claims: the
+operator computes the same as the nodes, for every batch size that they accept, or the nodes stay.
 """
 
 import contextlib
@@ -15,35 +15,37 @@ import numpy as np
 
 from keras_tnt import native
 
-OPSETS = range(17, 24)  # in which the operators mean what is written here
+OPSETS = range(17, 24)  # with the operator semantics that are assumed here
 FLOAT, INT32, INT64 = 1, 6, 7
-GRAPH, GRAPHS = 5, 10  # kinds of attributes
+GRAPH, GRAPHS = 5, 10  # attribute types
 MAX_RANK = 16
-# What a step of the search may raise where a graph is built in strange ways.
+# Errors that a malformed graph may cause in a step of the search.
 ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class NoMatch(Exception):
-    """What a graph computes is nothing that there is an operator for."""
+    """Raised when a graph does not match a supported pattern."""
 
 
 def expect(condition) -> None:
-    """Raises NoMatch unless a condition holds."""
+    """Raises NoMatch if a condition is false."""
     if not condition:
         raise NoMatch
 
 
 class Graph:
-    """The nodes and constants of a graph by the names of their tensors.
+    """Index of an ONNX graph's nodes and constants by tensor name.
 
     Args:
         proto: an ONNX model.
 
     Raises:
-        NoMatch: if names are not unique, or nodes may mean something else than they say.
+        NoMatch: if the opset is not supported, tensor names are not unique, or the model has
+            functions or sparse constants.
     """
 
     def __init__(self, proto):
+        """Checks opset and names; shapes are inferred at first use."""
         graph = proto.graph
         versions = [
             entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")
@@ -57,14 +59,14 @@ class Graph:
         expect(not set(made) & (inputs | set(tensors)))
         self.proto = proto
         self.maker = {name: node for node in graph.node for name in node.output}
-        # The values of initializers that are inputs, too, are defaults.
+        # Initializers that are also graph inputs are only default values.
         self.initializers = {t.name: t for t in graph.initializer if t.name not in inputs}
         self.names = {*tensors, *inputs, *made, ""}
         self.values = {}
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple]:
-        """The shapes that follow from inputs and constants; `None` for an axis of unknown size.
+        """Inferred shapes of float32 tensors by name; `None` for an axis of unknown size.
 
         Raises:
             NoMatch: if the graph is not valid, or claims other shapes or types.
@@ -80,7 +82,7 @@ class Graph:
             for output in bare.graph.output:
                 output.type.tensor_type.ClearField("shape")
             found = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-        except Exception as error:  # of whatever kind a file brings about
+        except Exception as error:  # of any type, depending on the file
             raise NoMatch from error
         values = [*found.input, *found.value_info, *found.output]
         types = {value.name: type_of(value) for value in values}
@@ -95,39 +97,41 @@ class Graph:
         return {name: shape for name, shape in shapes.items() if types[name] == FLOAT and shape}
 
     def of(self, kind):
+        """Returns the nodes of an operator type."""
         return [node for node in self.proto.graph.node if is_kind(node, kind)]
 
     def node(self, name, kind):
-        """The node of this kind that makes a tensor."""
+        """Returns the node that produces a tensor, which must be of this operator type."""
         node = self.maker.get(name)
         expect(node is not None and is_kind(node, kind))
         return node
 
     def is_constant(self, name):
+        """Returns whether a tensor is an initializer that callers cannot override."""
         return name in self.initializers
 
     def constant(self, name):
-        """The values of a constant."""
+        """Returns the values of a constant as an array."""
         if name not in self.values:
             from onnx import numpy_helper
 
             expect(name in self.initializers)
             try:
                 self.values[name] = numpy_helper.to_array(self.initializers[name])
-            except Exception as error:  # of whatever kind a damaged tensor brings about
+            except Exception as error:  # of any type, depending on the damage
                 raise NoMatch from error
-            # NumPy takes a dimension of -1 for whatever is left.
+            # NumPy's reshape infers a dimension of -1.
             expect(self.values[name].shape == tuple(self.initializers[name].dims))
         return self.values[name]
 
     def weight(self, name):
-        """A constant of finite float32."""
+        """Returns the values of a constant, which must be finite float32."""
         value = self.constant(name)
         expect(value.dtype == np.float32 and np.isfinite(value).all())
         return value
 
     def is_number(self, name, value):
-        """Whether a tensor is a constant of one number, this one."""
+        """Returns whether a tensor is a float32 constant with `value` as its only element."""
         if not self.is_constant(name):
             return False
         found = self.constant(name)
@@ -135,16 +139,19 @@ class Graph:
 
 
 def is_kind(node, kind):
+    """Returns whether a node has this operator type in ONNX's own domain."""
     return node.op_type == kind and node.domain in ("", "ai.onnx")
 
 
 def attributes_of(node):
+    """Returns a node's attributes by name."""
     from onnx import helper
 
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def subgraphs_of(node):
+    """Yields the graphs in a node's attributes, such as the branches of an `If`."""
     for attribute in node.attribute:
         if attribute.type == GRAPH:
             yield attribute.g
@@ -153,7 +160,7 @@ def subgraphs_of(node):
 
 
 def used_by(node):
-    """The names of the tensors that a node may read, its subgraphs included."""
+    """Returns the names of the tensors that a node may read, its subgraphs included."""
     names = set(node.input)
     for graph in subgraphs_of(node):
         names.update(output.name for output in graph.output)
@@ -163,7 +170,7 @@ def used_by(node):
 
 
 def without_weights(proto):
-    """A copy of a model in which large constants are inputs, of their type and shape."""
+    """Returns a copy of a model whose large constants are inputs of the same type and shape."""
     import onnx
 
     bare = onnx.ModelProto()
@@ -191,11 +198,12 @@ def without_weights(proto):
 
 
 def type_of(value):
+    """Returns the element type of a `ValueInfoProto`."""
     return value.type.tensor_type.elem_type
 
 
 def shape_of(value):
-    """The shape of a `ValueInfoProto`; `None` if it tells none."""
+    """Returns the shape of a `ValueInfoProto`, or `None` if it has none."""
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         return None
@@ -204,14 +212,17 @@ def shape_of(value):
 
 # === Shapes ===
 #
-# A size is a number times names of sizes that are known when the graph runs: (12, ("batch",)).
+# A symbolic size is an integer times names of sizes that are known at run time, such as
+# (12, ("batch",)).
 
 
 def size(value):
+    """Converts an integer to a symbolic size; symbolic sizes are returned unchanged."""
     return value if isinstance(value, tuple) else (int(value), ())
 
 
 def product(sizes):
+    """Returns the product of symbolic sizes."""
     number, names = 1, []
     for factor, more in sizes:
         number, names = number * factor, [*names, *more]
@@ -219,7 +230,7 @@ def product(sizes):
 
 
 def quotient(size, divisor):
-    """How often one size has the other, whatever the names stand for."""
+    """Returns the exact quotient of two symbolic sizes, for any values of the names."""
     (number, names), (by, without) = size, divisor
     left = Counter(names)
     left.subtract(without)
@@ -228,24 +239,25 @@ def quotient(size, divisor):
 
 
 class Shapes:
-    """The shapes of what is computed of one tensor.
+    """Symbolic shape inference from one tensor of a graph.
 
     Args:
         graph: a `Graph`.
-        name: of the tensor.
-        shape: of the tensor; `None` for an axis of unknown size.
+        name: name of the tensor.
+        shape: shape of the tensor; `None` for an axis of unknown size.
     """
 
     def __init__(self, graph, name, shape):
+        """Gives each axis of unknown size a name."""
         self.graph = graph
         given = [(1, (f"axis {i}",)) if n is None else size(n) for i, n in enumerate(shape)]
         self.found, self.vectors = {name: tuple(given)}, {}
 
     def __getitem__(self, name):
-        """The shape of a tensor.
+        """Returns the symbolic shape of a tensor.
 
         Raises:
-            NoMatch: if it is not certain, or a node does not take what it is given.
+            NoMatch: if the shape is uncertain, or a node does not accept its operands.
         """
         if name not in self.found:
             node = self.graph.maker.get(name)
@@ -256,6 +268,7 @@ class Shapes:
         return self.found[name]
 
     def shape_of_reshape(self, node):
+        """Returns the target shape, in which 0 copies a size and one -1 is inferred."""
         expect(len(node.input) == 2 and not attributes_of(node).get("allowzero", 0))
         given, wanted = self[node.input[0]], self.vector(node.input[1])
         wanted = [given[i] if n == (0, ()) and i < len(given) else n for i, n in enumerate(wanted)]
@@ -271,13 +284,14 @@ class Shapes:
         return tuple(wanted)
 
     def vector(self, name):
-        """The sizes in a tensor of integers."""
+        """Returns the symbolic sizes in an integer tensor of one axis."""
         if name not in self.vectors:
             self.vectors[name] = self.find_vector(name)
             expect(len(self.vectors[name]) <= MAX_RANK)
         return self.vectors[name]
 
     def find_vector(self, name):
+        """Evaluates constants and nodes of Cast, Shape, Concat, Gather and Slice."""
         if self.graph.is_constant(name):
             values = self.graph.constant(name)
             expect(values.ndim == 1 and values.dtype in (np.int32, np.int64))
@@ -308,12 +322,13 @@ class Shapes:
         return values[first:last]
 
     def shape_of_transpose(self, node):
+        """Returns the permuted shape."""
         shape, order = self[node.input[0]], attributes_of(node).get("perm")
         expect(order is not None and sorted(order) == list(range(len(shape))))
         return tuple(shape[axis] for axis in order)
 
     def shape_of_add(self, node):
-        """Of equal shapes, or with a constant that is added to each row."""
+        """Returns the operands' equal shape; a constant may also be a scalar or a row."""
         first, second = node.input
         if self.graph.is_constant(first):
             first, second = second, first
@@ -329,29 +344,34 @@ class Shapes:
     shape_of_mul = shape_of_add
 
     def shape_of_div(self, node):
+        """Returns the shape of a quotient whose dividend is not a constant."""
         expect(not self.graph.is_constant(node.input[0]))
         return self.shape_of_add(node)
 
     def shape_of_erf(self, node):
+        """Returns the input's shape."""
         return self[node.input[0]]
 
     def shape_of_softmax(self, node):
+        """Returns the input's shape; the softmax must be over the last axis."""
         shape = self[node.input[0]]
         expect(attributes_of(node).get("axis", -1) in (-1, len(shape) - 1))
         return shape
 
     def shape_of_layernormalization(self, node):
+        """Returns the input's shape; the norm must be over the last one or two axes."""
         shape = self[node.input[0]]
         expect(self.norm_axis(node) in (-1, -2))
         return shape
 
     def norm_axis(self, node):
-        """The first axis of a layer norm, from the end."""
+        """Returns the first axis that a layer norm is over, counted from the end."""
         rank, axis = len(self[node.input[0]]), attributes_of(node).get("axis", -1)
         expect(-rank <= axis < rank)
         return axis - rank if axis >= 0 else axis
 
     def shape_of_matmul(self, node):
+        """Returns the shape of a product with a constant matrix, or of a batch of products."""
         first, second = node.input
         if self.graph.is_constant(second):
             kernel, shape = self.graph.constant(second).shape, self[first]
@@ -362,7 +382,7 @@ class Shapes:
         return *one[:-1], other[-1]
 
     def shape_of_split(self, node):
-        """Of one of three equal parts of the last axis."""
+        """Returns the shape of each of three equal parts of the last axis."""
         *lead, last = self[node.input[0]]
         attributes = attributes_of(node)
         expect(attributes.get("axis", 0) in (-1, len(lead)) and len(node.output) == 3)
@@ -374,6 +394,7 @@ class Shapes:
         return *lead, part
 
     def shape_of_attention(self, node):
+        """Returns the query's shape (batch, tokens, dim), which key and value must share."""
         expect(len(node.input) == 3)
         query, key, value = (self[name] for name in node.input)
         expect(len(query) == 3 and query == key == value)
@@ -384,13 +405,14 @@ class Shapes:
 
 
 class Pattern:
-    """Steps backward from tensor to tensor of a graph; any of them may raise NoMatch."""
+    """Matching steps from tensor to tensor, backward; any of them may raise NoMatch."""
 
     def __init__(self, graph):
+        """Matches patterns of a `Graph`."""
         self.graph = graph
 
     def before_reshapes(self, name):
-        """The tensor that a tensor is a reshape of, or the tensor itself."""
+        """Returns the tensor before a chain of reshapes, or `name` if there is none."""
         seen = set()
         while name in self.graph.maker and is_kind(self.graph.maker[name], "Reshape"):
             expect(name not in seen)
@@ -399,7 +421,7 @@ class Pattern:
         return name
 
     def with_constant(self, node):
-        """(the other operand, the constant) of a node that takes a constant in either place."""
+        """Returns (other operand, constant) of a node with a constant as either operand."""
         expect(len(node.input) == 2)
         first, second = node.input
         if self.graph.is_constant(first):
@@ -408,7 +430,7 @@ class Pattern:
         return first, second
 
     def dense(self, name):
-        """(input, kernel, bias) of the dense layer that makes a tensor."""
+        """Returns (input, kernel, bias) of the dense layer that produces a tensor."""
         name, bias = self.before_reshapes(name), None
         node = self.graph.maker.get(name)
         expect(node is not None)
@@ -423,7 +445,7 @@ class Pattern:
         return node.input[0], kernel, bias
 
     def norm(self, name):
-        """The layer norm that makes a tensor."""
+        """Returns (node, epsilon) of the layer norm that produces a tensor."""
         node = self.graph.node(self.before_reshapes(name), "LayerNormalization")
         attributes = attributes_of(node)
         expect(len(node.input) in (2, 3) and not any(node.output[1:]))
@@ -433,7 +455,7 @@ class Pattern:
         return node, epsilon
 
     def norm_weights(self, node, shape):
-        """Scale and offset of a norm over axes of this shape, each `(dim, words)` or `(dim,)`."""
+        """Returns (scale, offset) of a norm, which must be of this shape."""
         scale = self.graph.weight(node.input[1])
         if len(node.input) == 3 and node.input[2]:
             offset = self.graph.weight(node.input[2])
@@ -443,7 +465,7 @@ class Pattern:
         return scale, offset
 
     def gelu(self, name):
-        """What GELU is computed of: half of it, times one and the erf of it over sqrt(2)."""
+        """Returns the input x of an exact GELU, written as (0.5 x) (1 + erf(x / sqrt(2)))."""
         node = self.graph.node(self.before_reshapes(name), "Mul")
         for half, one in (node.input, node.input[::-1]):
             with contextlib.suppress(NoMatch):
@@ -456,23 +478,23 @@ class Pattern:
         raise NoMatch
 
     def scaled(self, name, kind, number):
-        """The operand of a node whose other operand is this number."""
+        """Returns the operand of a node whose other operand is the constant `number`."""
         x, constant = self.with_constant(self.graph.node(name, kind))
         expect(self.graph.is_number(constant, number))
         return x
 
     def residuals(self, name):
-        """Both ways to read a sum: (residual, branch)."""
+        """Returns both ways to read a sum as (residual, branch)."""
         node = self.graph.node(name, "Add")
         expect(len(node.input) == 2 and node.input[0] != node.input[1])
         return [tuple(node.input), tuple(node.input[::-1])]
 
     def moved(self, name, *kinds):
-        """The tensor whose numbers a tensor has in another order, and the nodes between them.
+        """Returns the tensor that a tensor is a permutation of, and the nodes in between.
 
         Args:
-            name: of the tensor.
-            kinds: further kinds of nodes to go through.
+            name: name of the tensor.
+            *kinds: operator types to pass through in addition to Reshape and Transpose.
         """
         nodes = []
         while name in self.graph.maker:
@@ -489,18 +511,18 @@ class Pattern:
 
 
 def transformer_block(graph, name):
-    """The transformer block that makes a tensor: norm, attention, MLP and residuals in float32.
+    """Matches the block that produces a tensor: norm, attention, MLP and residuals in float32.
 
     Args:
         graph: a `Graph`.
-        name: of the tensor.
+        name: name of the tensor.
 
     Returns:
-        (input, shape of the input, `native.Weights`, heads, epsilon, whether norms run over all
-        words).
+        (input, shape of the input, `native.Weights`, number of heads, epsilon, whether the norms
+        are over all words of a patch).
 
     Raises:
-        NoMatch: if it is anything else.
+        NoMatch: if the tensor is produced by anything else.
     """
     pattern = Pattern(graph)
     for middle, branch in pattern.residuals(name):
@@ -515,7 +537,7 @@ def transformer_block(graph, name):
 
 
 def attention_and(graph, pattern, name, middle, mlp):
-    """The block whose MLP was found, as `transformer_block` returns it."""
+    """Matches the attention of a block whose MLP is `mlp`; returns as `transformer_block`."""
     norm_mlp, epsilon, mlp_weights = mlp
     for x, branch in pattern.residuals(middle):
         with contextlib.suppress(NoMatch):
@@ -551,11 +573,11 @@ def attention_and(graph, pattern, name, middle, mlp):
 
 
 def attention_of(pattern, name):
-    """The attention that makes a tensor.
+    """Matches the attention that produces a tensor.
 
     Returns:
-        (the split into query, key and value, the node that attends, the nodes behind it, those
-        between the split and it for each of the three, scale).
+        (node that splits query, key and value, node that produces the weighted values, nodes after
+        it, nodes before it for each of the three, scale).
     """
     graph = pattern.graph
     source, after = pattern.moved(name)
@@ -590,13 +612,13 @@ def attention_of(pattern, name):
 
 
 def check_attention(shapes, attended, shape, attention):
-    """Check that rows attend to rows of the same block, head by head.
+    """Checks that rows attend to rows of the same sequence, separately for each head.
 
     Args:
         shapes: `Shapes`.
         attended: name of the attention's result.
-        shape: of the block's input.
-        attention: as `attention_of` returns it.
+        shape: symbolic shape of the block's input.
+        attention: as returned by `attention_of`.
 
     Returns:
         The number of heads.
@@ -614,7 +636,7 @@ def check_attention(shapes, attended, shape, attention):
         expect(len(result) >= 4 and result[-2] == rows and not result[-3][1])
         heads, head_dim = result[-3][0], result[-1][0]
         expect(0 < heads and heads * head_dim == dim and product(result[:-3]) == product(lead))
-        # The orders of axes, tried on the numbers of a few blocks.
+        # The orders of axes are checked on the element indices of small examples.
         for least in (2, 3):
             sizes = {name: least + i for i, name in enumerate(names_in(shape))}
             blocks, length = number_of(product(lead), sizes), number_of(rows, sizes)
@@ -630,17 +652,18 @@ def check_attention(shapes, attended, shape, attention):
 
 
 def names_in(shape):
+    """Returns the sorted names in a symbolic shape."""
     return sorted({name for _, names in shape for name in names})
 
 
 def number_of(size, sizes):
-    """A size as a number, where names stand for these sizes."""
+    """Evaluates a symbolic size for values of its names."""
     number, names = size
     return number * math.prod(sizes[name] for name in names)
 
 
 def follow(shapes, nodes, numbers, sizes):
-    """Numbers in the order in which reshapes and transposes leave them."""
+    """Returns elements, flat, in the order in which reshapes and transposes leave them."""
     for node in nodes:
         if node.op_type == "Transpose":
             given = [number_of(n, sizes) for n in shapes[node.input[0]]]
@@ -649,13 +672,13 @@ def follow(shapes, nodes, numbers, sizes):
 
 
 def words_to_patches(graph, norm):
-    """A norm, a dense layer and a norm, of which this is the last, over patches.
+    """Matches the projection from words to patches: norm, dense layer and, last, `norm`.
 
     Returns:
         (input, `native.PatchWeights`, epsilon).
 
     Raises:
-        NoMatch: if it is anything else.
+        NoMatch: if the nodes are anything else.
     """
     pattern = Pattern(graph)
     last, epsilon = pattern.norm(norm.output[0])
@@ -676,13 +699,13 @@ def words_to_patches(graph, norm):
 
 
 def added_tokens(graph, name):
-    """The sum of patches, padded in front, and tokens, if patches become nothing else.
+    """Matches the sum of patches, padded in front, and a tensor of tokens and positions.
 
     Returns:
-        (name of the sum, how many tokens stand before the patches, name of the tokens).
+        (name of the sum, number of tokens before the patches, name of the added tensor).
 
     Raises:
-        NoMatch: if there is none.
+        NoMatch: if `name` is not padded once, or the result is not added once.
     """
     pads = [node for node in graph.of("Pad") if node.input[0] == name]
     expect(len(pads) == 1 and len(pads[0].input) == 2 and not pads[0].attribute)
@@ -702,13 +725,13 @@ def added_tokens(graph, name):
 
 
 def replace(proto, places):
-    """Puts nodes in the place of others, and removes what only those needed.
+    """Replaces nodes, and removes those that only the replaced nodes needed.
 
-    Nodes that nobody needed before stay: they are part of what a runtime checks.
+    Nodes that nothing needed before are left in the graph, because runtimes check them too.
 
     Args:
         proto: an ONNX model, changed in place.
-        places: a dict from the name of a tensor to the node that makes it from now on.
+        places: dict from a tensor's name to the node that produces it afterwards.
     """
     graph = proto.graph
     outputs = {output.name for output in graph.output}
@@ -730,7 +753,7 @@ def replace(proto, places):
 
 
 def needed(nodes, outputs):
-    """The names of tensors that outputs are computed of, and the outputs."""
+    """Returns the names of the outputs and of the tensors from which they are computed."""
     names = set(outputs)
     for node in reversed(nodes):
         if names.intersection(node.output):

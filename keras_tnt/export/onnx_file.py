@@ -1,4 +1,4 @@
-"""An ONNX file that ONNX Runtime runs anywhere."""
+"""Export to ONNX, in float32, float16 or int8."""
 
 import contextlib
 import json
@@ -19,11 +19,11 @@ from keras_tnt.export.verification import TOLERANCE, example, examples, verify
 from keras_tnt.files import check_space
 
 SIGNATURES = {"images": ("probabilities", "logits"), "features": ("features",)}
-WRITTEN = range(13, 19)  # the opsets that tf2onnx writes, as far as these models are concerned
-WITH_ATTENTION = 23  # has attention as an operator; what was written is brought there
-# Largest difference that passes, as a share of the outputs' spread.
+WRITTEN = range(13, 19)  # the opsets that tf2onnx writes for these models
+WITH_ATTENTION = 23  # has an attention operator; graphs are converted to it
+# Largest relative error that passes, as defined by `verify`.
 TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2, "int8": 0.3}
-# What float16 is not exact enough for: softmax, and the statistics of norms.
+# Operators for which float16 is not accurate enough: softmax, and the statistics of norms.
 IN_FLOAT32 = (
     "Softmax", "LayerNormalization", "ReduceMean", "ReduceSum", "Pow", "Sqrt", "Reciprocal",
 )  # fmt: skip
@@ -40,42 +40,40 @@ def onnx(
     labels: list[str] | None = None,
     weights: str | None = None,
 ) -> str:
-    """Write a model as ONNX, and check the file with ONNX Runtime against the model.
+    """Exports a model to ONNX, and verifies the file against the model with ONNX Runtime.
 
-    Its input is `images`, as the model takes them, with a dynamic batch, and with dynamic height
-    and width where the model takes any; sizes that its patches do not divide are an error of the
-    runtime's. Its metadata are labels,
-    mean and standard deviation, image size, source of the weights, and `agreement`: what was
-    measured between file and model.
+    The input is `images`, as the model takes them, with a dynamic batch axis, and with dynamic
+    height and width if the model takes images of any size; the runtime raises an error for sizes
+    that are not divisible into patches. The metadata contains labels, mean and standard deviation,
+    image size, origin of the weights, and `agreement`, the measured agreement of file and model.
 
     Args:
         model: a functional model of this package, or one built around it.
-        path: of the file, ending in `.onnx`; one that exists is replaced.
-        opset: version of the operators, 13 to 18 or 23; None: 18. 23 has attention as one operator
-            and is the fastest in ONNX Runtime, which reads it from its version 1.23 on.
-            Of images of any size attention stays as 18 writes it.
-        signature: `"images"` gives `probabilities` and `logits`, `"features"` the vector that the
-            classifier reads.
-        precision: `"float32"`; `"float16"`: weights and arithmetic, but for softmax and the
-            statistics of norms; `"int8"`: the dense layers, a scale for each column of their
-            weights, those among words excepted where `calibration` is given.
-        calibration: of int8, images as the model takes them, `(batch, height, width, channels)` or
-            channels first, some dozens of the kind that the file is for: the ranges of the dense
-            layers' inputs are those that these images have, and the file's agreement with the model
-            is measured on them. None: ranges are found at each call, which is slower.
-        labels: names of the classes; None: the model's own, else numbers.
-        weights: where the weights come from, for the metadata.
+        path: path of the file, ending in `.onnx`. An existing file is replaced.
+        opset: opset version, 13 to 18 or 23. Opset 23 has an attention operator, is the fastest in
+            ONNX Runtime, and requires its version 1.23 or later. For images of any size, attention
+            is written as in opset 18. Defaults to 18.
+        signature: `"images"`, with the outputs `probabilities` and `logits`, or `"features"`, with
+            the vector that the classifier reads. Defaults to `"images"`.
+        precision: `"float32"`; `"float16"`, for weights and arithmetic except softmax and the
+            statistics of norms; or `"int8"`, for dense layers, with per-column weight scales: all
+            of them, or those over patches if `calibration` is given. Defaults to `"float32"`.
+        calibration: for int8, some dozens of typical images as the model takes them,
+            `(batch, height, width, channels)` or channels first. They determine the ranges of
+            activations (static quantization), and the agreement is measured on them. If `None`,
+            ranges are computed at each call (dynamic quantization), which is slower.
+        labels: class names. Defaults to the model's own names, or numbers if it has none.
+        weights: description of the weights' origin, for the metadata. Defaults to None.
 
     Returns:
         The file's absolute path.
 
     Raises:
-        ValueError: for a model or an argument that cannot be exported.
-        OSError: if the disk has no room for it, or runs full; nothing is kept.
-        RuntimeError: if what was written does not compute what the model does; nothing is kept.
+        ValueError: if the model or an argument is not supported.
+        OSError: if the disk is full. No file is left behind.
+        RuntimeError: if the outputs differ from the model's. No file is left behind.
 
     Example:
-
     >>> path = keras_tnt.export.onnx(model, "tnt_small.onnx")
     >>> onnxruntime.InferenceSession(path).run(["probabilities"], {"images": images})
     """
@@ -117,12 +115,12 @@ def onnx(
 
 
 def write_onnx(network, references, card, path, opset, names, precision):
-    """Write, verify, and move into place. Needs Keras on TensorFlow."""
+    """Writes and verifies an ONNX file, and moves it into place. Needs Keras on TensorFlow."""
     import onnx as onnx_format
 
     proto = convert(network, names, opset)
     fuse(proto)
-    # The tools that quantize write two files more than the one that stays.
+    # Quantization writes two temporary files in addition.
     copies = 3 if precision == "int8" else 1
     check_space(os.path.dirname(path), copies * proto.ByteSize(), "The ONNX file")
     with files.new_file(path) as temporary:
@@ -142,7 +140,7 @@ def write_onnx(network, references, card, path, opset, names, precision):
 
 
 def convert(network, names, opset):
-    """The network as an ONNX graph from `images` to the outputs of these names."""
+    """Converts the network to an ONNX graph from `images` to the outputs `names`."""
     import tensorflow as tf
     import tf2onnx
     from onnx import version_converter
@@ -154,7 +152,7 @@ def convert(network, names, opset):
     def serve(images):
         return named(function(images), names)
 
-    # It logs a warning for every lookup table that the process holds, of whatever model.
+    # tf2onnx logs a warning for every lookup table in the process, of any model.
     logger, level = tf.get_logger(), tf.get_logger().level
     logger.setLevel("ERROR")
     try:
@@ -172,10 +170,10 @@ def convert(network, names, opset):
 
 @contextlib.contextmanager
 def graphs_not_copied():
-    """Within this, an optimization of tf2onnx that fails is an error.
+    """Makes a failing optimization of tf2onnx an error within the block.
 
-    Else tf2onnx copies the whole graph, weights and all, before each of its optimizations, to go
-    back to.
+    Otherwise tf2onnx copies the whole graph, weights included, before each optimization, to restore
+    it after a failure.
     """
     name = "TF2ONNX_CATCH_ERRORS"
     before = os.environ.get(name)
@@ -190,6 +188,7 @@ def graphs_not_copied():
 
 
 def to_float16(proto):
+    """Converts a model to float16, with inputs and outputs in float32."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
@@ -197,12 +196,12 @@ def to_float16(proto):
         proto, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *IN_FLOAT32]
     )
     model = OnnxModel(converted)
-    model.topological_sort()  # the casts of inputs were added last
+    model.topological_sort()  # the conversion appends the casts of inputs
     return model.model
 
 
 def to_int8(proto, path, references):
-    """Quantize by the ranges of calibration images, where there are any."""
+    """Quantizes statically if there are calibration images, otherwise dynamically."""
     if "calibration" in references:
         images = np.concatenate([batch.images for batch in references["calibration"]])
         return with_ranges_of(images, proto, path)
@@ -210,7 +209,7 @@ def to_int8(proto, path, references):
 
 
 def compare(path, batches, names, precision):
-    """Verify a file; returns the measured agreement with the model, which the metadata tell."""
+    """Verifies a file, and returns its measured agreement with the model, for the metadata."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -235,7 +234,7 @@ def compare(path, batches, names, precision):
 
 
 def names_of(signature, network):
-    """The outputs of an ONNX signature."""
+    """Returns the output names of an ONNX signature."""
     if signature not in SIGNATURES:
         raise ValueError(
             f"`signature` must be one of {', '.join(SIGNATURES)}; encoded images are for "
@@ -248,7 +247,7 @@ def names_of(signature, network):
 
 
 def name_ends(graph, inputs, outputs):
-    """Give a graph's inputs and outputs these names, and their first axis the name "batch"."""
+    """Renames a graph's inputs and outputs, and names the dynamic axes of images."""
     names = {
         end.name: name
         for ends, wanted in ((graph.input, inputs), (graph.output, outputs))

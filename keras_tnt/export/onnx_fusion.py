@@ -1,7 +1,7 @@
-"""Operators of an ONNX graph in the forms that runtimes have fast kernels for.
+"""Fusion of ONNX operators into the forms for which runtimes have fast kernels.
 
-tf2onnx writes a layer norm as a dozen operators, GELU as ONNX Runtime does not recognise it, around
-each dense layer the computation of its result's shape, and knows no attention.
+tf2onnx writes a layer norm as a dozen operators, GELU in a form that ONNX Runtime does not
+recognize, dense layers with a computed output shape, and attention without its operator.
 """
 
 import functools
@@ -10,11 +10,11 @@ import numpy as np
 
 
 def fuse(proto):
-    """Rewrite norms, GELUs, dense layers and attention.
+    """Fuses layer norms, GELUs, dense layers, attention and reshapes.
 
     Args:
-        proto: an ONNX model, changed in place. Below opset 18 its norms stay as they are, below 23
-            its attention.
+        proto: an ONNX model, changed in place. Norms are fused from opset 18 on, attention from
+            opset 23 on.
     """
     (opset,) = (entry.version for entry in proto.opset_import if not entry.domain)
     steps = [(norms, 18), (gelus, 13), (products, 13), (attention, 23), (reshapes, 13)]
@@ -24,11 +24,11 @@ def fuse(proto):
             graph.replace(step(graph))
 
 
-# Each step yields the last node of a pattern, and the nodes that take its place.
+# Each step yields the last node of a pattern, and the nodes that replace it.
 
 
 def norms(graph):
-    """Layer norms as one operator."""
+    """Yields layer norms as single operators."""
     for node in graph.of("Neg"):
         found = graph.norm(node)
         if found is None:
@@ -37,7 +37,7 @@ def norms(graph):
         (name,) = last.output
         nodes, inputs, result, shape = [], [x], name, scale.shape[-len(axes) :]
         if bias is not None and np.broadcast_shapes(bias.shape, scale.shape) != scale.shape:
-            # Something else, a position, was added to the norm's own.
+            # A position embedding was folded into the bias, and is added after the norm.
             result, total = f"{name}/norm", graph.add_constant(f"{name}/total", bias)
             nodes, bias = [graph.node("Add", [result, total], [name])], None
         for kind, value in (("scale", scale), ("bias", bias)):
@@ -49,7 +49,7 @@ def norms(graph):
 
 
 def gelus(graph):
-    """GELUs with the division that ONNX Runtime looks for."""
+    """Yields GELUs with the division by sqrt(2) that ONNX Runtime's fusion looks for."""
     for node in graph.of("Mul"):
         if graph.scaled_for_gelu(node):
             (name,) = node.output
@@ -58,7 +58,7 @@ def gelus(graph):
 
 
 def products(graph):
-    """Products of any tensor with a matrix, without the flattening and computed shape around."""
+    """Yields the matrix products of dense layers without flattening and computed shapes."""
     for node in graph.of("MatMul"):
         weight = graph.constants.get(node.input[1])
         flat = graph.maker.get(node.input[0])
@@ -71,7 +71,7 @@ def products(graph):
 
 
 def attention(graph):
-    """Attention as one operator, but where heads are mixed."""
+    """Yields attention as single operators, except for talking heads."""
     for softmax in graph.of("Softmax"):
         found = graph.attention(softmax)
         if found is None:
@@ -79,7 +79,7 @@ def attention(graph):
         last, tensors, sizes, bias, scale, heads = found
         (name,) = last.output
         if None in graph.shapes[name][1:] or None in sum(sizes, ()):
-            continue  # images of any size: the operator's reshapes would have two sizes open
+            continue  # images of any size: the reshapes would have two unknown sizes
         inputs = [f"{name}/{kind}" for kind in ("query", "key", "value")]
         nodes = [
             graph.reshape(tensor, (-1, *size), x)
@@ -95,18 +95,19 @@ def attention(graph):
 
 
 def reshapes(graph):
-    """A reshape of a reshape as one."""
+    """Yields chains of reshapes as single reshapes."""
     for node in graph.of("Reshape"):
         x, origin = node.input[0], graph.origin(node.input[0])
-        # 0 stands for as much as the reshaped tensor has.
+        # A 0 copies the size of the reshaped tensor, and another tensor may have another size.
         if origin != x and 0 not in graph.constants.get(node.input[1], [0]):
             yield node, [graph.node("Reshape", [origin, node.input[1]], node.output)]
 
 
 class Graph:
-    """Who makes a tensor and who takes it, its shape, and the patterns that are looked for."""
+    """Producer and consumer index of an ONNX graph, with pattern matchers."""
 
     def __init__(self, proto):
+        """Indexes an ONNX model; `replace` changes it in place."""
         from onnx import numpy_helper
 
         self.proto = proto
@@ -119,7 +120,7 @@ class Graph:
 
     @functools.cached_property
     def shapes(self):
-        """Each tensor's shape, but the constants'; None for an axis of unknown size."""
+        """Shapes of all tensors except constants by name; `None` for an axis of unknown size."""
         from onnx import shape_inference
 
         graph = shape_inference.infer_shapes(self.proto, data_prop=True).graph
@@ -131,12 +132,14 @@ class Graph:
     # === Reading ===
 
     def of(self, kind):
+        """Returns the nodes of an operator type."""
         return [node for node in self.proto.graph.node if node.op_type == kind]
 
     def follow(self, name, *kinds):
-        """The last of a chain of nodes of these kinds, from a tensor on; None if there is none.
+        """Returns the last of a chain of consumers of these operator types, or `None`.
 
-        At each step there must be one such node; nodes of other kinds may take the tensor too.
+        At each step there must be exactly one consumer of the type. Consumers of other types are
+        ignored.
         """
         for kind in kinds:
             found = [node for node in self.takers.get(name, ()) if node.op_type == kind]
@@ -147,28 +150,29 @@ class Graph:
         return node
 
     def origin(self, name):
-        """The tensor that a tensor is a reshape of, or the tensor itself."""
+        """Returns the tensor before a chain of reshapes, or `name` if there is none."""
         while name in self.maker and self.maker[name].op_type == "Reshape":
             name = self.maker[name].input[0]
         return name
 
     def constant(self, node):
-        """The constant among a node's inputs; None if there is none."""
+        """Returns the first constant among a node's inputs, or `None`."""
         return next((self.constants[x] for x in node.input if x in self.constants), None)
 
     def variable(self, node):
-        """The first of a node's inputs that is no constant."""
+        """Returns the name of a node's first input that is not a constant."""
         return next(x for x in node.input if x not in self.constants)
 
     # === Writing ===
 
     def node(self, kind, inputs, outputs, **attributes):
-        """A node that is named after what it makes."""
+        """Builds a node that is named after its first output."""
         from onnx import helper
 
         return helper.make_node(kind, inputs, outputs, name=outputs[0], **attributes)
 
     def add_constant(self, name, value):
+        """Adds an initializer, and returns its name."""
         from onnx import numpy_helper
 
         tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
@@ -176,11 +180,12 @@ class Graph:
         return name
 
     def reshape(self, x, shape, name):
+        """Builds a Reshape node to a constant shape, which it adds as an initializer."""
         target = self.add_constant(f"{name}/shape", np.array(shape, "int64"))
         return self.node("Reshape", [x, target], [name])
 
     def replace(self, pairs):
-        """Put nodes in the place of one, and remove whose result nobody takes then."""
+        """Replaces nodes, and removes nodes and constants that are not needed any more."""
         graph = self.proto.graph
         places = {last.output[0]: nodes for last, nodes in pairs}
         nodes = [x for node in graph.node for x in places.get(node.output[0], [node])]
@@ -197,10 +202,11 @@ class Graph:
     # === Patterns ===
 
     def norm(self, negative):
-        """What is normalised where `negative` is the negated mean.
+        """Matches the layer norm in which `negative` is the negated mean.
 
         Returns:
-            (last node, tensor, scale, bias or None, axes, epsilon); None if it is no layer norm.
+            (last node, input, scale, bias or None, axes, epsilon), or `None` if it is not a layer
+            norm.
         """
         mean = self.maker.get(negative.input[0])
         if mean is None or mean.op_type != "ReduceMean":
@@ -221,14 +227,14 @@ class Graph:
         return last, mean.input[0], scale, bias, axes, float(epsilon)
 
     def scaled_for_gelu(self, node):
-        """Whether a node is the product with sqrt(1/2) before the erf of a GELU."""
+        """Returns whether a node multiplies the erf's argument in a GELU by sqrt(1/2)."""
         factor = self.constant(node)
         if factor is None or factor.size != 1 or not self.follow(node.output[0], "Erf"):
             return False
         return abs(float(factor) - 0.5**0.5) < 1e-6
 
     def is_shape_of(self, name, x, size):
-        """Whether a tensor is computed as the shape of `x` with a last axis of this size."""
+        """Returns whether a tensor is computed as `x`'s shape with the last axis `size`."""
         node, constants = self.maker.get(name), []
         while node is not None and node.op_type in ("Cast", "Concat", "Gather"):
             constants += [self.constants[x].tolist() for x in node.input if x in self.constants]
@@ -239,12 +245,12 @@ class Graph:
         return last == [size] and kept == list(range(len(kept)))
 
     def attention(self, softmax):
-        """What attends to what where `softmax` is the attention.
+        """Matches the attention whose weights `softmax` computes.
 
         Returns:
-            (last node, the tensors of query, key and value with heads behind tokens, their (tokens,
-            dim), of which tokens may be None, name of the bias or None, scale, heads); None if it
-            is no attention.
+            (last node, names of query, key and value before the split into heads, their (tokens,
+            dim) with None for an unknown number of tokens, name of the bias or None, scale, number
+            of heads), or `None` if it is not attention.
         """
         scores, bias = self.maker.get(softmax.input[0]), None
         if scores is not None and scores.op_type == "Add" and self.constant(scores) is not None:
@@ -281,9 +287,9 @@ class Graph:
         return last, tensors, sizes, bias, scale, heads
 
     def before(self, name, axes):
-        """The tensor that a tensor is the transpose of, along these axes; None if it is not.
+        """Returns the tensor that a tensor is the transpose of, along these axes, or `None`.
 
-        What only moves axes of size 1 is no transpose but a reshape, which does not count.
+        A transpose that only moves axes of size 1 is equivalent to a reshape, and is ignored.
         """
         node, shape = self.maker.get(name), self.shapes[name]
         found = range(len(shape))
@@ -299,6 +305,7 @@ class Graph:
 
 
 def attributes_of(node):
+    """Returns a node's attributes by name."""
     from onnx import helper
 
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}

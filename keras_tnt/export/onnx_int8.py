@@ -1,4 +1,4 @@
-"""An ONNX graph whose dense layers multiply in int8."""
+"""Quantization of the dense layers in an ONNX graph to int8."""
 
 import numpy as np
 
@@ -6,15 +6,16 @@ from keras_tnt.export.onnx_fusion import Graph
 
 
 def check_calibration(images, precision, network) -> np.ndarray | None:
-    """Images to calibrate on, as float32.
+    """Returns the calibration images as float32, or `None` if there are none.
 
     Args:
-        images: of the user's; None: there are none.
-        precision: of the file.
-        network: the network to be exported.
+        images: the images that the user passed. If `None`, there are none.
+        precision: precision of the file.
+        network: the network to export.
 
     Raises:
-        ValueError: for another precision than int8, and images that the model does not take.
+        ValueError: if images are given for another precision than int8, do not have the model's
+            input shape, or are not finite.
     """
     if images is None:
         return None
@@ -36,11 +37,14 @@ def check_calibration(images, precision, network) -> np.ndarray | None:
 
 
 def with_ranges_at_run_time(proto, path):
-    """Quantize the weights of matrix products, whose inputs' ranges are found at each call.
+    """Quantizes matrix products dynamically: input ranges are computed at each call.
 
     Args:
         proto: an ONNX model.
-        path: of a file to work with.
+        path: path of a scratch file.
+
+    Returns:
+        The quantized model.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -53,7 +57,7 @@ def with_ranges_at_run_time(proto, path):
         path,
         op_types_to_quantize=["MatMul", "Gemm"],
         per_channel=True,
-        # Without VNNI two products of bytes are added in 16 bits, which seven bits do not overrun.
+        # Without VNNI, pairs of products are added in 16 bits; weights of 7 bits do not overflow.
         reduce_range=True,
         weight_type=QuantType.QInt8,
     )
@@ -61,16 +65,19 @@ def with_ranges_at_run_time(proto, path):
 
 
 def with_ranges_of(images, proto, path):
-    """Quantize dense layers over patches, whose inputs have the ranges that these images give them.
+    """Quantizes dense layers over patches statically, with input ranges from calibration images.
 
-    The products among words stay in float32: they are small, and converting takes longer than it
-    saves, while `onnx_session` has them in C++. So do the first, of pixels, and the head, one row a
-    sample.
+    Layers over words stay in float32: they are small, so conversion takes longer than int8 saves,
+    and `onnx_session` runs them in C++. The embedding of pixels and the head, with one row per
+    sample, stay in float32 too.
 
     Args:
-        images: batch of images to calibrate on.
+        images: batch of images for calibration.
         proto: an ONNX model.
-        path: of a file to work with.
+        path: path of a scratch file.
+
+    Returns:
+        The quantized model.
 
     Raises:
         ValueError: if there is no such layer.
@@ -79,7 +86,7 @@ def with_ranges_of(images, proto, path):
     from onnxruntime import quantization
 
     class Images(quantization.CalibrationDataReader):
-        """One image at a time: all at once would keep the tensors of all."""
+        """Calibration images one at a time, which limits the memory for activations."""
 
         def __init__(self):
             self.batches = iter(images[:, None])
@@ -99,7 +106,8 @@ def with_ranges_of(images, proto, path):
     if not chosen:
         raise ValueError("The model has no dense layer over patches to quantize.")
     proto = onnx.shape_inference.infer_shapes(proto)
-    # What `quant_pre_process` would rewrite further, `onnx_session` would not recognise.
+    # This marks the model as preprocessed: `onnx_session` would not recognize the patterns that
+    # `quant_pre_process` writes.
     proto.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     onnx.save(proto, path)
     quantization.quantize_static(
@@ -110,11 +118,11 @@ def with_ranges_of(images, proto, path):
         nodes_to_quantize=chosen,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
-        # Without VNNI two products of bytes are added in 16 bits, which seven bits do not overrun.
+        # Without VNNI, pairs of products are added in 16 bits; weights of 7 bits do not overflow.
         reduce_range=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        # What a product makes stays in float32, as norms, softmax and residuals want it.
+        # Outputs stay in float32, which norms, softmax and residuals read.
         extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
     )
     return onnx.load(path)

@@ -1,4 +1,4 @@
-"""An exported file in ONNX Runtime, its inner transformers in C++."""
+"""Exported ONNX files in ONNX Runtime, with C++ operators for transformer blocks."""
 
 import contextlib
 import functools
@@ -16,40 +16,41 @@ from keras_tnt.native import runtimes
 
 DOMAIN = "keras_tnt"
 
-# Options that open several files get an operator of each, which must differ by name.
-# Attributes that are counts of something, by which ONNX Runtime divides.
+# Attributes that are counts, by which ONNX Runtime divides.
 COUNTS = ("num_outputs", "num_heads", "q_num_heads", "kv_num_heads", "group", "blocksize")
+
+# Session options may open several files, whose operators need different names.
 _sessions = itertools.count()
 
 
 @functools.cache
 def secret(process: int) -> str:
-    """What the domains of a process begin with, which no file can know."""
+    """Returns the random prefix of a process's operator domains, which no file can know."""
     return f"{DOMAIN}_{secrets.token_hex(16)}"
 
 
 def onnx_session(path: str | os.PathLike, options=None):
-    """Open a file of `keras_tnt.export.onnx` in ONNX Runtime on the CPU, as fast as it can be.
+    """Opens a file of `keras_tnt.export.onnx` in ONNX Runtime on the CPU, with C++ operators.
 
-    The transformers among words become an operator of ours, which the machine's C++ compiler makes
-    for its processor, a second of work for the first process that needs it. Where it cannot be had,
-    a warning says so, and the file runs as it is. So do files in float16, of models without words,
-    with weights in other files, and whatever is not written as `keras_tnt.export.onnx` writes it.
+    Inner transformers (over words) are replaced by an operator of this package, which the machine's
+    C++ compiler builds for its CPU; the first process that needs it waits about a second. If it
+    cannot be built, a warning is issued and the file runs unchanged. Files in float16, of models
+    without words, with external weights, or of other exporters run unchanged too.
 
     Args:
-        path: of the file.
-        options: an `onnxruntime.SessionOptions`; None: ONNX Runtime's own.
+        path: path of the file.
+        options: an `onnxruntime.SessionOptions`. Defaults to those of ONNX Runtime.
 
     Returns:
-        An `onnxruntime.InferenceSession`, which raises a RuntimeError where it is run in a process
-        forked after it was opened.
+        An `onnxruntime.InferenceSession`, which raises a RuntimeError if it is run in a process
+        that was forked after the session was opened.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not an ONNX file, or brings operators of this package along.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not an ONNX file, contains operators in this package's domains, or
+            lacks its external weights.
 
     Example:
-
     >>> session = keras_tnt.export.onnx_session("tnt_small.onnx")
     >>> session.run(["probabilities"], {"images": images})
     """
@@ -81,11 +82,11 @@ def onnx_session(path: str | os.PathLike, options=None):
 
 
 def check_nodes(proto, path):
-    """Refuses a file with nodes that only a session may insert, or that end the process.
+    """Raises an error for a file with nodes that only sessions may add, or that end the process.
 
     Raises:
-        ValueError: for a node of our domains, or an attribute for which ONNX Runtime aborts, in the
-            graph, a subgraph or a function.
+        ValueError: if the graph, a subgraph or a function has a node in this package's domains, or
+            an attribute for which ONNX Runtime aborts.
     """
     for node in nodes_of(proto):
         if node.domain.casefold().startswith(DOMAIN):
@@ -119,7 +120,7 @@ def fatal_attribute(node):
     ONNX Runtime 1.31 divides by a number of heads, and fills the outputs of a Split, unchecked.
     """
     for attribute in node.attribute:
-        if attribute.ref_attr_name:  # given by whoever calls the function
+        if attribute.ref_attr_name:  # its value is set by the function's caller
             continue
         if attribute.name in COUNTS and attribute.i < 1:
             return f"{attribute.name}={attribute.i} must be at least 1"
@@ -132,13 +133,13 @@ def fatal_attribute(node):
 
 
 def check_external_files(proto, path):
-    """Refuses a file whose weights are in what is no file, for which a runtime might wait forever.
+    """Checks that external weights are regular files; a runtime could wait forever for others.
 
     Returns:
-        Whether weights are in other files.
+        Whether the model has external weights.
 
     Raises:
-        ValueError: if one of them is not there, or no file.
+        ValueError: if one of their files is missing, or not a regular file.
     """
     folder, found = os.path.dirname(path), False
     for tensor in tensors_of(proto.graph):
@@ -154,7 +155,7 @@ def check_external_files(proto, path):
 
 
 def tensors_of(graph):
-    """The constants of a graph, of its nodes' attributes and of graphs inside."""
+    """Yields the constants of a graph, of its nodes' attributes and of its subgraphs."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
@@ -166,35 +167,35 @@ def tensors_of(graph):
 
 
 def read_model(path):
-    """Reads an ONNX file.
+    """Reads an ONNX file, without its external weights.
 
     Returns:
-        The model; and whether it may be rewritten, which a file with weights elsewhere is not.
+        (model, whether it may be rewritten, which is false if it has external weights).
 
     Raises:
-        ValueError: if it is no ONNX file, or one that must not be opened.
+        ValueError: if it is not an ONNX file, or is refused.
     """
     import onnx
 
     try:
         proto = onnx.load(path, load_external_data=False)
-    except Exception as error:  # of protobuf's
+    except Exception as error:  # of any type, by protobuf
         raise ValueError(f"'{path}' is not an ONNX file, or damaged: {error}") from error
     check_nodes(proto, path)
     return proto, not check_external_files(proto, path)
 
 
 def use_native(proto, prefix, half=False):
-    """Put our operator in the place of each inner transformer of a graph.
+    """Replaces the transformer blocks of a graph by C++ operators.
 
     Args:
         proto: an ONNX model, changed in place.
-        prefix: of the operators' domains, and of the names of their weights.
-        half: whether to multiply in bfloat16, and in the place of outer transformers and from words
-            to patches too.
+        prefix: prefix of the operators' domains, and of the names of their weights.
+        half: whether to compute in bfloat16, and to replace outer transformers and the projection
+            from words to patches as well. Defaults to False.
 
     Returns:
-        A dict from the operator's domain, which begins with the prefix, to its sizes.
+        A dict from an operator's domain, which begins with the prefix, to its sizes.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -217,7 +218,7 @@ def use_native(proto, prefix, half=False):
         )
         places[name] = node
         found[domain] = sizes
-        if name not in claimed:  # which follows from the nodes, and not from an operator of ours
+        if name not in claimed:  # onnx infers no shape for a custom operator
             shape = graph.shapes[name]
             values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     onnx_blocks.replace(proto, places)
@@ -228,7 +229,7 @@ def use_native(proto, prefix, half=False):
     return found
 
 
-# Our operators by what they compute.
+# Names of the operators by the `part` of their sizes.
 KINDS = {
     "inner": "InnerTransformer",
     "outer_half": "OuterTransformer",
@@ -237,15 +238,15 @@ KINDS = {
 
 
 def operators(graph, half):
-    """What of a graph our operators compute.
+    """Finds the blocks of a graph for which there are C++ operators.
 
     Args:
         graph: an `onnx_blocks.Graph`.
-        half: as of `use_native`.
+        half: as in `use_native`.
 
     Yields:
-        (name of the result, name of the words or tokens, weights, sizes, attributes, names of what
-        else they take).
+        (name of the result, name of the words or tokens, weights, sizes, attributes, names of
+        further inputs).
 
     Raises:
         NoMatch: if the graph is not valid.
@@ -261,10 +262,10 @@ def operators(graph, half):
 
 
 def transformer(graph, name, half):
-    """The operator for a block among words or, with `half`, tokens, as `operators` yields it.
+    """Returns the operator for an inner or, with `half`, outer block, as `operators` yields it.
 
     Raises:
-        NoMatch: if the tensor is not made by a block that there is an operator for.
+        NoMatch: if the tensor is not produced by a block for which there is an operator.
     """
     x, shape, weights, heads, epsilon, across_words = onnx_blocks.transformer_block(graph, name)
     hidden = len(weights.fc2_kernel)
@@ -283,12 +284,12 @@ def transformer(graph, name, half):
 
 
 def words_to_patches(graph, norm):
-    """The operator for a norm, a dense layer and a norm, as `operators` yields it.
+    """Returns the operator for a projection from words to patches, as `operators` yields it.
 
-    Where tokens follow to which their result is added, that too.
+    If tokens and positions are added to the result, the operator includes the addition.
 
     Raises:
-        NoMatch: if `norm` is not the last of them.
+        NoMatch: if `norm` is not the last node of such a projection.
     """
     x, weights, epsilon = onnx_blocks.words_to_patches(graph, norm)
     inputs, dim = weights.kernel.shape

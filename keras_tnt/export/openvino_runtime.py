@@ -1,4 +1,4 @@
-"""An exported file in OpenVINO, its transformers in C++."""
+"""Exported files in OpenVINO, with C++ operations for transformer blocks."""
 
 import functools
 import os
@@ -15,17 +15,17 @@ HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def core():
-    """This process's `openvino.Core`."""
+    """Returns this process's `openvino.Core`."""
     return core_of(os.getpid())
 
 
 @functools.cache
 def core_of(process):
-    """The `openvino.Core` of a process, which is kept until it ends.
+    """Returns the `openvino.Core` of a process, which lives until the process ends.
 
-    Each one that is made gives its thread a stack to handle signals on, and each that goes restores
-    the stack before it. If two go in the order in which they came, that one is gone too, and the
-    next signal, Ctrl-C or SIGTERM, is a segmentation fault.
+    Each `Core` installs an alternate signal stack for its thread, and restores the previous stack
+    when it is destroyed. If two are destroyed in the order in which they were created, the restored
+    stack does not exist any more, and the next signal, Ctrl-C or SIGTERM, is a segmentation fault.
     """
     import openvino
 
@@ -33,33 +33,34 @@ def core_of(process):
 
 
 def openvino_session(path: str | os.PathLike, precision: str | None = None) -> Callable:
-    """Open a file of `keras_tnt.export.onnx` or `.openvino` in OpenVINO on the CPU.
+    """Opens a file of `keras_tnt.export.onnx` or `.openvino` in OpenVINO on the CPU.
 
-    Of an ONNX file in float32 the transformers among words become an operation of ours, in bfloat16
-    on a processor with AVX512-BF16 and without AMX those among patches too, and from words to
-    patches; on another processor ours stays in float32. The machine's C++ compiler makes them for
-    its processor, some seconds of work for the first process that needs them. Where they cannot be
-    had, a warning says so, and the file runs as it is. So do other files.
+    The inner transformers (over words) of an ONNX file in float32 are replaced by a C++ operation
+    of this package. With `precision="bfloat16"`, on a CPU with AVX512-BF16 and without AMX, so are
+    the outer transformers and the projection from words to patches; on other CPUs the operation
+    computes in float32. The machine's C++ compiler builds the operations for its CPU; the first
+    process that needs them waits some seconds. If they cannot be built, a warning is issued and the
+    file runs unchanged, as other files do.
 
     Args:
-        path: of the file, ending in `.onnx` or `.xml`.
-        precision: `"float32"`; `"bfloat16"`: the arithmetic that OpenVINO takes to gain from it; in
-            our operations norms, softmax and residuals stay in float32; on a processor without, a
-            warning, and float32. None: float32.
+        path: path of the file, ending in `.onnx` or `.xml`.
+        precision: `"float32"`, or `"bfloat16"`, for the operations that OpenVINO considers faster
+            in it; in the C++ operations, norms, softmax and residuals stay in float32. On a CPU
+            without bfloat16 instructions, a warning is issued and float32 is used. If `None`,
+            float32.
 
     Returns:
-        A function from a batch of images, `(batch, height, width, channels)` or as the model takes
-        them, to a dict of arrays by output name. Threads may share it. It raises a ValueError for
-        images that do not fit, and a RuntimeError in a process forked after the file was opened.
+        A thread-safe function from a batch of images, `(batch, height, width, channels)` or as the
+        model takes them, to a dict of arrays by output name. It raises a ValueError for images of
+        another shape, and a RuntimeError in a process that was forked after the file was opened.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ImportError: if `openvino` is not installed.
-        ValueError: for another precision, another kind of file, or an ONNX file that brings
-            operators of this package along.
+        ValueError: if the precision or the type of file is not supported, or an ONNX file is
+            refused, as by `onnx_session`.
 
     Example:
-
     >>> predict = keras_tnt.export.openvino_session("tnt_small.onnx", precision="bfloat16")
     >>> predict(images)["probabilities"]
     """
@@ -107,7 +108,7 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
 
 
 def read(path, half):
-    """A file as a model of OpenVINO, with our operation where that is possible."""
+    """Reads a file as an OpenVINO model, with C++ operations if it is a supported ONNX file."""
     if path.endswith(".onnx"):
         require("onnx")
         proto, complete = read_model(path)

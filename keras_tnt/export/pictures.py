@@ -1,4 +1,4 @@
-"""Encoded images to named classes by an exported ONNX file, without Keras: what servers run."""
+"""Encoded images to class names with an exported ONNX file, without Keras, for servers."""
 
 import json
 import os
@@ -8,28 +8,29 @@ import numpy as np
 from keras_tnt.export.onnx_runtime import onnx_session
 from keras_tnt.images import evaluation_pixels, open_picture
 
-TOP = 5  # classes that are named
-BATCH = 8  # images that are computed at a time
+TOP = 5  # number of classes in an answer
+BATCH = 8  # images per call of the session
 
 
 class PictureModel:
-    """A version that `keras_tnt.export.triton` wrote for pictures.
+    """Model for encoded images, from a version that `keras_tnt.export.triton` wrote.
 
     Args:
-        folder: of the version, with `model.onnx` and `model.json`.
+        folder: folder of the version, with `model.onnx` and `model.json`.
     """
 
     def __init__(self, folder: str | os.PathLike):
+        """Reads the metadata, and opens the file in ONNX Runtime."""
         with open(os.path.join(folder, "model.json"), encoding="utf-8") as file:
             self.card = json.load(file)
         self.session = onnx_session(os.path.join(folder, "model.onnx"))
 
     def read(self, pictures: list[bytes]) -> np.ndarray:
-        """Encoded images as the model takes them.
+        """Decodes images and converts them to the model's input.
 
         Raises:
-            ValueError: if one is no image that is read; the message tells its place, from 0.
-            MemoryError: if there is none to read it.
+            ValueError: if there are no images, or one cannot be read; the message has its index.
+            MemoryError: if there is not enough memory to read an image.
         """
         if not pictures:
             raise ValueError("No images were given.")
@@ -45,14 +46,14 @@ class PictureModel:
         return normalised(images, card) if card["input"] == "normalised" else images
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """What a batch of any size gives.
+        """Returns the outputs for a batch of any size.
 
         Args:
-            images: as `read` returns them.
+            images: as returned by `read`.
 
         Returns:
-            `probabilities`, and `classes` (bytes) and `scores` of the best five, `(batch, ...)`
-            each; of a model without a classifier `features`.
+            `probabilities`, `(batch, classes)`, and `classes` (bytes) and `scores` of the best
+            five, `(batch, 5)`; for a model without a classifier, `features`.
         """
         (name,) = self.card["outputs"]
         parts = np.split(images, range(BATCH, len(images), BATCH))
@@ -69,13 +70,13 @@ class PictureModel:
 
 
 def normalised(images, card):
-    """Pixels in [0, 255] as a model takes them that does not normalise by itself."""
+    """Normalizes pixels in [0, 255], for a model that does not normalize by itself."""
     shape = (-1, 1, 1) if card["data_format"] == "channels_first" else (-1,)
     mean, std = (np.reshape(value, shape) for value in normalisation_of(card))
     return ((images / 255 - mean) / std).astype("float32")
 
 
 def normalisation_of(card):
-    """A card's mean and std as arrays, a value a channel of the model."""
+    """Returns mean and std as arrays, with one value per channel of the model, or averaged."""
     mean_and_std = (np.asarray(card[name], dtype="float32") for name in ("mean", "std"))
     return [x if card["channels"] == len(x) else x.mean(keepdims=True) for x in mean_and_std]

@@ -1,10 +1,10 @@
-"""The packages that exporting needs beside Keras, asked for before any work."""
+"""Checks for the packages that exporting needs in addition to Keras."""
 
 import importlib.util
 
 
 def require(*modules, package="keras-tnt[export]"):
-    """Raise an ImportError that names what to install if one of these modules is missing."""
+    """Raises an ImportError with the command that installs what is missing of these modules."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(

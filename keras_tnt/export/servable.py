@@ -1,4 +1,4 @@
-"""A SavedModel that TF Serving serves."""
+"""Export to a SavedModel for TF Serving."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from keras_tnt.files import check_space, scratch
 
 SIGNATURES = ("serving_default", "serving_bytes", "classify", "features")
 FROM_PICTURES = ("serving_bytes", "classify")
-CLASSIFY = "tensorflow/serving/classify"  # the method that TF Serving's Classify calls look for
+CLASSIFY = "tensorflow/serving/classify"  # method name that TF Serving's Classify calls require
 CARD = os.path.join("assets.extra", "model.json")
 
 
@@ -39,46 +39,47 @@ def saved_model(
     signatures: list[str] | None = None,
     weights: str | None = None,
 ) -> str:
-    """Write a SavedModel for TF Serving to `directory/<version>`, and check it against the model.
+    """Exports a SavedModel for TF Serving to `directory/<version>`, and verifies it.
 
-    Its signatures, all with a dynamic batch:
+    The signatures, all with a dynamic batch axis:
 
     - `serving_default`: `images`, as the model takes them, to `probabilities` and `logits`.
-    - `serving_bytes`: `image_bytes`, encoded JPEG, PNG or WebP of any size, through the evaluation
-      transform to `classes` and `scores` of the best five, and `probabilities`.
+    - `serving_bytes`: `image_bytes`, encoded images of any size, in the formats that
+      `keras_tnt.load_image` reads, through the evaluation transform to `classes` and `scores` of
+      the best five, and `probabilities`.
     - `classify`: for TF Serving's Classify calls; `inputs`, serialized tf.Examples whose feature
       "image/encoded" is an encoded image, to `classes` and `scores`.
-    - `features`: `images` to `features`, the vector that the classifier reads; of two heads the
-      mean of what they read.
+    - `features`: `images` to `features`, the vector that the classifier reads; for two heads, the
+      mean of their vectors.
 
-    A model of images of any size takes them so in `serving_default` and `features`; encoded images
-    are brought to its native size. Images that its patches do not divide are an error that names
-    the nearest size.
+    For a model of any image size, `images` may have any size that is divisible into patches; for
+    others the error contains the nearest size. Encoded images are resized to its native size.
 
-    Models that take other than 1 or 3 channels have no signatures for encoded images. Those without
-    a classifier give `features` everywhere. A model of another precision is exported in float32.
+    Models with other than 1 or 3 channels have no signatures for encoded images. Those without a
+    classifier return `features` from every signature. The export is in float32 for models of any
+    precision.
 
     Args:
         model: a functional model of this package, or one built around it.
-        directory: the model's directory, which a server polls for versions.
-        version: positive integer that does not exist yet; None: the next free one.
-        labels: names of the classes; None: the model's own, else numbers.
-        signatures: names of those wanted; None: all that the model can have.
-        weights: where the weights come from, for the metadata.
+        directory: the model's directory, which the server polls for versions.
+        version: version number, a positive integer that does not exist yet. Defaults to the next
+            free number.
+        labels: class names. Defaults to the model's own names, or numbers if it has none.
+        signatures: names of the signatures to write. Defaults to all that the model supports.
+        weights: description of the weights' origin, for the metadata. Defaults to None.
 
     Returns:
-        The path of the version, `directory/<version>`. `assets.extra` in it holds the warm-up
-        requests of TF Serving, and `model.json` that tells of the model.
+        The path of the version, `directory/<version>`. Its folder `assets.extra` contains warm-up
+        requests for TF Serving, and `model.json`, the metadata.
 
     Raises:
-        ValueError: for a model or an argument that cannot be exported.
+        ValueError: if the model or an argument is not supported.
         FileExistsError: if the version exists.
         NotADirectoryError: if `directory` is a file.
-        OSError: if the disk has no room for it, or runs full; nothing is kept.
-        RuntimeError: if what was written does not compute what the model does; nothing is kept.
+        OSError: if the disk is full. No file is left behind.
+        RuntimeError: if the outputs differ from the model's. No file is left behind.
 
     Example:
-
     >>> path = keras_tnt.export.saved_model(model, "savedmodels/tnt_small")
     >>> tf.saved_model.load(path).signatures["serving_default"](images=images)["probabilities"]
     """
@@ -99,7 +100,7 @@ def saved_model(
         "version": version,
         "signatures": signatures,
     }
-    # Sizes that a graph has yet to come are TensorFlow's to compute with.
+    # A graph with dynamic image sizes needs Keras on TensorFlow.
     backends = ("tensorflow",) if takes_any_size(network) else ("tensorflow", "jax")
     if keras.backend.backend() in backends:
         return write_saved_model(network, references, **arguments)
@@ -108,10 +109,10 @@ def saved_model(
 
 
 def check_signatures(signatures, network, card):
-    """The signatures to write, in order.
+    """Returns the signatures to write, in a fixed order.
 
     Raises:
-        ValueError: for a name that is unknown, or that the model cannot have.
+        ValueError: if a name is unknown, or the model does not support the signature.
     """
     possible = ["serving_default"]
     if card["channels"] in (1, 3):
@@ -136,12 +137,12 @@ def check_signatures(signatures, network, card):
             f"{' and '.join(network.output)}, can have the signatures {', '.join(possible)}. "
             f"Received: {unfit[0]!r}"
         )
-    # A server takes serving_default for granted.
+    # Servers require serving_default.
     return [name for name in possible if name in signatures or name == "serving_default"]
 
 
 def write_saved_model(network, references, card, directory, version, signatures):
-    """Write, verify, and move into place. Needs Keras on TensorFlow or JAX."""
+    """Writes and verifies a SavedModel. Needs Keras on TensorFlow or JAX."""
     import tensorflow as tf
 
     with scratch(directory) as temporary:
@@ -168,10 +169,10 @@ def write_saved_model(network, references, card, directory, version, signatures)
 
 @contextlib.contextmanager
 def temporary_files_in(folder):
-    """Have temporary files of this process made in a folder.
+    """Sets Python's temporary directory to `folder` within the block.
 
-    TensorFlow wraps signatures by AutoGraph, whose file stays until the process ends, and for good
-    if it is killed.
+    TensorFlow wraps signatures with AutoGraph, whose temporary file is removed when the process
+    ends, and never if it is killed.
     """
     before, tempfile.tempdir = tempfile.tempdir, folder
     try:
@@ -181,7 +182,7 @@ def temporary_files_in(folder):
 
 
 def size_of_graphs(functions):
-    """Bytes that functions take in a SavedModel, in which each has a copy for its restoring."""
+    """Returns the bytes of functions in a SavedModel, which stores each of them twice."""
     graphs = [f.graph.as_graph_def() for f in functions.values()]
     nodes = sum(node.ByteSize() for graph in graphs for node in graph.node)
     library = {f.signature.name: f.ByteSize() for graph in graphs for f in graph.library.function}
@@ -189,7 +190,7 @@ def size_of_graphs(functions):
 
 
 def set_method(folder, signature, method):
-    """Name the method of TF Serving that a signature is for; Keras and TensorFlow write Predict."""
+    """Sets the TF Serving method of a signature; Keras and TensorFlow always write Predict."""
     from tensorflow.core.protobuf import saved_model_pb2
 
     path = os.path.join(folder, "saved_model.pb")
@@ -199,12 +200,12 @@ def set_method(folder, signature, method):
     saved.meta_graphs[0].signature_def[signature].method_name = method
     with open(path, "wb") as file:
         file.write(saved.SerializeToString(deterministic=True))
-    # It holds a checksum of the file as it was.
+    # It contains the checksum of the unmodified file.
     os.remove(os.path.join(folder, "fingerprint.pb"))
 
 
 def signature_input(signature, example):
-    """What a signature is given for an `Example`: a name and an array."""
+    """Returns a signature's input for an `Example`: a name and an array."""
     if signature == "classify":
         return "inputs", np.array([image_example(p) for p in example.pictures], dtype=object)
     if signature in FROM_PICTURES:
@@ -213,7 +214,7 @@ def signature_input(signature, example):
 
 
 def requests(references, signatures):
-    """(signature, input name, input, example) for each signature and size of batch."""
+    """Yields (signature, input name, input, example) for each signature and batch size."""
     for signature in signatures:
         kind = "pictures" if signature in FROM_PICTURES else "images"
         for example in references[kind]:
@@ -221,7 +222,7 @@ def requests(references, signatures):
 
 
 def verify_saved_model(folder, references, signatures, labels):
-    """Compare every signature of a SavedModel with the model."""
+    """Raises a RuntimeError if a signature's outputs differ from the model's."""
     import tensorflow as tf
 
     functions = tf.saved_model.load(folder).signatures

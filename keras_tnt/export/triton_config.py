@@ -1,4 +1,4 @@
-"""The configuration of a model in a Triton repository, in the text form of its protocol buffer."""
+"""Configuration of a model in a Triton repository, in protobuf text format."""
 
 import json
 
@@ -6,13 +6,17 @@ import json
 def configuration(
     name, backend, inputs, outputs, labelled, max_batch_size=8, max_queue_delay=1e-3, instances=1
 ):
-    """The text of a `config.pbtxt`.
+    """Returns the text of a `config.pbtxt`.
 
     Args:
-        name, backend: the model's.
-        inputs, outputs: (type, shape without the batch) by name.
-        labelled: whether `labels.txt` names the classes.
-        max_batch_size, max_queue_delay, instances: as `keras_tnt.export.triton` takes them.
+        name: name of the model.
+        backend: Triton backend that runs it.
+        inputs: (type, shape without the batch axis) by name.
+        outputs: (type, shape without the batch axis) by name.
+        labelled: whether `labels.txt` contains class names.
+        max_batch_size: as in `keras_tnt.export.triton`. Defaults to 8.
+        max_queue_delay: as in `keras_tnt.export.triton`, in seconds. Defaults to 0.001.
+        instances: as in `keras_tnt.export.triton`. Defaults to 1.
     """
     labels = {"probabilities": "labels.txt"} if labelled else {}
     # The Python backend's instances are processes that compute on the CPU.
@@ -34,11 +38,13 @@ def configuration(
 
 
 def tensor(name, kind, shape, labels=None):
+    """Returns the text of an input or output, with a shape without the batch axis."""
     label = f" label_filename: {quoted(labels)}" if labels else ""
     return f"{{ name: {quoted(name)} data_type: {kind} dims: {sizes(shape)}{label} }}"
 
 
 def warmup(batch, inputs):
+    """Returns the text of a warm-up request of `batch` samples."""
     ((name, (kind, shape)),) = inputs.items()
     data = 'input_data_file: "picture"' if kind == "TYPE_STRING" else "zero_data: true"
     value = f"{{ data_type: {kind} dims: {sizes(shape)} {data} }}"
@@ -49,8 +55,10 @@ def warmup(batch, inputs):
 
 
 def sizes(shape):
+    """Returns the text of a list of integers."""
     return json.dumps(list(shape))
 
 
 def quoted(text):
+    """Returns the text of a string."""
     return json.dumps(text)

@@ -1,4 +1,4 @@
-"""A model repository for Triton, whose versions for pictures MLServer serves, too."""
+"""Export to a Triton model repository; MLServer can serve the model for encoded images, too."""
 
 import errno
 import json
@@ -23,13 +23,13 @@ from keras_tnt.files import check_space, flush_to_disk, scratch, telling_of_a_fu
 
 PACKAGE = Path(__file__).parent.parent
 SERVERS = PACKAGE / "export" / "servers"
-# What a server runs of this package, none of which imports Keras: beside its version, whole.
+# Modules that a server runs, which do not import Keras. They are copied into each version.
 RUNTIME = (
     "files.py", "images.py", "native", "export/onnx_blocks.py", "export/onnx_runtime.py",
     "export/pictures.py", "export/requirements.py",
 )  # fmt: skip
 COMPILED = shutil.ignore_patterns("__pycache__")
-# What every version of a model has in common, for those who ask a server and for its config.pbtxt.
+# Metadata that all versions of a model must share, for clients and for `config.pbtxt`.
 INTERFACE = ("labels", "image_size", "channels", "data_format", "input", "outputs")
 
 
@@ -47,49 +47,53 @@ def triton(
     max_queue_delay: float | None = None,
     instances: int | None = None,
 ) -> str:
-    """Write a model into a Triton model repository, and check what was written against the model.
+    """Exports a model into a Triton model repository, and verifies what was written.
 
-    Two models come to lie there, each with `config.pbtxt`, `labels.txt`, requests to warm up by and
-    a folder for each version:
+    Writes two models, each with `config.pbtxt`, `labels.txt`, warm-up requests and a folder for
+    each version:
 
     - `<name>`, for the ONNX Runtime backend: `images`, float32, as the model takes them, to
       `probabilities` and `logits`.
     - `<name>_bytes`, for the Python backend: `image_bytes`, encoded images of any size, through the
       evaluation transform of `keras_tnt.load_image` to `classes` and `scores` of the best five, and
-      `probabilities`. It runs in `onnx_session`, and brings along what it needs of this package;
-      the server's Python needs NumPy, Pillow, ONNX and ONNX Runtime. Each of its versions holds the
-      `model-settings.json` by which MLServer serves it, too.
+      `probabilities`. It runs in `onnx_session`, and contains the modules of this package that it
+      needs; the server's Python needs NumPy, Pillow, ONNX and ONNX Runtime. Each version contains
+      a `model-settings.json`, with which MLServer can serve it, too.
 
-    A model without a classifier gives `features` in both. One that takes other than 1 or 3 channels
-    has no model for encoded images.
+    For a model without a classifier, both return `features`. If it takes other than 1 or 3
+    channels, there is no model for encoded images.
+
+    `max_batch_size`, `max_queue_delay` and `instances` are stored in `config.pbtxt`, which later
+    versions leave unchanged.
 
     Args:
         model: a functional model of this package, or one built around it.
-        repository: what a server is told as its `--model-repository`; made if it does not exist.
-        version: positive integer that neither model has yet; None: the next that is free.
-        labels: names of the classes; None: the model's own, else numbers.
-        name: what the server calls the model; None: `model.name`.
-        opset, precision: of the ONNX file, as `keras_tnt.export.onnx` takes them.
-        weights: where the weights come from, for the metadata.
-        max_batch_size: images that the server computes at a time; None: 8.
-        max_queue_delay: seconds that a request waits for others to be computed with; None: 0.001.
-        instances: copies of the model that compute side by side; None: 1.
-
-    The last three stand in `config.pbtxt`, which further versions leave as it is.
+        repository: the server's `--model-repository`. It is created if it does not exist.
+        version: version number, a positive integer that neither model has yet. Defaults to the
+            next free number.
+        labels: class names. Defaults to the model's own names, or numbers if it has none.
+        name: name of the model on the server. Defaults to `model.name`.
+        opset: opset of the ONNX file, as in `keras_tnt.export.onnx`. Defaults to 18.
+        precision: precision of the ONNX file, as in `keras_tnt.export.onnx`. Defaults to
+            `"float32"`.
+        weights: description of the weights' origin, for the metadata. Defaults to None.
+        max_batch_size: largest batch that the server computes. Defaults to 8.
+        max_queue_delay: seconds that a request waits for others to be batched with. Defaults to
+            0.001.
+        instances: number of model instances that run in parallel. Defaults to 1.
 
     Returns:
         The repository's absolute path.
 
     Raises:
-        ValueError: for a model or an argument that cannot be exported, and for a repository that
-            holds another model of this name.
+        ValueError: if the model or an argument is not supported, or the repository contains
+            another model of this name.
         FileExistsError: if the version exists.
         NotADirectoryError: if `repository` is a file.
-        OSError: if the disk has no room for it, or runs full; nothing is kept.
-        RuntimeError: if what was written does not compute what the model does; nothing is kept.
+        OSError: if the disk is full. No version is left behind.
+        RuntimeError: if the outputs differ from the model's. No version is left behind.
 
     Example:
-
     >>> keras_tnt.export.triton(model, "repository")
     """
     require("tensorflow", "tf2onnx", "onnx", "onnxruntime", "PIL")
@@ -122,7 +126,7 @@ def triton(
 
 
 def checked_settings(max_batch_size, max_queue_delay, instances):
-    """The settings of `config.pbtxt`; those that were not given are left out."""
+    """Returns the settings of `config.pbtxt` that were given, after checking them."""
     for name, value in (("max_batch_size", max_batch_size), ("instances", instances)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` must be a positive integer or None. Received: {value!r}")
@@ -139,7 +143,7 @@ def checked_settings(max_batch_size, max_queue_delay, instances):
 
 
 def models_of(name, network, card):
-    """The `Part`s that a model becomes."""
+    """Returns the `Part`s of a model: one for arrays and, if possible, one for encoded images."""
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise ValueError(
             "A model's name in a repository is letters, digits and any of `_.-`. Received: "
@@ -161,27 +165,29 @@ def models_of(name, network, card):
 
 
 def dims_of(tensor):
-    """A tensor's shape without the batch, as servers have it: -1 for any size."""
+    """Returns a tensor's shape without the batch axis; -1 for an unknown size."""
     return tuple(-1 if size is None else size for size in tensor.shape[1:])
 
 
 class Part:
-    """One of the models that a model becomes in a repository.
+    """One of the Triton models to which a Keras model is exported.
 
     Args:
-        name: what the server calls it.
-        backend: Triton's, that runs it.
-        inputs, outputs: (type, shape without the batch) by name.
-        card: as `describe` gives it.
+        name: name on the server.
+        backend: Triton backend that runs it.
+        inputs: (type, shape without the batch axis) by name.
+        outputs: (type, shape without the batch axis) by name.
+        card: metadata as returned by `describe`.
     """
 
     def __init__(self, name, backend, inputs, outputs, card):
+        """Adds the computed outputs and their shapes to the metadata."""
         self.name, self.backend, self.inputs, self.outputs = name, backend, inputs, outputs
         computed = [key for key in outputs if key not in ("classes", "scores")]
         self.card = {**card, "outputs": {key: list(outputs[key][1]) for key in computed}}
 
     def check(self, repository, version, settings):
-        """Refuse a repository that cannot take another version of this model."""
+        """Raises an error if a repository cannot take a new version of this model."""
         self.home = os.path.join(repository, self.name)
         files.check_directory(self.home, version)
         if not os.path.isdir(self.home):
@@ -202,6 +208,7 @@ class Part:
                     )
 
     def configuration(self, settings):
+        """Returns the text of `config.pbtxt`."""
         return configuration(
             self.name,
             self.backend,
@@ -212,7 +219,7 @@ class Part:
         )
 
     def write_home(self, aside, settings):
-        """Write, inside a folder, what the model's directory holds, with an empty version."""
+        """Writes the model's directory into a folder, with the metadata alone in its version."""
         self.aside = os.path.join(aside, self.name)
         self.version = os.path.join(self.aside, "version")
         os.makedirs(self.version)
@@ -230,7 +237,7 @@ class Part:
         write(os.path.join(self.version, "model.json"), json.dumps(self.card, indent=1))
 
     def write_runtime(self):
-        """Write into the version what a server's Python runs."""
+        """Copies the modules that a server's Python runs into the version."""
         version, package = Path(self.version), Path(self.version) / PACKAGE.name
         shutil.copytree(SERVERS, version, ignore=COMPILED, dirs_exist_ok=True)
         (package / "export").mkdir(parents=True)
@@ -241,13 +248,13 @@ class Part:
                 shutil.copytree(PACKAGE / name, package / name, ignore=COMPILED)
             else:
                 shutil.copy(PACKAGE / name, package / name)
-        # A file in the place of the folder where Python would keep compiled code: Triton loads a
-        # version anew when a file is written into it.
+        # A file of this name prevents Python from caching bytecode there: Triton reloads a version
+        # when a file is written into it.
         for folder in {path.parent for path in version.rglob("*.py")}:
             (folder / "__pycache__").touch()
 
     def number(self, number):
-        """Tell the version its number."""
+        """Writes the `model-settings.json` of the Python backend's version, with its number."""
         if self.backend == "python":
             kinds = {"TYPE_FP32": "FP32", "TYPE_STRING": "BYTES"}
             ends = {
@@ -267,7 +274,7 @@ class Part:
             write(path, json.dumps(settings, indent=1))
 
     def move(self, number):
-        """Put the version, with the model's directory if there is none, in its place."""
+        """Moves the version, or the whole directory of a new model, into the repository."""
         if os.path.isdir(self.home):
             os.rename(self.version, os.path.join(self.home, str(number)))
             flush_to_disk(self.home)
@@ -280,12 +287,13 @@ class Part:
 
 
 def write(path, data):
+    """Writes bytes, or text in UTF-8, to a file."""
     with open(path, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 def check_repository(repository):
-    """Refuse a folder that is a model's own, and no repository of models."""
+    """Raises an error for a folder that is the directory of a model, and not a repository."""
     inside = os.listdir(repository) if os.path.isdir(repository) else []
     own = [name for name in inside if name == "config.pbtxt" or name.isdigit()]
     if own:
@@ -296,10 +304,10 @@ def check_repository(repository):
 
 
 def card_in(home):
-    """The card of the last version in a model's directory.
+    """Returns the metadata of the last version in a model's directory.
 
     Raises:
-        ValueError: if no export of ours wrote it.
+        ValueError: if the directory was not written by this package.
     """
     for version in reversed(files.versions(home)):
         try:
@@ -316,7 +324,7 @@ def card_in(home):
 
 
 def told(key, card):
-    """A value of a card in a few words."""
+    """Returns a value of the metadata in words, for error messages."""
     value = card.get(key)
     if key == "labels" and value:
         return f"{len(value)} classes, '{value[0]}' to '{value[-1]}',"
@@ -324,10 +332,10 @@ def told(key, card):
 
 
 def beside(repository):
-    """Where to write what is moved into a repository when it is whole.
+    """Returns the directory to write to before versions are moved into a repository.
 
-    Not inside, for servers take each folder there for a model; unless there is no other place on
-    the same disk.
+    This is the parent directory, because servers take every folder in a repository for a model. If
+    the parent is on another disk or not writable, it is the repository.
     """
     parent = os.path.dirname(repository)
     on_the_same_disk = os.stat(parent).st_dev == os.stat(repository).st_dev
@@ -335,7 +343,7 @@ def beside(repository):
 
 
 def check_pictures(part, examples, precision):
-    """Compare the model for pictures, as it was written, with the model."""
+    """Raises a RuntimeError if the written model for encoded images differs from the model."""
     what = "The model for encoded images"
     written = PictureModel(part.version)
     for example in examples:
@@ -350,7 +358,7 @@ def check_pictures(part, examples, precision):
 
 
 def publish(parts, repository, version):
-    """Put a version of each part in its place, under one number."""
+    """Moves a version of each part into place, all with the same number."""
     for part in parts:
         for folder, _, names in os.walk(part.aside, topdown=False):
             for name in (*names, ""):
@@ -364,7 +372,7 @@ def publish(parts, repository, version):
                 part.move(number)
             return
         except OSError as error:
-            # Another export was faster, and took the number of the first part.
+            # A concurrent export took the number before the first part was moved.
             raced = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and part is parts[0]
             if not raced or version is not None:
                 raise

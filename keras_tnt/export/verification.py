@@ -1,4 +1,4 @@
-"""Exported files are run again and compared with the model that they were made from."""
+"""Verification of exported files against the model that they were exported from."""
 
 import dataclasses
 import io
@@ -10,18 +10,18 @@ from keras_tnt.export.pictures import normalised
 from keras_tnt.preprocessing import load_images
 
 BATCHES = (1, 5)
-TOLERANCE = 1e-4  # of the outputs' spread, for the same numbers in
-PICTURE_TOLERANCE = 2e-3  # of probabilities, for the same encoded images in
+TOLERANCE = 1e-4  # relative error, as defined by `verify`, for equal inputs
+PICTURE_TOLERANCE = 2e-3  # absolute error of probabilities, for equal encoded images
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A batch and what the model says to it.
+    """A batch and the model's outputs for it.
 
     Attributes:
         images: array of images as the model takes them.
         outputs: arrays by output name.
-        pictures: encoded images, where `images` are their evaluation crops.
+        pictures: encoded images, if `images` are their evaluation crops.
     """
 
     images: np.ndarray
@@ -30,11 +30,11 @@ class Example:
 
 
 def examples(network, card):
-    """The batches of images that an export is checked on, computed by Keras.
+    """Returns the random batches on which an export is verified, with outputs by Keras.
 
     Args:
         network: a `serving_network`.
-        card: what `describe` said of it.
+        card: metadata as returned by `describe`.
 
     Returns:
         A list of `Example`, one for each size of `BATCHES`.
@@ -55,17 +55,17 @@ def examples(network, card):
 
 
 def sizes(card):
-    """The sizes of images that the batches have, of a model of any size each another."""
+    """Returns the image size of each batch; they differ for a model of any image size."""
     height, width = card["image_size"]
     step = card.get("multiple_of")
     if step is None:
         return [(height, width)] * len(BATCHES)
-    # A smaller size, not square; a stage that pools has to have what it pools.
+    # The second is smaller and not square, but large enough for stages that pool.
     return [(height, width), (height - height // (4 * step) * step, width + step)]
 
 
 def picture_examples(model, network, card):
-    """The batches of encoded images that an export is checked on, loaded by `load_image`."""
+    """Returns batches of encoded images, read by `load_images`, with outputs by Keras."""
     found = []
     for batch in BATCHES:
         pictures = tuple(draw_picture(seed) for seed in range(batch))
@@ -77,8 +77,9 @@ def picture_examples(model, network, card):
 
 
 def example(network, images, pictures=()):
+    """Returns the `Example` of a batch; raises a ValueError if outputs are not finite."""
     if keras.backend.backend() == "tensorflow":
-        # Not compiled: that would take longer, and warn of it after a few models.
+        # `predict` would compile a function, which is slower and warns after a few models.
         outputs = network(images, training=False)
     else:
         outputs = network.predict_on_batch(images)
@@ -93,7 +94,7 @@ def example(network, images, pictures=()):
 
 
 def draw_picture(seed):
-    """An encoded image of waves and noise, of another size and format for each seed."""
+    """Returns an encoded image of waves and noise; its size and format depend on the seed."""
     from PIL import Image
 
     random = np.random.default_rng(seed)
@@ -109,20 +110,22 @@ def draw_picture(seed):
 
 
 def verify(outputs, example, what, tolerance=TOLERANCE, absolute=False):
-    """Compare what a file computes with what the model did.
+    """Compares the outputs of a file with the model's.
 
     Args:
-        outputs: arrays by output name, some of those that `example` has.
+        outputs: arrays by output name, all or some of those in `example`.
         example: an `Example`.
-        what: the file, for the message.
-        tolerance: largest difference that passes.
-        absolute: whether `tolerance` is a difference, not a share of the output's spread.
+        what: name of the file, for the error message.
+        tolerance: largest error that passes. Defaults to `TOLERANCE`.
+        absolute: whether errors are absolute. If not, they are relative: the largest absolute
+            difference, divided by max(peak-to-peak, max abs) of the model's output. Defaults to
+            False.
 
     Returns:
-        The largest difference found.
+        The largest error.
 
     Raises:
-        RuntimeError: if an output is of another shape, or off.
+        RuntimeError: if an output has another shape, or a larger error.
     """
     worst = 0.0
     for name, value in outputs.items():
@@ -144,7 +147,7 @@ def verify(outputs, example, what, tolerance=TOLERANCE, absolute=False):
 
 
 def verify_names(classes, scores, example, labels, what):
-    """Check the best classes' names and scores against an example's probabilities."""
+    """Raises a RuntimeError if names or scores of the best classes differ from the example's."""
     labels = np.array(labels)
     for names, found, probabilities in zip(
         classes, scores, example.outputs["probabilities"], strict=True
@@ -162,4 +165,5 @@ def verify_names(classes, scores, example, labels, what):
 
 
 def spread(values):
+    """Returns max(peak-to-peak, max abs) of an array, but at least the smallest normal float32."""
     return float(max(np.ptp(values), np.abs(values).max(), np.finfo("float32").tiny))

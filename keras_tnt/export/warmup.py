@@ -1,4 +1,4 @@
-"""The requests that TF Serving plays to a version before it serves it."""
+"""Warm-up requests, which TF Serving runs on a version before it serves it."""
 
 import os
 
@@ -6,10 +6,10 @@ FILE = os.path.join("assets.extra", "tf_serving_warmup_requests")
 
 
 def warmup_requests(model_name, requests):
-    """Serialized PredictionLogs.
+    """Returns serialized `PredictionLog`s.
 
     Args:
-        model_name: what the server will call the model.
+        model_name: name of the model on the server.
         requests: (signature, input name, array, ...) tuples.
     """
     import tensorflow as tf
@@ -32,7 +32,7 @@ def warmup_requests(model_name, requests):
 
 
 def write_warmup(folder, logs):
-    """Write a SavedModel's warm-up file: TFRecord of what `warmup_requests` gives."""
+    """Writes a SavedModel's warm-up file, a TFRecord of `warmup_requests`' logs."""
     import tensorflow as tf
 
     path = os.path.join(folder, FILE)
@@ -43,7 +43,7 @@ def write_warmup(folder, logs):
 
 
 def image_example(picture):
-    """A serialized tf.Example that holds an encoded image, as signature "classify" takes it."""
+    """Returns the serialized tf.Example of an encoded image that signature `classify` takes."""
     import tensorflow as tf
 
     value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[picture]))

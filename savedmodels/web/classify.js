@@ -1,16 +1,16 @@
-// Classifies a photo by a file of keras_tnt.export.onnx, as keras_tnt.load_image and the model do in
-// Python: the same crop, resized by the same arithmetic.
+// Classifies a photo with a file of keras_tnt.export.onnx. The crop is the same as that of
+// keras_tnt.load_image in Python, resized with the same fixed-point arithmetic.
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 
 ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
-ort.env.wasm.numThreads = 1; // more want headers that a plain file server does not send
+ort.env.wasm.numThreads = 1; // more threads need headers (COOP, COEP) that a static file server does not send
 
 const MAX_PIXELS = 2 ** 26;
 
 // === The file ===
 
-/** The strings in an ONNX file's metadata: field 14 of its protocol buffer, pairs of key and value. */
+/** Returns an ONNX file's metadata, field 14 of its protocol buffer, as an object of strings. */
 export function metadataOf(bytes) {
   const metadata = {};
   for (const [field, entry] of fields(bytes)) {
@@ -22,7 +22,7 @@ export function metadataOf(bytes) {
   return metadata;
 }
 
-/** [number, bytes] of each field of a protocol buffer that holds bytes. */
+/** Yields [number, bytes] of each length-delimited field of a protocol buffer. */
 function* fields(bytes) {
   let at = 0;
   const varint = () => {
@@ -50,7 +50,7 @@ function* fields(bytes) {
   }
 }
 
-/** A function from the bytes of a picture to its classes: see `classify` in it. */
+/** Opens an ONNX file, and returns a function from the bytes of an image to its classes. */
 export async function open(bytes) {
   const told = metadataOf(bytes);
   if (!told.image_size) throw new Error("This file does not describe its images. Use a file that keras_tnt.export.onnx wrote.");
@@ -66,7 +66,7 @@ export async function open(bytes) {
   };
   if (!card.labels) throw new Error("This model has no classifier.");
   const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
-  /** {logits, classes: [[name, probability], ...]}, likeliest first, of an encoded image. */
+  /** Returns {logits, classes: [[name, probability], ...]}, most likely first, for an encoded image. */
   return async function classify(picture) {
     const pixels = evaluationCrop(await decoded(picture), card);
     const outputs = await session.run({ images: tensor(pixels, card) });
@@ -82,8 +82,9 @@ export async function open(bytes) {
 // === The picture ===
 
 /**
- * {width, height, data: RGBA} of an encoded image, upright, by the specification of keras_tnt.images.
- * The browser decodes; orientation and the screen of a GIF are applied here, equally in all browsers.
+ * Decodes an image to {width, height, data: RGBA}, upright, by the specification of keras_tnt.images.
+ * The browser decodes; EXIF orientation and the screen of a GIF are applied here, because browsers
+ * differ.
  */
 async function decoded(picture) {
   const bytes = new Uint8Array(picture);
@@ -96,7 +97,7 @@ async function decoded(picture) {
   return upright(await pixelsOf(file), orientation);
 }
 
-/** Formats by the bytes that they start with; null matches any byte. */
+/** Leading bytes of each format; null matches any byte. */
 const SIGNATURES = {
   JPEG: [0xff, 0xd8, 0xff],
   PNG: [0x89, 0x50, 0x4e, 0x47, 13, 10, 26, 10],
@@ -119,7 +120,7 @@ function kindOf(bytes) {
   return kind;
 }
 
-/** The unsigned integer in `count` bytes; bytes beyond the end count as 0. */
+/** Returns the unsigned integer in `count` bytes; bytes beyond the end are 0. */
 function integer(bytes, start, count, little = true) {
   let value = 0;
   for (let i = 0; i < count; i++) value = value * 256 + (bytes[start + (little ? count - 1 - i : i)] ?? 0);
@@ -134,7 +135,7 @@ function isPlainBmp(bytes) {
   return integer(bytes, 14, 4) >= 40 && (plain || usual);
 }
 
-/** The EXIF orientation of a file, and the file with the EXIF data made unreadable. */
+/** Returns the EXIF orientation, and a copy of the file without a readable EXIF marker. */
 function withoutOrientation(bytes, kind) {
   const find = { JPEG: exifOfJpeg, PNG: exifOfPng, WEBP: exifOfWebp }[kind];
   const found = find?.(bytes);
@@ -167,7 +168,7 @@ function exifOfWebp(bytes) {
     }
 }
 
-/** The orientation, 1 to 8, in EXIF data that starts at `tiff`; 1 without. */
+/** Returns the orientation, 1 to 8, in EXIF data that starts at `tiff`; 1 without. */
 function orientationOf(bytes, tiff) {
   const little = integer(bytes, tiff, 2) === 0x4949;
   const directory = tiff + integer(bytes, tiff + 4, 4, little);
@@ -199,7 +200,7 @@ function upright(image, orientation) {
   return { width, height, data: new Uint8Array(to.buffer) };
 }
 
-/** The first frame of a GIF as a file of its own, nothing in it transparent, and its place on the screen. */
+/** Returns the first frame of a GIF as a separate file without transparency, and its place on the screen. */
 function firstFrame(bytes) {
   const colors = (flags) => (flags >= 128 ? 3 * 2 ** ((flags % 8) + 1) : 0);
   const behindBlocks = (start) => {
@@ -233,7 +234,7 @@ function firstFrame(bytes) {
   };
 }
 
-/** A frame in its place on a screen of one color. */
+/** Returns a frame at its place on a screen of one color. */
 function onScreen(frame, { left, top, width, height, color }) {
   if (width * height > MAX_PIXELS) throw new Error(`This image is too large: ${width} x ${height} pixels.`);
   const data = new Uint8Array(4 * width * height);
@@ -245,7 +246,7 @@ function onScreen(frame, { left, top, width, height, color }) {
   return { width, height, data };
 }
 
-/** {width, height, data: RGBA} of a file as it is stored, its colors and alpha as they are in it. */
+/** Decodes a file to {width, height, data: RGBA}, without color conversion or premultiplied alpha. */
 async function pixelsOf(file) {
   const settings = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
   let bitmap;
@@ -256,7 +257,7 @@ async function pixelsOf(file) {
   }
   const { width, height } = bitmap;
   if (width * height > MAX_PIXELS) throw new Error(`This image is too large: ${width} x ${height} pixels.`);
-  // WebGL hands pixels over as they are; a 2D canvas would multiply them by their opacity.
+  // WebGL returns the decoded values; a 2D canvas premultiplies alpha, which loses precision.
   const gl = new OffscreenCanvas(1, 1).getContext("webgl2");
   if (gl && Math.max(width, height) <= gl.getParameter(gl.MAX_TEXTURE_SIZE)) {
     gl.pixelStorei(gl.UNPACK_COLORSPACE_CONVERSION_WEBGL, gl.NONE);
@@ -275,7 +276,7 @@ async function pixelsOf(file) {
   return { width, height, data: context.getImageData(0, 0, width, height).data };
 }
 
-/** The middle of an image that is resized, bicubic, until it just covers a size: width first. */
+/** Resizes an image (bicubic, width first) to just cover a size, and center-crops it. */
 export function evaluationCrop(image, card) {
   const [height, width] = card.size;
   const [coveredHeight, coveredWidth] = card.covered;
@@ -299,13 +300,13 @@ function channels({ data, width, height }, count) {
   return values;
 }
 
-/** Halves are rounded to even. */
+/** Returns the offset of a centered part; halves are rounded to even. */
 function middle(whole, part) {
   const half = (whole - part) / 2;
   return half % 1 === 0.5 ? 2 * Math.round(half / 2) : Math.round(half);
 }
 
-/** Columns `first` to `first + count` of rows resized to so many columns, as Pillow resizes. */
+/** Returns columns `first` to `first + count` of rows resized to `columns`, in Pillow's arithmetic. */
 function stretch(values, height, width, depth, columns, first, count) {
   const scale = width / columns;
   const widened = Math.max(scale, 1);
@@ -317,7 +318,7 @@ function stretch(values, height, width, depth, columns, first, count) {
     let weights = [];
     for (let x = start; x < end; x++) weights.push(cubic((x - center + 0.5) / widened));
     const total = weights.reduce((sum, weight) => sum + weight, 0);
-    // In 22 bits behind the point, rounded away from zero.
+    // Fixed point with 22 fractional bits; halves are rounded away from zero.
     weights = weights.map((w) => Math.trunc((w / total) * 2 ** 22 + (w < 0 ? -0.5 : 0.5)));
     for (let row = 0; row < height; row++) {
       for (let channel = 0; channel < depth; channel++) {
@@ -334,7 +335,7 @@ function stretch(values, height, width, depth, columns, first, count) {
   return out;
 }
 
-/** Keys' kernel with a = -0.5. */
+/** Evaluates Keys' cubic kernel with a = -0.5. */
 function cubic(x) {
   const far = Math.abs(x);
   if (far < 1) return (1.5 * far - 2.5) * far * far + 1;
@@ -350,7 +351,7 @@ function transpose(values, rows, columns, depth) {
   return out;
 }
 
-/** The images of a batch of one, as the model takes them. */
+/** Converts pixels to the model's input, a batch of one. */
 function tensor(pixels, card) {
   const [height, width] = card.size;
   const depth = card.channels;

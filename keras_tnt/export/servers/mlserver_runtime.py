@@ -1,7 +1,7 @@
-"""A model of keras_tnt in MLServer: encoded images in, named classes out.
+"""MLServer runtime for a model of keras_tnt: encoded images to class names.
 
-MLServer's Python needs Pillow, ONNX and ONNX Runtime; a C++ compiler makes it faster. What it runs
-of keras_tnt lies beside this file, as it was when the model was exported.
+MLServer's Python needs Pillow, ONNX and ONNX Runtime; with a C++ compiler it is faster. The modules
+of keras_tnt that it imports are next to this file, as they were when the model was exported.
 """
 
 import asyncio
@@ -22,20 +22,25 @@ from keras_tnt.export.pictures import PictureModel  # noqa: E402
 
 
 class PictureRuntime(MLModel):
+    """Model that MLServer loads, as `model-settings.json` names it."""
+
     worker = None
 
     async def load(self):
+        """Opens the model in this file's folder, and returns True for readiness."""
         self.model = PictureModel(FOLDER)
-        # One call at a time, beside the loop that answers whether the server lives.
+        # One call at a time, outside the event loop, which answers health checks.
         self.worker = concurrent.futures.ThreadPoolExecutor(1)
         return True
 
     async def unload(self):
-        if self.worker:  # it has none where another process computes
+        """Stops the worker thread, and returns True for success."""
+        if self.worker:  # `None` if MLServer computes in another process
             self.worker.shutdown()
         return True
 
     async def predict(self, payload):
+        """Answers an inference request of the V2 protocol in the worker thread."""
         loop = asyncio.get_running_loop()
         outputs = await loop.run_in_executor(self.worker, self.classify, payload)
         return types.InferenceResponse(
@@ -45,6 +50,7 @@ class PictureRuntime(MLModel):
         )
 
     def classify(self, payload):
+        """Returns the outputs by name; raises an `InferenceError` for unreadable images."""
         try:
             return self.model.run(self.model.read(pictures(payload)))
         except (ValueError, MemoryError) as error:
@@ -52,7 +58,7 @@ class PictureRuntime(MLModel):
 
 
 def pictures(payload):
-    """The encoded images of a request: bytes, or, where its `content_type` says so, base64."""
+    """Returns the encoded images of a request: bytes, or base64 if a `content_type` says so."""
     found = [entry for entry in payload.inputs if entry.name == "image_bytes"]
     if len(found) != 1:
         names = ", ".join(entry.name for entry in payload.inputs)
@@ -70,7 +76,7 @@ def pictures(payload):
 
 
 def encoded(name, value):
-    """An output in the protocol's form."""
+    """Encodes an output array as a tensor of the V2 protocol."""
     if value.dtype != object:
         return NumpyCodec.encode_output(name, value)
     flat = StringCodec.encode_output(

@@ -1,7 +1,8 @@
-"""A model of keras_tnt in Triton's Python backend: encoded images in, named classes out.
+"""Model of keras_tnt for Triton's Python backend: encoded images to class names.
 
-The server's Python needs NumPy, Pillow, ONNX and ONNX Runtime; a C++ compiler makes it faster.
-What it runs of keras_tnt lies beside this file, as it was when the model was exported.
+The server's Python needs NumPy, Pillow, ONNX and ONNX Runtime; with a C++ compiler it is faster.
+The modules of keras_tnt that it imports are next to this file, as they were when the model was
+exported.
 """
 
 import base64
@@ -20,11 +21,14 @@ from keras_tnt.export.pictures import PictureModel  # noqa: E402
 
 
 class TritonPythonModel:
+    """Model that Triton's Python backend creates, by this name, for each instance."""
+
     def initialize(self, args):
+        """Opens the model in this file's folder; `args` is not used."""
         self.model = PictureModel(FOLDER)
 
     def execute(self, requests):
-        """Answer each request; their images are one batch, but for those that cannot be read."""
+        """Answers requests as one batch; a request with unreadable images gets an error."""
         answers, images = [], []
         for request in requests:
             try:
@@ -44,7 +48,7 @@ class TritonPythonModel:
 
 
 def pictures(request):
-    """The encoded images of a request: bytes, or, where its `content_type` says so, base64."""
+    """Returns the encoded images of a request: bytes, or base64 if its `content_type` says so."""
     found = triton.get_input_tensor_by_name(request, "image_bytes").as_numpy().ravel().tolist()
     if json.loads(request.parameters() or "{}").get("content_type") != "base64":
         return found
