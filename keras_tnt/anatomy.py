@@ -179,9 +179,9 @@ def anatomy(model: keras.Model) -> Anatomy:
         ValueError: if the model contains no model of this package, or several.
 
     Example:
-    >>> found = keras_tnt.anatomy(keras_tnt.TNTSmall(weights=None))
-    >>> found.family, found.grid, len(found.blocks), found.image.crop
-    ('tnt', (14, 14), 12, 0.9)
+        >>> found = keras_tnt.anatomy(keras_tnt.TNTSmall(weights=None))
+        >>> found.family, found.grid, len(found.blocks), found.image.crop
+        ('tnt', (14, 14), 12, 0.9)
     """
     core, entrance = find_core(model)
     layers = list(core.layers)
@@ -411,8 +411,8 @@ def class_names(model: keras.Model) -> list[str] | None:
         `None` if nothing is known of the classes.
 
     Example:
-    >>> keras_tnt.class_names(keras_tnt.TNTTiny(class_names=["cat", "dog"]))
-    ['cat', 'dog']
+        >>> keras_tnt.class_names(keras_tnt.TNTTiny(class_names=["cat", "dog"]))
+        ['cat', 'dog']
     """
     for layer in reversed(list(model._flatten_layers())):
         if isinstance(layer, Predictions) and layer.class_names is not None:

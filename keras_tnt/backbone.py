@@ -68,9 +68,9 @@ def backbone(model, levels=None, **arguments) -> Backbone:
             does not divide, patch sizes that are not powers of two, and models of other packages.
 
     Example:
-    >>> backbone = keras_tnt.backbone("tnt_small", weights=None, input_shape=(64, 96, 3))
-    >>> {level: x.shape[1:] for level, x in backbone.pyramid_outputs.items()}
-    {'P2': (16, 24, 384), 'P3': (8, 12, 384), 'P4': (4, 6, 384), 'P5': (2, 3, 384)}
+        >>> backbone = keras_tnt.backbone("tnt_small", weights=None, input_shape=(64, 96, 3))
+        >>> {level: x.shape[1:] for level, x in backbone.pyramid_outputs.items()}
+        {'P2': (16, 24, 384), 'P3': (8, 12, 384), 'P4': (4, 6, 384), 'P5': (2, 3, 384)}
     """
     if isinstance(model, str):
         model = registry.create_model(model, **{"include_top": False, **arguments})

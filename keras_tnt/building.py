@@ -641,13 +641,13 @@ def register_family(
         ValueError: if a name is taken or is not a lower-case identifier.
 
     Example:
-    >>> keras_tnt.register_family(
-    ...     "toynet",
-    ...     ToyNet,
-    ...     variants={"toynet_tiny": Variant({"depth": 2}, image_size=64)},
-    ...     image=ImageTransform(mean=(0.5,) * 3, std=(0.5,) * 3),
-    ... )
-    >>> keras_tnt.create_model("toynet_tiny")
+        >>> keras_tnt.register_family(
+        ...     "toynet",
+        ...     ToyNet,
+        ...     variants={"toynet_tiny": Variant({"depth": 2}, image_size=64)},
+        ...     image=ImageTransform(mean=(0.5,) * 3, std=(0.5,) * 3),
+        ... )
+        >>> keras_tnt.create_model("toynet_tiny")
     """
     family = Family(
         name=name,

@@ -57,8 +57,8 @@ def save_pretrained(model: keras.Model, directory: str | os.PathLike) -> str:
         ValueError: for a quantized model, or layers without a checkpoint name.
 
     Example:
-    >>> keras_tnt.save_pretrained(model, "tnt_small_flowers")
-    >>> model = keras_tnt.TNTSmall(weights="tnt_small_flowers")
+        >>> keras_tnt.save_pretrained(model, "tnt_small_flowers")
+        >>> model = keras_tnt.TNTSmall(weights="tnt_small_flowers")
     """
     directory = os.path.abspath(expand(directory))
     os.makedirs(directory, exist_ok=True)
@@ -85,7 +85,7 @@ def load_pretrained(
         ValueError: if the directory has no such model, or the model does not support the shape.
 
     Example:
-    >>> model = keras_tnt.load_pretrained("tnt_small_flowers", input_shape=(384, 384, 3))
+        >>> model = keras_tnt.load_pretrained("tnt_small_flowers", input_shape=(384, 384, 3))
     """
     directory = expand(directory)
     if input_shape is not None:
@@ -171,7 +171,7 @@ def push_to_hub(
         OSError: if the hub is unreachable, or rejects the upload.
 
     Example:
-    >>> keras_tnt.push_to_hub(model, "someone/tnt_small_flowers")
+        >>> keras_tnt.push_to_hub(model, "someone/tnt_small_flowers")
     """
     from huggingface_hub import HfApi
 

@@ -28,10 +28,10 @@ def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
             per class.
 
     Example:
-    >>> model = keras_tnt.TNTTiny(classes=2)
-    >>> keras_tnt.set_class_names(model, ["cat", "dog"])
-    >>> keras_tnt.class_names(model)
-    ['cat', 'dog']
+        >>> model = keras_tnt.TNTTiny(classes=2)
+        >>> keras_tnt.set_class_names(model, ["cat", "dog"])
+        >>> keras_tnt.class_names(model)
+        ['cat', 'dog']
     """
     if names is None:
         raise ValueError("`names` must be a list of names. Received: None")
@@ -81,8 +81,8 @@ def reset_classifier(
         ValueError: for a model without a classifier, and for names that are not one per class.
 
     Example:
-    >>> model = keras_tnt.TNTSmall()
-    >>> model = keras_tnt.reset_classifier(model, class_names=["cat", "dog"])
+        >>> model = keras_tnt.TNTSmall()
+        >>> model = keras_tnt.reset_classifier(model, class_names=["cat", "dog"])
     """
     class_names = check_class_names(class_names)
     classes = count_classes(classes, class_names, given=classes is not None)

@@ -105,9 +105,9 @@ def DeiT(
         ValueError: for inconsistent sizes and unknown values.
 
     Example:
-    >>> model = keras_tnt.DeiT(input_shape=(64, 64, 3), classes=10, depth=2, distilled=True)
-    >>> model.predict(np.zeros((1, 64, 64, 3))).shape
-    (1, 10)
+        >>> model = keras_tnt.DeiT(input_shape=(64, 64, 3), classes=10, depth=2, distilled=True)
+        >>> model.predict(np.zeros((1, 64, 64, 3))).shape
+        (1, 10)
     """
     building.check_sizes(
         patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads

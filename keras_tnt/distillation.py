@@ -50,9 +50,9 @@ class DistillationLoss(keras.losses.Loss):
         ValueError: for an unknown `kind` or `kl_reduction`, or a temperature that is not positive.
 
     Example:
-    >>> loss = keras_tnt.distillation.DistillationLoss("soft", temperature=3.0)
-    >>> float(loss([[2.0, 0.0]], [[2.0, 0.0]]))
-    0.0
+        >>> loss = keras_tnt.distillation.DistillationLoss("soft", temperature=3.0)
+        >>> float(loss([[2.0, 0.0]], [[2.0, 0.0]]))
+        0.0
     """
 
     def __init__(
@@ -138,13 +138,13 @@ class Distiller(keras.Model):
         ValueError: for values outside these ranges, and for student and teacher that do not match.
 
     Example:
-    >>> student = keras_tnt.TNT(input_shape=(32, 32, 3), patch_size=8, inner_stride=2, depth=2,
-    ...                         outer_dim=48, inner_dim=12, outer_heads=3, inner_heads=2,
-    ...                         classes=10, distilled=True)
-    >>> distiller = keras_tnt.Distiller(student, teacher, kind="hard")
-    >>> distiller.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    >>> distiller.fit(images, labels)
-    >>> student.save("student.keras")
+        >>> student = keras_tnt.TNT(input_shape=(32, 32, 3), patch_size=8, inner_stride=2, depth=2,
+        ...                         outer_dim=48, inner_dim=12, outer_heads=3, inner_heads=2,
+        ...                         classes=10, distilled=True)
+        >>> distiller = keras_tnt.Distiller(student, teacher, kind="hard")
+        >>> distiller.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        >>> distiller.fit(images, labels)
+        >>> student.save("student.keras")
     """
 
     def __init__(

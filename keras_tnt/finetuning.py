@@ -44,8 +44,8 @@ def layerwise(optimizer, model, decay=0.75):
             one.
 
     Example:
-    >>> optimizer = keras.optimizers.AdamW(5e-4, weight_decay=0.05)
-    >>> model.compile(keras_tnt.finetuning.layerwise(optimizer, model), loss=loss)
+        >>> optimizer = keras.optimizers.AdamW(5e-4, weight_decay=0.05)
+        >>> model.compile(keras_tnt.finetuning.layerwise(optimizer, model), loss=loss)
     """
     if not 0 < decay <= 1:
         raise ValueError(f"`decay` must lie above 0 and be at most 1. Received: {decay}")

@@ -37,11 +37,11 @@ class ImageFolder(keras.utils.PyDataset):
         ValueError: if there are no folders with images, or an argument is out of range.
 
     Example:
-    >>> model = keras_tnt.DeiTTiny()
-    >>> images = keras_tnt.ImageFolder("photos", model, batch_size=16)
-    >>> model = keras_tnt.reset_classifier(model, class_names=images.class_names)
-    >>> model.compile("adamw", "sparse_categorical_crossentropy")
-    >>> model.fit(images, epochs=3)
+        >>> model = keras_tnt.DeiTTiny()
+        >>> images = keras_tnt.ImageFolder("photos", model, batch_size=16)
+        >>> model = keras_tnt.reset_classifier(model, class_names=images.class_names)
+        >>> model.compile("adamw", "sparse_categorical_crossentropy")
+        >>> model.fit(images, epochs=3)
     """
 
     def __init__(

@@ -70,8 +70,8 @@ def compile_inference(
         RuntimeError: in a process forked from one that imported this package: spawn it instead.
 
     Example:
-    >>> predict = keras_tnt.compile_inference(model)
-    >>> probabilities = predict(images)
+        >>> predict = keras_tnt.compile_inference(model)
+        >>> probabilities = predict(images)
     """
     runtimes.refuse_fork()
     if len(model.inputs) != 1:

@@ -43,8 +43,8 @@ def load_image(image, model: keras.Model) -> np.ndarray:
         MemoryError: if there is not enough memory.
 
     Example:
-    >>> image = keras_tnt.load_image("cat.jpg", model)
-    >>> keras_tnt.decode_predictions(model.predict(image[None]))
+        >>> image = keras_tnt.load_image("cat.jpg", model)
+        >>> keras_tnt.decode_predictions(model.predict(image[None]))
     """
     return evaluation_pixels(open_picture(image), *wanted_pixels(model))
 
@@ -102,9 +102,9 @@ def pad_to_fit(images, model: keras.Model):
             than the model's fixed size.
 
     Example:
-    >>> model = keras_tnt.TNTSmall(weights=None, input_shape=(None, None, 3))
-    >>> keras_tnt.pad_to_fit(np.zeros((300, 400, 3)), model).shape
-    (304, 400, 3)
+        >>> model = keras_tnt.TNTSmall(weights=None, input_shape=(None, None, 3))
+        >>> keras_tnt.pad_to_fit(np.zeros((300, 400, 3)), model).shape
+        (304, 400, 3)
     """
     found = anatomy(model)
     image, shape = found.image, tuple(images.shape)
@@ -178,8 +178,8 @@ def decode_predictions(
         ValueError: for predictions of another shape, and a model without names.
 
     Example:
-    >>> keras_tnt.decode_predictions(model.predict(images), top=1)
-    [[('n02123045', 'tabby', 0.83)]]
+        >>> keras_tnt.decode_predictions(model.predict(images), top=1)
+        [[('n02123045', 'tabby', 0.83)]]
     """
     predictions = keras.ops.convert_to_numpy(predictions)
     labels = imagenet_classes()

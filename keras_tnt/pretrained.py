@@ -50,8 +50,8 @@ def load_checkpoint(model, source: str | os.PathLike, ema: bool = False):
             model, or contain NaN/Inf. The model is unchanged then.
 
     Example:
-    >>> model = keras_tnt.TNTSmall(weights=None)
-    >>> keras_tnt.load_checkpoint(model, "tnt_s_patch16_224.safetensors")
+        >>> model = keras_tnt.TNTSmall(weights=None)
+        >>> keras_tnt.load_checkpoint(model, "tnt_s_patch16_224.safetensors")
     """
     source = files.expand(source)
     if source.endswith(KERAS) and not ema:
@@ -76,7 +76,7 @@ def save_checkpoint(model, path: str | os.PathLike) -> None:
         ValueError: for another extension, a quantized model, and layers without a tensor name.
 
     Example:
-    >>> keras_tnt.save_checkpoint(model, "tnt_small_flowers.safetensors")
+        >>> keras_tnt.save_checkpoint(model, "tnt_small_flowers.safetensors")
     """
     checkpoint.write(model, path, tensor_names(model))
 
@@ -463,9 +463,9 @@ def list_weights(pattern: str | None = None) -> Rows:
         ValueError: if there is no such checkpoint.
 
     Example:
-    >>> keras_tnt.list_weights("tnt_base")
-    weights                 model      image  parameters  top-1  top-5
-    tnt_b_patch16_224.in1k  TNTBase  224x224       65.4M   82.9   96.3
+        >>> keras_tnt.list_weights("tnt_base")
+        weights                 model      image  parameters  top-1  top-5
+        tnt_b_patch16_224.in1k  TNTBase  224x224       65.4M   82.9   96.3
     """
     found = Rows()
     for family in registry.families():

@@ -137,9 +137,9 @@ def PyramidTNT(
         ValueError: for inconsistent sizes and unknown values.
 
     Example:
-    >>> model = keras_tnt.PyramidTNT(input_shape=(64, 64, 3), classes=10, depths=(1, 1, 1, 1))
-    >>> model.predict(np.zeros((1, 64, 64, 3))).shape
-    (1, 10)
+        >>> model = keras_tnt.PyramidTNT(input_shape=(64, 64, 3), classes=10, depths=(1, 1, 1, 1))
+        >>> model.predict(np.zeros((1, 64, 64, 3))).shape
+        (1, 10)
     """
     building.check_pooling(pooling, (None, "avg", "max"))
     patch_size = PyramidStem.patch_size

@@ -239,8 +239,8 @@ def list_models(pattern: str | None = None) -> list[str]:
         A list of names that `create_model` accepts.
 
     Example:
-    >>> keras_tnt.list_models("deit*")
-    ['deit_tiny', 'deit_small', 'deit_base']
+        >>> keras_tnt.list_models("deit*")
+        ['deit_tiny', 'deit_small', 'deit_base']
     """
     return [
         name
@@ -266,7 +266,7 @@ def create_model(name: str, **arguments) -> "keras.Model":  # noqa: F821
         ValueError: if there is no such model; the message lists the nearest names.
 
     Example:
-    >>> model = keras_tnt.create_model("tnt_small", weights=None, classes=10)
+        >>> model = keras_tnt.create_model("tnt_small", weights=None, classes=10)
     """
     return find_model(name)(**arguments)
 

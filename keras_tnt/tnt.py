@@ -134,9 +134,9 @@ def TNT(
         ValueError: for inconsistent sizes and unknown values.
 
     Example:
-    >>> model = keras_tnt.TNT(input_shape=(64, 64, 3), classes=10, depth=2)
-    >>> model.predict(np.zeros((1, 64, 64, 3))).shape
-    (1, 10)
+        >>> model = keras_tnt.TNT(input_shape=(64, 64, 3), classes=10, depth=2)
+        >>> model.predict(np.zeros((1, 64, 64, 3))).shape
+        (1, 10)
     """
     building.check_sizes(
         patch_size=patch_size,

@@ -44,10 +44,10 @@ def litert(
         RuntimeError: if the file's outputs differ from the model's. No file is left behind.
 
     Example:
-    >>> path = keras_tnt.export.litert(model, "tnt.tflite")
-    >>> runner = Interpreter(path).get_signature_runner()  # of ai_edge_litert.interpreter
-    >>> runner(images=images)["probabilities"]
-    >>> zipfile.ZipFile(path).read("labels.txt").decode().splitlines()
+        >>> path = keras_tnt.export.litert(model, "tnt.tflite")
+        >>> runner = Interpreter(path).get_signature_runner()  # of ai_edge_litert.interpreter
+        >>> runner(images=images)["probabilities"]
+        >>> zipfile.ZipFile(path).read("labels.txt").decode().splitlines()
     """
     require("tensorflow")
     require("ai_edge_litert", package="ai-edge-litert")
@@ -70,8 +70,8 @@ def openvino(model: keras.Model, path: str | os.PathLike) -> str:
         RuntimeError: if the file's outputs differ from the model's. No file is left behind.
 
     Example:
-    >>> path = keras_tnt.export.openvino(model, "tnt.xml")
-    >>> openvino.Core().compile_model(path)(images)["probabilities"]
+        >>> path = keras_tnt.export.openvino(model, "tnt.xml")
+        >>> openvino.Core().compile_model(path)(images)["probabilities"]
     """
     require("tensorflow")
     require("openvino", package="openvino")

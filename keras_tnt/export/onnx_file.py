@@ -74,8 +74,8 @@ def onnx(
         RuntimeError: if the outputs differ from the model's. No file is left behind.
 
     Example:
-    >>> path = keras_tnt.export.onnx(model, "tnt_small.onnx")
-    >>> onnxruntime.InferenceSession(path).run(["probabilities"], {"images": images})
+        >>> path = keras_tnt.export.onnx(model, "tnt_small.onnx")
+        >>> onnxruntime.InferenceSession(path).run(["probabilities"], {"images": images})
     """
     require("tensorflow", "tf2onnx", "onnx", "onnxruntime")
     path = os.path.abspath(os.path.expanduser(os.fspath(path)))

@@ -51,8 +51,8 @@ def onnx_session(path: str | os.PathLike, options=None):
             lacks its external weights.
 
     Example:
-    >>> session = keras_tnt.export.onnx_session("tnt_small.onnx")
-    >>> session.run(["probabilities"], {"images": images})
+        >>> session = keras_tnt.export.onnx_session("tnt_small.onnx")
+        >>> session.run(["probabilities"], {"images": images})
     """
     require("onnx", "onnxruntime")
     import onnxruntime

@@ -61,8 +61,8 @@ def openvino_session(path: str | os.PathLike, precision: str | None = None) -> C
             refused, as by `onnx_session`.
 
     Example:
-    >>> predict = keras_tnt.export.openvino_session("tnt_small.onnx", precision="bfloat16")
-    >>> predict(images)["probabilities"]
+        >>> predict = keras_tnt.export.openvino_session("tnt_small.onnx", precision="bfloat16")
+        >>> predict(images)["probabilities"]
     """
     require("openvino", package="openvino")
     import openvino

@@ -80,8 +80,8 @@ def saved_model(
         RuntimeError: if the outputs differ from the model's. No file is left behind.
 
     Example:
-    >>> path = keras_tnt.export.saved_model(model, "savedmodels/tnt_small")
-    >>> tf.saved_model.load(path).signatures["serving_default"](images=images)["probabilities"]
+        >>> path = keras_tnt.export.saved_model(model, "savedmodels/tnt_small")
+        >>> tf.saved_model.load(path).signatures["serving_default"](images=images)["probabilities"]
     """
     require("tensorflow", "tensorflow_serving", "PIL")
     directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))

@@ -94,7 +94,7 @@ def triton(
         RuntimeError: if the outputs differ from the model's. No version is left behind.
 
     Example:
-    >>> keras_tnt.export.triton(model, "repository")
+        >>> keras_tnt.export.triton(model, "repository")
     """
     require("tensorflow", "tf2onnx", "onnx", "onnxruntime", "PIL")
     repository = os.path.abspath(os.path.expanduser(os.fspath(repository)))

@@ -17,8 +17,8 @@ def multiply_accumulates(model):
         An integer; the papers call it FLOPs.
 
     Example:
-    >>> keras_tnt.inspection.multiply_accumulates(keras_tnt.DeiTSmall(weights=None))
-    4608338304
+        >>> keras_tnt.inspection.multiply_accumulates(keras_tnt.DeiTSmall(weights=None))
+        4608338304
     """
     count = {"tensorflow": tensorflow_flops, "jax": jax_flops, "torch": torch_flops}
     shape = model.input_shape[1:]

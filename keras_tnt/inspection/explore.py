@@ -54,9 +54,9 @@ def explore(model, images, path, class_names=None, *, titles=None):
         IsADirectoryError: if `path` is a directory.
 
     Example:
-    >>> names = ["cat.jpg", "dog.jpg"]
-    >>> images = np.stack([keras_tnt.load_image(name, model) for name in names])
-    >>> keras_tnt.inspection.explore(model, images, "page.html", titles=names)
+        >>> names = ["cat.jpg", "dog.jpg"]
+        >>> images = np.stack([keras_tnt.load_image(name, model) for name in names])
+        >>> keras_tnt.inspection.explore(model, images, "page.html", titles=names)
     """
     path = type(path)(os.path.expanduser(path))  # A Path remains a Path.
     subject = Subject(model, images)

@@ -46,9 +46,9 @@ def faithfulness(model, images, maps, targets=None, *, baseline=None, seed=0):
             does.
 
     Example:
-    >>> maps = keras_tnt.inspection.relevance(model, images)
-    >>> found = keras_tnt.inspection.faithfulness(model, images, maps)
-    >>> found["deletion_area"], found["random"]["deletion_area"]
+        >>> maps = keras_tnt.inspection.relevance(model, images)
+        >>> found = keras_tnt.inspection.faithfulness(model, images, maps)
+        >>> found["deletion_area"], found["random"]["deletion_area"]
     """
     subject = Subject(model, images)
     check_finite_images(images)

@@ -30,9 +30,9 @@ def feature_maps(model: keras.Model, blocks: Iterable[int] | None = None) -> ker
         ValueError: if the model has no such block, or wraps one that has.
 
     Example:
-    >>> backbone = keras_tnt.inspection.feature_maps(keras_tnt.TNTSmall(weights=None))
-    >>> [tuple(m.shape) for m in backbone(np.zeros((1, 224, 224, 3)))]
-    [(1, 14, 14, 384), (1, 14, 14, 384), (1, 14, 14, 384), (1, 14, 14, 384)]
+        >>> backbone = keras_tnt.inspection.feature_maps(keras_tnt.TNTSmall(weights=None))
+        >>> [tuple(m.shape) for m in backbone(np.zeros((1, 224, 224, 3)))]
+        [(1, 14, 14, 384), (1, 14, 14, 384), (1, 14, 14, 384), (1, 14, 14, 384)]
     """
     found = anatomy(model)
     if found.model is not model:

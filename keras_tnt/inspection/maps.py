@@ -29,9 +29,9 @@ def attention_maps(model, images):
         ValueError: if images do not match the model, or it has no attention layer of this package.
 
     Example:
-    >>> maps = keras_tnt.inspection.attention_maps(keras_tnt.TNTSmall(weights=None), images)
-    >>> maps["block_11/outer"].shape, maps["block_11/inner"].shape
-    ((1, 6, 197, 197), (1, 196, 4, 16, 16))
+        >>> maps = keras_tnt.inspection.attention_maps(keras_tnt.TNTSmall(weights=None), images)
+        >>> maps["block_11/outer"].shape, maps["block_11/inner"].shape
+        ((1, 6, 197, 197), (1, 196, 4, 16, 16))
     """
     check_images(model, images)
     with record_attention() as recorded:
@@ -85,8 +85,8 @@ def attention_rollout(model, images):
         there is one. PyramidTNT: `(batch, last patches, first patches)`.
 
     Example:
-    >>> rollout = keras_tnt.inspection.attention_rollout(model, images)
-    >>> heat = rollout[:, 0, 1:].reshape(-1, 14, 14)
+        >>> rollout = keras_tnt.inspection.attention_rollout(model, images)
+        >>> heat = rollout[:, 0, 1:].reshape(-1, 14, 14)
     """
     found = anatomy(model)
     blocks = {f"{block.name}/outer": block for block in found.blocks}

@@ -41,8 +41,8 @@ def plot_attention(model, image, path, patches=None):
             model's attention is not finite.
 
     Example:
-    >>> image = keras_tnt.load_image("cat.jpg", model)
-    >>> keras_tnt.inspection.plot_attention(model, image, "attention.png")
+        >>> image = keras_tnt.load_image("cat.jpg", model)
+        >>> keras_tnt.inspection.plot_attention(model, image, "attention.png")
     """
     try:
         from matplotlib.figure import Figure

@@ -59,9 +59,9 @@ def relevance(
             that are not finite.
 
     Example:
-    >>> maps = keras_tnt.inspection.relevance(model, images, targets="tabby", level="words")
-    >>> maps.shape
-    (1, 56, 56)
+        >>> maps = keras_tnt.inspection.relevance(model, images, targets="tabby", level="words")
+        >>> maps.shape
+        (1, 56, 56)
     """
     subject = Subject(model, images)
     check_choice("method", method, METHODS)

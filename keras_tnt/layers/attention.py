@@ -217,7 +217,7 @@ class SelfAttention(Attention):
         `(batch, ..., first_tokens or tokens, dim)`.
 
     Example:
-    >>> keras_tnt.layers.SelfAttention(num_heads=4)(np.ones((2, 17, 32))).shape
+        >>> keras_tnt.layers.SelfAttention(num_heads=4)(np.ones((2, 17, 32))).shape
     """
 
     def build(self, input_shape):

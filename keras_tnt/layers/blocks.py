@@ -243,7 +243,7 @@ class TransformerBlock(ResidualBlock):
         `(batch, ..., first_tokens or tokens, dim)`.
 
     Example:
-    >>> keras_tnt.layers.TransformerBlock(num_heads=4)(np.ones((2, 17, 32))).shape
+        >>> keras_tnt.layers.TransformerBlock(num_heads=4)(np.ones((2, 17, 32))).shape
     """
 
     part = "block"

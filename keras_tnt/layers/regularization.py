@@ -150,7 +150,7 @@ class StochasticDepth(RandomDrop):
         seed: integer, for reproducible masks. If `None`, the seed is random.
 
     Example:
-    >>> keras_tnt.layers.StochasticDepth(0.1)(np.ones((8, 16, 32)), training=True).shape
+        >>> keras_tnt.layers.StochasticDepth(0.1)(np.ones((8, 16, 32)), training=True).shape
     """
 
     def __init__(self, rate: float, sample_axes: int = 1, seed: int | None = None, **kwargs):
