@@ -223,6 +223,7 @@ def write_explored(app, error):
 
 
 def setup(app):
+    """Registers the hooks with Sphinx."""
     app.connect("source-read", fill_in)
     app.connect("build-finished", write_explored)
     app.connect("autodoc-process-docstring", close_code)

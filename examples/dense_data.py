@@ -137,7 +137,7 @@ def boxes_of_tfds(options, features, kinds):
         boxes = example[key]["bbox"] * np.array([height, width, height, width], "float32")
         labels = example[key]["label"].astype("int32")
         crowd = example[key].get("is_crowd", np.zeros(len(labels), bool))
-        return {"image": colour(example["image"]), "boxes": boxes, "labels": labels, "crowd": crowd}
+        return {"image": color(example["image"]), "boxes": boxes, "labels": labels, "crowd": crowd}
 
     return tuple(objects["label"].names), convert
 
@@ -157,12 +157,12 @@ def mask_of_tfds(options, features, kinds):
     def convert(example):
         mask = example[masks[0]][..., 0]
         check_mask(mask, len(classes), f"a mask of --dataset={options.dataset}")
-        return {"image": colour(example["image"]), "mask": mask}
+        return {"image": color(example["image"]), "mask": mask}
 
     return classes, convert
 
 
-def colour(image):
+def color(image):
     """Converts (height, width, 1 or 3) to three channels."""
     return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
 

@@ -305,8 +305,8 @@ def draw(path, images, found, truth, classes, count=12, threshold=0.5):
             confidence, label = found["confidence"][i][n], int(found["labels"][i][n])
             if confidence < threshold:
                 continue
-            box, colour = found["boxes"][i][n], pyplot.get_cmap("tab10")(label % 10)
-            frame(box, linewidth=2, edgecolor=colour)
+            box, color = found["boxes"][i][n], pyplot.get_cmap("tab10")(label % 10)
+            frame(box, linewidth=2, edgecolor=color)
             axis.text(
                 box[1],
                 box[0] - 2,
@@ -314,7 +314,7 @@ def draw(path, images, found, truth, classes, count=12, threshold=0.5):
                 color="white",
                 fontsize=8,
                 clip_on=True,
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 1},
             )
     figure.tight_layout()
     figures.save(figure, path, dpi=80)

@@ -99,9 +99,9 @@ def ground(random, size):
 
 def paste(random, image, ink, top, left):
     """Paints ink onto the image, in place, in one bright color."""
-    colour = random.uniform(0.7, 1.0, 3)
+    color = random.uniform(0.7, 1.0, 3)
     part = image[top : top + len(ink), left : left + len(ink)]
-    part += ink[..., None] * (colour - part)
+    part += ink[..., None] * (color - part)
 
 
 def enlarge(image, side):

@@ -144,7 +144,7 @@ def patch_grid(images, size: tuple[int, int], patch_size: int, dtype=None, name=
     return grid, {"grid": PatchGrid(patch_size, dtype=dtype, name=name)(images)}
 
 
-def normalise(images, family: str, transform: ImageTransform, inside: bool, dtype=None):
+def normalize(images, family: str, transform: ImageTransform, inside: bool, dtype=None):
     """Applies the model's `ImageNormalization`.
 
     Args:
@@ -163,6 +163,9 @@ def normalise(images, family: str, transform: ImageTransform, inside: bool, dtyp
         dtype=dtype,
         name=NORMALIZATION,
     )(images)
+
+
+normalise = normalize  # codespell:ignore normalise: the name that plugins of release 0.1 call
 
 
 def preprocessor(transform: ImageTransform) -> Callable:

@@ -139,7 +139,7 @@ def CaiT(
     }
 
     # === Self-attention of the patches ===
-    x = building.normalise(inputs, "cait", IMAGE, include_preprocessing, dtype)
+    x = building.normalize(inputs, "cait", IMAGE, include_preprocessing, dtype)
     grid, at = building.patch_grid(x, size, patch_size, dtype)
     tokens = PatchEmbedding(patch_size, embed_dim, dtype=dtype, name="patch_embedding")(x)
     tokens = PositionEmbedding(grid, dtype=dtype, name="patch_position")(tokens, **at)

@@ -116,7 +116,7 @@ def DeiT(
     prefix_tokens = 2 if distilled else 1
 
     # === Tokens ===
-    x = building.normalise(inputs, "deit", IMAGE, include_preprocessing, dtype)
+    x = building.normalize(inputs, "deit", IMAGE, include_preprocessing, dtype)
     grid, at = building.patch_grid(x, size, patch_size, dtype)
     tokens = PatchEmbedding(patch_size, embed_dim, dtype=dtype, name="patch_embedding")(x)
     if distilled:

@@ -9,7 +9,7 @@ exported model's graph (`keras_tnt.export.image`, TensorFlow), and in the browse
 - Orientation: the EXIF tag is applied, in JPEG, PNG (`eXIf`) and WebP (`EXIF`); XMP is not read.
 - Palettes are looked up; entries that a file lacks are black.
 - Alpha is dropped: a transparent pixel has the color that the file stores for it.
-- Gray becomes three equal channels; one channel is Pillow's luma (`GREY`).
+- Gray becomes three equal channels; one channel is Pillow's luma (`GRAY`).
 - 16 bits per channel are reduced to 8: the value divided by 257.
 - CMYK JPEGs store inverted values, as Adobe's programs write them, with or without their marker.
 - Animations: the first frame. Pixels that a GIF's first frame does not cover have the color of the
@@ -33,7 +33,7 @@ MAX_SIDE = 65_535
 MAX_PIXELS = 2**26
 
 # Weights of red, green and blue in Pillow's luma, in 1/65536.
-GREY = (19595, 38470, 7471)
+GRAY = (19595, 38470, 7471)
 
 # === Formats ===
 

@@ -115,12 +115,12 @@ def pad_to_fit(images, model: keras.Model):
             f"Model '{model.name}' takes images of shape {image.shape}, or a batch of them. "
             f"Received: {shape}"
         )
-    colour = 255 * np.array(image.mean) if image.normalises else np.zeros(3)
-    if image.channels != len(colour):
-        colour = colour.mean(keepdims=True)
+    color = 255 * np.array(image.mean) if image.normalises else np.zeros(3)
+    if image.channels != len(color):
+        color = color.mean(keepdims=True)
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
-        colour = colour.round()
-    colour = along_channels(colour, image.data_format)
+        color = color.round()
+    color = along_channels(color, image.data_format)
     for axis, wanted in zip(axes, (image.height, image.width), strict=True):
         sizes = [*(ops.shape(images) if None in shape else images.shape)]
         missing = fitting_side(found, sizes[axis], wanted) - sizes[axis]
@@ -132,16 +132,16 @@ def pad_to_fit(images, model: keras.Model):
                 )
             continue
         sizes[axis] = missing
-        images = append(images, colour, sizes, axis)
+        images = append(images, color, sizes, axis)
     return images
 
 
-def append(images, colour, shape, axis):
-    """Returns images with a block of `colour`, of shape `shape`, appended along an axis."""
+def append(images, color, shape, axis):
+    """Returns images with a block of `color`, of shape `shape`, appended along an axis."""
     if isinstance(images, np.ndarray):
-        added = np.broadcast_to(colour.astype(images.dtype), shape)
+        added = np.broadcast_to(color.astype(images.dtype), shape)
         return np.concatenate([images, added], axis=axis)
-    added = ops.broadcast_to(ops.cast(colour, images.dtype), shape)
+    added = ops.broadcast_to(ops.cast(color, images.dtype), shape)
     return ops.concatenate([images, added], axis=axis)
 
 

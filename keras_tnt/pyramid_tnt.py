@@ -156,7 +156,7 @@ def PyramidTNT(
     rates = iter(stochastic_depth * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
 
     # === Stem ===
-    x = building.normalise(inputs, "pyramid_tnt", IMAGE, include_preprocessing, dtype)
+    x = building.normalize(inputs, "pyramid_tnt", IMAGE, include_preprocessing, dtype)
     patches, words = PyramidStem(outer_dims[0], inner_dims[0], dtype=dtype, name="stem")(x)
     words = PositionEmbedding((4, 4), dtype=dtype, name="word_position")(words)
     grids = [

@@ -162,7 +162,7 @@ def TNT(
     }
 
     # === Word and patch embedding ===
-    x = building.normalise(inputs, "tnt", IMAGE, include_preprocessing, dtype)
+    x = building.normalize(inputs, "tnt", IMAGE, include_preprocessing, dtype)
     grid, at = building.patch_grid(x, size, patch_size, dtype)
     stem = LegacyWordEmbedding if legacy else WordEmbedding
     words = stem(inner_dim, patch_size, inner_stride, dtype=dtype, name="word_embedding")(x)

@@ -15,7 +15,7 @@ KINDS = {
     "jpeg": ("JPEG", "RGB", {"quality": 60}),
     "jpeg, progressive": ("JPEG", "RGB", {"progressive": True}),
     "jpeg, cmyk": ("JPEG", "CMYK", {}),
-    "jpeg, grey": ("JPEG", "L", {}),
+    "jpeg, gray": ("JPEG", "L", {}),
     "png": ("PNG", "RGB", {}),
     "png, palette": ("PNG", "P", {"transparency": 3}),
     "png, transparent": ("PNG", "RGBA", {}),

@@ -44,7 +44,7 @@ FITTING = [
     *(
         f"tests/test_free_sizes.py::test_{name}"
         for name in (
-            "padding_adds_the_mean_colour_below_and_to_the_right",
+            "padding_adds_the_mean_color_below_and_to_the_right",
             "padding_of_models_of_other_kinds",
             "padding_in_a_graph_need_not_know_the_size",
             "the_next_side_has_the_patches_that_the_stages_pool",

@@ -195,7 +195,7 @@ MAKES = {
         input_shape=(32, 32, 3), classes=7, embed_dim=16, depth=1, num_heads=2,
         include_preprocessing=False,
     ),
-    "grey": lambda: keras_tnt.TNT(**{**TINY, "input_shape": (32, 48, 1)}),
+    "gray": lambda: keras_tnt.TNT(**{**TINY, "input_shape": (32, 48, 1)}),
     "wrapped": wrapped,
     "finetuned": finetuned,
 }  # fmt: skip

@@ -341,7 +341,7 @@ def test_load_image_uses_the_native_size(models):
 
 
 @pytest.mark.parametrize("kind", ["float32", "uint8", "tensor"])
-def test_padding_adds_the_mean_colour_below_and_to_the_right(kind, models):
+def test_padding_adds_the_mean_color_below_and_to_the_right(kind, models):
     free, _ = models("deit")
     images = np.random.default_rng(0).integers(0, 256, (2, 33, 48, 3), "uint8")
     given = images if kind == "uint8" else images.astype("float32")

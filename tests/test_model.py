@@ -12,7 +12,7 @@ import keras_tnt
 from keras_tnt.layers import SelfAttention
 from tests.checks import BACKEND, assert_equal, compute, gradients, normal, predict, run_python
 from tests.golden import assert_close
-from tests.test_tnt import randomise, tiny
+from tests.test_tnt import randomize, tiny
 
 IMAGES, LABELS = 100 * normal((6, 32, 32, 3)), np.arange(6) % 3
 RANDOM = {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth": 0.1}
@@ -38,11 +38,11 @@ def test_model_trains_on_arrays_and_tf_data():
         batches = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).batch(3)
         sources["tf.data"] = ({"x": batches}, batches)
     start = model.evaluate(**sources["arrays"][0], verbose=0)[0]
-    for labelled, images in sources.values():
+    for labeled, images in sources.values():
         before = model.get_weights()
-        model.fit(**labelled, epochs=10, verbose=0)
+        model.fit(**labeled, epochs=10, verbose=0)
         assert any(np.any(a != b) for a, b in zip(before, model.get_weights(), strict=True))
-        loss, accuracy = model.evaluate(**labelled, verbose=0)
+        loss, accuracy = model.evaluate(**labeled, verbose=0)
         predictions = model.predict(images, verbose=0)
         assert predictions.shape == (6, 3)
         np.testing.assert_allclose(predictions.sum(axis=-1), 1, atol=1e-5)
@@ -156,7 +156,7 @@ def test_model_trains_on_two_replicas():
 
 @pytest.mark.slow
 def test_rematerialized_blocks_have_the_same_gradients():
-    plain = randomise(tiny(depth=1))
+    plain = randomize(tiny(depth=1))
     # Mode "full" does not support models that index tensors: Keras's own indexing fails in it.
     with keras.RematScope(mode="list_of_layers", layer_names=["block_0"]):
         remat = tiny(depth=1)
@@ -240,7 +240,7 @@ def attention_projections(model):
     [{"legacy": True, "distilled": True}, {"class_attention_depth": 1, "layer_scale": 0.1}],
 )
 def test_int8_model_predicts_similarly_and_round_trips(options, tmp_path):
-    model = randomise(tiny(classifier_activation=None, depth=1, **options))
+    model = randomize(tiny(classifier_activation=None, depth=1, **options))
     expected = compute(model, IMAGES)
     gc.freeze()  # Keras collects garbage after every layer; objects of other tests are excluded.
     model.quantize("int8")
@@ -295,7 +295,7 @@ def test_adapters_train_alone_and_round_trip(tmp_path):
 
 def test_model_can_be_built_on_an_input_or_other_layers():
     inputs = keras.Input((32, 32, 3), name="photo")
-    on_input = randomise(tiny(input_shape=None, input_tensor=inputs))
+    on_input = randomize(tiny(input_shape=None, input_tensor=inputs))
     assert on_input.input is inputs
     small = keras.Input((16, 16, 3))
     enlarged = keras.layers.UpSampling2D(2)(small)
@@ -308,7 +308,7 @@ def test_model_can_be_built_on_an_input_or_other_layers():
 
 
 def test_nested_backbone_round_trips(tmp_path):
-    backbone = randomise(tiny(include_top=False, pooling="token"))
+    backbone = randomize(tiny(include_top=False, pooling="token"))
     inputs = keras.Input((32, 32, 3))
     model = keras.Model(inputs, keras.layers.Dense(5)(backbone(inputs)))
     model.save(tmp_path / "nested.keras")
@@ -331,7 +331,7 @@ def test_config_is_plain_json():
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", None])
 def test_classifier_activation_is_in_the_last_layer(activation):
-    model = randomise(tiny(classifier_activation=activation))
+    model = randomize(tiny(classifier_activation=activation))
     logits = keras.Model(model.input, model.get_layer("head").output)
     expected = keras.activations.get(activation)(compute(logits, IMAGES))
     assert_close(predict(model, IMAGES), keras.ops.convert_to_numpy(expected), 1e-5)

@@ -109,9 +109,9 @@ def test_transparency_is_dropped(model):
 
 
 def test_sixteen_bit_images_are_scaled_not_clipped(model):
-    grey = np.asarray(picture(mode="L"))
-    data = encoded(Image.fromarray(grey.astype("uint16") * 257), "PNG")
-    assert_same_pixels(keras_tnt.load_image(data, model), expected(Image.fromarray(grey)))
+    gray = np.asarray(picture(mode="L"))
+    data = encoded(Image.fromarray(gray.astype("uint16") * 257), "PNG")
+    assert_same_pixels(keras_tnt.load_image(data, model), expected(Image.fromarray(gray)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -131,8 +131,8 @@ def test_paths_bytes_pictures_and_arrays_give_the_same_pixels(model, tmp_path):
     wanted = expected(image)
     for given in (path, str(path), path.read_bytes(), image, array, array.astype("float32")):
         np.testing.assert_array_equal(keras_tnt.load_image(given, model), wanted)
-    grey = np.asarray(picture(mode="L"))
-    for given in (grey, grey[..., None]):
+    gray = np.asarray(picture(mode="L"))
+    for given in (gray, gray[..., None]):
         np.testing.assert_array_equal(
             keras_tnt.load_image(given, model), expected(picture(mode="L"))
         )

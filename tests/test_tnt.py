@@ -76,7 +76,7 @@ def reference(name, directory, **arguments):
     return numbers, model
 
 
-def randomise(model):
+def randomize(model):
     """Sets weights of a scale at which each affects the output, and returns the model."""
     for i, variable in enumerate(model.trainable_variables):
         variable.assign(0.3 * normal(variable.shape, seed=i))
@@ -133,7 +133,7 @@ def test_files_of_every_option_load_in_a_process_that_imports_only_the_package(t
 def test_float16_supports_images_whose_squares_overflow():
     images = 2000 * normal((2, 32, 32, 3))
     options = {"include_preprocessing": False, "classifier_activation": None}
-    model = randomise(tiny(**options))
+    model = randomize(tiny(**options))
     keras.config.set_dtype_policy("mixed_float16")
     half = tiny(**options)
     half.set_weights(model.get_weights())
@@ -161,7 +161,7 @@ def test_random_masks_depend_on_the_seed():
 @pytest.mark.parametrize("size", [(64, 64), (48, 16)])
 @pytest.mark.parametrize("ending", [".weights.h5", ".keras"])
 def test_weights_of_one_resolution_load_at_another(size, ending, tmp_path):
-    saved = randomise(tiny((32, 48), distilled=True))
+    saved = randomize(tiny((32, 48), distilled=True))
     path = str(tmp_path / f"saved{ending}")
     saved.save(path) if ending == ".keras" else saved.save_weights(path)
     assert_resampled(saved, tiny(size, distilled=True, weights=path))
@@ -189,11 +189,11 @@ def test_checkpoint_loads_at_another_resolution(tmp_path):
 
 
 def test_weights_transfer_between_models_with_and_without_dropout(tmp_path):
-    plain = randomise(tiny())
+    plain = randomize(tiny())
     random = tiny(dropout=0.2, attention_dropout=0.2, stochastic_depth=0.2)
     images = normal((2, 32, 32, 3))
     for source, target in ((plain, random), (random, plain)):
-        randomise(source)
+        randomize(source)
         source.save_weights(tmp_path / "w.weights.h5")
         for variable in target.trainable_variables:
             variable.assign(np.zeros(variable.shape))
@@ -213,7 +213,7 @@ def test_any_number_of_channels_is_supported(channels, include_preprocessing):
 
 def test_preprocessing_inside_and_outside_agree():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), "uint8")
-    inside, outside = randomise(tiny()), tiny(include_preprocessing=False)
+    inside, outside = randomize(tiny()), tiny(include_preprocessing=False)
     outside.set_weights(inside.get_weights())
     images = keras_tnt.tnt.preprocess_input(pixels)
     np.testing.assert_allclose(images, pixels / 127.5 - 1, atol=1e-6)
@@ -223,7 +223,7 @@ def test_preprocessing_inside_and_outside_agree():
 @pytest.mark.parametrize("legacy", [False, True])
 def test_channels_first_predicts_the_same(legacy):
     images = 100 * normal((2, 32, 48, 3))
-    last = randomise(tiny((32, 48), legacy=legacy))
+    last = randomize(tiny((32, 48), legacy=legacy))
     keras.config.set_image_data_format("channels_first")
     first = tiny((32, 48), legacy=legacy)
     assert first.input_shape == (None, 3, 32, 48)
@@ -265,7 +265,7 @@ def test_stochastic_depth_grows_linearly_in_both_transformers():
 
 
 def test_last_block_computes_only_the_class_token():
-    model = randomise(tiny(classifier_activation=None))
+    model = randomize(tiny(classifier_activation=None))
     assert model.get_layer("block_1").output[0].shape == (None, 1, 16)
     features = tiny(include_top=False)
     features.set_weights(model.get_weights()[:-2])
@@ -279,7 +279,7 @@ def test_last_block_computes_only_the_class_token():
 def test_pooling_reduces_the_feature_map_or_the_tokens(distilled, class_attention_depth):
     options = {"distilled": distilled, "class_attention_depth": class_attention_depth}
     images = normal((2, 32, 48, 3))
-    features = randomise(tiny((32, 48), include_top=False, **options))
+    features = randomize(tiny((32, 48), include_top=False, **options))
     tokens = keras.Model(features.input, features.get_layer("norm").output)
     prefix_tokens = 1 + distilled
     feature_map, tokens = compute(features, images), compute(tokens, images)
@@ -296,7 +296,7 @@ def test_pooling_reduces_the_feature_map_or_the_tokens(distilled, class_attentio
 
 
 def test_distilled_model_predicts_the_mean_of_its_logits():
-    model = randomise(tiny(distilled=True))
+    model = randomize(tiny(distilled=True))
     names = ("head", "head_distillation", "predictions")
     heads = keras.Model(model.input, [model.get_layer(name).output for name in names])
     first, second, predictions = compute(heads, normal((2, 32, 32, 3)))

@@ -11,7 +11,7 @@ from keras_tnt.layers import PositionEmbedding
 from keras_tnt.layers.embedding import resample_positions
 from tests.checks import assert_equal, compute, normal
 from tests.golden import assert_close
-from tests.test_tnt import randomise, tiny
+from tests.test_tnt import randomize, tiny
 
 OFF = {"distilled": False, "layer_scale": None, "class_attention_depth": 0, "squeeze_excite": False}
 ON = {"distilled": True, "layer_scale": 0.1, "class_attention_depth": 1, "squeeze_excite": True}
@@ -41,7 +41,7 @@ def fill(model, source):
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
 def test_combination_is_saved_resampled_and_trained(combination, tmp_path):
     options = {"depth": 1, **combination}
-    model = randomise(tiny(**options))
+    model = randomize(tiny(**options))
     weights, images = arrays(model), normal((2, 32, 32, 3))
 
     model.save(tmp_path / "model.keras")
@@ -53,7 +53,7 @@ def test_combination_is_saved_resampled_and_trained(combination, tmp_path):
     other = tiny((48, 32), **options)
     other.load_weights(tmp_path / "model.keras")
     assert_resampled(model, other)
-    other = randomise(other)
+    other = randomize(other)
     other.save_weights(tmp_path / "other.weights.h5")
     copy.load_weights(tmp_path / "other.weights.h5")
     assert_resampled(other, copy)
@@ -107,7 +107,7 @@ def test_options_add_weights_and_remove_none(combination):
 
 
 def test_identity_layer_scale_and_excitation_do_not_change_predictions():
-    plain, images = randomise(tiny()), normal((2, 32, 32, 3))
+    plain, images = randomize(tiny()), normal((2, 32, 32, 3))
     options = tiny(layer_scale=1.0, squeeze_excite=True)
     for layer in options.layers:
         if layer.name.startswith("block_"):
@@ -137,7 +137,7 @@ def test_layer_scale_is_on_both_branches_of_both_transformers():
 def test_class_attention_keeps_patches_independent_of_class_tokens(distilled):
     options = {"class_attention_depth": 1, "distilled": distilled}
     images = normal((2, 32, 32, 3))
-    model = randomise(tiny(include_top=False, **options))
+    model = randomize(tiny(include_top=False, **options))
     tokens = keras.Model(model.input, [model.output, model.get_layer("norm").output])
     patches, before = compute(tokens, images)
     for name in ("class_token", "distillation_token")[: 1 + distilled]:
@@ -150,7 +150,7 @@ def test_class_attention_keeps_patches_independent_of_class_tokens(distilled):
 
 
 def test_each_head_reads_its_own_token():
-    model = randomise(tiny(**ON))
+    model = randomize(tiny(**ON))
     heads = keras.Model(
         model.input, [model.get_layer(head).output for head in ("head", "head_distillation")]
     )

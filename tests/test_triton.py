@@ -183,7 +183,7 @@ def test_failed_export_leaves_no_files(exported, tmp_path, monkeypatch):
         {"input_shape": (3, 32, 32), "include_preprocessing": False},
         {"input_shape": (32, 48, 1), "include_top": False, "pooling": "avg"},
     ],
-    ids=["channels first, normalised outside", "grey, without a classifier"],
+    ids=["channels first, normalised outside", "gray, without a classifier"],
 )
 def test_image_bytes_model_of_other_input_formats(options, tmp_path):
     if options["input_shape"][0] == 3:

@@ -57,7 +57,7 @@ def ToyNet(
     """Builds a ViT without class token that classifies the mean of its patches."""
     inputs, (height, width_) = building.image_input(input_tensor, input_shape, 32, 8)
     grid = (height // 8, width_ // 8)
-    x = building.normalise(inputs, "toynet", IMAGE, include_preprocessing, dtype)
+    x = building.normalize(inputs, "toynet", IMAGE, include_preprocessing, dtype)
     patches = PatchEmbedding(8, width, dtype=dtype, name="embedding")(x)
     patches = PositionEmbedding(grid, dtype=dtype, name="position")(patches)
     for i in range(depth):

@@ -52,7 +52,7 @@ def StageNet(
     """Builds a model with 4x4-pixel patches in stage 1, and 8x8 and class tokens in stage 2."""
     inputs, (height, width) = building.image_input(input_tensor, input_shape, 32, 8)
     common = {"dtype": dtype}
-    x = building.normalise(inputs, "stagenet", IMAGE, include_preprocessing, dtype)
+    x = building.normalize(inputs, "stagenet", IMAGE, include_preprocessing, dtype)
     x = squares(x, 4, dim, "stem", name="roots", **common)
     x = keras.layers.Reshape((height * width // 16, dim), name="flat", **common)(x)
     x = ToyBlock(2, name="low", **common)(x)

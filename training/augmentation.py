@@ -15,7 +15,7 @@ from keras_tnt.export.image import (
     decode,
     decode_and_crop,
     evaluation_crop,
-    grey,
+    gray,
 )
 
 # === From a file, or an array, to an image of the model's size ===
@@ -228,7 +228,7 @@ def three_augment(image, seed):
     chosen = tf.random.stateless_uniform([], seeds[0], 0, 3, tf.int32)
     radius = tf.random.stateless_uniform([], seeds[1], 0.1, MAX_BLUR)
     ops = [
-        lambda: tf.tile(grey(image), [1, 1, 3]),
+        lambda: tf.tile(gray(image), [1, 1, 3]),
         lambda: solarize(image, 128),
         lambda: gaussian_blur(image, radius),
     ]
@@ -280,13 +280,13 @@ def blend(degenerate, image, factor):
 
 def color(image, factor):
     """Changes saturation: 0 is grayscale, 1 the image."""
-    return blend(grey(image), image, factor)
+    return blend(gray(image), image, factor)
 
 
 def contrast(image, factor):
     """Changes contrast: 0 is a uniform gray of the mean luminance, 1 the image."""
     # float64, because the sum over a large image exceeds float32's precision.
-    mean = tf.floor(tf.reduce_mean(tf.cast(grey(image), tf.float64)) + 0.5)
+    mean = tf.floor(tf.reduce_mean(tf.cast(gray(image), tf.float64)) + 0.5)
     return blend(tf.fill(tf.shape(image), tf.cast(mean, tf.float32)), image, factor)
 
 

@@ -78,7 +78,7 @@ class Config:
     workdir: str = option("runs/train", "directory of the run", may_change=True)
     plugins: str = option(
         "",
-        "modules to import first, by commas: those that register models, data sets, optimisers",
+        "modules to import first, by commas: those that register models, data sets, optimizers",
         may_change=True,
     )
     change: bool = option(
@@ -168,7 +168,7 @@ class Config:
         0.0, "a device's peak, for model FLOPs utilisation; 0: look it up", may_change=True
     )
 
-    # === Length and optimisation ===
+    # === Length and optimization ===
     epochs: int = option(60, "passes over the training images", change="extend")
     cooldown_epochs: int = option(
         0,

@@ -153,7 +153,7 @@ def train_held(config, strategy, share):
         models.freeze(config, model)
         optimizer = optimization.Optimizer(model, config)
         teacher = models.build_teacher(config, model)
-    size, fill = models.image_size(model), models.mean_colour(model)
+    size, fill = models.image_size(model), models.mean_color(model)
     corrupt = data.UnreadableImages(training_source, config.max_corrupt)
     corrupt_held_out = data.UnreadableImages(held_out, config.max_corrupt)
     run = Run(

@@ -310,7 +310,7 @@ def logits_model(model):
     return keras.Model(model.inputs, [head.output for head in heads])
 
 
-def normalisation(model):
+def normalization(model):
     """Yields (scale, offset) of a model's input normalization, float32 (3,) each."""
     image = keras_tnt.anatomy(model).image
     values = scale_and_offset(image.mean, image.std, 3)
@@ -327,17 +327,17 @@ def pixels(model, normalised):
     Returns:
         Pixels (..., 3) that the model normalizes to these values.
     """
-    scale, offset = normalisation(model)
+    scale, offset = normalization(model)
     return (normalised - offset) / scale
 
 
-def mean_colour(model):
+def mean_color(model):
     """Returns the color that a model's input normalization maps to zero.
 
     Returns:
         Three integers in [0, 255].
     """
-    scale, offset = normalisation(model)
+    scale, offset = normalization(model)
     # Rounded up slightly: 127.5, which is 127.4999 in float32, becomes 128.
     return tuple(int(round(value + 1e-3)) for value in (-offset / scale).tolist())
 

@@ -138,7 +138,7 @@ def open_keras(model, features, count):
         image.covered_size(),
         image.channels,
         image.data_format == "channels_first",
-        *normalisation(not image.normalises, image.mean, image.std, image.channels),
+        *normalization(not image.normalises, image.mean, image.std, image.channels),
     )
     if features:
         model = keras.Model(model.inputs[0], serving_network(model).output["features"])
@@ -279,11 +279,11 @@ def transform_of(card):
         tuple(card["resized_to_cover"]),
         card["channels"],
         card["data_format"] == "channels_first",
-        *normalisation(card["input"] == "normalised", card["mean"], card["std"], card["channels"]),
+        *normalization(card["input"] == "normalised", card["mean"], card["std"], card["channels"]),
     )
 
 
-def normalisation(wanted, mean, std, channels):
+def normalization(wanted, mean, std, channels):
     """Returns (mean, std) of a `Transform`, averaged unless there is one per channel."""
     if not wanted:
         return None, None

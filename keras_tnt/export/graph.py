@@ -3,7 +3,7 @@
 import keras
 
 from keras_tnt.export.image import load_images
-from keras_tnt.export.pictures import TOP, normalisation_of
+from keras_tnt.export.pictures import TOP, normalization_of
 
 
 def tensorflow_function(network):
@@ -128,7 +128,7 @@ def model_input(pixels, card):
     import tensorflow as tf
 
     if card["input"] == "normalised":
-        mean, std = normalisation_of(card)
+        mean, std = normalization_of(card)
         pixels = (pixels / 255.0 - mean) / std
     if card["data_format"] == "channels_first":
         pixels = tf.transpose(pixels, (0, 3, 1, 2))  # (b, c, h, w)

@@ -12,7 +12,7 @@ before it is decoded (CMYK JPEG, GIF) or decoded here (BMP).
 
 import functools
 
-from keras_tnt.images import FORMATS, GREY, MAX_BYTES, MAX_PIXELS, MAX_SIDE, READ, is_plain_bmp
+from keras_tnt.images import FORMATS, GRAY, MAX_BYTES, MAX_PIXELS, MAX_SIDE, READ, is_plain_bmp
 
 # Adobe's APP14 marker without a color transform, which means inverted CMYK.
 ADOBE_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
@@ -74,7 +74,7 @@ def decode(encoded, channels=3):
     It fails at run time for files that `keras_tnt.images` refuses, and for an animated WebP.
     """
     image = upright(decode_stored(encoded), exif_orientation(encoded))
-    return grey(image) if channels == 1 else image
+    return gray(image) if channels == 1 else image
 
 
 def decode_stored(encoded):
@@ -421,11 +421,11 @@ DECODERS = {
 }
 
 
-def grey(image):
+def gray(image):
     """Returns luma, uint8 (height, width, 1), in Pillow's fixed-point arithmetic."""
     import tensorflow as tf
 
-    luma = tf.reduce_sum(tf.cast(image, tf.int32) * GREY, axis=-1, keepdims=True)
+    luma = tf.reduce_sum(tf.cast(image, tf.int32) * GRAY, axis=-1, keepdims=True)
     return tf.cast((luma + 32768) // 65536, tf.uint8)
 
 

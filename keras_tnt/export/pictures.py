@@ -72,11 +72,11 @@ class PictureModel:
 def normalised(images, card):
     """Normalizes pixels in [0, 255], for a model that does not normalize by itself."""
     shape = (-1, 1, 1) if card["data_format"] == "channels_first" else (-1,)
-    mean, std = (np.reshape(value, shape) for value in normalisation_of(card))
+    mean, std = (np.reshape(value, shape) for value in normalization_of(card))
     return ((images / 255 - mean) / std).astype("float32")
 
 
-def normalisation_of(card):
+def normalization_of(card):
     """Returns mean and std as arrays, with one value per channel of the model, or averaged."""
     mean_and_std = (np.asarray(card[name], dtype="float32") for name in ("mean", "std"))
     return [x if card["channels"] == len(x) else x.mean(keepdims=True) for x in mean_and_std]

@@ -4,7 +4,7 @@ import json
 
 
 def configuration(
-    name, backend, inputs, outputs, labelled, max_batch_size=8, max_queue_delay=1e-3, instances=1
+    name, backend, inputs, outputs, labeled, max_batch_size=8, max_queue_delay=1e-3, instances=1
 ):
     """Returns the text of a `config.pbtxt`.
 
@@ -13,12 +13,12 @@ def configuration(
         backend: Triton backend that runs it.
         inputs: (type, shape without the batch axis) by name.
         outputs: (type, shape without the batch axis) by name.
-        labelled: whether `labels.txt` contains class names.
+        labeled: whether `labels.txt` contains class names.
         max_batch_size: as in `keras_tnt.export.triton`. Defaults to 8.
         max_queue_delay: as in `keras_tnt.export.triton`, in seconds. Defaults to 0.001.
         instances: as in `keras_tnt.export.triton`. Defaults to 1.
     """
-    labels = {"probabilities": "labels.txt"} if labelled else {}
+    labels = {"probabilities": "labels.txt"} if labeled else {}
     # The Python backend's instances are processes that compute on the CPU.
     kind = "KIND_CPU" if backend == "python" else "KIND_AUTO"
     parts = [

@@ -8,7 +8,7 @@ from keras_tnt.figures import drawable, save
 from keras_tnt.inspection.maps import attention_maps, attention_rollout
 from keras_tnt.inspection.subject import activation_name, cause_of_nonfinite, check_finite_images
 
-COLOURS = ("#ff5964", "#35c4dc", "#7ac74f")
+COLORS = ("#ff5964", "#35c4dc", "#7ac74f")
 GLOW = (1.0, 0.6, 0.0, 0.8)
 
 
@@ -62,9 +62,9 @@ def plot_attention(model, image, path, patches=None):
     heads = class_attention(model, image, maps)
     mean = heads.mean(axis=0)
     if patches is None:
-        patches = np.argsort(-mean, axis=None, kind="stable")[: len(COLOURS)]
+        patches = np.argsort(-mean, axis=None, kind="stable")[: len(COLORS)]
     patches = [int(patch) for patch in patches]
-    if not 0 < len(patches) <= len(COLOURS) or not set(patches) <= set(range(mean.size)):
+    if not 0 < len(patches) <= len(COLORS) or not set(patches) <= set(range(mean.size)):
         raise ValueError(
             f"`patches` must be up to three numbers from 0 to {mean.size - 1}. Received: {patches}"
         )
@@ -150,8 +150,8 @@ def draw_outer(figure, reader, pixels, title, heats, frames):
         glow[..., 3] *= (heat - low) / max(high - low, 1e-6)
         over(axis, glow, pixels)
     for axis in axes[:3]:
-        for (row, column, grid), colour in zip(frames, COLOURS, strict=False):
-            frame(axis, row, column, grid, pixels, colour)
+        for (row, column, grid), color in zip(frames, COLORS, strict=False):
+            frame(axis, row, column, grid, pixels, color)
 
 
 def draw_inner(figure, pixels, attention, frames):
@@ -168,12 +168,12 @@ def draw_inner(figure, pixels, attention, frames):
         fontsize=10,
     )
     axes = figure.subplots(1, 2 * len(frames))
-    for i, ((row, column, grid), colour) in enumerate(zip(frames, COLOURS, strict=False)):
+    for i, ((row, column, grid), color) in enumerate(zip(frames, COLORS, strict=False)):
         patch = cut_out(pixels, row, column, grid)
         word = np.argmax(np.square(shares[i] - 1).sum(axis=1))
         heat = np.reshape(shares[i, word], (side, side))
-        show(axes[2 * i], patch, f"row {row + 1}, column {column + 1}, in words", colour)
-        show(axes[2 * i + 1], patch, "its dotted word attends to", colour)
+        show(axes[2 * i], patch, f"row {row + 1}, column {column + 1}, in words", color)
+        show(axes[2 * i + 1], patch, "its dotted word attends to", color)
         over(axes[2 * i + 1], heat, patch, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach)
         for axis in axes[2 * i : 2 * i + 2]:
             frame(axis, *divmod(word, side), (side, side), patch, "black")
@@ -192,15 +192,15 @@ def percent(x):
     return f"{100 * float(f'{x:.2g}'):.6g}%"
 
 
-def show(axis, pixels, title, colour="black"):
+def show(axis, pixels, title, color="black"):
     """Shows pixels without ticks, with a title and a colored frame."""
     axis.imshow(pixels, interpolation="nearest")
     axis.set_title(title, fontsize=8)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
-        spine.set_color(colour)
-        spine.set_linewidth(2.5 if colour != "black" else 0.5)
+        spine.set_color(color)
+        spine.set_linewidth(2.5 if color != "black" else 0.5)
 
 
 def over(axis, heat, pixels, **style):
@@ -210,7 +210,7 @@ def over(axis, heat, pixels, **style):
     axis.imshow(heat, extent=extent, interpolation="nearest", **style)
 
 
-def frame(axis, row, column, grid, pixels, colour, linestyle="-"):
+def frame(axis, row, column, grid, pixels, color, linestyle="-"):
     """Draws the frame of a grid's cell over pixels."""
     from matplotlib.patches import Rectangle
 
@@ -223,7 +223,7 @@ def frame(axis, row, column, grid, pixels, colour, linestyle="-"):
             height,
             fill=False,
             clip_on=False,
-            edgecolor=colour,
+            edgecolor=color,
             linewidth=2,
             linestyle=linestyle,
         )

@@ -160,7 +160,7 @@ def test_gray_model_with_external_normalization(folder, tmp_path, capsys):
         classes=3,
         include_preprocessing=False,
     )
-    path = tmp_path / "grey.keras"
+    path = tmp_path / "gray.keras"
     model.save(path)
     image = files(folder)[0]
     assert main([image, f"--model={path}", "--json"]) == 0

@@ -10,7 +10,7 @@ from keras_tnt import inspection
 from keras_tnt.inspection.faithfulness import saco
 from keras_tnt.inspection.subject import Subject
 
-GREY = (10.0, 20.0, 30.0)
+GRAY = (10.0, 20.0, 30.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def without(image, *patches):
     """Returns the image with the given ones of its six patches in gray."""
     image = image.copy()
     for row, column in (divmod(patch, 3) for patch in patches):
-        image[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = GREY
+        image[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = GRAY
     return image
 
 
@@ -48,7 +48,7 @@ def test_patches_are_deleted_and_inserted_by_relevance(model, images):
     order = [4, 0, 2, 5, 1, 3]
     maps = np.empty(6)
     maps[order] = [6, 5, 4, 3, 2, 1]
-    found = inspection.faithfulness(model, images[:1], maps.reshape(1, 2, 3), 2, baseline=GREY)
+    found = inspection.faithfulness(model, images[:1], maps.reshape(1, 2, 3), 2, baseline=GRAY)
     deleted = [without(images[0], *order[:n]) for n in range(7)]
     inserted = [without(images[0], *order[n:]) for n in range(7)]
     deleted, inserted = (probabilities(model, x, 2) for x in (deleted, inserted))
@@ -63,8 +63,8 @@ def test_occlusion_maps_are_faithful(model, images):
     lacking = [[x, *(without(x, patch) for patch in range(6))] for x in images]
     found = [probabilities(model, cases, 1) for cases in lacking]
     maps = np.reshape([p[0] - p[1:] for p in found], (3, 2, 3))
-    found = inspection.faithfulness(model, images, maps, 1, baseline=GREY)
-    contrary = inspection.faithfulness(model, images, -maps, 1, baseline=GREY)
+    found = inspection.faithfulness(model, images, maps, 1, baseline=GRAY)
+    contrary = inspection.faithfulness(model, images, -maps, 1, baseline=GRAY)
     assert found["images"] == 3
     assert found["saco"] == pytest.approx(1) and contrary["saco"] == pytest.approx(-1)
     assert -1 < found["random"]["saco"] < 1
@@ -105,9 +105,9 @@ def test_curves_measure_the_outputs_of_the_model(activation, classes, distilled)
     images = draw.uniform(0, 255, (2, 16, 24, 3))
     maps = draw.random((2, 2, 3))
     target = classes - 1
-    found = inspection.faithfulness(model, images, maps, target, baseline=GREY)
+    found = inspection.faithfulness(model, images, maps, target, baseline=GRAY)
     whole = probabilities(model, images, target)
-    empty = probabilities(model, [np.broadcast_to(GREY, (16, 24, 3))], target)[0]
+    empty = probabilities(model, [np.broadcast_to(GRAY, (16, 24, 3))], target)[0]
     assert found["measure"] == (activation or "linear")
     for curve in (found["deletion"], found["insertion"][::-1], found["random"]["deletion"]):
         assert curve[0] == pytest.approx(whole.mean(), abs=1e-5)
@@ -135,7 +135,7 @@ def test_custom_head_is_measured_by_its_activation(head, measure):
     images = np.random.default_rng(3).uniform(0, 255, (2, 16, 24, 3))
     maps = inspection.relevance(model, images, 0)  # uses the gradient of the logit
     assert maps.max() > 0
-    found = inspection.faithfulness(model, images, maps, 0, baseline=GREY)
+    found = inspection.faithfulness(model, images, maps, 0, baseline=GRAY)
     assert found["measure"] == measure
     expected = probabilities(model, images, 0)
     assert found["deletion"][0] == pytest.approx(expected.mean(), abs=1e-5)

@@ -39,8 +39,8 @@ def models():
         built[name] = model = builder(**arguments)
         draw = np.random.default_rng(1)
         for weight in model.weights:
-            centre = 1.0 if weight.name in ("gamma", "moving_variance") else 0.0
-            values = centre + 0.3 * draw.normal(size=weight.shape)
+            center = 1.0 if weight.name in ("gamma", "moving_variance") else 0.0
+            values = center + 0.3 * draw.normal(size=weight.shape)
             weight.assign(np.abs(values) if weight.name == "moving_variance" else values)
     return built
 
@@ -177,11 +177,11 @@ def test_rollout_method_equals_attention_rollout(models, name):
 
 
 def test_integrated_gradients_sum_to_the_difference_of_logits(models):
-    model, grey = models["deit"], (120.0, 110.0, 100.0)
+    model, gray = models["deit"], (120.0, 110.0, 100.0)
     images = images_for(model)
-    maps = inspection.relevance(model, images, [0, 3], "integrated_gradients", baseline=grey)
+    maps = inspection.relevance(model, images, [0, 3], "integrated_gradients", baseline=gray)
     subject = Subject(model, images)
-    without = np.broadcast_to(grey, images.shape)
+    without = np.broadcast_to(gray, images.shape)
     added = (subject.predict(images) - subject.predict(without))[[0, 1], [0, 3]]
     np.testing.assert_allclose(maps.sum(axis=(1, 2)), added, rtol=0.1)
 

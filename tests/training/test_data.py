@@ -90,8 +90,8 @@ def test_gray_and_cmyk_images_are_converted_to_rgb(folder):
     values = folder_config(root)
     seen = collect(evaluation(sources.open_split(values, held_out=True), values))
     assert seen["image"].shape[1:] == (32, 32, 3)
-    grey = [(i[..., 0] == i[..., 1]).all() and i.any() for i in seen["image"]]
-    assert sum(grey) == 1
+    gray = [(i[..., 0] == i[..., 1]).all() and i.any() for i in seen["image"]]
+    assert sum(gray) == 1
 
 
 def test_too_many_unreadable_images_raise(folder):

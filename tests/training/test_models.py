@@ -20,10 +20,10 @@ def test_forward_flops_match_the_published_number():
 
 def test_normalized_noise_is_inverted_to_pixels():
     model = models.tnt_digits()
-    scale, offset = models.normalisation(model)
+    scale, offset = models.normalization(model)
     noise = np.random.default_rng(0).normal(size=(2, 4, 4, 3))
     np.testing.assert_allclose(models.pixels(model, noise) * scale + offset, noise, atol=1e-4)
-    assert models.mean_colour(model) == (128, 128, 128)
+    assert models.mean_color(model) == (128, 128, 128)
 
 
 def test_peak_tflops_is_the_given_one_or_0_on_a_cpu():

@@ -628,7 +628,7 @@ def test_splits_accept_tensorflow_datasets_syntax(tfds_dir):
     ("dataset", "values", "message"),
     [
         ("tfds:cifar1", {}, "has no 'cifar1'. Did you mean cifar10 "),
-        ("tfds:cifar10/grey", {}, "cifar10 has the version 3.0.2 and the configurations none"),
+        ("tfds:cifar10/gray", {}, "cifar10 has the version 3.0.2 and the configurations none"),
         ("tfds:imagenet_v2/no", {}, "configurations matched-frequency, threshold-0.7, topimages"),
         ("tfds:", {}, "must be tfds:<name>"),
         ("tfds:hub:x", {}, "must be tfds:<name>"),
@@ -675,13 +675,13 @@ def test_data_set_without_a_label_raises(tmp_path):
         {"image": tfds.features.Image(), "id": tfds.features.Text()}
     )
     identity = tfds.core.dataset_info.DatasetIdentity(
-        name="unlabelled",
+        name="unlabeled",
         version=tfds.core.Version("1.0.0"),
-        data_dir=str(tmp_path / "unlabelled/1.0.0"),
+        data_dir=str(tmp_path / "unlabeled/1.0.0"),
         module_name="",
     )
     info = tfds.core.DatasetInfo(builder=identity, features=features)
-    (tmp_path / "unlabelled/1.0.0").mkdir(parents=True)
+    (tmp_path / "unlabeled/1.0.0").mkdir(parents=True)
     info.features.save_config(info.data_dir)
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=8)
     writer.initialize_splits(["train", "test"])
@@ -689,7 +689,7 @@ def test_data_set_without_a_label_raises(tmp_path):
     writer.close_all()
     refused(
         "has no feature for the label of named classes; its features are",
-        "tfds:unlabelled",
+        "tfds:unlabeled",
         tmp_path,
     )
 

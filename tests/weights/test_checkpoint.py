@@ -63,7 +63,7 @@ def values(model):
     return {v.path: keras.ops.convert_to_numpy(v) for v in model.variables}
 
 
-def randomise(model):
+def randomize(model):
     rng = np.random.default_rng(3)
     for variable in model.weights:
         if "float" in variable.dtype:
@@ -96,7 +96,7 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoint_round_trip_is_exact(name, path):
-    model = randomise(MODELS[name]())
+    model = randomize(MODELS[name]())
     keras_tnt.save_checkpoint(model, path)
     other = MODELS[name]()
     assert keras_tnt.load_checkpoint(other, path) is other
@@ -140,7 +140,7 @@ def golden_model(name, reference):
 
 
 def test_float16_checkpoint_fills_a_float32_model(path, tmp_path):
-    model = randomise(MODELS["tnt"]())
+    model = randomize(MODELS["tnt"]())
     keras_tnt.save_checkpoint(model, path)
     halves = {name: value.astype("float16") for name, value in load_file(path).items()}
     save_file(halves, tmp_path / "half.safetensors")
@@ -154,7 +154,7 @@ def test_float16_checkpoint_fills_a_float32_model(path, tmp_path):
 @pytest.mark.slow
 def test_bfloat16_model_round_trip(path):
     keras.config.set_dtype_policy("bfloat16")
-    model = randomise(MODELS["tnt"]())
+    model = randomize(MODELS["tnt"]())
     keras_tnt.save_checkpoint(model, path)
     other = keras_tnt.load_checkpoint(MODELS["tnt"](), path)
     assert {v.dtype for v in other.trainable_variables} == {"bfloat16"}
@@ -165,7 +165,7 @@ def test_bfloat16_model_round_trip(path):
 
 
 def test_headless_model_ignores_the_heads(path):
-    model = randomise(MODELS["deit distilled"]())
+    model = randomize(MODELS["deit distilled"]())
     keras_tnt.save_checkpoint(model, path)
     backbone = keras_tnt.load_checkpoint(MODELS["deit distilled"](include_top=False), path)
     full = values(model)
@@ -175,7 +175,7 @@ def test_headless_model_ignores_the_heads(path):
 def test_custom_head_is_saved_with_the_backbone(path):
     backbone = MODELS["tnt"](include_top=False, pooling="token")
     model = keras.Sequential([backbone, keras.layers.Dense(7, name="head")])
-    keras_tnt.save_checkpoint(randomise(model), path)
+    keras_tnt.save_checkpoint(randomize(model), path)
     other = keras_tnt.load_checkpoint(MODELS["tnt"](classes=7, classifier_activation=None), path)
     assert_same_predictions(model, other)
 
@@ -184,18 +184,18 @@ def test_lora_update_is_merged_into_saved_kernels(path):
     model = MODELS["tnt"]()
     for layer in dense_layers(model):
         layer.enable_lora(2)
-    randomise(model)
+    randomize(model)
     keras_tnt.save_checkpoint(model, path)
     other = keras_tnt.load_checkpoint(MODELS["tnt"](), path)
     assert_same_predictions(model, other)
 
 
 def test_loading_resets_lora(path):
-    keras_tnt.save_checkpoint(randomise(MODELS["tnt"]()), path)
+    keras_tnt.save_checkpoint(randomize(MODELS["tnt"]()), path)
     plain, adapted = MODELS["tnt"](), MODELS["tnt"]()
     for layer in dense_layers(adapted):
         layer.enable_lora(2)
-    randomise(adapted)
+    randomize(adapted)
     for model in (plain, adapted):
         keras_tnt.load_checkpoint(model, path)
     assert_same_predictions(plain, adapted)
@@ -240,10 +240,10 @@ def test_layers_without_a_checkpoint_name_raise(path):
 
 
 def test_custom_layers_around_the_model_are_not_changed(path):
-    source = randomise(MODELS["tnt"]())
+    source = randomize(MODELS["tnt"]())
     keras_tnt.save_checkpoint(source, path)
-    grey = keras.Input((32, 32, 1))
-    colors = keras.layers.Conv2D(3, 1, name="colors")(grey)
+    gray = keras.Input((32, 32, 1))
+    colors = keras.layers.Conv2D(3, 1, name="colors")(gray)
     backbone = MODELS["tnt"](
         input_tensor=colors, input_shape=None, include_top=False, pooling="token", weights=path
     )
@@ -340,7 +340,7 @@ def test_tensors_unused_by_the_forward_pass_are_ignored(path):
 @pytest.mark.parametrize("ending", [".safetensors", ".weights.h5", ".keras"])
 @pytest.mark.parametrize("name", ["tnt", "deit distilled", "cait", "pyramid"])
 def test_saved_file_as_weights_argument(name, ending, tmp_path):
-    model = randomise(MODELS[name]())
+    model = randomize(MODELS[name]())
     path = str(tmp_path / f"model{ending}")
     if ending == ".safetensors":
         keras_tnt.save_checkpoint(model, path)
@@ -353,7 +353,7 @@ def test_saved_file_as_weights_argument(name, ending, tmp_path):
 
 @pytest.mark.parametrize("ending", [".safetensors", ".weights.h5", ".keras"])
 def test_saved_file_for_a_headless_model_at_another_resolution(ending, tmp_path):
-    model = randomise(MODELS["tnt"]())
+    model = randomize(MODELS["tnt"]())
     path = str(tmp_path / f"model{ending}")
     if ending == ".safetensors":
         keras_tnt.save_checkpoint(model, path)
@@ -371,7 +371,7 @@ def test_saved_file_for_a_headless_model_at_another_resolution(ending, tmp_path)
 
 def test_torch_file_as_weights_argument(tmp_path):
     torch = pytest.importorskip("torch")
-    model = randomise(MODELS["tnt"]())
+    model = randomize(MODELS["tnt"]())
     keras_tnt.save_checkpoint(model, tmp_path / "model.safetensors")
     tensors = load_file(tmp_path / "model.safetensors")
     nested = {"model": {f"module.{k}": torch.tensor(v) for k, v in tensors.items()}}

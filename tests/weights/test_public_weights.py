@@ -42,7 +42,7 @@ def logits(model):
     return keras.ops.convert_to_numpy(model(images(model)))
 
 
-def randomise(model):
+def randomize(model):
     """Assigns random values to every variable, so that none that is not loaded is missed."""
     rng = np.random.default_rng(1)
     for variable in model.variables:
@@ -70,7 +70,7 @@ def test_imagenet_weights_give_the_logits_of_the_published_model(name, hub, tmp_
     build = getattr(keras_tnt, row.model)
     arguments = {"classifier_activation": None, **CASES[name]}
     reference = build(weights=None, **arguments)
-    randomise(reference)
+    randomize(reference)
     publish(hub, row, reference, tmp_path / "model.safetensors")
 
     model = build(**arguments)
