@@ -112,7 +112,7 @@ def flag(field):
 
 
 def commands():
-    """What `keras-tnt COMMAND --help` says."""
+    """Returns the output of `keras-tnt COMMAND --help` of each command."""
     os.environ["COLUMNS"] = "88"
     parsers = command.parsers()
     return "\n\n".join(
@@ -197,27 +197,27 @@ def missing(documented):
 
 
 def close_code(app, kind, name, value, options, lines):
-    """Let `Variant`s be what it is in Markdown: code, and an s behind it."""
+    """Separates code from a letter that follows it, which Markdown allows and reST does not."""
     lines[:] = [re.sub(r"(?<!`)(`[^`]+`)(?=\w)", r"\1\\ ", line) for line in lines]
 
 
 def check_reference(app, environment):
-    """Warn of every public name without an entry."""
+    """Warns about every public name without an entry."""
     for name in missing(environment.get_domain("py").objects):
         logger.warning("%s is public and has no entry in docs/api.", name)
 
 
 def explored():
-    """The page of `explore` for what explored.json keeps: a TNT that classifies three digits.
+    """Returns the page of `explore` for explored.json: a TNT that classifies three digits.
 
-    The file has the numbers alone, as explore gives them to its template.
+    The file has the numbers alone, as explore passes them to its template.
     """
     kept = json.loads(Path(__file__).with_name("explored.json").read_text(encoding="utf-8"))
     return fill(kept["page"], [base64.b64decode(each) for each in kept["data"]])
 
 
 def write_explored(app, error):
-    """Put the page of `explore` where why.md shows it."""
+    """Writes the page of `explore` that why.md embeds."""
     if error is None and app.builder.format == "html":
         (Path(app.outdir) / "_static" / "explore.html").write_bytes(explored())
 
