@@ -30,8 +30,8 @@ class ImageFolder(keras.utils.PyDataset):
 
     Attributes:
         class_names: names of the folders, sorted.
-        paths, labels: paths of the images and indices of their classes, in the order of their
-            names.
+        paths: paths of the images, in the order of their names.
+        labels: indices of their classes.
 
     Raises:
         ValueError: if there are no folders with images, or an argument is out of range.

@@ -102,7 +102,8 @@ def new_file(path, *companions):
 def temporary_files_in(folder):
     """Sets Python's temporary directory to `folder` within the block.
 
-    Scratch folders are removed by a later export if this process is killed; `/tmp` is not.
+    A later export removes scratch folders of a killed process, and nothing removes its files in
+    `/tmp`, such as the one that AutoGraph writes for the signatures of a SavedModel.
     """
     before, tempfile.tempdir = tempfile.tempdir, os.fspath(folder)
     try:

@@ -1,9 +1,7 @@
 """Export to a SavedModel for TF Serving."""
 
-import contextlib
 import json
 import os
-import tempfile
 
 import keras
 import numpy as np
@@ -156,7 +154,7 @@ def write_saved_model(network, references, card, directory, version, signatures)
         needed = files.size_of(network) + sum(map(len, warmup)) + size_of_graphs(functions)
         check_space(directory, needed, "The SavedModel")
         with files.new_version(directory, version) as place:
-            with temporary_files_in(temporary):
+            with files.temporary_files_in(temporary):
                 tf.saved_model.save(module, place.aside, functions)
             if "classify" in signatures:
                 set_method(place.aside, "classify", CLASSIFY)
@@ -165,20 +163,6 @@ def write_saved_model(network, references, card, directory, version, signatures)
             with open(os.path.join(place.aside, CARD), "w", encoding="utf-8") as file:
                 json.dump(card, file, indent=1)
     return place.path
-
-
-@contextlib.contextmanager
-def temporary_files_in(folder):
-    """Sets Python's temporary directory to `folder` within the block.
-
-    TensorFlow wraps signatures with AutoGraph, whose temporary file is removed when the process
-    ends, and never if it is killed.
-    """
-    before, tempfile.tempdir = tempfile.tempdir, folder
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
 
 
 def size_of_graphs(functions):
