@@ -252,6 +252,8 @@ class Run:
             config.keep,
             background=True,
             keep_best=config.keep_best,
+            # A run in float32 or bfloat16 may be resumed in float16.
+            defaults=optimization.LOSS_SCALE,
         )
         self.profiler = profiling.Profiler(config, self.total, self.chief, self.reporter.say)
         # `healthy`: last step with a good loss, so that the weights before its update are good.

@@ -81,6 +81,10 @@ def ema_decay(config, step):
     return tf.minimum(1 - tf.pow(1 + step, -2 / 3), config.ema)
 
 
+# Initial values of the state that only --precision=float16 has.
+LOSS_SCALE = {"loss_scale": 2.0**15, "loss_scale_age": 0.0}
+
+
 class Optimizer:
     """Optimizer with weight-decay groups, layer decay, clipping, EMA and dynamic loss scaling.
 
@@ -109,7 +113,7 @@ class Optimizer:
             average.assign(variable.numpy())
         self.scaling = config.precision == "float16"
         # Loss scale, and number of updates since it last changed.
-        self.scale = [tf.Variable(2.0**15, trainable=False), tf.Variable(0.0, trainable=False)]
+        self.scale = [tf.Variable(value, trainable=False) for value in LOSS_SCALE.values()]
 
     def state(self):
         """Returns all variables to checkpoint, by name."""
@@ -119,7 +123,7 @@ class Optimizer:
         if self.averages:
             named |= {f"ema/{n}": v for n, v in zip(self.names, self.averages, strict=True)}
         if self.scaling:
-            named |= {"loss_scale": self.scale[0], "loss_scale_age": self.scale[1]}
+            named |= dict(zip(LOSS_SCALE, self.scale, strict=True))
         return named
 
     @contextlib.contextmanager

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import keras_tnt
 from keras_tnt import finetuning
-from training import configuration, models, optimization, recipes
+from training import checkpoint, configuration, models, optimization, recipes
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "cosine_schedule.json"
 
@@ -309,6 +309,38 @@ def test_loss_scale_doubles_periodically_and_halves_on_overflow(monkeypatch):
     np.testing.assert_array_equal(stayed, kept)
     optimizer.scale[0].assign(1.0)
     assert update(np.inf)[1:] == (1.0, 0)
+
+
+@pytest.fixture(scope="module")
+def states():
+    """Returns the variables to checkpoint of a small model, by precision."""
+    found, sizes = {}, {"depth": 1, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2}
+    for precision in configuration.PRECISIONS:
+        config = configuration.make("digits", precision=precision, ema=0.9)
+        policy = "float32" if precision == "float32" else f"mixed_{precision}"
+        model = models.tnt_digits(dtype=policy, stochastic_depth=0.1, inner_stride=4, **sizes)
+        optimizer = optimization.Optimizer(model, config)
+        found[precision] = models.state(model) | optimizer.state()
+    return found
+
+
+@pytest.mark.parametrize("new", configuration.PRECISIONS)
+@pytest.mark.parametrize("old", configuration.PRECISIONS)
+def test_checkpoint_is_restored_in_another_precision(states, tmp_path, old, new):
+    def fill(variables, value):
+        for variable in variables.values():
+            variable.assign(tf.cast(tf.fill(variable.shape, value), variable.dtype))
+
+    fill(states[old], 3)
+    checkpoint.Checkpoints(tmp_path, states[old], 1).save(5, {"healthy": 4})
+    fill(states[new], 7)
+    restored = checkpoint.Checkpoints(tmp_path, states[new], 1, defaults=optimization.LOSS_SCALE)
+    assert restored.restore()["step"] == 5
+    absent = states[new].keys() - states[old].keys()
+    assert absent == (set(optimization.LOSS_SCALE) if new == "float16" != old else set())
+    for name, variable in states[new].items():
+        expected = optimization.LOSS_SCALE[name] if name in absent else 3
+        assert (variable.numpy() == expected).all(), name
 
 
 # === Recipes ===
