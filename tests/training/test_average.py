@@ -100,6 +100,20 @@ def test_last_checkpoints_are_averaged_with_moving_statistics(whole, ema):
     assert result["results"] is None
 
 
+def test_last_checkpoints_leave_out_the_untrained_step_0(tmp_path):
+    run = tmp_path / "run"
+    make_run(run)
+    checkpoints = run / "checkpoints"
+    os.rename(
+        checkpoints / "step_000000008.safetensors", checkpoints / "step_000000000.safetensors"
+    )
+    paths = average.choose(run, 2, None, [], ema=False)
+    assert [checkpoint.step_of(path) for path in paths] == [16, 12]
+    message = r"2 last checkpoints \(steps 12, 16, without the untrained step 0\)"
+    with pytest.raises(ValueError, match=message):
+        average.average(run, last=3)
+
+
 def test_best_selects_the_best_evaluations(whole):
     assert average.average(whole, best=2)["steps"] == [8, 16]
     assert_holds(whole, numpy_mean(whole, ["step_000000008", "step_000000016"]))
