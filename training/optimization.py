@@ -53,8 +53,9 @@ def linear(config, peak, epoch):
 
 
 def step(config, peak, epoch):
-    """Returns the rate of a step decay: times `step_factor` every `step_epochs`."""
-    return peak * config.step_factor ** (epoch // config.step_epochs)
+    """Returns the rate of a step decay: times `step_factor` every `step_epochs` before `epochs`."""
+    last = math.ceil(config.epochs / config.step_epochs) - 1
+    return peak * config.step_factor ** min(epoch // config.step_epochs, last)
 
 
 def constant(config, peak, epoch):

@@ -50,12 +50,25 @@ def test_schedule_delay_has_no_effect_on_a_schedule_per_update():
     assert rates[0] == rates[1]
 
 
-@pytest.mark.parametrize(("schedule", "rate"), [("cosine", 0.2), ("linear", 0.2), ("constant", 1)])
+@pytest.mark.parametrize(
+    ("schedule", "rate"),
+    [("cosine", 0.2), ("linear", 0.2), ("constant", 1), ("step", 0.125)],
+)
 def test_cooldown_epochs_have_the_last_rate(schedule, rate):
     config = configuration.make("digits", schedule=schedule, cooldown_epochs=4, **RATES)
     assert config.total_epochs == 14
     for epoch in (10, 10.05, 12.5, 13.95):
         assert optimization.learning_rate(config, 20 * epoch, 20) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "step_epochs", "drops"), [(30, 30, 0), (31, 30, 1), (30, 10, 2), (30, 40, 0)]
+)
+def test_step_schedule_does_not_drop_in_the_cooldown(epochs, step_epochs, drops):
+    values = {**RATES, "epochs": epochs, "step_epochs": step_epochs, "schedule": "step"}
+    config = configuration.make("digits", cooldown_epochs=50, **values)
+    for epoch in (epochs - 0.05, epochs, epochs + 0.05, epochs + 20, epochs + 49.95):
+        assert optimization.learning_rate(config, round(20 * epoch), 20) == 0.5**drops
 
 
 def test_learning_rate_changes_in_every_update():
