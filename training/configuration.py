@@ -216,8 +216,9 @@ class Config:
     )
     loss: str = option(
         "cross_entropy",
-        "of the class head; bce: binary cross-entropy, every class in a mixed image counts as "
-        "present (DeiT III)",
+        "of the class head; bce: binary cross-entropy, of the smoothed labels, as in timm, or with "
+        "--label_smoothing=0 of labels in which every class of a mixed image counts as present "
+        "(DeiT III)",
         LOSSES,
     )
     label_smoothing: float = option(0.0, "share of the label spread over all classes")
@@ -364,12 +365,6 @@ class Config:
             )
         if self.teacher_preprocessing != "auto" and not self.teacher:
             raise ValueError("--teacher_preprocessing goes with --teacher, which is missing")
-        if self.loss == "bce" and self.label_smoothing:
-            raise ValueError(
-                "--loss=bce counts every class with a share in the label as present, and "
-                f"--label_smoothing={self.label_smoothing} gives one to all classes. Give "
-                "--label_smoothing=0"
-            )
         if self.ema_warmup and not self.ema:
             raise ValueError(
                 "--ema_warmup goes with --ema, the decay that it grows to, such as --ema=0.9999"
