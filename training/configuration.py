@@ -249,7 +249,9 @@ class Config:
     )
     randaugment: bool = option(False, "RandAugment rand-m9-mstd0.5-inc1")
     three_augment: bool = option(
-        False, "3-Augment of DeiT III: grayscale, solarize or Gaussian blur, before --color_jitter"
+        False,
+        "3-Augment of DeiT III: grayscale, solarize or Gaussian blur, before --color_jitter; in "
+        "place of a recipe's --randaugment",
     )
     erasing: float = option(0.0, "probability of random erasing, in pixel mode")
     erase_after_mixing: bool = option(
@@ -454,7 +456,7 @@ def make(recipe=None, **values):
         recipe: Name of the recipe. If `None`, the `recipe` of the file `config`; without one
             "finetune" for the data sets folder, table and tfds, else "digits".
         **values: Fields of `Config`. Those in the file that `config` names are used where neither
-            `values` nor `recipe` sets them.
+            `values` nor `recipe` sets them. `three_augment` replaces the recipe's RandAugment.
 
     Returns:
         A `Config`.
@@ -476,6 +478,8 @@ def make(recipe=None, **values):
     if recipe is None:
         own_images = values.get("dataset", "").partition(":")[0] in ("folder", "table", "tfds")
         recipe = "finetune" if own_images else "digits"
+    if values.get("three_augment"):
+        values.setdefault("randaugment", False)
     values = {**recipes.get(recipe).values, "recipe": recipe, **values}
     if values.get("weights") == "none":
         values["weights"] = ""
