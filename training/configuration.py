@@ -464,6 +464,7 @@ def make(recipe=None, **values):
     Raises:
         ValueError: If the recipe or a field does not exist, or a value is invalid.
         OSError: If the file `config` cannot be read.
+        ImportError: If a module of `plugins` cannot be imported.
 
     Example:
         >>> make("digits", epochs=3, workdir="/tmp/run").epochs
@@ -473,6 +474,7 @@ def make(recipe=None, **values):
     if unknown:
         raise ValueError(f"no such value: {', '.join(unknown)}. There are: {', '.join(FIELDS)}")
     values = with_file(values)
+    load_plugins(values.get("plugins"))
     named = values.pop("recipe", None)
     recipe = named if recipe is None else recipe
     if recipe is None:
@@ -521,13 +523,12 @@ def define_flags(names=tuple(FIELDS)):
 
 
 def from_flags(values):
-    """Returns the configuration given by parsed flags, after importing `--plugins`.
+    """Returns the configuration given by parsed flags.
 
     Args:
         values: An `absl.flags.FlagValues`.
     """
     given = {name: values[name].value for name in FIELDS if values[name].value is not None}
-    load_plugins(with_file(given).get("plugins"))
     return make(**given)
 
 
