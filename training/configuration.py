@@ -3,6 +3,7 @@
 Precedence, highest first: a flag, the `--config` file, the recipe, the default in this table.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -334,7 +335,7 @@ class Config:
     )
 
     def __post_init__(self):
-        """Expands `~` in paths and validates all fields.
+        """Expands `~` in paths, normalizes `model_args` and validates all fields.
 
         Raises:
             ValueError: If a value, or a combination of values, is invalid.
@@ -373,7 +374,7 @@ class Config:
             )
         if self.schedule == "step" and not self.step_epochs:
             raise ValueError("--step_epochs must be more than 0 for --schedule=step: 0.0")
-        model_arguments(self)
+        object.__setattr__(self, "model_args", normalize_model_args(self.model_args))
         profile_steps(self)
         if self.three_augment and self.randaugment:
             raise ValueError(
@@ -394,17 +395,40 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def model_arguments(config):
-    """Returns `--model_args` as a dict.
+    """Returns `--model_args` as a dict."""
+    return parse_model_args(config.model_args)
+
+
+def normalize_model_args(text):
+    """Returns `--model_args` as JSON with sorted names, so that equal arguments are equal text.
 
     Raises:
-        ValueError: If it is not a JSON object, or sets an argument that has its own flag.
+        ValueError: As `parse_model_args`.
     """
-    if not config.model_args:
+    arguments = parse_model_args(text)
+    return json.dumps(arguments, sort_keys=True) if arguments else ""
+
+
+def parse_model_args(given):
+    """Returns the dict that `--model_args` describes, {} for an empty text.
+
+    Args:
+        given: Text of the flag.
+
+    Raises:
+        ValueError: If it is not a JSON object, has a name twice, or sets an argument that has its
+            own flag.
+    """
+    if not given:
         return {}
-    given, example = config.model_args, """--model_args='{"depth": 4}'"""
+    example = """--model_args='{"depth": 4}'"""
     try:
-        arguments = json.loads(given)
-    except json.JSONDecodeError as error:
+        arguments = config_files.parse_json(given)
+    except RecursionError as error:
+        raise ValueError(
+            f"--model_args must be a JSON object, such as {example}. It is nested too deeply"
+        ) from error
+    except ValueError as error:
         raise ValueError(
             f"--model_args must be a JSON object, such as {example}. Received: {given!r} ({error})"
         ) from error
@@ -450,7 +474,7 @@ def warnings(config):
 
 
 def make(recipe=None, **values):
-    """Returns the configuration of a recipe with some fields overridden.
+    """Returns the configuration of a recipe with some fields overridden; imports `plugins` first.
 
     Args:
         recipe: Name of the recipe. If `None`, the `recipe` of the file `config`; without one
@@ -557,6 +581,9 @@ def differences(config, recorded):
         Dict from field name to (recorded, given), without the fields that may change freely.
     """
     old = {name: recorded.get(name, field.default) for name, field in FIELDS.items()}
+    with contextlib.suppress(ValueError, TypeError):
+        # Earlier versions recorded the text as it was given.
+        old["model_args"] = normalize_model_args(old["model_args"])
     return {
         name: (old[name], getattr(config, name))
         for name, field in FIELDS.items()

@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import inspect
+import json
 import os
+import typing
 import zipfile
 
 import keras
@@ -130,14 +132,16 @@ def custom_arguments(config, builder):
         builder: Function that builds the model.
 
     Raises:
-        ValueError: If the builder has no such argument; the message suggests the nearest ones.
+        ValueError: If the builder has no such argument, in which case the message suggests the
+            nearest ones, or if a number is expected and a boolean given.
     """
     arguments = configuration.model_arguments(config)
-    known = inspect.signature(builder).parameters
-    if any(each.kind is each.VAR_KEYWORD for each in known.values()):
-        known = {**known, **inspect.signature(keras_tnt.TNT).parameters}
-    known = sorted(set(known) - set(configuration.SET_BY_FLAGS) - {"architecture", "arguments"})
-    for name in arguments:
+    parameters = inspect.signature(builder).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        parameters = {**parameters, **inspect.signature(keras_tnt.TNT).parameters}
+    own = set(parameters) - set(configuration.SET_BY_FLAGS) - {"architecture", "arguments"}
+    known = sorted(own)
+    for name, value in arguments.items():
         if name not in known:
             near = difflib.get_close_matches(name, known)
             raise ValueError(
@@ -145,10 +149,37 @@ def custom_arguments(config, builder):
                 + (f"Did you mean {' or '.join(near)}? " if near else "")
                 + f"There are: {', '.join(known)}"
             )
+        if holds_boolean(value) and takes_numbers(parameters[name]):
+            raise ValueError(
+                f"--model_args: {config.model} takes numbers as {name!r}, not true or false. "
+                f"Received: {json.dumps(value)}"
+            )
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in arguments.items()
     }
+
+
+def holds_boolean(value):
+    """Returns whether a JSON value is, or is a list that contains, `true` or `false`."""
+    return any(map(holds_boolean, value)) if isinstance(value, list) else isinstance(value, bool)
+
+
+def takes_numbers(parameter):
+    """Returns whether a parameter is one or more numbers, and not also a boolean.
+
+    Args:
+        parameter: An `inspect.Parameter`, of which the annotation and the default are considered.
+    """
+
+    def kinds(hint):
+        inner = typing.get_args(hint)
+        return set().union(*map(kinds, inner)) if inner else {hint}
+
+    default = parameter.default
+    values = default if isinstance(default, tuple | list) else [default]
+    found = kinds(parameter.annotation) | set(map(type, values))
+    return bool(found & {int, float}) and bool not in found
 
 
 def naming_model_args(builder, config):

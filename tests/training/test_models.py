@@ -162,12 +162,23 @@ def test_model_args_build_any_architecture(model, arguments, blocks):
         ("deit", '{"depth": "4"}', "depth"),
         ("deit", '{"depth": [4]}', "depth"),
         ("pyramid_tnt", '{"depths": 4}', "--model_args"),
+        ("tnt", '{"depth": true}', "tnt takes numbers as 'depth'.* Received: true"),
+        ("tnt_digits", '{"patch_size": false}', "tnt_digits takes numbers as 'patch_size'"),
+        ("deit_tiny", '{"mlp_ratio": true}', "takes numbers as 'mlp_ratio'"),
+        ("tnt", '{"inner_blocks": [0, true]}', r"'inner_blocks'.* Received: \[0, true\]"),
+        ("pyramid_tnt", '{"depths": [1, true]}', r"Received: \[1, true\]"),
     ],
 )
 def test_invalid_model_args_raise(model, arguments, message):
     config = configuration.make("digits", model=model, model_args=arguments, image_size=32)
     with pytest.raises(ValueError, match=message):
         models.build(config, 7)
+
+
+def test_model_args_take_booleans_where_the_builder_does():
+    config = configuration.make("digits", model_args='{"qkv_bias": true, "squeeze_excite": false}')
+    found = models.custom_arguments(config, models.find_builder(config.model))
+    assert found == {"qkv_bias": True, "squeeze_excite": False}
 
 
 def test_final_files_have_the_custom_architecture(tmp_path):

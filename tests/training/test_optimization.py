@@ -395,6 +395,9 @@ def test_every_variant_has_a_recipe():
         ({"cooldown_epochs": -1}, "--cooldown_epochs must not be negative"),
         ({"model_args": "depth=4"}, "--model_args must be a JSON object, such as .*depth=4"),
         ({"model_args": "[4]"}, "--model_args must be a JSON object"),
+        ({"model_args": '{"depth": 4, "depth": 5}'}, "--model_args .*'depth' is given twice"),
+        ({"model_args": "[" * 100_000}, "--model_args must be .* nested too deeply"),
+        ({"model_args": '{"depth": ' + "1" * 5000 + "}"}, "--model_args must be a JSON object"),
         ({"model_args": '{"classes": 4}'}, "must not set 'classes': give --classes"),
         ({"model_args": '{"input_shape": [8]}'}, "must not set 'input_shape': give --image_size"),
         ({"model_args": '{"pooling": "avg"}'}, "must not set 'pooling': the trainer sets it"),
@@ -463,6 +466,29 @@ def test_values_missing_in_old_records_have_their_defaults():
     assert configuration.differences(config, recorded) == {}
     recorded["seed"] = 5
     assert configuration.differences(config, recorded) == {"seed": (5, 0)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"depth": 4, "mlp_ratio": 0.5}', '{"depth":4,"mlp_ratio":0.5}'),
+        *('{"mlp_ratio": 5e-1, "depth": 4}', ' {"mlp_ratio": 0.50,\n"depth": 4} '),
+    ],
+)
+def test_equal_model_args_are_the_same_run(tmp_path, text):
+    (tmp_path / "run.yaml").write_text("model_args: {depth: 4, mlp_ratio: 0.5}\n")
+    config = configuration.make("digits", config=str(tmp_path / "run.yaml"))
+    other = configuration.make("digits", model_args=text)
+    assert config.model_args == other.model_args == '{"depth": 4, "mlp_ratio": 0.5}'
+    # Earlier versions recorded the text as it was given.
+    recorded = vars(config) | {"model_args": text}
+    assert configuration.differences(other, recorded) == {}
+    another = configuration.make("digits", model_args='{"depth": 5, "mlp_ratio": 0.5}')
+    assert configuration.differences(another, recorded).keys() == {"model_args"}
+    assert configuration.make("digits", model_args="{}").model_args == ""
+    for damaged in ("{", 3, {"depth": 4}):
+        recorded["model_args"] = damaged
+        assert configuration.differences(other, recorded).keys() == {"model_args"}
 
 
 @pytest.mark.parametrize(
