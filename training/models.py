@@ -104,7 +104,7 @@ def build(config, classes, label_names=None, fresh_heads=True):
             "to begin at random, --weights=FILE for yours, or another --model of `keras-tnt list`"
         )
     theirs = classes_of(weights)
-    builder = naming_model_args(builder, config)
+    builder = with_errors_as_flags(builder, config)
     if not fresh_heads or theirs in (None, classes):
         model = builder(classes=classes, weights=weights, **arguments)
     else:
@@ -182,18 +182,19 @@ def takes_numbers(parameter):
     return bool(found & {int, float}) and bool not in found
 
 
-def naming_model_args(builder, config):
-    """Wraps a builder so that its errors name `--model_args`."""
-    if not config.model_args:
-        return builder
+def with_errors_as_flags(builder, config):
+    """Wraps a builder so that its errors name `--model`, `--model_args` and other flags."""
+    given = f"--model={config.model}"
+    if config.model_args:
+        given += f" --model_args={config.model_args}"
 
     def build_model(**arguments):
         try:
             return builder(**arguments)
+        except ConnectionError as error:
+            raise ConnectionError(as_flags(str(error))) from error
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"--model={config.model} --model_args={config.model_args}: {error}"
-            ) from error
+            raise ValueError(f"{given}: {as_flags(str(error))}") from error
 
     return build_model
 
@@ -295,7 +296,7 @@ def classes_of(weights):
     try:
         return pretrained.count_classes(pretrained.find(weights))
     except ValueError as error:
-        raise ValueError(f"--weights: {error}") from error
+        raise ValueError(f"--weights: {as_flags(str(error))}") from error
 
 
 def build_teacher(config, student):
