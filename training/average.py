@@ -148,8 +148,12 @@ def choose(run, last, best, files, ema):
 
 
 def last_checkpoints(run):
-    """Returns the paths of a run's last checkpoints, newest first."""
-    return checkpoint.Checkpoints(run / "checkpoints", {}, keep=1).paths()
+    """Returns the paths of a run's last checkpoints, newest first.
+
+    That of step 0 is left out: its weights are untrained.
+    """
+    paths = checkpoint.Checkpoints(run / "checkpoints", {}, keep=1).paths()
+    return [path for path in paths if checkpoint.step_of(path)]
 
 
 def best_checkpoints(run, ema):
@@ -185,8 +189,9 @@ def available(run):
     names = checkpoint.Checkpoints(run / "checkpoints", {}, keep=1).names()
     ranked = [int(found[1]) for name in names if (found := checkpoint.RANKED.fullmatch(name))]
     best = checkpoint.BEST in names
+    untrained = ", without the untrained step 0" * (checkpoint.NAME.format(0) in names)
     return (
-        f"{run} has {len(steps)} last checkpoints (steps {listed(steps)}), "
+        f"{run} has {len(steps)} last checkpoints (steps {listed(steps)}{untrained}), "
         + (f"{len(ranked)} of the best evaluations (steps {listed(ranked)})" if ranked else
            f"{'one' if best else 'none'} of the best evaluation")
         + ". A run keeps the last --keep=N, and those of the best N evaluations under "

@@ -63,15 +63,18 @@ class Checkpoints:
         background: Whether `save` returns before the file is written. Defaults to `False`.
         keep_best: Number of checkpoints of the best evaluations to retain in addition. Defaults to
             0.
+        defaults: Dict from name to the value that a variable takes where a file has no tensor of
+            that name. If `None`, every variable must be in the file.
     """
 
-    def __init__(self, directory, variables, keep, background=False, keep_best=0):
+    def __init__(self, directory, variables, keep, background=False, keep_best=0, defaults=None):
         """Stores the arguments; the directory is created by the first write."""
         self.directory = Path(directory)
         self.variables = variables
         self.keep = keep
         self.background = background
         self.keep_best = keep_best
+        self.defaults = defaults or {}
         self._writer = None
         self._error = None
 
@@ -237,8 +240,12 @@ class Checkpoints:
             path: Path of the file, for messages.
 
         Raises:
-            ValueError: If a tensor is missing or has another shape.
+            ValueError: If a tensor without a default is missing, or one has another shape.
         """
+        tensors = {
+            **{name: np.float32(value) for name, value in self.defaults.items()},
+            **tensors,
+        }
         different = [
             name
             for name, variable in self.variables.items()

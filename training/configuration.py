@@ -3,6 +3,7 @@
 Precedence, highest first: a flag, the `--config` file, the recipe, the default in this table.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -216,8 +217,9 @@ class Config:
     )
     loss: str = option(
         "cross_entropy",
-        "of the class head; bce: binary cross-entropy, every class in a mixed image counts as "
-        "present (DeiT III)",
+        "of the class head; bce: binary cross-entropy, of the smoothed labels, as in timm, or with "
+        "--label_smoothing=0 of labels in which every class of a mixed image counts as present "
+        "(DeiT III)",
         LOSSES,
     )
     label_smoothing: float = option(0.0, "share of the label spread over all classes")
@@ -248,7 +250,9 @@ class Config:
     )
     randaugment: bool = option(False, "RandAugment rand-m9-mstd0.5-inc1")
     three_augment: bool = option(
-        False, "3-Augment of DeiT III: grayscale, solarize or Gaussian blur, before --color_jitter"
+        False,
+        "3-Augment of DeiT III: grayscale, solarize or Gaussian blur, before --color_jitter; in "
+        "place of a recipe's --randaugment",
     )
     erasing: float = option(0.0, "probability of random erasing, in pixel mode")
     erase_after_mixing: bool = option(
@@ -331,7 +335,7 @@ class Config:
     )
 
     def __post_init__(self):
-        """Expands `~` in paths and validates all fields.
+        """Expands `~` in paths, normalizes `model_args` and validates all fields.
 
         Raises:
             ValueError: If a value, or a combination of values, is invalid.
@@ -364,19 +368,13 @@ class Config:
             )
         if self.teacher_preprocessing != "auto" and not self.teacher:
             raise ValueError("--teacher_preprocessing goes with --teacher, which is missing")
-        if self.loss == "bce" and self.label_smoothing:
-            raise ValueError(
-                "--loss=bce counts every class with a share in the label as present, and "
-                f"--label_smoothing={self.label_smoothing} gives one to all classes. Give "
-                "--label_smoothing=0"
-            )
         if self.ema_warmup and not self.ema:
             raise ValueError(
                 "--ema_warmup goes with --ema, the decay that it grows to, such as --ema=0.9999"
             )
         if self.schedule == "step" and not self.step_epochs:
             raise ValueError("--step_epochs must be more than 0 for --schedule=step: 0.0")
-        model_arguments(self)
+        object.__setattr__(self, "model_args", normalize_model_args(self.model_args))
         profile_steps(self)
         if self.three_augment and self.randaugment:
             raise ValueError(
@@ -397,17 +395,40 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def model_arguments(config):
-    """Returns `--model_args` as a dict.
+    """Returns `--model_args` as a dict."""
+    return parse_model_args(config.model_args)
+
+
+def normalize_model_args(text):
+    """Returns `--model_args` as JSON with sorted names, so that equal arguments are equal text.
 
     Raises:
-        ValueError: If it is not a JSON object, or sets an argument that has its own flag.
+        ValueError: As `parse_model_args`.
     """
-    if not config.model_args:
+    arguments = parse_model_args(text)
+    return json.dumps(arguments, sort_keys=True) if arguments else ""
+
+
+def parse_model_args(given):
+    """Returns the dict that `--model_args` describes, {} for an empty text.
+
+    Args:
+        given: Text of the flag.
+
+    Raises:
+        ValueError: If it is not a JSON object, has a name twice, or sets an argument that has its
+            own flag.
+    """
+    if not given:
         return {}
-    given, example = config.model_args, """--model_args='{"depth": 4}'"""
+    example = """--model_args='{"depth": 4}'"""
     try:
-        arguments = json.loads(given)
-    except json.JSONDecodeError as error:
+        arguments = config_files.parse_json(given)
+    except RecursionError as error:
+        raise ValueError(
+            f"--model_args must be a JSON object, such as {example}. It is nested too deeply"
+        ) from error
+    except ValueError as error:
         raise ValueError(
             f"--model_args must be a JSON object, such as {example}. Received: {given!r} ({error})"
         ) from error
@@ -453,13 +474,13 @@ def warnings(config):
 
 
 def make(recipe=None, **values):
-    """Returns the configuration of a recipe with some fields overridden.
+    """Returns the configuration of a recipe with some fields overridden; imports `plugins` first.
 
     Args:
         recipe: Name of the recipe. If `None`, the `recipe` of the file `config`; without one
             "finetune" for the data sets folder, table and tfds, else "digits".
         **values: Fields of `Config`. Those in the file that `config` names are used where neither
-            `values` nor `recipe` sets them.
+            `values` nor `recipe` sets them. `three_augment` replaces the recipe's RandAugment.
 
     Returns:
         A `Config`.
@@ -467,6 +488,7 @@ def make(recipe=None, **values):
     Raises:
         ValueError: If the recipe or a field does not exist, or a value is invalid.
         OSError: If the file `config` cannot be read.
+        ImportError: If a module of `plugins` cannot be imported.
 
     Example:
         >>> make("digits", epochs=3, workdir="/tmp/run").epochs
@@ -476,11 +498,14 @@ def make(recipe=None, **values):
     if unknown:
         raise ValueError(f"no such value: {', '.join(unknown)}. There are: {', '.join(FIELDS)}")
     values = with_file(values)
+    load_plugins(values.get("plugins"))
     named = values.pop("recipe", None)
     recipe = named if recipe is None else recipe
     if recipe is None:
         own_images = values.get("dataset", "").partition(":")[0] in ("folder", "table", "tfds")
         recipe = "finetune" if own_images else "digits"
+    if values.get("three_augment"):
+        values.setdefault("randaugment", False)
     values = {**recipes.get(recipe).values, "recipe": recipe, **values}
     if values.get("weights") == "none":
         values["weights"] = ""
@@ -522,13 +547,12 @@ def define_flags(names=tuple(FIELDS)):
 
 
 def from_flags(values):
-    """Returns the configuration given by parsed flags, after importing `--plugins`.
+    """Returns the configuration given by parsed flags.
 
     Args:
         values: An `absl.flags.FlagValues`.
     """
     given = {name: values[name].value for name in FIELDS if values[name].value is not None}
-    load_plugins(with_file(given).get("plugins"))
     return make(**given)
 
 
@@ -557,6 +581,9 @@ def differences(config, recorded):
         Dict from field name to (recorded, given), without the fields that may change freely.
     """
     old = {name: recorded.get(name, field.default) for name, field in FIELDS.items()}
+    with contextlib.suppress(ValueError, TypeError):
+        # Earlier versions recorded the text as it was given.
+        old["model_args"] = normalize_model_args(old["model_args"])
     return {
         name: (old[name], getattr(config, name))
         for name, field in FIELDS.items()

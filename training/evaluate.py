@@ -143,7 +143,8 @@ def make_config(given, run):
         values = {k: v for k, v in recorded["config"].items() if k in configuration.FIELDS}
         values |= {"strategy": "one_device", "cpu_devices": 0, "accumulation": 1, "weights": ""}
         values |= {"cross_device_ops": "auto", "communication": "auto"}
-        values |= {"distill": "none", "teacher": "", "classes": recorded["classes"]}
+        values |= {"distill": "none", "teacher": "", "teacher_preprocessing": "auto"}
+        values |= {"classes": recorded["classes"]}
         if given.get("dataset", values["dataset"]) != values["dataset"]:
             values = {k: v for k, v in values.items() if k not in sources.OPTIONS}
     values |= given

@@ -252,6 +252,8 @@ class Run:
             config.keep,
             background=True,
             keep_best=config.keep_best,
+            # A run in float32 or bfloat16 may be resumed in float16.
+            defaults=optimization.LOSS_SCALE,
         )
         self.profiler = profiling.Profiler(config, self.total, self.chief, self.reporter.say)
         # `healthy`: last step with a good loss, so that the weights before its update are good.
@@ -524,16 +526,18 @@ class Run:
 
     def count_skipped(self):
         """Raises a RuntimeError if float16 skipped too many updates in a row."""
-        row = self.notes.get("skipped_in_a_row", 0)
+        row = longest = self.notes.get("skipped_in_a_row", 0)
         for step, _, norm in self.pending:
             if step > self.counted:
                 row, self.counted = 0 if np.isfinite(norm) else row + 1, step
+                # A finite update before this look does not undo a row that was too long.
+                longest = max(longest, row)
         if not self.optimizer.scaling:
             row = 0
         self.notes["skipped_in_a_row"] = row
-        if self.skip_limit() and row >= self.skip_limit():
+        if self.skip_limit() and longest >= self.skip_limit():
             raise RuntimeError(
-                f"{row} updates in a row were skipped (--max_skipped_updates): their gradients "
+                f"{longest} updates in a row were skipped (--max_skipped_updates): their gradients "
                 f"overflowed float16 at a loss scale of {self.loss_scale():g}, and no weight "
                 "learns. Try --precision=bfloat16 or float32, which --change allows for this run, "
                 "or a lower --learning_rate; check the images and labels"

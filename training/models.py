@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import inspect
+import json
 import os
+import typing
 import zipfile
 
 import keras
@@ -102,7 +104,7 @@ def build(config, classes, label_names=None, fresh_heads=True):
             "to begin at random, --weights=FILE for yours, or another --model of `keras-tnt list`"
         )
     theirs = classes_of(weights)
-    builder = naming_model_args(builder, config)
+    builder = with_errors_as_flags(builder, config)
     if not fresh_heads or theirs in (None, classes):
         model = builder(classes=classes, weights=weights, **arguments)
     else:
@@ -130,14 +132,16 @@ def custom_arguments(config, builder):
         builder: Function that builds the model.
 
     Raises:
-        ValueError: If the builder has no such argument; the message suggests the nearest ones.
+        ValueError: If the builder has no such argument, in which case the message suggests the
+            nearest ones, or if a number is expected and a boolean given.
     """
     arguments = configuration.model_arguments(config)
-    known = inspect.signature(builder).parameters
-    if any(each.kind is each.VAR_KEYWORD for each in known.values()):
-        known = {**known, **inspect.signature(keras_tnt.TNT).parameters}
-    known = sorted(set(known) - set(configuration.SET_BY_FLAGS) - {"architecture", "arguments"})
-    for name in arguments:
+    parameters = inspect.signature(builder).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        parameters = {**parameters, **inspect.signature(keras_tnt.TNT).parameters}
+    own = set(parameters) - set(configuration.SET_BY_FLAGS) - {"architecture", "arguments"}
+    known = sorted(own)
+    for name, value in arguments.items():
         if name not in known:
             near = difflib.get_close_matches(name, known)
             raise ValueError(
@@ -145,24 +149,52 @@ def custom_arguments(config, builder):
                 + (f"Did you mean {' or '.join(near)}? " if near else "")
                 + f"There are: {', '.join(known)}"
             )
+        if holds_boolean(value) and takes_numbers(parameters[name]):
+            raise ValueError(
+                f"--model_args: {config.model} takes numbers as {name!r}, not true or false. "
+                f"Received: {json.dumps(value)}"
+            )
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in arguments.items()
     }
 
 
-def naming_model_args(builder, config):
-    """Wraps a builder so that its errors name `--model_args`."""
-    if not config.model_args:
-        return builder
+def holds_boolean(value):
+    """Returns whether a JSON value is, or is a list that contains, `true` or `false`."""
+    return any(map(holds_boolean, value)) if isinstance(value, list) else isinstance(value, bool)
+
+
+def takes_numbers(parameter):
+    """Returns whether a parameter is one or more numbers, and not also a boolean.
+
+    Args:
+        parameter: An `inspect.Parameter`, of which the annotation and the default are considered.
+    """
+
+    def kinds(hint):
+        inner = typing.get_args(hint)
+        return set().union(*map(kinds, inner)) if inner else {hint}
+
+    default = parameter.default
+    values = default if isinstance(default, tuple | list) else [default]
+    found = kinds(parameter.annotation) | set(map(type, values))
+    return bool(found & {int, float}) and bool not in found
+
+
+def with_errors_as_flags(builder, config):
+    """Wraps a builder so that its errors name `--model`, `--model_args` and other flags."""
+    given = f"--model={config.model}"
+    if config.model_args:
+        given += f" --model_args={config.model_args}"
 
     def build_model(**arguments):
         try:
             return builder(**arguments)
+        except ConnectionError as error:
+            raise ConnectionError(as_flags(str(error))) from error
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"--model={config.model} --model_args={config.model_args}: {error}"
-            ) from error
+            raise ValueError(f"{given}: {as_flags(str(error))}") from error
 
     return build_model
 
@@ -264,7 +296,7 @@ def classes_of(weights):
     try:
         return pretrained.count_classes(pretrained.find(weights))
     except ValueError as error:
-        raise ValueError(f"--weights: {error}") from error
+        raise ValueError(f"--weights: {as_flags(str(error))}") from error
 
 
 def build_teacher(config, student):

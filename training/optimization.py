@@ -53,8 +53,9 @@ def linear(config, peak, epoch):
 
 
 def step(config, peak, epoch):
-    """Returns the rate of a step decay: times `step_factor` every `step_epochs`."""
-    return peak * config.step_factor ** (epoch // config.step_epochs)
+    """Returns the rate of a step decay: times `step_factor` every `step_epochs` before `epochs`."""
+    last = math.ceil(config.epochs / config.step_epochs) - 1
+    return peak * config.step_factor ** min(epoch // config.step_epochs, last)
 
 
 def constant(config, peak, epoch):
@@ -79,6 +80,10 @@ def ema_decay(config, step):
     if not config.ema_warmup:
         return config.ema
     return tf.minimum(1 - tf.pow(1 + step, -2 / 3), config.ema)
+
+
+# Initial values of the state that only --precision=float16 has.
+LOSS_SCALE = {"loss_scale": 2.0**15, "loss_scale_age": 0.0}
 
 
 class Optimizer:
@@ -109,7 +114,7 @@ class Optimizer:
             average.assign(variable.numpy())
         self.scaling = config.precision == "float16"
         # Loss scale, and number of updates since it last changed.
-        self.scale = [tf.Variable(2.0**15, trainable=False), tf.Variable(0.0, trainable=False)]
+        self.scale = [tf.Variable(value, trainable=False) for value in LOSS_SCALE.values()]
 
     def state(self):
         """Returns all variables to checkpoint, by name."""
@@ -119,7 +124,7 @@ class Optimizer:
         if self.averages:
             named |= {f"ema/{n}": v for n, v in zip(self.names, self.averages, strict=True)}
         if self.scaling:
-            named |= {"loss_scale": self.scale[0], "loss_scale_age": self.scale[1]}
+            named |= dict(zip(LOSS_SCALE, self.scale, strict=True))
         return named
 
     @contextlib.contextmanager

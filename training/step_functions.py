@@ -1,5 +1,6 @@
 """Training step (mix, forward, backward, all-reduce, apply) and evaluation step."""
 
+import functools
 import math
 
 import keras
@@ -16,18 +17,35 @@ def cross_entropy(logits, targets):
     return tf.nn.softmax_cross_entropy_with_logits(targets, tf.cast(logits, tf.float32))
 
 
-def binary_cross_entropy(logits, targets):
+def binary_cross_entropy(logits, targets, threshold=None):
     """Returns the binary cross-entropy of each sample, the mean over classes, float32 (batch,).
 
-    A mixed image shows both of its classes: targets above 0 count as 1, as in DeiT III.
+    Args:
+        logits: (batch, classes).
+        targets: Soft labels (batch, classes).
+        threshold: Number above which a target counts as 1, while all others count as 0. If `None`,
+            the targets are used as they are.
     """
-    present = tf.cast(targets > 0, tf.float32)
-    each = tf.nn.sigmoid_cross_entropy_with_logits(present, tf.cast(logits, tf.float32))
+    if threshold is not None:
+        targets = tf.cast(targets > threshold, tf.float32)
+    each = tf.nn.sigmoid_cross_entropy_with_logits(targets, tf.cast(logits, tf.float32))
     return tf.reduce_mean(each, axis=-1)
 
 
-# `--loss`: functions from (logits, soft labels) to the loss of each sample.
-LOSSES = {"cross_entropy": cross_entropy, "bce": binary_cross_entropy}
+def find_loss(config):
+    """Returns the function of `--loss`, from (logits, soft labels) to the loss of each sample.
+
+    Without label smoothing, `bce` has the target threshold 0 of DeiT III: a mixed image shows both
+    of its classes. Smoothed targets are all above 0, so they are used as they are, which is timm's
+    `BinaryCrossEntropy` without a target threshold.
+
+    Args:
+        config: A `training.configuration.Config`.
+    """
+    if config.loss == "cross_entropy":
+        return cross_entropy
+    threshold = None if config.label_smoothing else 0.0
+    return functools.partial(binary_cross_entropy, threshold=threshold)
 
 
 def soft_labels(labels, classes, smoothing):
@@ -147,7 +165,7 @@ def make_train_step(strategy, model, optimizer, config, classes, teacher=None):
     part = config.batch_size // parts  # images of one forward pass
     part_groups = count_groups(config, strategy.num_replicas_in_sync) // parts
     erases = config.erasing and config.augmentation == "builtin"
-    base_loss = LOSSES[config.loss]
+    base_loss = find_loss(config)
     statistics = moving_statistics(model)
     distillation = None
     if teacher:

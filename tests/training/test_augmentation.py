@@ -644,10 +644,18 @@ def plain_values(**values):
     return configuration.make("digits", **{**nothing, **values})
 
 
-def test_three_augment_and_randaugment_are_exclusive():
+def test_three_augment_replaces_the_randaugment_of_the_recipe(tmp_path):
+    assert configuration.make("tnt_small").randaugment
+    (tmp_path / "run.yaml").write_text("three_augment: true\n")
+    for values in ({"three_augment": True}, {"config": str(tmp_path / "run.yaml")}):
+        config = configuration.make("tnt_small", **values)
+        assert config.three_augment and not config.randaugment
+    assert configuration.make("tnt_small", three_augment=False).randaugment
+
+
+def test_explicit_three_augment_and_randaugment_are_exclusive():
     with pytest.raises(ValueError, match="--three_augment .*--norandaugment"):
-        configuration.make("tnt_small", three_augment=True)
-    configuration.make("tnt_small", three_augment=True, randaugment=False)
+        configuration.make("tnt_small", three_augment=True, randaugment=True)
 
 
 @pytest.mark.parametrize(

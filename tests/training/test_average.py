@@ -27,11 +27,10 @@ def fill(model, seed):
         variable.assign(random.normal(size=variable.shape).astype("float32") ** 2)
 
 
-def make_run(run, keep_best=2, ema=True, model="pyramid_tnt", model_args=PYRAMID):
+def make_run(run, keep_best=2, ema=True, model="pyramid_tnt", model_args=PYRAMID, **values):
     """Writes the files of a run with four evaluations and a model with batch normalization."""
-    config = configuration.make(
-        "digits", model=model, model_args=model_args, image_size=32, workdir=str(run), classes=10
-    )
+    values |= {"model": model, "model_args": model_args, "image_size": 32, "classes": 10}
+    config = configuration.make("digits", workdir=str(run), **values)
     built = models.build(config, 10)
     variables = {f"model/{v.path}": v.value for v in built.weights}
     other = models.build(config, 10)
@@ -101,6 +100,20 @@ def test_last_checkpoints_are_averaged_with_moving_statistics(whole, ema):
     assert result["results"] is None
 
 
+def test_last_checkpoints_leave_out_the_untrained_step_0(tmp_path):
+    run = tmp_path / "run"
+    make_run(run)
+    checkpoints = run / "checkpoints"
+    os.rename(
+        checkpoints / "step_000000008.safetensors", checkpoints / "step_000000000.safetensors"
+    )
+    paths = average.choose(run, 2, None, [], ema=False)
+    assert [checkpoint.step_of(path) for path in paths] == [16, 12]
+    message = r"2 last checkpoints \(steps 12, 16, without the untrained step 0\)"
+    with pytest.raises(ValueError, match=message):
+        average.average(run, last=3)
+
+
 def test_best_selects_the_best_evaluations(whole):
     assert average.average(whole, best=2)["steps"] == [8, 16]
     assert_holds(whole, numpy_mean(whole, ["step_000000008", "step_000000016"]))
@@ -160,6 +173,30 @@ def test_missing_average_error_names_the_command(tmp_path):
     make_run(run)
     with pytest.raises(ValueError, match="holds no averaged.weights.h5: python training/average.p"):
         evaluate.evaluate({}, run=str(run), checkpoint="averaged")
+
+
+def make_distilled_run(run, preprocessing):
+    sizes = '{"depth": 1, "embed_dim": 8, "num_heads": 2}'
+    teacher = {"distill": "hard", "teacher": "absent.keras", "teacher_preprocessing": preprocessing}
+    make_run(run, model="deit", model_args=sizes, distilled=True, **teacher)
+
+
+@pytest.mark.parametrize("preprocessing", ["auto", "tf", "none"])
+def test_configuration_of_a_distilled_run_is_read_without_its_teacher(tmp_path, preprocessing):
+    make_distilled_run(tmp_path / "run", preprocessing)
+    config = evaluate.make_config({}, str(tmp_path / "run"))
+    assert (config.distill, config.teacher, config.distilled) == ("none", "", True)
+    assert config.teacher_preprocessing == "auto"
+
+
+@pytest.mark.slow
+def test_distilled_run_is_averaged_and_evaluated_without_its_teacher(tmp_path):
+    run = tmp_path / "run"
+    make_distilled_run(run, "tf")
+    assert average.average(run, last=2)["steps"] == [16, 12]
+    assert_holds(run, numpy_mean(run, ["step_000000012", "step_000000016"]))
+    result = evaluate.evaluate({"batch_size": 360}, run=str(run), checkpoint="averaged")
+    assert result["images"] == 360
 
 
 @pytest.mark.parametrize(

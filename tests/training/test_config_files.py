@@ -1,10 +1,11 @@
 """`--config`: files of values, their precedence, and errors."""
 
 import json
+import sys
 
 import pytest
 
-from training import config_files, configuration
+from training import config_files, configuration, sources
 
 
 @pytest.fixture
@@ -154,21 +155,26 @@ def test_yaml_round_trip_preserves_values(tmp_path, values):
     assert {k: type(v) for k, v in read.items()} == {k: kinds[k] for k in read}
 
 
-def test_plugin_in_the_file_is_loaded_before_validation(written, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["flags", "make"])
+def test_plugin_in_the_file_is_loaded_before_validation(written, tmp_path, monkeypatch, way):
     (tmp_path / "plug_of_file.py").write_text(
-        "from training import loggers\nloggers.register_logger('of_file', print)\n"
+        "from training import loggers, sources\n"
+        "loggers.register_logger('of_file', print)\n"
+        "sources.register_dataset('of_file', sources.digits)\n"
     )
+    monkeypatch.delitem(sys.modules, "plug_of_file", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     from training import loggers
 
     monkeypatch.setattr(loggers, "LOGGERS", dict(loggers.LOGGERS))
-    path = written("plugins: plug_of_file\nlogger: of_file\n")
+    monkeypatch.setattr(sources.registry, "DATASETS", dict(sources.DATASETS))
+    path = written("plugins: plug_of_file\nlogger: of_file\ndataset: of_file\n")
 
     class Flag:
         def __init__(self, value):
             self.value = value
 
     given = {name: Flag(None) for name in configuration.FIELDS} | {"config": Flag(path)}
-    config = configuration.from_flags(given)
+    config = configuration.from_flags(given) if way == "flags" else configuration.make(config=path)
     loggers.check(config)
-    assert config.logger == "of_file"
+    assert config.logger == config.dataset == "of_file"

@@ -476,6 +476,31 @@ def test_consecutive_skipped_updates_are_counted_once():
     assert run.notes["skipped_in_a_row"] == 0
 
 
+@pytest.mark.parametrize(
+    ("looks", "longest"),
+    [
+        (["ii", "iiiif"], 6),
+        (["iiiiif"], 5),
+        (["fiiiii"], 5),
+        (["iiii", "fiiii", "f", "iiii"], None),
+        (["iiii", "iffffi"], 5),
+    ],
+)
+def test_longest_row_of_skipped_updates_is_compared_with_the_limit(looks, longest):
+    """`i` is a skipped update, `f` one with finite gradients; the limit is 5."""
+    run, step, found = part_of_a_run(precision="float16", max_skipped_updates=5), 0, None
+    try:
+        for look in looks:
+            run.pending = []
+            for update in look:
+                run.pending.append((step, 1.0, float("inf" if update == "i" else 1.0)))
+                step += 1
+            run.count_skipped()
+    except RuntimeError as error:
+        found = int(str(error).split()[0])
+    assert found == longest
+
+
 @pytest.mark.parametrize("average", [[], [0.0]])
 def test_best_checkpoint_is_by_the_better_of_weights_and_average(average):
     run = part_of_a_run(early_stopping=2)

@@ -162,12 +162,47 @@ def test_model_args_build_any_architecture(model, arguments, blocks):
         ("deit", '{"depth": "4"}', "depth"),
         ("deit", '{"depth": [4]}', "depth"),
         ("pyramid_tnt", '{"depths": 4}', "--model_args"),
+        ("tnt", '{"depth": true}', "tnt takes numbers as 'depth'.* Received: true"),
+        ("tnt_digits", '{"patch_size": false}', "tnt_digits takes numbers as 'patch_size'"),
+        ("deit_tiny", '{"mlp_ratio": true}', "takes numbers as 'mlp_ratio'"),
+        ("tnt", '{"inner_blocks": [0, true]}', r"'inner_blocks'.* Received: \[0, true\]"),
+        ("pyramid_tnt", '{"depths": [1, true]}', r"Received: \[1, true\]"),
     ],
 )
 def test_invalid_model_args_raise(model, arguments, message):
     config = configuration.make("digits", model=model, model_args=arguments, image_size=32)
     with pytest.raises(ValueError, match=message):
         models.build(config, 7)
+
+
+@pytest.mark.parametrize("values", [{"model_args": '{"depth": 4}'}, {"distilled": True}])
+def test_missing_weights_error_gives_flags(values):
+    config = configuration.make("digits", model="tnt_small", weights="imagenet", **values)
+    message = "^--model=tnt_small.*: There are no public weights .* Say --weights=none for random"
+    with pytest.raises(ValueError, match=message) as caught:
+        models.build(config, 1000)
+    assert "weights=None" not in str(caught.value) and "weights='" not in str(caught.value)
+
+
+def test_argument_that_a_model_lacks_raises_a_value_error():
+    config = configuration.make("digits", model="pyramid_tnt", distilled=True, image_size=32)
+    with pytest.raises(ValueError, match="^--model=pyramid_tnt: .*distilled"):
+        models.build(config, 10)
+
+
+def test_connection_error_gives_flags():
+    def fail(**arguments):
+        raise ConnectionError("No network. Say weights=None for random weights.")
+
+    builder = models.with_errors_as_flags(fail, configuration.make("digits"))
+    with pytest.raises(ConnectionError, match="Say --weights=none for random"):
+        builder()
+
+
+def test_model_args_take_booleans_where_the_builder_does():
+    config = configuration.make("digits", model_args='{"qkv_bias": true, "squeeze_excite": false}')
+    found = models.custom_arguments(config, models.find_builder(config.model))
+    assert found == {"qkv_bias": True, "squeeze_excite": False}
 
 
 def test_final_files_have_the_custom_architecture(tmp_path):

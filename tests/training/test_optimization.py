@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import keras_tnt
 from keras_tnt import finetuning
-from training import configuration, models, optimization, recipes
+from training import checkpoint, configuration, models, optimization, recipes
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "cosine_schedule.json"
 
@@ -50,12 +50,25 @@ def test_schedule_delay_has_no_effect_on_a_schedule_per_update():
     assert rates[0] == rates[1]
 
 
-@pytest.mark.parametrize(("schedule", "rate"), [("cosine", 0.2), ("linear", 0.2), ("constant", 1)])
+@pytest.mark.parametrize(
+    ("schedule", "rate"),
+    [("cosine", 0.2), ("linear", 0.2), ("constant", 1), ("step", 0.125)],
+)
 def test_cooldown_epochs_have_the_last_rate(schedule, rate):
     config = configuration.make("digits", schedule=schedule, cooldown_epochs=4, **RATES)
     assert config.total_epochs == 14
     for epoch in (10, 10.05, 12.5, 13.95):
         assert optimization.learning_rate(config, 20 * epoch, 20) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "step_epochs", "drops"), [(30, 30, 0), (31, 30, 1), (30, 10, 2), (30, 40, 0)]
+)
+def test_step_schedule_does_not_drop_in_the_cooldown(epochs, step_epochs, drops):
+    values = {**RATES, "epochs": epochs, "step_epochs": step_epochs, "schedule": "step"}
+    config = configuration.make("digits", cooldown_epochs=50, **values)
+    for epoch in (epochs - 0.05, epochs, epochs + 0.05, epochs + 20, epochs + 49.95):
+        assert optimization.learning_rate(config, round(20 * epoch), 20) == 0.5**drops
 
 
 def test_learning_rate_changes_in_every_update():
@@ -311,12 +324,45 @@ def test_loss_scale_doubles_periodically_and_halves_on_overflow(monkeypatch):
     assert update(np.inf)[1:] == (1.0, 0)
 
 
+@pytest.fixture(scope="module")
+def states():
+    """Returns the variables to checkpoint of a small model, by precision."""
+    found, sizes = {}, {"depth": 1, "outer_dim": 16, "inner_dim": 4, "outer_heads": 2}
+    for precision in configuration.PRECISIONS:
+        config = configuration.make("digits", precision=precision, ema=0.9)
+        policy = "float32" if precision == "float32" else f"mixed_{precision}"
+        model = models.tnt_digits(dtype=policy, stochastic_depth=0.1, inner_stride=4, **sizes)
+        optimizer = optimization.Optimizer(model, config)
+        found[precision] = models.state(model) | optimizer.state()
+    return found
+
+
+@pytest.mark.parametrize("new", configuration.PRECISIONS)
+@pytest.mark.parametrize("old", configuration.PRECISIONS)
+def test_checkpoint_is_restored_in_another_precision(states, tmp_path, old, new):
+    def fill(variables, value):
+        for variable in variables.values():
+            variable.assign(tf.cast(tf.fill(variable.shape, value), variable.dtype))
+
+    fill(states[old], 3)
+    checkpoint.Checkpoints(tmp_path, states[old], 1).save(5, {"healthy": 4})
+    fill(states[new], 7)
+    restored = checkpoint.Checkpoints(tmp_path, states[new], 1, defaults=optimization.LOSS_SCALE)
+    assert restored.restore()["step"] == 5
+    absent = states[new].keys() - states[old].keys()
+    assert absent == (set(optimization.LOSS_SCALE) if new == "float16" != old else set())
+    for name, variable in states[new].items():
+        expected = optimization.LOSS_SCALE[name] if name in absent else 3
+        assert (variable.numpy() == expected).all(), name
+
+
 # === Recipes ===
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_recipe_is_valid(name):
     recipe = recipes.get(name)
+    assert configuration.make(name, data_dir="images", loss="bce").loss == "bce"
     values = configuration.make(name, data_dir="images")
     models.find_builder(values.model)
     assert not values.teacher or models.find_builder(values.teacher)
@@ -342,7 +388,6 @@ def test_every_variant_has_a_recipe():
         ({"strategy": "tpu", "cpu_devices": 2}, "--cpu_devices goes with"),
         ({"learning_rate": float("nan")}, "--learning_rate must be a finite number"),
         ({"clip_norm": float("inf")}, "--clip_norm must be a finite number"),
-        ({"loss": "bce", "label_smoothing": 0.1}, "Give --label_smoothing=0"),
         ({"loss": "hinge"}, "--loss must be one of cross_entropy, bce"),
         ({"ema_warmup": True}, "--ema_warmup goes with --ema"),
         ({"teacher_preprocessing": "tf"}, "--teacher_preprocessing goes with --teacher"),
@@ -350,6 +395,9 @@ def test_every_variant_has_a_recipe():
         ({"cooldown_epochs": -1}, "--cooldown_epochs must not be negative"),
         ({"model_args": "depth=4"}, "--model_args must be a JSON object, such as .*depth=4"),
         ({"model_args": "[4]"}, "--model_args must be a JSON object"),
+        ({"model_args": '{"depth": 4, "depth": 5}'}, "--model_args .*'depth' is given twice"),
+        ({"model_args": "[" * 100_000}, "--model_args must be .* nested too deeply"),
+        ({"model_args": '{"depth": ' + "1" * 5000 + "}"}, "--model_args must be a JSON object"),
         ({"model_args": '{"classes": 4}'}, "must not set 'classes': give --classes"),
         ({"model_args": '{"input_shape": [8]}'}, "must not set 'input_shape': give --image_size"),
         ({"model_args": '{"pooling": "avg"}'}, "must not set 'pooling': the trainer sets it"),
@@ -418,6 +466,29 @@ def test_values_missing_in_old_records_have_their_defaults():
     assert configuration.differences(config, recorded) == {}
     recorded["seed"] = 5
     assert configuration.differences(config, recorded) == {"seed": (5, 0)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"depth": 4, "mlp_ratio": 0.5}', '{"depth":4,"mlp_ratio":0.5}'),
+        *('{"mlp_ratio": 5e-1, "depth": 4}', ' {"mlp_ratio": 0.50,\n"depth": 4} '),
+    ],
+)
+def test_equal_model_args_are_the_same_run(tmp_path, text):
+    (tmp_path / "run.yaml").write_text("model_args: {depth: 4, mlp_ratio: 0.5}\n")
+    config = configuration.make("digits", config=str(tmp_path / "run.yaml"))
+    other = configuration.make("digits", model_args=text)
+    assert config.model_args == other.model_args == '{"depth": 4, "mlp_ratio": 0.5}'
+    # Earlier versions recorded the text as it was given.
+    recorded = vars(config) | {"model_args": text}
+    assert configuration.differences(other, recorded) == {}
+    another = configuration.make("digits", model_args='{"depth": 5, "mlp_ratio": 0.5}')
+    assert configuration.differences(another, recorded).keys() == {"model_args"}
+    assert configuration.make("digits", model_args="{}").model_args == ""
+    for damaged in ("{", 3, {"depth": 4}):
+        recorded["model_args"] = damaged
+        assert configuration.differences(other, recorded).keys() == {"model_args"}
 
 
 @pytest.mark.parametrize(

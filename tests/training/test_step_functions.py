@@ -472,6 +472,12 @@ def by_numpy(weights, config, mixing, streams, step, teacher_logits=None):
     logits = [flat @ w for w in weights]
     if teacher_logits is None:
         mean = sum(logits) / len(logits)
+        if config.loss == "bce":
+            targets = targets if config.label_smoothing else (targets > 0).astype("float64")
+            shown = 1 / (1 + np.exp(-mean))
+            each = -targets * np.log(shown) - (1 - targets) * np.log1p(-shown)
+            gradient = flat.T @ (weight * (shown - targets) / CLASSES) / len(logits)
+            return (weight * each).sum() / CLASSES, [gradient] * len(logits)
         loss = -(weight * targets * np.log(softmax(mean))).sum()
         return loss, [flat.T @ (weight * (softmax(mean) - targets)) / len(logits)] * len(logits)
     taught = np.eye(CLASSES)[teacher_logits(images).argmax(axis=-1)]
@@ -492,6 +498,12 @@ CASES = {
     "smoothed": (1, {"label_smoothing": 0.2}, NOT_MIXED),
     "two heads": (2, {"label_smoothing": 0.1}, NOT_MIXED),
     "mixup": (1, {"mixup": 0.8, "label_smoothing": 0.1, "mix_groups": 2}, FOUR[:2]),
+    "binary": (1, {"loss": "bce", "mixup": 0.8, "mix_groups": 2}, FOUR[:2]),
+    "binary, smoothed": (2, {"loss": "bce", "label_smoothing": 0.2}, NOT_MIXED),
+    "binary, smoothed and mixed": (
+        *(1, {"loss": "bce", "label_smoothing": 0.2, "mixup": 0.8, "cutmix": 1.0}),
+        FOUR,
+    ),
     "one group": (1, {"mixup": 0.8, "mix_groups": 1}, FOUR[:1]),
     "four groups": (1, {"mixup": 0.8, "cutmix": 1.0}, FOUR),
     "cutmix in parts": (1, {"cutmix": 1.0, "accumulation": 2, "mix_groups": 4}, FOUR),
@@ -579,8 +591,29 @@ def test_binary_cross_entropy_treats_positive_shares_as_present():
     present = shares > 0
     probabilities = 1 / (1 + np.exp(-logits.astype("float64")))
     expected = -np.where(present, np.log(probabilities), np.log1p(-probabilities)).mean(axis=1)
-    found = step_functions.binary_cross_entropy(tf.constant(logits), tf.constant(shares))
+    config = configuration.make("digits", loss="bce", label_smoothing=0.0)
+    found = step_functions.find_loss(config)(tf.constant(logits), tf.constant(shares))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.02, 0.3])
+@pytest.mark.parametrize("smoothing", [0.1, 0.4])
+def test_binary_cross_entropy_of_smoothed_labels_matches_timm(smoothing, threshold):
+    """Labels are smoothed, then mixed, then compared with the threshold."""
+    random = np.random.default_rng(2)
+    logits = random.normal(size=(6, 5)).astype("float32")
+    labels, kept = random.integers(5, size=6), random.uniform(size=(6, 1)).astype("float32")
+    targets = np.full((6, 5), smoothing / 5)
+    targets[np.arange(6), labels] = 1 - smoothing + smoothing / 5
+    targets = kept * targets + (1 - kept) * targets[::-1]
+    if threshold is not None:
+        targets = (targets > threshold).astype("float64")
+    # binary_cross_entropy_with_logits of torch, in its stable form.
+    each = np.maximum(logits, 0) - logits * targets + np.log1p(np.exp(-np.abs(logits)))
+    smoothed = step_functions.soft_labels(tf.constant(labels), 5, smoothing)
+    mixed = kept * smoothed + (1 - kept) * smoothed[::-1]
+    found = step_functions.binary_cross_entropy(tf.constant(logits), mixed, threshold)
+    np.testing.assert_allclose(found, each.mean(axis=1), rtol=1e-5)
 
 
 def test_loss_option_selects_binary_cross_entropy(one_device):
