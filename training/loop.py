@@ -260,6 +260,7 @@ class Run:
         self.pending = []  # (step, loss, gradient norm) since the last report
         self.counted = -1  # last step counted in notes["skipped_in_a_row"]
         self.told_to_end = 0  # number of the signal received, 0 for none
+        self.compile_seconds = 0.0  # of the evaluation in progress
         self.watchdog = Watchdog(
             self.on_signal,
             self.save_at_end,
@@ -426,9 +427,10 @@ class Run:
         if step in self.notes["skipped"]:
             return Decision(False, False)
         arguments = float(step), self.learning_rate(step), self.votes(step), self.mixing(step)
+        traces = self.train_step.experimental_get_tracing_count()
         loss, norm, votes = self.train_step(batch, *(tf.constant(x) for x in arguments))
         self.pending.append((step, loss, norm))
-        self.reporter.executed(1)
+        self.reporter.executed(1, self.train_step.experimental_get_tracing_count() > traces)
         return self.decision(votes)
 
     def update_several(self, batches, step, count):
@@ -437,11 +439,12 @@ class Run:
         rates = tf.constant([self.learning_rate(each) for each in steps])
         mixings = tf.stack([tf.constant(self.mixing(each)) for each in steps])
         votes = tf.constant(self.votes(step))
+        traces = self.train_steps.experimental_get_tracing_count()
         losses, norms, votes = self.train_steps(
             batches, tf.constant(count), tf.constant(step), rates, votes, mixings
         )
         self.pending += zip(steps, tf.unstack(losses), tf.unstack(norms), strict=True)
-        self.reporter.executed(count)
+        self.reporter.executed(count, self.train_steps.experimental_get_tracing_count() > traces)
         return self.decision(votes)
 
     def wait_for_update(self):
@@ -590,13 +593,14 @@ class Run:
         Returns:
             Whether the better of the two accuracies is the best so far.
         """
-        began = time.perf_counter()
+        began, self.compile_seconds = time.perf_counter(), 0.0
         results = self.evaluate_once(evaluation_batches)
         if self.optimizer.averages:
             with self.optimizer.averaged():
                 averaged = self.evaluate_once(evaluation_batches)
             results |= {f"ema_{key}": averaged[key] for key in averaged if key != "images"}
-        self.reporter.evaluation(step, results, time.perf_counter() - began)
+        seconds = time.perf_counter() - began - self.compile_seconds
+        self.reporter.evaluation(step, results, seconds)
         self.notes["results"] = results
         accuracy = max(results["accuracy"], results.get("ema_accuracy", 0.0))
         best = accuracy > self.notes["best"]
@@ -632,7 +636,14 @@ class Run:
 
         def step(batch):
             self.before_evaluation(next(done))
-            return self.evaluation_step(batch)
+            began, traces = (
+                time.perf_counter(),
+                self.evaluation_step.experimental_get_tracing_count(),
+            )
+            sums = self.evaluation_step(batch)
+            if self.evaluation_step.experimental_get_tracing_count() > traces:
+                self.compile_seconds += time.perf_counter() - began
+            return sums
 
         with self.watchdog.during("evaluation"), self.corrupt[1].reading():
             results = step_functions.evaluate(self.strategy, step, evaluation_batches())
