@@ -148,6 +148,7 @@ def train_held(config, strategy, share):
         raise ValueError(
             f"--batch_size={config.batch_size} is more than the {training_source.size} images"
         )
+    profiling.check_range(config, steps * config.total_epochs)
     with strategy.scope():
         model = models.build(config, classes, names)
         models.freeze(config, model)
@@ -289,6 +290,7 @@ class Run:
         step = self.step = self.start(changes)
         self.saved_at = time.monotonic()
         report_steps = self.config.report_steps or min(100, self.steps)
+        self.profiler.resume(step)
         self.reporter.open_bar(step)
         try:
             with self.watchdog:
