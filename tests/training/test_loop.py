@@ -412,6 +412,40 @@ def test_execution_ends_before_reports_checkpoints_and_skipped_steps(values, ski
     assert run.execution_length(step, report_steps=7) == length
 
 
+@pytest.mark.parametrize("part", ["start", "finish", "find_learning_rate"])
+def test_start_report_and_rate_finder_are_watched(monkeypatch, part):
+    """Each part notes the phase, the timeout and the data service of the watchdog around it."""
+    noted, dogs = [], []
+
+    @contextlib.contextmanager
+    def watch(phase, *arguments):
+        dog = loop.Watchdog(None, None, *arguments)
+        dogs.append(dog)
+        with dog.during(phase):
+            yield dog
+        dogs.pop()
+
+    def note(*arguments):
+        (dog,) = dogs
+        noted.append((dog.phase, dog.stall_seconds, dog.data_service, dog.name))
+        return 8
+
+    run = part_of_a_run(find_learning_rate=part == "find_learning_rate")
+    run.stall = 120.0, "grpc://host:5050", "worker 0 of 2 "
+    run.total, run.profiler.resume, run.profiler.close = 8, lambda step: None, lambda: None
+    run.reporter = types.SimpleNamespace(open_bar=lambda step: None, close_bar=lambda: None)
+    run.checkpoints = types.SimpleNamespace(wait=lambda: None)
+    run.watchdog = contextlib.nullcontext()
+    run.start, run.finish = lambda changes: 8, lambda *arguments: None
+    if part != "find_learning_rate":
+        setattr(run, part, note)
+    monkeypatch.setattr(loop, "find_learning_rate", note)
+    monkeypatch.setattr(loop, "watch", watch)
+    run.go(None, None, None, (), [])
+    phase = "report" if part == "finish" else "start"
+    assert noted == [(phase, 120.0, "grpc://host:5050", "worker 0 of 2 ")]
+
+
 class Slow:
     """A step function that returns `result` and advances the clock, by 50 s when it traces."""
 
