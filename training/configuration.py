@@ -160,8 +160,8 @@ class Config:
     )
     stall_minutes: float = option(
         30.0,
-        "end the process, with status 1, when images, an update or a batch of an evaluation take "
-        "longer; 0: never",
+        "end the process, with status 1, when the start, images, an update, a batch of an "
+        "evaluation or the final report take longer; 0: never",
         may_change=True,
     )
     deterministic: bool = option(True, "bit-identical results, at some speed")

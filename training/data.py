@@ -20,8 +20,10 @@ from training.sources import Streamed, records
 
 # Size of the shuffle buffer of a streamed source, in images.
 SHUFFLE_BUFFER = 8192
-# Minimum number of images that are read and augmented in parallel.
-READ_AHEAD = 16
+# Images that are read and augmented in parallel: a base, and a number for each core. There are more
+# than cores, because a thread that waits for a file uses none.
+BASE_IN_FLIGHT = 8
+IN_FLIGHT_PER_CORE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,6 +357,20 @@ def image_or_black(item, finish):
     return good.ignore_errors().concatenate(alone.map(black)).take(1)
 
 
+def usable_cores():
+    """Returns the number of cores that this process may use.
+
+    It is TensorFlow's inter-op parallelism if a user has set it, else the number of cores in the
+    process's affinity mask, which a container or a batch system may restrict.
+    """
+    threads = tf.config.threading.get_inter_op_parallelism_threads()
+    if threads > 0:
+        return threads
+    if hasattr(os, "sched_getaffinity"):  # neither macOS nor Windows has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def images_in_flight():
     """Returns how many images are read and augmented in parallel; it grows with the cores."""
-    return max(READ_AHEAD, 2 * (os.cpu_count() or 1))
+    return BASE_IN_FLIGHT + IN_FLIGHT_PER_CORE * usable_cores()

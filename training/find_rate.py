@@ -1,5 +1,6 @@
 """Learning-rate finder (`--find_learning_rate`): trains over a ramp of rates and suggests one."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ SMOOTHING = 0.9
 FIRST = 10  # first updates, ignored because the moving average is still noisy
 
 
-def find_learning_rate(run, training_batches):
+def find_learning_rate(run, training_batches, during=lambda phase: contextlib.nullcontext()):
     """Trains with exponentially growing learning rates until the loss diverges; suggests a rate.
 
     It suggests a tenth of the rate with the lowest smoothed loss, where the loss falls steeply, at
@@ -22,6 +23,8 @@ def find_learning_rate(run, training_batches):
     Args:
         run: A `training.loop.Run`, whose model must not be used afterwards.
         training_batches: Function from (epoch, first step) to a `tf.data.Dataset`.
+        during: Function from a phase, "input" or "update", to a context that watches it. Defaults
+            to none.
 
     Returns:
         A dict: `learning_rate`, `files`.
@@ -31,10 +34,11 @@ def find_learning_rate(run, training_batches):
     """
     rates = np.geomspace(LOWEST, HIGHEST, UPDATES)
     losses, smooth, average = [], [], 0.0
-    for step, batch in enumerate(batches(run, training_batches)):
+    for step, batch in enumerate(batches(run, training_batches, during)):
         mixing = step_functions.draw_mixing(run.config, step, run.size, 0, run.groups)
         arguments = (float(step), rates[step].astype("float32"), 0.0, mixing)
-        loss = float(run.train_step(batch, *(tf.constant(x) for x in arguments))[0])
+        with during("update"):
+            loss = float(run.train_step(batch, *(tf.constant(x) for x in arguments))[0])
         if not math.isfinite(loss):
             break
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -61,14 +65,20 @@ def find_learning_rate(run, training_batches):
     return {"learning_rate": chosen, "files": {path.name: str(path)}}
 
 
-def batches(run, training_batches):
+def batches(run, training_batches, during):
     """Yields `UPDATES` distributed batches, over as many epochs as needed."""
     taken = 0
     for epoch in range(UPDATES):
-        dataset = run.strategy.distribute_datasets_from_function(
-            lambda context, epoch=epoch: training_batches(epoch, 0)
-        )
-        for batch in dataset:
+        with during("input"):
+            dataset = run.strategy.distribute_datasets_from_function(
+                lambda context, epoch=epoch: training_batches(epoch, 0)
+            )
+            iterator = iter(dataset)
+        while True:
+            with during("input"):
+                batch = next(iterator, None)
+            if batch is None:
+                break
             yield batch
             taken += 1
             if taken == UPDATES:

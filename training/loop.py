@@ -36,7 +36,7 @@ from training import (
 )
 from training.checkpoint import Checkpoints, NoneReadable, read
 from training.find_rate import find_learning_rate
-from training.watchdog import Watchdog, starting
+from training.watchdog import Watchdog, watch
 
 PICTURES = 16  # number of the first training images shown in TensorBoard
 EVALUATION_LOOK = 20  # evaluation batches between two exchanges of signals among workers
@@ -107,7 +107,7 @@ def train(config):
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    with starting(60 * config.stall_minutes):
+    with watch("start", 60 * config.stall_minutes):
         strategy = strategies.make(config)
     share = data.WorkerShare(*strategies.worker(strategy), strategy.num_replicas_in_sync)
     check_batch(config, strategy)
@@ -148,7 +148,10 @@ def train_held(config, strategy, share):
         raise ValueError(
             f"--batch_size={config.batch_size} is more than the {training_source.size} images"
         )
-    with strategy.scope():
+    profiling.check_range(config, steps * config.total_epochs)
+    # Workers agree on the initial value of each variable in a collective.
+    stall = 60 * config.stall_minutes, config.data_service, worker_name(share)
+    with watch("start", *stall), strategy.scope():
         model = models.build(config, classes, names)
         models.freeze(config, model)
         optimizer = optimization.Optimizer(model, config)
@@ -175,6 +178,11 @@ def train_held(config, strategy, share):
         return results
     finally:
         run.reporter.loggers.finish(results)
+
+
+def worker_name(share):
+    """Returns a worker's name for messages, with a trailing space; "" if it is the only one."""
+    return f"worker {share.index} of {share.workers} " if share.workers > 1 else ""
 
 
 def check_batch(config, strategy):
@@ -262,13 +270,9 @@ class Run:
         self.pending = []  # (step, loss, gradient norm) since the last report
         self.counted = -1  # last step counted in notes["skipped_in_a_row"]
         self.told_to_end = 0  # number of the signal received, 0 for none
-        self.watchdog = Watchdog(
-            self.on_signal,
-            self.save_at_end,
-            60 * config.stall_minutes,
-            config.data_service,
-            f"worker {share.index} of {share.workers} " if share.workers > 1 else "",
-        )
+        self.compile_seconds = 0.0  # of the evaluation in progress
+        self.stall = 60 * config.stall_minutes, config.data_service, worker_name(share)
+        self.watchdog = Watchdog(self.on_signal, self.save_at_end, *self.stall)
 
     def go(self, training_batches, evaluation_batches, held_out, corrupt, changes):
         """Runs to the end and writes the results.
@@ -285,11 +289,13 @@ class Run:
         """
         self.corrupt = corrupt
         if self.config.find_learning_rate:
-            with starting(0):
-                return find_learning_rate(self, training_batches)
-        step = self.step = self.start(changes)
+            with watch("start", *self.stall) as watchdog:
+                return find_learning_rate(self, training_batches, watchdog.during)
+        with watch("start", *self.stall):
+            step = self.step = self.start(changes)
         self.saved_at = time.monotonic()
         report_steps = self.config.report_steps or min(100, self.steps)
+        self.profiler.resume(step)
         self.reporter.open_bar(step)
         try:
             with self.watchdog:
@@ -301,7 +307,8 @@ class Run:
             self.profiler.close()
             self.reporter.close_bar()
             self.checkpoints.wait()
-        return self.finish(step, evaluation_batches, held_out)
+        with watch("report", *self.stall) as watchdog:
+            return self.finish(step, evaluation_batches, held_out, watchdog.tick)
 
     def on_signal(self, number):
         """Ends the run after this update; a second signal ends the process at once."""
@@ -428,9 +435,10 @@ class Run:
         if step in self.notes["skipped"]:
             return Decision(False, False)
         arguments = float(step), self.learning_rate(step), self.votes(step), self.mixing(step)
+        traces = self.train_step.experimental_get_tracing_count()
         loss, norm, votes = self.train_step(batch, *(tf.constant(x) for x in arguments))
         self.pending.append((step, loss, norm))
-        self.reporter.executed(1)
+        self.reporter.executed(1, self.train_step.experimental_get_tracing_count() > traces)
         return self.decision(votes)
 
     def update_several(self, batches, step, count):
@@ -439,11 +447,12 @@ class Run:
         rates = tf.constant([self.learning_rate(each) for each in steps])
         mixings = tf.stack([tf.constant(self.mixing(each)) for each in steps])
         votes = tf.constant(self.votes(step))
+        traces = self.train_steps.experimental_get_tracing_count()
         losses, norms, votes = self.train_steps(
             batches, tf.constant(count), tf.constant(step), rates, votes, mixings
         )
         self.pending += zip(steps, tf.unstack(losses), tf.unstack(norms), strict=True)
-        self.reporter.executed(count)
+        self.reporter.executed(count, self.train_steps.experimental_get_tracing_count() > traces)
         return self.decision(votes)
 
     def wait_for_update(self):
@@ -594,13 +603,14 @@ class Run:
         Returns:
             Whether the better of the two accuracies is the best so far.
         """
-        began = time.perf_counter()
+        began, self.compile_seconds = time.perf_counter(), 0.0
         results = self.evaluate_once(evaluation_batches)
         if self.optimizer.averages:
             with self.optimizer.averaged():
                 averaged = self.evaluate_once(evaluation_batches)
             results |= {f"ema_{key}": averaged[key] for key in averaged if key != "images"}
-        self.reporter.evaluation(step, results, time.perf_counter() - began)
+        seconds = time.perf_counter() - began - self.compile_seconds
+        self.reporter.evaluation(step, results, seconds)
         self.notes["results"] = results
         accuracy = max(results["accuracy"], results.get("ema_accuracy", 0.0))
         best = accuracy > self.notes["best"]
@@ -636,7 +646,14 @@ class Run:
 
         def step(batch):
             self.before_evaluation(next(done))
-            return self.evaluation_step(batch)
+            began, traces = (
+                time.perf_counter(),
+                self.evaluation_step.experimental_get_tracing_count(),
+            )
+            sums = self.evaluation_step(batch)
+            if self.evaluation_step.experimental_get_tracing_count() > traces:
+                self.compile_seconds += time.perf_counter() - began
+            return sums
 
         with self.watchdog.during("evaluation"), self.corrupt[1].reading():
             results = step_functions.evaluate(self.strategy, step, evaluation_batches())
@@ -799,8 +816,14 @@ class Run:
                 "--learning_rate"
             )
 
-    def finish(self, step, evaluation_batches, held_out):
+    def finish(self, step, evaluation_batches, held_out, tick=None):
         """Writes the final weights, the report and `results.json`.
+
+        Args:
+            step: Step that the run reached.
+            evaluation_batches: Function that returns a `tf.data.Dataset` of the held-out images.
+            held_out: Source of the held-out images.
+            tick: Function that is called after each batch of the report, or `None`.
 
         Returns:
             The results, as `train` returns them.
@@ -825,7 +848,7 @@ class Run:
                     files |= models.save_final(*arguments, "final_ema")
         if self.config.report:
             with self.optimizer.averaged() if averaged else contextlib.nullcontext():
-                files |= self.write_report(step, evaluation_batches, held_out, results)
+                files |= self.write_report(step, evaluation_batches, held_out, results, tick)
         if self.chief:
             record = {"step": step, **results, "files": files}
             write_atomically(self.workdir / "results.json", json.dumps(record, indent=2))
@@ -833,14 +856,14 @@ class Run:
                 files[name] = os.fspath(self.workdir / name)
         return {**results, "step": step, "files": files}
 
-    def write_report(self, step, evaluation_batches, held_out, results):
+    def write_report(self, step, evaluation_batches, held_out, results, tick=None):
         """Writes tables and pictures of the predictions; returns the files.
 
         The current weights are used; `finish` swaps in their moving average if it is more accurate.
         """
         with self.corrupt[1].reading():
             found = predictions.predict(
-                self.strategy, self.model, evaluation_batches(), held_out.size
+                self.strategy, self.model, evaluation_batches(), held_out.size, tick=tick
             )
         if not self.chief:
             return {}

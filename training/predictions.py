@@ -43,7 +43,7 @@ class Predictions:
         return self.classes[:, 0] == self.labels
 
 
-def predict(strategy, model, dataset, size, mistakes=24):
+def predict(strategy, model, dataset, size, mistakes=24, tick=None):
     """Returns the predictions for the images of `data.evaluation_batches`.
 
     Every worker must call it, and receives the predictions for the images of all workers.
@@ -54,6 +54,7 @@ def predict(strategy, model, dataset, size, mistakes=24):
         dataset: A `tf.data.Dataset` of batches for one replica each, this worker's part.
         size: Number of images of all workers.
         mistakes: Number of the most confident errors whose images are included. Defaults to 24.
+        tick: Function that is called after each batch. If `None`, none is.
 
     Returns:
         A `Predictions`.
@@ -78,6 +79,8 @@ def predict(strategy, model, dataset, size, mistakes=24):
         parts.append([each.numpy() for each in gathered])
         answers, images = ([on_host(strategy, x) for x in tf.nest.flatten(each)] for each in local)
         worst = surest_mistakes([*worst, *wrong(*answers, *images)], mistakes)
+        if tick:
+            tick()
     place, *answers = (np.concatenate(each) for each in zip(*parts, strict=True))
     order = np.argsort(place, kind="stable")[np.sum(place < 0) :]
     labels, classes, probabilities, weight = (each[order] for each in answers)

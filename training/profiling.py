@@ -9,6 +9,25 @@ import tensorflow as tf
 from training import configuration
 
 
+def check_range(config, total):
+    """Returns the first and last update to trace, or `None` if there are none.
+
+    Args:
+        config: A `training.configuration.Config`.
+        total: Number of updates of the run.
+
+    Raises:
+        ValueError: If the run has fewer updates than `--profile_steps`.
+    """
+    steps = configuration.profile_steps(config)
+    if steps and steps[1] > total:
+        raise ValueError(
+            f"--profile_steps={config.profile_steps}: the run has {total} updates. Give a range "
+            f"that ends at {total} or before"
+        )
+    return steps
+
+
 class Profiler:
     """Profiler of a range of updates; it writes `tensorboard/plugins/profile` once per process.
 
@@ -24,14 +43,24 @@ class Profiler:
 
     def __init__(self, config, total, active, say=print):
         """Reads `--profile_steps`; tracing starts in `updates`."""
-        self.steps = configuration.profile_steps(config)
-        if self.steps and self.steps[1] > total:
-            raise ValueError(f"--profile_steps={config.profile_steps}: the run has {total} updates")
+        self.steps = check_range(config, total)
         self.active = active and self.steps is not None
         self.say = say
         self.directory = Path(config.workdir) / "tensorboard"
         self.tracing = False
         self.made = []  # final steps of the traced executions
+
+    def resume(self, step):
+        """Warns if a run that goes on after `step` has made all of the updates to trace."""
+        if self.active and step >= self.steps[1]:
+            self.active = False
+            first, last = self.steps
+            print(
+                f"warning: --profile_steps={first},{last}: no trace is written, because the run is "
+                f"resumed after update {step}. Give a later range to trace this run",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def ends(self, step):
         """Returns the steps after `step` at which an execution of several updates must end."""

@@ -65,9 +65,14 @@ class Reporter:
         self.waited = 0.0
         self.steps = 0
 
-    def executed(self, steps):
-        """Counts updates; a process's first execution, which compiles, is not timed."""
-        if self.compiled:
+    def executed(self, steps, traced=False):
+        """Counts updates; an execution that compiles, as a process's first, is not timed.
+
+        Args:
+            steps: Number of updates in the execution.
+            traced: Whether it traced a graph. Defaults to `False`.
+        """
+        if self.compiled and not traced:
             self.steps += steps
         else:
             self.compiled = True
@@ -122,7 +127,6 @@ class Reporter:
         speed = self.steps * self.config.batch_size / seconds
         values, shown = {}, ""
         if self.steps:
-            waiting = self.waited / seconds
             # Averaged over all reports, because an epoch's first updates wait for the pipeline.
             self.seconds_of_updates += seconds
             self.timed_updates += self.steps
@@ -132,10 +136,14 @@ class Reporter:
             if self.peak_images:
                 values["flops_utilisation"] = speed / self.replicas / self.peak_images
                 utilization = f", {values['flops_utilisation']:.1%} of the peak"
-            values |= {"input_wait": waiting, "seconds_left": left}
+            values["seconds_left"] = left
+            wait = ""
+            if self.config.steps_per_execution == 1:  # else the graph waits, which is not measured
+                values["input_wait"] = self.waited / seconds
+                wait = f", {values['input_wait']:.0%} waiting for input"
             shown = (
-                f"{rate_text(speed)} images/s ({rate_text(speed / self.replicas)} a device, "
-                f"{waiting:.0%} waiting for input{utilization})  "
+                f"{rate_text(speed)} images/s ({rate_text(speed / self.replicas)} a device"
+                f"{wait}{utilization})  "
                 f"{timedelta(seconds=round(left))} left"
             )
         self.write(
@@ -181,7 +189,8 @@ class Reporter:
             step: Updates made.
             results: Dict of `accuracy`, `top5_accuracy`, `evaluation_loss`, `images`, and those of
                 the moving average.
-            seconds: Duration of the evaluation. If `None`, the previous one is used for estimates.
+            seconds: Duration of the evaluation without compilation. If `None`, the previous one is
+                used for estimates.
         """
         self.evaluation_seconds = self.evaluation_seconds if seconds is None else seconds
         self.write(step, **results)

@@ -294,11 +294,12 @@ def make_execution(train_step):
         `execute(iterator, count, first, rates, stop, mixings)`, which runs updates `first` to
         `first + count - 1` on the next `count` batches of a distributed iterator, with one learning
         rate and one draw of mixing each. It returns losses and gradient norms, (count,), and the
-        last sum of `stop`.
+        last sum of `stop`. It is traced once for every `count`; its attribute
+        `experimental_get_tracing_count` is that of the `tf.function` in it.
     """
 
     @tf.function(autograph=False)
-    def execute(iterator, count, first, rates, stop, mixings):
+    def updates(iterator, count, first, rates, stop, mixings):
         def update(i, losses, norms, _):
             step = tf.cast(first + i, tf.float32)
             loss, norm, stops = train_step(next(iterator), step, rates[i], stop, mixings[i])
@@ -313,6 +314,17 @@ def make_execution(train_step):
         )
         return losses.stack(), norms.stack(), stops
 
+    def any_length(values):
+        return tf.TensorSpec([None, *values.shape[1:]], values.dtype)
+
+    def execute(iterator, count, first, rates, stop, mixings):
+        # Not an `input_signature`, because the type of the iterator is known only here.
+        concrete = updates.get_concrete_function(
+            iterator, count, first, any_length(rates), stop, any_length(mixings)
+        )
+        return concrete(iterator, count, first, rates, stop, mixings)
+
+    execute.experimental_get_tracing_count = updates.experimental_get_tracing_count
     return execute
 
 

@@ -28,6 +28,7 @@ PHASES = {
     "input": "it waited for images",
     "update": "it was in an update",
     "evaluation": "it was in an evaluation",
+    "report": "it was writing the final report",
 }
 
 
@@ -41,8 +42,7 @@ class Watchdog:
             thread: writes a checkpoint if it is, waits for writes in flight, and returns the step
                 of
             the checkpoint, or `None`.
-        stall_seconds: Timeout for images, an update or a batch of an evaluation. Defaults to 0, no
-            timeout.
+        stall_seconds: Timeout for a phase, in an evaluation for a batch. Defaults to 0, no timeout.
         data_service: Address of a tf.data service. Defaults to "", none.
         name: Name of this process for messages, with a trailing space. Defaults to "".
     """
@@ -62,20 +62,22 @@ class Watchdog:
 
     @contextlib.contextmanager
     def during(self, phase):
-        """Marks the phase of the main thread within the context.
+        """Marks the phase of the main thread within the context, which may lie within another.
 
         Args:
             phase: A key of `PHASES`.
         """
         with self._lock:  # never released by a watchdog that ends the process
+            outer = self.phase
             self.phase, self.since = phase, time.monotonic()
         try:
             yield
         finally:
-            if phase != "input":
-                self.slowest = max(self.slowest, time.monotonic() - self.since)
+            now = time.monotonic()
+            if phase in ("update", "evaluation"):
+                self.slowest = max(self.slowest, now - self.since)
             with self._lock:
-                self.phase = ""
+                self.phase, self.since = outer, now
 
     def tick(self):
         """Restarts the timeout of the current phase; called when the main thread progresses."""
@@ -142,7 +144,7 @@ class Watchdog:
 
     def _is_overdue(self, phase, since, now):
         """Returns whether the grace period after a signal is over; a second signal ends it."""
-        waits = phase in ("start", "input")
+        waits = phase in ("start", "input", "report")
         grace = INPUT_GRACE if waits else UPDATE_GRACE + 2 * self.slowest
         return len(self.signals) > 1 or now - max(self.signals[0][1], since) > grace
 
@@ -192,16 +194,24 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def starting(stall_seconds):
-    """Watches the setup before training, which may wait for other processes; a signal ends it.
+def watch(phase, stall_seconds=0.0, data_service="", name=""):
+    """Watches a phase before or after training, which may wait for other processes.
+
+    A signal ends the phase with an exception, and no checkpoint is written.
 
     Args:
-        stall_seconds: Timeout of the setup; 0 for none.
+        phase: A key of `PHASES`.
+        stall_seconds: As for `Watchdog`.
+        data_service: As for `Watchdog`.
+        name: As for `Watchdog`.
+
+    Yields:
+        The `Watchdog`, whose `tick` restarts the timeout.
     """
 
     def end(number):
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    with Watchdog(end, lambda between_updates: None, stall_seconds) as watchdog:
-        with watchdog.during("start"):
-            yield
+    with Watchdog(end, lambda between_updates: None, stall_seconds, data_service, name) as watchdog:
+        with watchdog.during(phase):
+            yield watchdog

@@ -1,5 +1,10 @@
 """Sources and batches: contents, order, and unreadable images."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,6 +15,7 @@ from training.sources import kinds
 
 SIZE = (32, 32)
 FILL = (128, 128, 128)
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -430,3 +436,97 @@ def test_unreadable_images_of_a_data_service_are_counted(folder):
     shown = {source.paths[i] for i in order} & set(broken["train"])
     assert unreadable.names == shown and (seen["weight"] == 0).sum() == len(shown)
     assert worker
+
+
+# === Images in flight ===
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Returns a function that sets TensorFlow's inter-op parallelism as this module reads it."""
+    read = tf.config.threading, "get_inter_op_parallelism_threads"
+
+    def set_threads(number):
+        monkeypatch.setattr(*read, lambda: number)
+
+    set_threads(0)
+    return set_threads
+
+
+def test_images_in_flight_grow_with_the_usable_cores(threads, monkeypatch):
+    counts = []
+    for cores in (1, 2, 3, 4, 8, 64):
+        monkeypatch.setattr(
+            data.os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False
+        )
+        counts.append(data.images_in_flight())
+    assert counts == sorted(set(counts)) and counts[1] >= 16
+    monkeypatch.delattr(data.os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 8)
+    assert data.images_in_flight() == counts[4]
+    monkeypatch.setattr(data.os, "cpu_count", lambda: None)
+    assert data.images_in_flight() == counts[0]
+
+
+def test_images_in_flight_follow_the_inter_op_threads_that_are_set(threads):
+    counts = []
+    for number in (1, 2, 3, 4, 8, 64):
+        threads(number)
+        counts.append(data.images_in_flight())
+    assert counts == sorted(set(counts))
+
+
+# Prints how many files the input pipeline of training reads at once. The files are FIFOs: a thread
+# that opens one for reading waits for a writer, and a writer that does not wait succeeds only where
+# a thread waits. A writer releases that thread to a later file, so the last files are tried first.
+IN_FLIGHT = """
+import os, sys, threading, time
+threads, directory = int(sys.argv[1]), sys.argv[2]
+import tensorflow as tf
+tf.config.threading.set_inter_op_parallelism_threads(threads)
+tf.random.set_seed(0)
+tf.config.experimental.enable_op_determinism()
+from training import configuration, data
+from training.sources import kinds
+
+paths = [f"{directory}/{i}.jpg" for i in range(64)]
+for path in paths:
+    os.mkfifo(path)
+source = kinds.of_files(paths, [i % 2 for i in range(64)], ("a", "b"))
+config = configuration.make("digits", dataset="folder", data_dir=directory, batch_size=64)
+share, unreadable = data.WorkerShare(0, 1, 1), data.UnreadableImages(source, 1.0)
+dataset = data.training_batches(source, config, (32, 32), (0, 0, 0), 0, 0, 1, share, unreadable)
+batches = iter(dataset)
+threading.Thread(target=lambda: next(batches), daemon=True).start()
+used = -1.0
+while time.process_time() - used > 0.05:  # until all threads wait
+    used = time.process_time()
+    time.sleep(2)
+number = 0
+for index in data.training_order(config, 64, 1, 0)[0, ::-1]:
+    try:
+        os.open(paths[index], os.O_WRONLY | os.O_NONBLOCK)
+        number += 1
+    except OSError:
+        pass
+print("in flight:", number, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_files_in_flight_under_op_determinism_grow_with_the_threads(tmp_path):
+    processes = []
+    for threads in (2, 8):
+        directory = tmp_path / str(threads)
+        directory.mkdir()
+        command = [sys.executable, "-c", IN_FLIGHT, str(threads), str(directory)]
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    ends = [process.communicate(timeout=300) for process in processes]
+    few, many = (int(re.search(rb"in flight: (\d+)", out)[1]) for out, _ in ends)
+    assert few < many
+    assert [few, many] == [
+        data.BASE_IN_FLIGHT + data.IN_FLIGHT_PER_CORE * threads for threads in (2, 8)
+    ]

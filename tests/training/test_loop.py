@@ -412,6 +412,85 @@ def test_execution_ends_before_reports_checkpoints_and_skipped_steps(values, ski
     assert run.execution_length(step, report_steps=7) == length
 
 
+@pytest.mark.parametrize("part", ["start", "finish", "find_learning_rate"])
+def test_start_report_and_rate_finder_are_watched(monkeypatch, part):
+    """Each part notes the phase, the timeout and the data service of the watchdog around it."""
+    noted, dogs = [], []
+
+    @contextlib.contextmanager
+    def watch(phase, *arguments):
+        dog = loop.Watchdog(None, None, *arguments)
+        dogs.append(dog)
+        with dog.during(phase):
+            yield dog
+        dogs.pop()
+
+    def note(*arguments):
+        (dog,) = dogs
+        noted.append((dog.phase, dog.stall_seconds, dog.data_service, dog.name))
+        return 8
+
+    run = part_of_a_run(find_learning_rate=part == "find_learning_rate")
+    run.stall = 120.0, "grpc://host:5050", "worker 0 of 2 "
+    run.total, run.profiler.resume, run.profiler.close = 8, lambda step: None, lambda: None
+    run.reporter = types.SimpleNamespace(open_bar=lambda step: None, close_bar=lambda: None)
+    run.checkpoints = types.SimpleNamespace(wait=lambda: None)
+    run.watchdog = contextlib.nullcontext()
+    run.start, run.finish = lambda changes: 8, lambda *arguments: None
+    if part != "find_learning_rate":
+        setattr(run, part, note)
+    monkeypatch.setattr(loop, "find_learning_rate", note)
+    monkeypatch.setattr(loop, "watch", watch)
+    run.go(None, None, None, (), [])
+    phase = "report" if part == "finish" else "start"
+    assert noted == [(phase, 120.0, "grpc://host:5050", "worker 0 of 2 ")]
+
+
+class Slow:
+    """A step function that returns `result` and advances the clock, by 50 s when it traces."""
+
+    def __init__(self, clock, result):
+        self.clock, self.result, self.calls = clock, result, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        self.clock[0] += 50.0 if self.calls == 1 else 2.0
+        return self.result
+
+    def experimental_get_tracing_count(self):
+        return int(self.calls > 0)
+
+
+def test_updates_and_executions_that_trace_are_marked_for_the_reporter():
+    run, clock, marked = part_of_a_run(steps_per_execution=2), [0.0], []
+    run.size, run.groups = (32, 32), 1
+    run.reporter.executed = lambda steps, traced: marked.append((steps, traced))
+    run.train_step = Slow(clock, (tf.constant(1.0), tf.constant(1.0), None))
+    run.train_steps = Slow(clock, (tf.constant([1.0, 1.0]), tf.constant([1.0, 1.0]), None))
+    for step in (0, 1):
+        run.update(None, step)
+    for step in (2, 4):
+        run.update_several(None, step, 2)
+    assert marked == [(1, True), (1, False), (2, True), (2, False)]
+
+
+def test_duration_of_an_evaluation_excludes_compilation(monkeypatch):
+    run, clock, durations = part_of_a_run(), [0.0], []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(
+        step_functions,
+        "evaluate",
+        lambda strategy, step, dataset: [step(each) for each in dataset] and {"accuracy": 0.5},
+    )
+    run.watchdog = loop.Watchdog(None, None)
+    run.corrupt = (types.SimpleNamespace(check=lambda: None, reading=contextlib.nullcontext),) * 2
+    run.reporter.evaluation = lambda step, results, seconds: durations.append(seconds)
+    run.evaluation_step = Slow(clock, None)
+    for step in (10, 20):
+        run.evaluate(step, lambda: range(4))
+    assert durations == [3 * 2.0, 4 * 2.0]
+
+
 @pytest.mark.parametrize(
     ("step", "decision", "looks"),
     [

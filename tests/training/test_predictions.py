@@ -1,5 +1,6 @@
 """Predictions of a model, the tables and plots made of them, and the learning rate finder."""
 
+import contextlib
 import csv
 from types import SimpleNamespace
 
@@ -239,7 +240,7 @@ def test_find_learning_rate_plots_and_starts_no_run(tiny, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "learning_rate.png"}
 
 
-def ramp(losses, tmp_path):
+def ramp(losses, tmp_path, *during):
     """Returns the rate that the finder suggests if the updates have these losses."""
     values = iter(losses)
     run = SimpleNamespace(
@@ -251,7 +252,21 @@ def ramp(losses, tmp_path):
         workdir=tmp_path,
         chief=True,
     )
-    return find_rate.find_learning_rate(run, lambda epoch, step: range(7))["learning_rate"]
+    found = find_rate.find_learning_rate(run, lambda epoch, step: range(7), *during)
+    return found["learning_rate"]
+
+
+def test_rate_finder_marks_its_phases(tmp_path):
+    phases = []
+
+    @contextlib.contextmanager
+    def during(phase):
+        phases.append(phase)
+        yield
+
+    ramp(np.linspace(3.0, 1.0, 100), tmp_path, during)
+    assert phases.count("update") == 100 and phases[:4] == ["input", "input", "update", "input"]
+    assert set(phases) == {"input", "update"}
 
 
 def test_low_first_loss_does_not_mislead_the_rate_finder(tmp_path):

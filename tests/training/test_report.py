@@ -52,6 +52,30 @@ def test_speed_excludes_compilation_and_time_left_includes_evaluations(tmp_path,
     assert made.lines[-1]["images_per_second"] == 3.0
 
 
+def test_speed_excludes_executions_that_trace(tmp_path, clock):
+    made = reporter(tmp_path, steps_per_execution=3)
+    updates(made, clock, 1, 60.0)
+    clock.now += 50.0
+    made.executed(3, traced=True)
+    for _ in range(2):
+        clock.now += 6.0
+        made.executed(3)
+    made.training(10, 1.0, 0.1)
+    (line,) = made.lines
+    assert line["images_per_second"] == 3.0
+    assert line["seconds_left"] == pytest.approx(60 + 4 * 10)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_input_wait_is_reported_only_where_it_is_measured(tmp_path, clock, capsys, count):
+    made = reporter(tmp_path, steps_per_execution=count)
+    updates(made, clock, 3, 2.0)
+    made.waited = 1.0
+    made.training(3, 1.0, 0.1)
+    assert made.lines[0].get("input_wait") == (0.25 if count == 1 else None)
+    assert ("a device, 25% waiting for input)" in capsys.readouterr().out) == (count == 1)
+
+
 def test_report_of_the_first_update_has_no_time_left(tmp_path, clock, capsys):
     made = reporter(tmp_path)
     updates(made, clock, 1, 60.0)

@@ -124,8 +124,8 @@ def test_statistics_are_equal_on_replicas_and_after_evaluation_and_resume(
 # === Several updates per execution ===
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_execution_runs_its_updates_in_order(mirrored, count):
+@pytest.mark.parametrize("lengths", [(1, 1, 1, 1, 1, 1), (3, 3), (2, 3, 1)])
+def test_executions_of_any_length_run_their_updates_in_order_and_trace_once(mirrored, lengths):
     """The step function is sensitive to the order and to each of its arguments."""
     with mirrored.scope():
         weight = tf.Variable(1.0, aggregation=tf.VariableAggregation.MEAN)
@@ -163,17 +163,18 @@ def test_execution_runs_its_updates_in_order(mirrored, count):
     end, found, given = weight.numpy(), [], batches()
     weight.assign(1.0)
     execute = step_functions.make_execution(train_step)
-    for first in range(0, 6, count):
+    for first, count in zip(np.cumsum((0, *lengths)), lengths, strict=False):
         some = slice(first, first + count)
         losses, norms, stops = execute(
             given,
             tf.constant(count),
-            tf.constant(first),
+            tf.constant(int(first)),
             tf.constant(rates[some]),
             stop,
             tf.constant(mixings[some]),
         )
         found += zip(losses.numpy().tolist(), norms.numpy().tolist(), strict=True)
         assert stops.numpy().tolist() == [2.0, 0.0]
+        assert execute.experimental_get_tracing_count() == 1
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(weight.numpy(), end, rtol=1e-5)

@@ -43,6 +43,25 @@ def test_profile_steps_after_the_end_raise(tmp_path):
         profiling.Profiler(config, 8, True)
 
 
+def test_profile_steps_after_the_end_raise_before_the_model_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.models, "build", None)
+    with pytest.raises(ValueError, match="--profile_steps=3,9: the run has 8 updates"):
+        loop.train(short(tmp_path, recipe="digits", deterministic=False, profile_steps="3,9"))
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(("step", "warned"), [(0, False), (4, False), (5, True), (8, True)])
+def test_run_resumed_after_the_traced_updates_warns(tmp_path, calls, capsys, step, warned):
+    config = configuration.make("digits", workdir=str(tmp_path), profile_steps="3,5")
+    for active in (True, False):
+        profiler = profiling.Profiler(config, 8, active)
+        profiler.resume(step)
+        shown = capsys.readouterr().err
+        assert ("warning: --profile_steps=3,5: no trace is written" in shown) == (warned and active)
+        assert not shown or f"resumed after update {step}. Give a later range" in shown
+    assert calls == []
+
+
 def test_executions_end_at_the_trace_boundaries(tmp_path):
     config = configuration.make("digits", workdir=str(tmp_path), profile_steps="3,5")
     for active in (True, False):

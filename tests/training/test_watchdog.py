@@ -64,6 +64,7 @@ def end_of(process):
         ("start", "it had not begun to train", "the last checkpoint counts"),
         ("update", "it was in an update", "the last checkpoint counts"),
         ("evaluation", "it was in an evaluation", "the last checkpoint counts"),
+        ("report", "it was writing the final report", "the last checkpoint counts"),
     ],
 )
 def test_signal_ends_a_blocked_process_with_one_line(phase, where, kept, number):
@@ -112,12 +113,22 @@ def test_watchdog_does_not_end_a_process_that_makes_progress(monkeypatch):
     assert told == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is before
 
 
+def test_phase_within_another_returns_to_it():
+    dog = watchdog.Watchdog(None, None)
+    with dog.during("start"):
+        with dog.during("input"):
+            assert dog.phase == "input"
+        assert dog.phase == "start" and time.monotonic() - dog.since < 1
+    assert dog.phase == ""
+
+
+@pytest.mark.parametrize("phase", ["start", "report"])
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_signal_during_startup_raises(number, error):
+def test_signal_before_and_after_training_raises(number, error, phase):
     before = signal.getsignal(number)
-    with pytest.raises(error), watchdog.starting(0):
+    with pytest.raises(error), watchdog.watch(phase):
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
