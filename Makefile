@@ -11,6 +11,7 @@ VENV := .venv
 READY := $(VENV)/ready
 AXE := $(VENV)/axe
 SERVERS := .venv-servers
+TRACKERS := .venv-trackers
 RUN := $(VENV)/bin/python
 
 # Hides TensorFlow's start-up messages, but not its errors.
@@ -18,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup axe demo test slow dense servers lint docs dist installs mutation notebooks bench clean
+.PHONY: help setup axe demo test slow dense servers trackers lint docs dist installs mutation notebooks bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -85,6 +86,15 @@ $(SERVERS)/ready: tests/servers/requirements.txt savedmodels/web/package-lock.js
 	@npm ci --prefix savedmodels/web --no-audit --no-fund || echo "npm gives no onnxruntime-web."
 	@touch $@
 
+trackers: $(TRACKERS)/ready ## test the loggers with MLflow and W&B, offline, in a separate environment
+	KERAS_BACKEND=jax WANDB_MODE=offline $(TRACKERS)/bin/python -m pytest tests/training/test_loggers.py $(PYTEST_ARGS)
+
+$(TRACKERS)/ready: tests/training/trackers.txt
+	@echo "== set-up: $(TRACKERS), a few minutes and 0.9 GB the first time =="
+	$(PYTHON) -m venv --clear $(TRACKERS)
+	$(TRACKERS)/bin/python -m pip install -r tests/training/trackers.txt
+	@touch $@
+
 # The NumPy backend starts fastest; pages are built from docstrings and tables, without computation.
 docs: setup ## build the site in build/docs; broken links and undocumented public names are errors
 	KERAS_BACKEND=numpy $(RUN) -m sphinx -E -W --keep-going -q docs build/docs
@@ -105,5 +115,5 @@ bench: setup ## measure speed on each backend, and timm's if it is installed
 	$(RUN) benchmarks/speed.py
 
 clean: ## remove .venv, runs/ and caches; exported models stay
-	rm -rf $(VENV) $(SERVERS) savedmodels/web/node_modules tests/node_modules runs *.egg-info build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SERVERS) $(TRACKERS) savedmodels/web/node_modules tests/node_modules runs *.egg-info build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

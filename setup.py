@@ -35,7 +35,8 @@ TRAIN = [
     "grpcio>=1.68,<2",  # checks that a tf.data service is running
     "pyyaml>=6",  # --config
 ]
-# Experiment trackers for --logger. They pin older packages than the tests use: not in `test`.
+# Experiment trackers for --logger. They pin older packages than the tests use: not in `test`;
+# `make trackers` tests them.
 WANDB = ["wandb>=0.17,<1"]
 MLFLOW = ["mlflow>=2.14,<4"]
 # Detection and segmentation heads, and the metrics and plots of their examples.

@@ -16,16 +16,20 @@ OWN_AND_CHILDRENS = slice(11, 15)  # utime, stime, cutime and cstime in /proc/<i
 
 
 def forked(work, log):
-    """Runs `work` in a forked process that leads a session, and returns the process id."""
+    """Runs `work` in a forked process that leads a session, and returns the process id.
+
+    Args:
+        work: function that returns the exit status, or `None` for success.
+        log: path to which the process's output is appended.
+    """
     process = os.fork()
     if process:
         return process
     try:
         os.setsid()
         sys.stdout = sys.stderr = open(log, "a")
-        work()
+        status = work() or 0
         atexit._run_exitfuncs()  # os._exit skips handlers; TensorFlow's remove temporary files.
-        status = 0
     except BaseException:
         traceback.print_exc()
         status = 1

@@ -15,27 +15,35 @@ def run(main):
     """Runs a command and exits with its status.
 
     Args:
-        main: Function from the positional arguments to the exit status. Its exceptions are printed
-            as one line: ValueError (invalid request) exits with status 2; ImportError, OSError and
-            RuntimeError (failures) exit with status 1.
+        main: Function from the positional arguments to the exit status; `exit_status` handles its
+            exceptions.
     """
-
-    def guarded(arguments):
-        try:
-            return main([os.path.expanduser(argument) for argument in arguments[1:]])
-        except KeyboardInterrupt:
-            print("stopped", flush=True)
-            return 130
-        except ValueError as error:
-            return fail(error, 2)
-        except (ImportError, OSError, RuntimeError) as error:
-            return fail(error, 1)
-
     # Same as keras_tnt.text.escape_unencodable_output, which would import Keras.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    app.run(guarded, flags_parser=parse)
+    app.run(lambda arguments: exit_status(main, arguments[1:]), flags_parser=parse)
+
+
+def exit_status(main, arguments=()):
+    """Calls the main function of a command and returns its exit status.
+
+    Its exceptions are printed as one line: ValueError (invalid request) is status 2; ImportError,
+    OSError and RuntimeError (failures) are status 1.
+
+    Args:
+        main: Function from the positional arguments to the exit status.
+        arguments: Positional arguments. Defaults to none.
+    """
+    try:
+        return main([os.path.expanduser(argument) for argument in arguments])
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+        return 130
+    except ValueError as error:
+        return fail(error, 2)
+    except (ImportError, OSError, RuntimeError) as error:
+        return fail(error, 1)
 
 
 def parse(arguments):

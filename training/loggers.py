@@ -28,6 +28,7 @@ import queue
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -338,7 +339,7 @@ class MLflowLogger:
 
     def __init__(self, config, run_id):
         """Creates or resumes the run."""
-        if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("file:"):
+        if is_file_store(os.environ.get("MLFLOW_TRACKING_URI", "")):
             # MLflow 3.7 and later reject their file store without this opt-in.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         mlflow = import_package("mlflow", LOGGERS["mlflow"])
@@ -380,6 +381,12 @@ class MLflowLogger:
             step = int(results.get("step", 0))
             self.log(step, {f"final_{name}": value for name, value in results.items()})
         self.client.set_terminated(self.run_id, "KILLED" if results is None else "FINISHED")
+
+
+def is_file_store(uri):
+    """Returns whether a tracking URI is a local directory: a `file:` URI, or a path."""
+    # Databricks is the one server whose URI may have no scheme.
+    return bool(uri) and urllib.parse.urlsplit(uri).scheme in ("", "file") and uri != "databricks"
 
 
 def run_name(config):

@@ -3,9 +3,9 @@
     nan      a loss is NaN, checkpoints are time-based, and a worker is killed
     service  images come from a tf.data service, which is killed
 
-The other workers must exit by themselves with a one-line error. The restarted run must be
-bit-identical to one with the same NaN, or none, and without a kill. Prints the seconds until all
-workers had exited.
+The other workers must exit by themselves within a minute, each with a one-line error. The restarted
+run must be bit-identical to one with the same NaN, or none, and without a kill. Prints the seconds
+until all workers had exited.
 """
 
 import json
@@ -25,6 +25,7 @@ from training.cluster import data_service
 
 SLOW = 0.2  # seconds per update, so that a fault happens between two updates
 NAN_AT = 5
+MAX_SECONDS = 60  # within which all workers must exit after a kill
 
 
 def slow_updates(nan_at):
@@ -68,6 +69,23 @@ def logs(cluster):
     return [cluster.log(index).read_text() for index in range(len(cluster.addresses))]
 
 
+def assert_one_line_errors(cluster, survivors, seconds, *expected):
+    """Asserts that the survivors of a kill have exited in time, each with a one-line error.
+
+    Args:
+        cluster: the cluster, not yet restarted: its logs end with the exits.
+        survivors: indices of the workers that were not killed.
+        seconds: seconds until all workers had exited.
+        *expected: texts, one of which each error must contain.
+    """
+    assert seconds < MAX_SECONDS, f"the workers exited after {seconds} s"
+    for index in survivors:
+        log = cluster.log(index).read_text()
+        errors = [line for line in log.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in log, log[-2000:]
+        assert any(text in errors[0] for text in expected), errors
+
+
 def assert_identical(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -84,8 +102,7 @@ def nan_and_kill(directory, number):
     os.kill(cluster.processes[number - 1], signal.SIGKILL)
     seconds, statuses = ends(cluster)
     assert statuses == [1] * (number - 1) + [-signal.SIGKILL], statuses
-    for log in logs(cluster)[:-1]:
-        assert "has lost another one" in log, log[-2000:]
+    assert_one_line_errors(cluster, range(number - 1), seconds, "has lost another one")
     again = workers.Cluster(directory / "disturbed", number, **clock)
     found = finish(again)
     del found["losses"], expected["losses"]  # reported at other steps
@@ -106,6 +123,8 @@ def service_killed(directory, number):
     seconds, statuses = ends(cluster)
     assert all(statuses), statuses
     line = f"--data_service=grpc://{address} is gone"
+    # A worker that exits first takes the others with it.
+    assert_one_line_errors(cluster, range(number), seconds, line, "has lost another one")
     assert any(line in log for log in logs(cluster)), logs(cluster)[0][-2000:]
     _, processes = start_service(directory, *map(int, ports(directory)))
     try:

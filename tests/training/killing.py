@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from tests.killing import finish, forked, is_killed
-from training import checkpoint, configuration, loop, models
+from training import checkpoint, commands, configuration, loop, models
 
 STEPS = 8
 # The optimizers with the most state.
@@ -38,14 +38,14 @@ def start(workdir, strategy, given=()):
 def fork(workdir, log, environment, **values):
     """Starts or resumes a run with other values, log and environment variables; returns its id."""
 
-    def train():
+    def train(arguments):
         os.environ |= environment
         models.TNT_DIGITS |= TINY
         short = {"epochs": 2, "steps_per_epoch": STEPS // 2, "batch_size": 8, "ema": 0.9}
         short |= {"checkpoint_steps": 1, "report_steps": 1, "evaluate_epochs": 2, "report": False}
         loop.train(configuration.make("digits", workdir=str(workdir), **{**short, **values}))
 
-    return forked(train, log)
+    return forked(lambda: commands.exit_status(train), log)
 
 
 def outcome(workdir):

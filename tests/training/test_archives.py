@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -192,6 +193,66 @@ def test_overlapping_or_missing_splits_raise(archive):
         sources.open_sources(settings(dataset, root, eval_split="nowhere"))
 
 
+def write_labels(dataset, root, splits, names=None):
+    """Writes a data set of images with the given labels, and class names where it can hold them."""
+    if dataset == "webdataset":
+        first = 0
+        for split, labels in splits.items():
+            write_tar(root / f"{split}.tar", pairs(*labels, first=first))
+            first += len(labels)
+        return
+    import datasets
+
+    label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    label = label if isinstance(splits["train"][0], int) else datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    tables, first = {}, 0
+    for split, labels in splits.items():
+        images = [{"bytes": jpeg(first + i), "path": None} for i in range(len(labels))]
+        first += len(labels)
+        columns = {"image": images, "label": labels}
+        tables[split] = datasets.Dataset.from_dict(columns, features=features)
+    if dataset == "huggingface":
+        datasets.DatasetDict(tables).save_to_disk(str(root))
+    for split, table in tables.items() if dataset == "parquet" else ():
+        table.to_parquet(str(root / f"{split}.parquet"))
+
+
+KINDS_OF_LABELS = [
+    ("webdataset", "integers"),
+    *itertools.product(("parquet", "huggingface"), ("integers", "names", "text")),
+]
+
+
+def write_splits(dataset, kind, root, train, held_out):
+    """Writes splits of the given classes, and returns their configuration."""
+    names = ["ape", "bee", "cow"]
+    splits = {"train": train, "val": held_out}
+    if kind == "text":
+        splits = {split: [names[label] for label in labels] for split, labels in splits.items()}
+    write_labels(dataset, root, splits, names if kind == "names" else None)
+    return settings(dataset, root, classes=CLASSES if kind == "integers" else 0)
+
+
+@pytest.mark.parametrize(("dataset", "kind"), KINDS_OF_LABELS)
+def test_classes_without_held_out_images_warn(tmp_path, capsys, dataset, kind):
+    config = write_splits(dataset, kind, tmp_path, [0, 1, 2, 2], [0])
+    training, held_out = sources.open_sources(config)
+    assert training.classes == held_out.classes == CLASSES
+    first = 1 if kind == "integers" else "bee"
+    assert (
+        f"warning: --dataset={dataset}: 2 of 3 classes have no held-out image, the first of them "
+        f"{first!r}" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(("dataset", "kind"), KINDS_OF_LABELS)
+def test_held_out_classes_without_training_images_raise(tmp_path, dataset, kind):
+    config = write_splits(dataset, kind, tmp_path, [0, 1, 0], [0, 1, 2])
+    with pytest.raises(ValueError, match="the held-out split alone, .* (2|'cow')|held-out.*'cow'"):
+        sources.open_sources(config)
+
+
 # === WebDataset ===
 
 
@@ -204,10 +265,10 @@ def write_tar(path, members):
     return path
 
 
-def pairs(*labels):
+def pairs(*labels, first=0):
     return [
         (f"{i}.{suffix}", content)
-        for i, label in enumerate(labels)
+        for i, label in enumerate(labels, first)
         for suffix, content in (("jpg", jpeg(i)), ("cls", b"%d" % label))
     ]
 
@@ -220,6 +281,9 @@ def pairs(*labels):
         ([("a.cls", b"1")], {}, "sample 'a' has 0 images"),
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], {}, "sample 'a' has 2 images"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], {}, "'a.cls' holds no whole number: 'cat'"),
+        ([("a.jpg", b"x"), ("a.cls", b"1_0")], {}, "'a.cls' holds no whole number: '1_0'"),
+        ([("a.jpg", b"x"), ("a.cls", b"1.0")], {}, "'a.cls' holds no whole number: '1.0'"),
+        ([("a.jpg", b"x"), ("a.cls", b"9" * 99)], {}, "'a.cls' holds no whole number"),
         ([("a.jpg", b"x"), ("a.json", b'{"label": 1.5}')], {}, "'a.json' holds no whole number"),
         ([("a.jpg", b"x"), ("a.json", b"[" * 9999)], {}, "'a.json' holds no whole number"),
         ([*pairs(0, 1), *pairs(1)], {}, "the sample '0' is there twice"),
@@ -234,6 +298,13 @@ def test_invalid_shard_raises(tmp_path, members, values, message):
     with pytest.raises(ValueError, match=message) as caught:
         sources.open_split(settings("webdataset", tmp_path, **values), held_out=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"2", b"02", b"+2", b" 2\n", b"\t+02\r\n", b"\xef\xbb\xbf2"])
+def test_class_number_is_read_as_by_int(tmp_path, text):
+    write_tar(tmp_path / "train-0.tar", [*pairs(0), ("a.jpg", jpeg(0)), ("a.cls", text)])
+    source = sources.open_split(settings("webdataset", tmp_path), held_out=False)
+    assert source.labels.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("left", [1, 513, 700, 1024 + 3])
@@ -378,6 +449,101 @@ def test_damaged_row_group_is_a_set_of_unreadable_images(tmp_path):
     seen = evaluate(source, config, unreadable=unreadable)
     assert seen["weight"].tolist() == [0, 0, 1, 1] and seen["label"].tolist() == [0, 1, 2, 0]
     assert unreadable.names == {f"{path} row 1", f"{path} row 2"}
+
+
+# === Columns of images and labels ===
+
+
+def write_table(dataset, root, features, columns):
+    """Writes a training split with `datasets`; `plain` is a Parquet file without its metadata."""
+    import datasets
+
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    if dataset == "huggingface":
+        datasets.DatasetDict(train=table).save_to_disk(str(root))
+    else:
+        table.to_parquet(str(root / "train.parquet"))
+    return settings(dataset, root, classes=2)
+
+
+def read_encoded(source):
+    """Returns the encoded images of a source, in order."""
+    if isinstance(source, sources.Streamed):
+        return [image for _, image, _ in source.stream(None, 0, 1).as_numpy_iterator()]
+    items = [source.item(tf.constant(index)) for index in range(source.size)]
+    return [source.read(image).numpy() for _, image, _ in items]
+
+
+def image_and_label_features():
+    """Returns pairs of features that can be read: the images' and the labels'."""
+    import datasets
+
+    names = datasets.ClassLabel(names=["ape", "bee"])
+    return {
+        "bytes": {"image": datasets.Value("binary"), "label": datasets.Value("int64")},
+        "large bytes": {"picture": datasets.Value("large_binary"), "label": names},
+        "struct": {
+            "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+            "label": names,
+        },
+        "CIFAR-100": {"img": datasets.Image(), "fine_label": names, "coarse_label": names},
+        "single class label": {"image": datasets.Image(), "animal": names},
+        "mask": {"image": datasets.Value("binary"), "mask": datasets.Image(), "label": names},
+    }
+
+
+@pytest.mark.parametrize("dataset", ["parquet", "huggingface"])
+@pytest.mark.parametrize(
+    "kind", ["bytes", "large bytes", "struct", "CIFAR-100", "single class label", "mask"]
+)
+def test_image_and_label_columns_are_found(tmp_path, dataset, kind):
+    features = image_and_label_features()[kind]
+    image, label = (list(features)[i] for i in (0, -1))
+    if "fine_label" in features:
+        label = "fine_label"
+    columns = {name: [0, 0] for name in features} | {label: [1, 0]}
+    for name in {image, "mask"} & set(features):
+        encoded = IMAGES[:2] if name == image else [b"", b""]
+        is_bytes = "binary" in str(getattr(features[name], "dtype", ""))
+        columns[name] = encoded if is_bytes else [{"bytes": e, "path": None} for e in encoded]
+    config = write_table(dataset, tmp_path, features, columns)
+    source = sources.open_split(config, held_out=False)
+    assert source.labels.tolist() == [1, 0]
+    assert read_encoded(source) == IMAGES[:2]
+
+
+def test_directory_of_plain_parquet_files_is_read_as_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_parquet(tmp_path / "train.parquet", {"image": IMAGES[:2], "label": [1, 0]})
+    source = sources.open_split(settings("huggingface", tmp_path, classes=2), held_out=False)
+    assert read_encoded(source) == IMAGES[:2]
+
+
+@pytest.mark.parametrize("dataset", ["parquet", "huggingface"])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": "int64", "label": "int64"}, "column 'image' that is not an image column.*int64"),
+        ({"a": "binary", "b": "binary", "label": "int64"}, "has several image columns: a, b. Ren"),
+        ({"image": "binary", "a": "class", "b": "class"}, "has several label columns: a, b. Ren"),
+        ({"image": "binary", "class": "int64"}, "has no column 'label'; it has image, class"),
+    ],
+)
+def test_unclear_columns_raise(tmp_path, dataset, columns, message):
+    import datasets
+
+    features = {
+        name: datasets.ClassLabel(names=["x", "y"]) if kind == "class" else datasets.Value(kind)
+        for name, kind in columns.items()
+    }
+    values = {name: [b""] if kind == "binary" else [0] for name, kind in columns.items()}
+    config = write_table(dataset, tmp_path, features, values)
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.open_split(config, held_out=False)
+    assert "\n" not in str(caught.value)
 
 
 # === Hugging Face datasets ===

@@ -194,6 +194,23 @@ def test_wandb_resumes_its_run_with_step_as_axis(tmp_path, monkeypatch):
     ]
 
 
+def test_wandb_writes_its_run_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "run").mkdir()
+    for step, results in ((4, None), (8, {"accuracy": 0.5})):
+        group = make(tmp_path / "run", "wandb")
+        group.start()
+        group.log(step, {"loss": 10.0 / step})
+        group.finish(results)
+    written = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    identifier = json.loads((tmp_path / "run" / "loggers.json").read_text())["wandb"]
+    assert [path.name for path in written] == [f"run-{identifier}.wandb"] * len(written) != []
+    content = b"".join(path.read_bytes() for path in written)
+    assert b"final_accuracy" in content and b"batch_size" in content
+
+
 # === MLflow ===
 
 
@@ -237,16 +254,37 @@ def test_mlflow_resumes_its_run_within_batch_limits(tmp_path, monkeypatch):
     ]
 
 
-def test_mlflow_file_store_contains_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["URI", "path"])
+def test_mlflow_file_store_contains_the_run(tmp_path, monkeypatch, kind):
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    store = tmp_path / "store"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.as_uri() if kind == "URI" else str(store))
+    # The logger sets it; monkeypatch restores it.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "apples")
     mlflow_runs(tmp_path)
-    client = mlflow.MlflowClient((tmp_path / "store").as_uri())
+    client = mlflow.MlflowClient(store.as_uri())
     experiment = client.get_experiment_by_name("apples")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
     assert run.data.params["recipe"] == "digits" and run.data.metrics["final_accuracy"] == 0.5
     history = client.get_metric_history(run.info.run_id, "loss")
     assert sorted((metric.step, metric.value) for metric in history) == [(4, 2.5), (8, 1.25)]
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("file:///runs", True),
+        ("/runs", True),
+        ("runs/store", True),
+        ("", False),
+        ("sqlite:///runs.db", False),
+        ("http://localhost:5000", False),
+        ("databricks", False),
+        ("databricks://profile", False),
+    ],
+)
+def test_only_local_directories_are_file_stores(uri, expected):
+    assert loggers.is_file_store(uri) == expected

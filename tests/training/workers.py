@@ -33,6 +33,11 @@ def free_addresses(number):
     return addresses
 
 
+def batch(workers):
+    """Returns the global batch size, of which each worker has the same share."""
+    return {"batch_size": 4 * workers}
+
+
 class Cluster:
     """The workers of one run, each of which is restarted when it dies.
 
@@ -44,7 +49,7 @@ class Cluster:
 
     def __init__(self, workdir, number, **values):
         self.workdir, self.addresses = workdir, free_addresses(number)
-        self.values = {"strategy": "multi_worker", "report": True, **values}
+        self.values = {"strategy": "multi_worker", "report": True, **batch(number), **values}
         self.started = 0
         self.processes = {index: self.start(index) for index in range(number)}
 
@@ -89,7 +94,8 @@ def answers(workdir):
 def main(directory, workers, kills):
     directory, workers, kills = Path(directory), int(workers), int(kills)
     one = directory / "one"
-    os.waitpid(fork(one, directory / "one.log", {}, strategy="one_device", report=True), 0)
+    alone = {"strategy": "one_device", "report": True, **batch(workers)}
+    os.waitpid(fork(one, directory / "one.log", {}, **alone), 0)
     cluster = Cluster(directory / "several", workers)
     killed = []
     for number in range(kills):

@@ -52,7 +52,7 @@ def folder(config, held_out):
     paths, labels = list_images(split, names, held_out, note)
     if not paths:
         raise ValueError(f"{split} holds no images. The layout is {LAYOUT}")
-    return of_files(paths, labels, names, real_paths(paths))
+    return of_files(paths, labels, names, real_paths(paths), classes_from_images=True)
 
 
 def flat_folder(config, root, held_out):
@@ -75,7 +75,8 @@ def flat_folder(config, root, held_out):
     mask = held_out_mask(labels, names, config.validation_share, config.seed)
     chosen = [i for i, out in enumerate(mask) if out == held_out]
     paths = [paths[i] for i in chosen]
-    return of_files(paths, [labels[i] for i in chosen], names, real_paths(paths))
+    labels = [labels[i] for i in chosen]
+    return of_files(paths, labels, names, real_paths(paths), classes_from_images=True)
 
 
 def list_images(split, names, held_out, note):

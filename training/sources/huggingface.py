@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
+from training.sources import columns
 from training.sources.kinds import Indexed, clean_label, read_in_python, sorted_labels
 from training.sources.splits import check_labels, split_files
 
 LAYOUT = (
     "the directory of DatasetDict.save_to_disk (or of files train-*.parquet, which are copied to "
-    "the cache of datasets) with an image and a label; needs the package datasets"
+    "the cache of datasets) with a column of images or their encoded bytes, and a label; needs the "
+    "package datasets"
 )
 
 
@@ -32,12 +34,16 @@ def huggingface(config, held_out):
     image, label = find_columns(table, config)
     labels, names = number_labels(table, label, config, held_out)
     place = f"{config.data_dir} {'held-out' if held_out else 'training'} row"
-    undecoded = import_datasets(config).Image(decode=False)
-    encoded = table.select_columns([image]).cast_column(image, undecoded).with_format(None)
+    datasets = import_datasets(config)
+    encoded = table.select_columns([image]).with_format(None)
+    if isinstance(table.features[image], datasets.Image):
+        encoded = encoded.cast_column(image, datasets.Image(decode=False))
     fingerprint = table._fingerprint if hasattr(table, "_fingerprint") else place
 
     def read(index):
         value = encoded[index][image]
+        if isinstance(value, bytes):
+            return value
         if value.get("bytes") is not None:
             return value["bytes"]
         return Path(value["path"]).read_bytes()
@@ -126,6 +132,9 @@ def open_table(config, held_out):
 def find_columns(table, config):
     """Returns (image column, label column).
 
+    An image is a column of images, of bytes, or of structs with bytes; Parquet files that were not
+    written by `datasets` have no columns of images.
+
     Args:
         table: A `datasets.Dataset`.
         config: A `training.configuration.Config`, for messages.
@@ -134,16 +143,23 @@ def find_columns(table, config):
         ValueError: If there is no such column, or several to choose from.
     """
     datasets = import_datasets(config)
-    images = [n for n, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    image = "image" if "image" in images else images[0] if len(images) == 1 else None
-    label = next((name for name in ("label", "labels") if name in table.features), None)
-    for what, found in (("image", image), ("label", label)):
-        if found is None:
-            raise ValueError(
-                f"--dataset={config.dataset} has no column {what!r} in {config.data_dir}; it has "
-                f"{', '.join(table.column_names)}"
-            )
-    return image, label
+    features = table.features
+
+    def is_binary(feature):
+        if isinstance(feature, dict):
+            feature = feature.get("bytes")
+        return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+    images = [name for name, each in features.items() if isinstance(each, datasets.Image)]
+    binary = [name for name, each in features.items() if is_binary(each)]
+    usual = [name for name in binary if name in columns.IMAGES]
+    return columns.choose_columns(
+        f"--dataset={config.dataset}: {config.data_dir}",
+        {name: str(feature) for name, feature in features.items()},
+        [*images, *usual] or binary,
+        [name for name, each in features.items() if isinstance(each, datasets.ClassLabel)],
+        f". It must be {LAYOUT}",
+    )
 
 
 def number_labels(table, label, config, held_out):

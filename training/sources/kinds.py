@@ -13,6 +13,7 @@ class Source:
     """Base of the sources, with defaults for properties that are unknown before reading."""
 
     labels = None
+    classes_from_images = False
     paths = ()
     stretches = ()
     several_labels = False
@@ -35,6 +36,8 @@ class Indexed(Source):
             none.
         in_process: Whether Python reads the images, which a tf.data service cannot run. Defaults to
             `False`.
+        classes_from_images: Whether the images alone define the classes, as folders do, so that
+            each class must have images in both splits. Defaults to `False`.
     """
 
     size: int
@@ -45,6 +48,7 @@ class Indexed(Source):
     labels: np.ndarray | None = None
     paths: Sequence[str] = ()
     in_process: bool = False
+    classes_from_images: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,6 +63,7 @@ class Streamed(Source):
             the stored order if the seed is `None`. The label is an integer or, for multi-label
             images, float32 (classes,), 1 at the correct labels.
         label_names: Class names, in order. Defaults to `None`, no names.
+        labels: Labels of all images, in any order. If `None`, they are unknown before reading.
         stretches: Ranges of records that are read: (file, first record, end, exclusive). Defaults
             to none.
         several_labels: Whether images are multi-label, for evaluation only. Defaults to `False`.
@@ -70,6 +75,7 @@ class Streamed(Source):
     classes: int
     stream: Callable
     label_names: Sequence[str] | None = None
+    labels: np.ndarray | None = None
     stretches: Sequence[tuple[str, int, int]] = ()
     several_labels: bool = False
     in_process: bool = False
@@ -119,7 +125,7 @@ def in_memory(images, labels, classes, name, label_names=None):
     return Indexed(len(numbers), classes, item, label_names=label_names, labels=numbers)
 
 
-def of_files(paths, labels, label_names, real_paths=None):
+def of_files(paths, labels, label_names, real_paths=None, classes_from_images=False):
     """Returns a source of image files.
 
     Args:
@@ -127,6 +133,7 @@ def of_files(paths, labels, label_names, real_paths=None):
         labels: Integers (n,), class indices.
         label_names: Class names, in order.
         real_paths: Paths by which overlapping splits are found. If `None`, `paths`.
+        classes_from_images: Whether the images alone define the classes. Defaults to `False`.
 
     Returns:
         An `Indexed`.
@@ -142,7 +149,16 @@ def of_files(paths, labels, label_names, real_paths=None):
         return path, path, tf.gather(labels, index)
 
     known = paths if real_paths is None else real_paths
-    return Indexed(len(paths), len(label_names), item, tf.io.read_file, label_names, numbers, known)
+    return Indexed(
+        len(paths),
+        len(label_names),
+        item,
+        tf.io.read_file,
+        label_names=label_names,
+        labels=numbers,
+        paths=known,
+        classes_from_images=classes_from_images,
+    )
 
 
 LABEL_NUMBER = re.compile(r"[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?")

@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 
+from training.sources import columns
 from training.sources.kinds import Streamed, clean_label, sorted_labels
 from training.sources.splits import check_labels, split_files
 
@@ -51,6 +52,7 @@ def parquet(config, held_out):
         classes,
         lambda seed, worker, workers: stream(groups, labels, image, seed, worker, workers),
         label_names=tuple(names) if names else None,
+        labels=labels,
         stretches=stretches,
         in_process=True,
     )
@@ -204,24 +206,38 @@ def find_columns(file):
             return "bytes" in [kind.field(i).name for i in range(kind.num_fields)]
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
-    images = [field.name for field in schema if is_image(field.type)]
-    image = "image" if "image" in images else images[0] if len(images) == 1 else None
-    label = next((name for name in ("label", "labels") if name in schema.names), None)
-    for what, found in (("image", image), ("label", label)):
-        if found is None:
-            raise ValueError(
-                f"{file} has no column {what!r}; it has {', '.join(schema.names)}. It must be one "
-                f"of {LAYOUT}"
-            )
+    class_names = read_class_names(schema)
+    image, label = columns.choose_columns(
+        file,
+        {field.name: str(field.type) for field in schema},
+        [field.name for field in schema if is_image(field.type)],
+        list(class_names),
+        f". It must be one of {LAYOUT}",
+    )
+    return image, label, class_names.get(label)
+
+
+def read_class_names(schema):
+    """Returns a dict from column to class names, which `datasets` stores in a file's metadata.
+
+    Args:
+        schema: A `pyarrow.Schema`.
+    """
     try:
         information = json.loads((schema.metadata or {})[b"huggingface"])
-        names = information["info"]["features"][label]["names"]
-        names = (
-            names if isinstance(names, list) and all(isinstance(n, str) for n in names) else None
-        )
-    except (KeyError, TypeError, ValueError):
-        names = None
-    return image, label, names
+        features = information["info"]["features"].items()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    names = {
+        column: feature["names"]
+        for column, feature in features
+        if column in schema.names and isinstance(feature, dict) and "names" in feature
+    }
+    return {
+        column: each
+        for column, each in names.items()
+        if isinstance(each, list) and all(isinstance(name, str) for name in each)
+    }
 
 
 def read_column(file, label):
@@ -274,6 +290,8 @@ def number_labels(values, names, config, held_out, files, label):
     names = sorted_labels(known)
     unknown = sorted(set(texts) - set(names))
     if unknown:
-        raise ValueError(f"{files[0]} has classes that the training split has not: {unknown[0]!r}")
+        raise ValueError(
+            f"{files[0]} has held-out classes that the training split has not: {unknown[0]!r}"
+        )
     classes = {name: number for number, name in enumerate(names)}
     return np.array([classes[text] for text in texts], "int64"), names

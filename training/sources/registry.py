@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -142,7 +143,7 @@ def open_sources(config):
         (training source, held-out source).
 
     Raises:
-        ValueError: If the data do not exist, the splits overlap, or their classes differ.
+        ValueError: If the data do not exist, the splits overlap, or their classes do not fit.
     """
     row = find(config.dataset)
     for option in OPTIONS:
@@ -159,34 +160,52 @@ def open_sources(config):
             "tf.data service cannot do: leave --data_service out, or use --dataset=folder, table, "
             "tfrecord or tfds:"
         )
-    check_classes(training, held_out)
+    check_classes(training, held_out, config.dataset)
     check_overlap(training, held_out)
     return training, held_out
 
 
-def check_classes(training, held_out):
-    """Raises a ValueError if the splits have different classes."""
+def check_classes(training, held_out, dataset):
+    """Checks that the held-out images belong to classes with training images.
+
+    Classes without a held-out image raise an error if the images alone define the classes, as
+    folders do: files may be missing. Otherwise they cause a warning.
+
+    Args:
+        training: The training source.
+        held_out: The held-out source.
+        dataset: Value of `--dataset`, for messages.
+
+    Raises:
+        ValueError: If the numbers of classes differ, a held-out class has no training image, or a
+            class defined by its images has no held-out one.
+    """
     if training.classes != held_out.classes:
         raise ValueError(
             f"the training split has {training.classes} classes, the held-out one "
             f"{held_out.classes}"
         )
-    splits = {"training": training, "held-out": held_out}
-    known = {
-        split: set(np.unique(source.labels).tolist())
-        for split, source in splits.items()
-        if source.labels is not None
-    }
-    if len(known) < 2:
+    if training.labels is None or held_out.labels is None:
         return
-    for split, other in (("training", "held-out"), ("held-out", "training")):
-        alone = sorted(known[split] - known[other])
-        if alone:
-            name = training.label_names[alone[0]] if training.label_names else alone[0]
+    known, measured = (set(np.unique(each.labels).tolist()) for each in (training, held_out))
+    for split, other, alone in (
+        ("held-out", "training", sorted(measured - known)),
+        ("training", "held-out", sorted(known - measured)),
+    ):
+        if not alone:
+            continue
+        name = training.label_names[alone[0]] if training.label_names else alone[0]
+        if split == "held-out" or training.classes_from_images:
             raise ValueError(
                 f"{len(alone)} of {training.classes} classes are in the {split} split alone, the "
-                f"first of them {name!r}"
+                f"first of them {name!r}. Each of them needs {other} images, or none at all"
             )
+        print(
+            f"warning: --dataset={dataset}: {len(alone)} of {training.classes} classes have no "
+            f"held-out image, the first of them {name!r}. The accuracy is that of the others",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def check_label_names(source, recorded):

@@ -43,7 +43,7 @@ def table(config, held_out):
             f"{file}: {len(missing)} of {len(paths)} files are missing, the first of them "
             f"{missing[0]}"
         )
-    return of_files(paths, [labels[i] for i in chosen], names)
+    return of_files(paths, [labels[i] for i in chosen], names, classes_from_images=True)
 
 
 def read_rows(file):

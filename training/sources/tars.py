@@ -171,7 +171,7 @@ def read_label(shard, key, members):
         raise ValueError(f"{place}: the label in {member.name!r} claims {member.size:,} bytes")
     data = read_member(shard, member.offset_data, member.size)
     try:
-        value = json.loads(data)
+        value = parse_integer(data) if kind == "cls" else json.loads(data)
         value = value["label"] if kind == "json" and isinstance(value, dict) else value
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
             raise ValueError
@@ -179,6 +179,18 @@ def read_label(shard, key, members):
         shown = data[:40].decode(errors="replace")
         raise ValueError(f"{place}: {member.name!r} holds no whole number: {shown!r}") from error
     return value
+
+
+def parse_integer(data):
+    """Returns the integer that bytes spell, with a sign, leading zeros or white space, if any.
+
+    Raises:
+        ValueError: If they spell no integer.
+    """
+    text = data.decode("utf-8-sig")
+    if "_" in text:  # int accepts 1_000
+        raise ValueError(f"{text!r} holds an underscore")
+    return int(text)
 
 
 def check_end(shard, end):
