@@ -1,12 +1,14 @@
 """Command-line options: unknown or misplaced ones, `--version`, `--help`, and suggestions."""
 
 import json
+import re
 
 import pytest
+from PIL import Image
 
 import keras_tnt
 import keras_tnt.command.runtime
-from keras_tnt.command import COMMANDS, main, parse, parsers
+from keras_tnt.command import COMMANDS, info, main, parse, parsers
 from keras_tnt.text import as_flags
 
 pytestmark = pytest.mark.one_backend
@@ -78,6 +80,11 @@ def test_help_shows_each_default_once():
             "--model=tnt_small --weights=tnt_s_patch16_224.in1k",
         ),
         (
+            "hf://timm/tnt_s_patch16_224.in1k@main",
+            "keras_tnt.create_model('tnt_small', weights='tnt_s_patch16_224.in1k')",
+            "--model=tnt_small --weights=tnt_s_patch16_224.in1k",
+        ),
+        (
             "timm/deit_base_patch16_384.fb_in1k",
             "keras_tnt.create_model('deit_base', weights='deit_base_patch16_384.fb_in1k')",
             "--model=deit_base --weights=deit_base_patch16_384.fb_in1k",
@@ -89,20 +96,54 @@ def test_help_shows_each_default_once():
         ),
     ],
 )
-def test_weights_name_as_model_name_suggests_the_call(name, typed, flags, capsys):
+def test_weights_name_as_model_name_suggests_the_call(name, typed, flags):
     with pytest.raises(ValueError, match="is the weights name of") as error:
         keras_tnt.create_model(name)
     assert typed in str(error.value)
-    assert main(["info", name]) == 2
-    printed = capsys.readouterr().err
-    assert "is the weights name of" in printed and flags in printed
-    assert "create_model" not in printed
+    assert as_flags(str(error.value)).endswith(f"Type {flags}")
+
+
+def test_advice_for_a_weights_name_keeps_the_given_weights(tmp_path, capsys):
+    name = "deit_tiny_distilled_patch16_224"
+    with pytest.raises(ValueError, match=r"'deit_tiny', weights=None, distilled=True\)"):
+        keras_tnt.create_model(name, weights=None)
+    image = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for weights, expected in (
+        ("none", "none"),
+        ("x.pth", "x.pth"),
+        ("imagenet", f"{name}.fb_in1k"),
+    ):
+        assert main([str(image), f"--model={name}", f"--weights={weights}"]) == 2
+        printed = capsys.readouterr().err.rstrip()
+        assert printed.endswith(f"Type --model=deit_tiny --weights={expected}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tnt_s_patch16_224", "timm/tnt_s_patch16_224.in1k", "hf://timm/tnt_s_patch16_224.in1k@main"],
+)
+def test_info_describes_public_weights(name, capsys):
+    assert main(["info", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["name"], found["model"]) == ("tnt_s_patch16_224.in1k", "tnt_small")
+    assert (found["image_size"], found["parameters"]) == ("224x224", 23_768_584)
+    small = info.about("tnt_small")
+    assert found["multiply_accumulates"] == small["multiply_accumulates"]
+    assert found["top1"] == small["top1"] and found["top5"] > 90
+
+
+@pytest.mark.slow
+def test_info_counts_the_cost_of_weights_with_other_arguments(capsys):
+    assert main(["info", "deit_tiny_distilled_patch16_224", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["distilled"] == "yes"
+    assert found["multiply_accumulates"] > info.about("deit_tiny")["multiply_accumulates"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretrained": True}, "Pass weights='imagenet'"),
         ({"pretrained": False}, "Pass weights=None"),
         ({"num_classes": 10}, "Pass `classes`"),
         ({"in_chans": 1}, r"Pass `input_shape`, \(height, width, channels\)"),
@@ -116,6 +157,27 @@ def test_weights_name_as_model_name_suggests_the_call(name, typed, flags, capsys
 def test_timm_argument_error_names_the_equivalent(name, arguments, message):
     with pytest.raises(TypeError, match=message):
         keras_tnt.create_model(name, **arguments)
+
+
+@pytest.mark.parametrize("name", keras_tnt.registry.functions())
+def test_advice_for_pretrained_is_accepted(name):
+    with pytest.raises(TypeError, match="'pretrained'") as error:
+        getattr(keras_tnt, name)(pretrained=True)
+    message = str(error.value)
+    [family] = [
+        each
+        for each in keras_tnt.registry.families()
+        if name in (each.builder.__name__, *map(each.function_name, each.variants))
+    ]
+    public = {row.model for row in family.checkpoints}
+    if name in public:
+        assert "Pass weights='imagenet'" in message
+    elif public:
+        suggested = re.search(r"keras_tnt\.(\w+)\(weights='imagenet'\)", message)[1]
+        assert suggested in public and "pass weights=None" in message
+    else:
+        assert f"no public weights of {name}: pass weights=None" in message
+        assert "imagenet" not in message
 
 
 def test_advice_is_rewritten_as_flags():
