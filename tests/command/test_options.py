@@ -9,6 +9,7 @@ from PIL import Image
 import keras_tnt
 import keras_tnt.command.runtime
 from keras_tnt.command import COMMANDS, info, main, parse, parsers
+from keras_tnt.command.cards import CARD
 from keras_tnt.text import as_flags
 
 pytestmark = pytest.mark.one_backend
@@ -212,3 +213,45 @@ def test_info_of_a_variant_does_not_build_a_model(monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["parameters"], found["blocks"], found["classes"]) == (23768584, 12, 1000)
     assert found["multiply_accumulates"] == 4973847552 and found["top1"] == 81.5
+
+
+@pytest.mark.parametrize(
+    "words", [["--sort", "-top1"], ["--sort=-top1"], ["tnt*", "--sort", "-top1"]]
+)
+def test_sort_accepts_a_descending_column_as_the_next_word(words):
+    assert parse(["list", *words]).sort == "-top1"
+
+
+@pytest.mark.parametrize("words", [["--sort"], ["--sort", "--json"], ["--sort", "-size"]])
+def test_sort_without_a_column_is_an_error(words, capsys):
+    with pytest.raises(SystemExit):
+        parse(["list", *words])
+    assert "--sort" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("export", ["tnt.onnx", "served"])
+def test_explain_refuses_exports(export, tmp_path, capsys):
+    card = tmp_path / "served" / "1" / CARD
+    card.parent.mkdir(parents=True)
+    card.write_text("{}")
+    assert main(["explain", "x.png", f"--model={tmp_path / export}"]) == 2
+    printed = capsys.readouterr().err
+    assert "--model must be a Keras model for explain" in printed and "no attention" in printed
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("{0}", "must be the path of a file. Received: '{0}', which is a directory"),
+        ("/dev/null", "'/dev/null', which is a device"),
+        ("/dev/null/x.html", "'/dev/null' is no directory"),
+        ("{0}/file/a/x.html", "'{0}/file' is no directory"),
+        ("{0}/new/", "which ends as a directory"),
+    ],
+)
+def test_explain_checks_its_page_before_any_work(out, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out, message = out.format(tmp_path), message.format(tmp_path)
+    assert main(["explain", "no.png", "--model=no.keras", f"--out={out}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --out must be") and message in line
