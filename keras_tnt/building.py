@@ -411,7 +411,7 @@ def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.Bound
     if unknown:
         raise TypeError(
             f"{name}() got an unexpected keyword argument '{unknown[0]}'. "
-            f"{replacement(unknown[0], kwargs[unknown[0]], signature.parameters)}"
+            f"{replacement(name, unknown[0], kwargs[unknown[0]], signature.parameters)}"
         )
     try:
         return signature.bind(*args, **kwargs)
@@ -419,17 +419,17 @@ def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.Bound
         raise TypeError(f"{name}() {error}") from None
 
 
-def replacement(argument: str, value, known) -> str:
+def replacement(function: str, argument: str, value, known) -> str:
     """Returns a sentence that suggests one of our arguments for an unknown one.
 
     Args:
+        function: name of the builder or variant.
         argument: name of the unknown argument, such as one of timm's.
         value: its value.
         known: names of the existing arguments.
     """
     if argument == "pretrained":
-        weights = "'imagenet'" if value else "None"
-        return f"Pass weights={weights}: 'imagenet' for public weights, None for random ones."
+        return pretrained_advice(function) if value else "Pass weights=None for random weights."
     names = [name for name in TIMM_ARGUMENTS.get(argument, ()) if name in known]
     if names:
         return f"Pass `{names[0]}`{TIMM_NOTES.get(names[0], '')}."
@@ -437,6 +437,24 @@ def replacement(argument: str, value, known) -> str:
     if found:
         return f"Did you mean {' or '.join(f'`{name}`' for name in found)}?"
     return f"There are: {', '.join(known)}."
+
+
+def pretrained_advice(function: str) -> str:
+    """Returns a sentence that replaces `pretrained=True` of a builder or variant."""
+    if any(row.model == function for row in registry.checkpoints()):
+        return "Pass weights='imagenet': 'imagenet' for public weights, None for random ones."
+    for family in registry.families():
+        names = [family.builder.__name__, *map(family.function_name, family.variants)]
+        if function in names and family.checkpoints:
+            return (
+                f"{function} has no public weights of its own: call a variant that has some, "
+                f"keras_tnt.{family.checkpoints[0].model}(weights='imagenet'), or pass "
+                "weights=None for random weights or weights='<path>' for a file."
+            )
+    return (
+        f"There are no public weights of {function}: pass weights=None for random weights or "
+        "weights='<path>' for a file."
+    )
 
 
 # Our names by timm's name of an argument. The first that the builder accepts is suggested.

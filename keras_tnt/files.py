@@ -390,6 +390,42 @@ def holder(path):
     return text or "just begun"
 
 
+# === Destinations ===
+
+
+def check_destination(path: str | os.PathLike, argument: str, is_folder: bool = False) -> None:
+    """Raises an error if a file or directory cannot be written at a path.
+
+    Args:
+        path: path of a file or directory, which need not exist yet, nor its parent.
+        argument: name of the argument, for the message, such as "--out".
+        is_folder: whether a directory is written instead of a file. Defaults to `False`.
+
+    Raises:
+        ValueError: if something of another kind exists there, or a parent is no directory.
+    """
+    path = expand(path)
+    wanted = "directory" if is_folder else "file"
+    if os.path.exists(path) and not (os.path.isdir if is_folder else os.path.isfile)(path):
+        kind = KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "a file")
+        raise ValueError(
+            f"{argument} must be the path of a {wanted}. Received: '{path}', which is {kind}. "
+            f"Name another {wanted}."
+        )
+    if not is_folder and path.endswith(os.sep):
+        raise ValueError(
+            f"{argument} must be the path of a file. Received: '{path}', which ends as a directory."
+        )
+    parent = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise ValueError(
+            f"{argument} must be the path of a {wanted} in a directory. Received: '{path}', but "
+            f"'{parent}' is no directory. Name another {wanted}."
+        )
+
+
 # === Disks ===
 
 

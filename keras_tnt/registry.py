@@ -268,11 +268,16 @@ def create_model(name: str, **arguments) -> "keras.Model":  # noqa: F821
     Example:
         >>> model = keras_tnt.create_model("tnt_small", weights=None, classes=10)
     """
-    return find_model(name)(**arguments)
+    return find_model(name, arguments.get("weights", "imagenet"))(**arguments)
 
 
-def find_model(name: str) -> Callable:
+def find_model(name: str, weights: Any = "imagenet") -> Callable:
     """Returns the function that builds the model of a name in either spelling.
+
+    Args:
+        name: name of a variant or family.
+        weights: value of `weights=` in the call that the error suggests for the name of public
+            weights. Defaults to "imagenet", which suggests these weights.
 
     Raises:
         ValueError: if there is no such model; the message lists the nearest names.
@@ -283,32 +288,53 @@ def find_model(name: str) -> Callable:
         names = _names()
     if name not in names:
         raise ValueError(
-            weights_advice(name) or f"There is no model {name!r}. {nearest(name, list_models())}"
+            weights_advice(name, weights)
+            or f"There is no model {name!r}. {nearest(name, list_models())}"
         )
     return _function(*names[name])
 
 
-def weights_advice(name: str) -> str | None:
-    """Returns what to type for the name of public weights, with or without its tag.
+def find_checkpoint(name: str) -> tuple[Family, str, Checkpoint] | None:
+    """Returns the (family, variant, checkpoint) of the name of public weights.
 
     Args:
-        name: name such as "tnt_s_patch16_224" or "deit_tiny_patch16_224.fb_in1k", optionally with
-            timm's prefix "timm/" or "hf_hub:timm/".
+        name: name such as "tnt_s_patch16_224" or "deit_tiny_patch16_224.fb_in1k", with or without
+            its tag, optionally with the prefix "timm/", "hf_hub:timm/" or "hf://timm/" and a
+            revision, "@main".
 
     Returns:
-        A sentence, or `None` if there are no such weights.
+        A tuple, or `None` if there are no such weights.
     """
-    wanted = name.removeprefix("hf_hub:").removeprefix("hf-hub:").removeprefix("timm/")
+    wanted = re.sub(r"^(hf_hub:|hf-hub:|hf://)?(timm/)?|@[^@]*$", "", name)
     for each in families():
         for row in each.checkpoints:
             if wanted in (row.name, row.architecture):
                 variant = next(v for v in each.variants if each.function_name(v) == row.model)
-                told = "".join(f", {key}={value!r}" for key, value in row.arguments.items())
-                return (
-                    f"{name!r} is the weights name of {row.call}. Type "
-                    f"keras_tnt.create_model('{variant}', weights='{row.name}'{told})"
-                )
+                return each, variant, row
     return None
+
+
+def weights_advice(name: str, weights: Any = "imagenet") -> str | None:
+    """Returns what to type for the name of public weights, with or without its tag.
+
+    Args:
+        name: name, as for `find_checkpoint`.
+        weights: value of `weights=` in the suggested call. Defaults to "imagenet", which suggests
+            the weights of that name.
+
+    Returns:
+        A sentence, or `None` if there are no such weights.
+    """
+    found = find_checkpoint(name)
+    if found is None:
+        return None
+    _, variant, row = found
+    wanted = row.name if weights == "imagenet" else weights
+    told = "".join(f", {key}={value!r}" for key, value in row.arguments.items())
+    return (
+        f"{name!r} is the weights name of {row.call}. Type "
+        f"keras_tnt.create_model('{variant}', weights={wanted!r}{told})"
+    )
 
 
 def _names() -> dict[str, tuple[Family, str | None]]:

@@ -56,9 +56,10 @@ FLAGS = (
     (re.compile(r"\bweights=None\b"), "--weights=none"),
     (re.compile(r"(?<![-\w(])weights='([^']*)'"), r"--weights=\1"),
     (re.compile(r"`(weights|model|top|out)`"), r"--\1"),
+    (re.compile(r"--weights must be None\b"), "--weights must be none"),
     (re.compile(r"a name of keras_tnt\.list_weights\(\)"), "a name that `keras-tnt list` gives"),
     (
-        re.compile(r"keras_tnt\.create_model\('(\w+)'(?:, --weights=([^)]*))?[^)]*\)"),
+        re.compile(r"keras_tnt\.create_model\('(\w+)'(?:, --weights=([^,)]*))?[^)]*\)"),
         lambda found: f"--model={found[1]}" + (f" --weights={found[2]}" if found[2] else ""),
     ),
 )

@@ -9,6 +9,7 @@ import argparse
 import base64
 import concurrent.futures
 import contextlib
+import difflib
 import http.client
 import io
 import json
@@ -710,7 +711,7 @@ def parse(arguments):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", nargs="*", help="image files")
-    parser.add_argument("--model", required=True, help="the name that the server knows it by")
+    parser.add_argument("--model", help="the name that the server knows it by; required")
     parser.add_argument("--version", type=int, help="default: the latest")
     parser.add_argument("--call", choices=("predict", "classify", "metadata", "status"))
     parser.add_argument("--protocol", choices=tuple(CLIENTS), default="rest")
@@ -731,7 +732,11 @@ def parse(arguments):
         help="calls at a time, in a benchmark; several are measured in turn: 1,2,4; default: 1",
     )
     parser.add_argument("--plot", metavar="PNG", help="write a benchmark as a picture as well")
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        refuse(parser, unknown[0])
+    if options.model is None:
+        parser.error("the following arguments are required: --model")
     options.call = options.call or "predict"
     if options.call in ("predict", "classify") and not options.images:
         parser.error(f"--call={options.call} needs image files")
@@ -750,6 +755,26 @@ def parse(arguments):
     if options.benchmark is not None and options.benchmark < 1:
         parser.error("--benchmark must be positive")
     return options
+
+
+def refuse(parser, word):
+    """Exits with an error that suggests the options closest to an unknown one."""
+    if not word.startswith("-"):
+        parser.error(f"unrecognized arguments: {printable(word)}; name all images together")
+    option = word.partition("=")[0]
+    wanted = option.strip("-").lower().replace("-", "_")
+    names = [
+        name.removeprefix("--")
+        for action in parser._actions
+        for name in action.option_strings
+        if name.startswith("--")
+    ]
+    found = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    if found:
+        advice = f"Did you mean {' or '.join('--' + name for name in found)}?"
+    else:
+        advice = f"`{parser.prog} --help` lists the options."
+    parser.error(f"There is no option {printable(option)}. {advice}")
 
 
 def read_images(paths):

@@ -65,10 +65,22 @@ def main(arguments=None):
 
 def parse(arguments):
     """Returns the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser = make_parser(argparse.ArgumentParser)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # Only then is it worth the import, which includes Keras.
+        from keras_tnt.command import Parser
+
+        make_parser(Parser).parse_args(arguments)
+    if options.model is None and options.run is None:
+        parser.error("one of the arguments --model --run is required")
+    return options
+
+
+def make_parser(kind):
+    """Returns the parser of the command line, an object of a subclass of `ArgumentParser`."""
+    parser = kind(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Not required here, so that an unknown option is answered before a missing one.
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="a variant, such as TNTSmall, or a .keras file")
     source.add_argument("--run", help="working directory of a training run that has ended")
     parser.add_argument(
@@ -83,7 +95,7 @@ def parse(arguments):
         default="",
         help="modules to import first, by commas: those that register models",
     )
-    parser.add_argument("--weights", help="as the variant's weights=; default: the variant's own")
+    parser.add_argument("--weights", help="as the variant's weights=, or none for random ones")
     parser.add_argument("--image_size", type=int, help="side in pixels; default: the variant's own")
     parser.add_argument("--classes", type=int, help="number of classes; default: 1000")
     parser.add_argument("--labels", help="text file, a class name a line")
@@ -110,12 +122,14 @@ def parse(arguments):
     parser.add_argument(
         "--precision", choices=("float32", "float16", "int8"), default="float32", help="of the ONNX"
     )
-    return parser.parse_args(arguments)
+    return parser
 
 
 def check(options):
     """Exits with a message if the options cannot work, before Keras is imported."""
-    if options.run and (options.weights or options.image_size or options.classes):
+    settings = (options.weights, options.image_size, options.classes)
+    is_changed = any(value is not None for value in settings)
+    if options.run and is_changed:
         stop("--run has its own weights, size and classes; leave out --weights and the like")
     averaged = options.checkpoint == "averaged"
     if options.run and averaged and not os.path.exists(final(options.run, "averaged")):
@@ -136,7 +150,7 @@ def check(options):
     is_file = options.model and options.model.endswith(".keras")
     if is_file and not os.path.isfile(options.model):
         stop(f"--model: there is no file {options.model}")
-    if is_file and (options.weights or options.image_size or options.classes):
+    if is_file and is_changed:
         stop(
             "a .keras file has its own weights, size and classes; leave out --weights and the like"
         )
@@ -145,6 +159,7 @@ def check(options):
 def load(options):
     """Returns (model, description of the weights' origin)."""
     import keras_tnt
+    from keras_tnt.command.runtime import parse_weights
     from keras_tnt.weights import load_keras_model
 
     if options.run:
@@ -154,18 +169,20 @@ def load(options):
     if options.model.endswith(".keras"):
         return load_keras_model(options.model), options.model
     try:
-        builder = keras_tnt.registry.find_model(options.model)
+        given = parse_weights("imagenet" if options.weights is None else options.weights)
+        builder = keras_tnt.registry.find_model(options.model, given)
     except ValueError as error:
         stop(f"--model: {error}".removesuffix("."))
     settings = {}
-    if options.weights:
-        settings["weights"] = None if options.weights == "None" else options.weights
-    if options.image_size:
+    weights = f"the default of {options.model}"
+    if options.weights is not None:
+        settings["weights"] = given
+        weights = given or "none, random values"
+    if options.image_size is not None:
         settings["input_shape"] = (options.image_size, options.image_size, 3)
-    if options.classes:
+    if options.classes is not None:
         settings["classes"] = options.classes
-    model = builder(**settings)
-    return model, options.weights or f"the default of {options.model}"
+    return builder(**settings), weights
 
 
 def final(run, checkpoint="final"):
@@ -239,8 +256,17 @@ def agreement(path):
 
 
 def stop(message):
-    """Exits with a message."""
-    sys.exit(f"export.py: {message}.")
+    """Exits with a message, a sentence without its period."""
+    sys.exit(f"export.py: {with_flags(message)}.")
+
+
+def with_flags(message):
+    """Returns a message with the library's argument names replaced by flags.
+
+    The library is not imported for it: only its own messages have such names.
+    """
+    text = sys.modules.get("keras_tnt.text")
+    return text.as_flags(str(message)) if text else str(message)
 
 
 if __name__ == "__main__":
@@ -250,4 +276,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"export.py: {error}")
+        sys.exit(f"export.py: {with_flags(error)}")

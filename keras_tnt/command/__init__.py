@@ -117,6 +117,27 @@ class Parser(argparse.ArgumentParser):
         """Returns the options of this command, such as `--top`."""
         return [name for action in self._actions for name in action.option_strings]
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Parses arguments, among them choices that begin with a minus, `--sort -top1`."""
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args(self.join_choices(args), namespace)
+
+    def join_choices(self, words):
+        """Returns arguments with `--sort -top1` as `--sort=-top1`, which argparse accepts."""
+        choices = {
+            name: action.choices
+            for action in self._actions
+            for name in action.option_strings
+            if action.choices
+        }
+        joined = []
+        for word in words:
+            if word.startswith("-") and joined and word in choices.get(joined[-1], ()):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
+
     def parse_args(self, args=None, namespace=None):
         """Parses arguments; exits with an error if one is unknown."""
         options, unknown = self.parse_known_args(args, namespace)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 
 from keras_tnt.command.images import evaluation_array, find_images, report
+from keras_tnt.files import check_destination
 from keras_tnt.image_folders import Skipped
 
 HELP = "write a page with the predictions for images, what the model attends to, and why"
@@ -19,7 +20,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--model",
         default="TNTSmall",
-        help="a name that `keras-tnt list` gives, a .keras file, or the directory of a run",
+        help="a name that `keras-tnt list` gives, a .keras file, or the directory of a run or of "
+        "save_pretrained",
     )
     parser.add_argument(
         "--weights",
@@ -32,6 +34,15 @@ def add_arguments(parser):
 
 def run(options):
     """Writes the page, prints its path and returns exit status 0."""
+    from keras_tnt.command.cards import saved_model_folder
+
+    check_destination(options.out, "--out")
+    if options.model.endswith(".onnx") or saved_model_folder(options.model):
+        raise ValueError(
+            "--model must be a Keras model for explain: a name, a .keras file, the directory of a "
+            f"run or of save_pretrained. Received: '{options.model}', an export, which gives no "
+            "attention. Name the model that was exported."
+        )
     skipped = Skipped()
     paths = list(itertools.islice(find_images(options.images, skipped), MOST_IMAGES + 1))
     if len(paths) > MOST_IMAGES:

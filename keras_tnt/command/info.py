@@ -19,7 +19,7 @@ def add_arguments(parser):
         "model",
         nargs="?",
         help="a name that `keras-tnt list` gives, a .keras or .onnx file, the directory of a run, "
-        "of save_pretrained or of a SavedModel",
+        "of save_pretrained or of a SavedModel, or the name of public weights",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -86,7 +86,12 @@ def about_variant(name):
 
     if os.path.exists(name) or name.endswith(".keras"):
         return None
-    registry.find_model(name)
+    try:
+        registry.find_model(name)
+    except ValueError:
+        if found := registry.find_checkpoint(name):
+            return about_checkpoint(*found)
+        raise
     for family in registry.families():
         for variant, row in family.variants.items():
             if name not in (variant, family.function_name(variant)) or row.cost is None:
@@ -111,6 +116,44 @@ def about_variant(name):
                 found["public_weights"] = known["weights"]
             return found
     return None
+
+
+def about_checkpoint(family, variant, row):
+    """Returns the description of public weights, without downloading them."""
+    return {
+        "name": row.name,
+        "model": variant,
+        **{key: "yes" if value is True else value for key, value in row.arguments.items()},
+        "family": family.name,
+        "image_size": f"{row.size}x{row.size}",
+        "parameters": row.parameters,
+        "multiply_accumulates": cost_of(family, variant, row),
+        "top1": row.top1,
+        "top5": row.top5,
+        "source": row.source,
+        "repository": row.repository,
+        "license": row.license,
+    }
+
+
+def cost_of(family, variant, row):
+    """Returns the multiply-accumulates per image of a public checkpoint's model."""
+    import keras
+
+    from keras_tnt.inspection.cost import multiply_accumulates
+    from keras_tnt.layers.base import without_initial_values
+    from keras_tnt.registry import create_model
+
+    published = family.variants[variant]
+    if published.cost and row.size == published.image_size and not row.arguments:
+        return published.cost.multiply_accumulates
+    print(f"building {printable(row.call)} ...", file=sys.stderr, flush=True)
+    shape = (row.size, row.size, 3)
+    if keras.config.image_data_format() == "channels_first":
+        shape = (3, row.size, row.size)
+    with without_initial_values():
+        model = create_model(variant, weights=None, input_shape=shape, **row.arguments)
+    return multiply_accumulates(model)
 
 
 def about_keras(name):

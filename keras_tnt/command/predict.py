@@ -38,7 +38,9 @@ def add_arguments(parser):
         help="of a model that is named: imagenet, another name of keras_tnt.list_weights(), "
         "hf://owner/repository, a file, or none for random ones",
     )
-    parser.add_argument("--top", type=int, default=DEFAULT_TOP, help="how many classes to name")
+    parser.add_argument(
+        "--top", type=int, help=f"how many classes to name (default: {DEFAULT_TOP})"
+    )
     parser.add_argument("--features", action="store_true", help="what the classifier reads instead")
     parser.add_argument("--out", help="table to write: .csv, .jsonl or .parquet; else it is shown")
     parser.add_argument(
@@ -50,6 +52,9 @@ def add_arguments(parser):
 
 def run(options):
     """Prints the predictions or writes the table, and returns the exit status."""
+    options.is_top_given = options.top is not None
+    if not options.is_top_given:
+        options.top = DEFAULT_TOP
     if options.top < 1:
         raise ValueError(f"--top must be 1 or more. Received: {options.top}")
     if options.batch_size is not None and options.batch_size < 1:
@@ -181,7 +186,7 @@ def open_model(options, count):
 
     runtime = open_runtime(options.model, options.weights, options.features, count)
     report(options.skipped)
-    if not options.features and options.top > max(runtime.width, DEFAULT_TOP):
+    if options.is_top_given and not options.features and options.top > runtime.width:
         say(f"--top={options.top}: the model has {runtime.width} classes, and all are given.")
     return runtime
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import zipfile
 
+from keras_tnt.files import check_destination
 from keras_tnt.text import printable
 
 HELP = "give the classes of a model other names; its weights stay as they are"
@@ -29,9 +30,14 @@ def run(options):
     """Writes the renamed model, prints its path and returns exit status 0."""
     model = os.path.expanduser(options.model)
     out = options.out and os.path.expanduser(options.out)
-    names = read_names(os.path.expanduser(options.classes))
     final = os.path.join(model, "final.keras")
-    if os.path.isfile(os.path.join(model, "config.json")) and not os.path.isfile(final):
+    is_bundle = os.path.isfile(os.path.join(model, "config.json")) and not os.path.isfile(final)
+    if out:
+        if not is_bundle and not out.endswith(".keras"):
+            raise ValueError(f"--out must end in .keras. Received: {out}")
+        check_destination(out, "--out", is_folder=is_bundle)
+    names = read_names(os.path.expanduser(options.classes))
+    if is_bundle:
         written = rename_bundle(model, names, out or model)
     elif os.path.isdir(model):
         if not os.path.isfile(final):
@@ -101,8 +107,6 @@ def rename_keras_file(path, names, out):
     from keras_tnt.files import replacing
     from keras_tnt.weights import load_keras_model
 
-    if not out.endswith(".keras"):
-        raise ValueError(f"--out must end in .keras. Received: {out}")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no file '{path}'.")
     model = load_keras_model(path)

@@ -120,9 +120,12 @@ def load_model(name, weights=None):
         raise ValueError(
             f"'{name}' is no model: a .keras or .onnx file, a run's directory and a SavedModel are."
         )
-    if weights in ("none", "None", ""):  # from --weights=none
-        weights = None
-    return keras_tnt.create_model(name, weights=weights)
+    return keras_tnt.create_model(name, weights=parse_weights(weights))
+
+
+def parse_weights(value):
+    """Returns the `weights` argument of the flag --weights: `None` for none, None and ""."""
+    return None if value in ("none", "None", "") else value
 
 
 def open_keras(model, features, count):

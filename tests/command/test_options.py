@@ -1,12 +1,15 @@
 """Command-line options: unknown or misplaced ones, `--version`, `--help`, and suggestions."""
 
 import json
+import re
 
 import pytest
+from PIL import Image
 
 import keras_tnt
 import keras_tnt.command.runtime
-from keras_tnt.command import COMMANDS, main, parse, parsers
+from keras_tnt.command import COMMANDS, info, main, parse, parsers
+from keras_tnt.command.cards import CARD
 from keras_tnt.text import as_flags
 
 pytestmark = pytest.mark.one_backend
@@ -78,6 +81,11 @@ def test_help_shows_each_default_once():
             "--model=tnt_small --weights=tnt_s_patch16_224.in1k",
         ),
         (
+            "hf://timm/tnt_s_patch16_224.in1k@main",
+            "keras_tnt.create_model('tnt_small', weights='tnt_s_patch16_224.in1k')",
+            "--model=tnt_small --weights=tnt_s_patch16_224.in1k",
+        ),
+        (
             "timm/deit_base_patch16_384.fb_in1k",
             "keras_tnt.create_model('deit_base', weights='deit_base_patch16_384.fb_in1k')",
             "--model=deit_base --weights=deit_base_patch16_384.fb_in1k",
@@ -89,20 +97,54 @@ def test_help_shows_each_default_once():
         ),
     ],
 )
-def test_weights_name_as_model_name_suggests_the_call(name, typed, flags, capsys):
+def test_weights_name_as_model_name_suggests_the_call(name, typed, flags):
     with pytest.raises(ValueError, match="is the weights name of") as error:
         keras_tnt.create_model(name)
     assert typed in str(error.value)
-    assert main(["info", name]) == 2
-    printed = capsys.readouterr().err
-    assert "is the weights name of" in printed and flags in printed
-    assert "create_model" not in printed
+    assert as_flags(str(error.value)).endswith(f"Type {flags}")
+
+
+def test_advice_for_a_weights_name_keeps_the_given_weights(tmp_path, capsys):
+    name = "deit_tiny_distilled_patch16_224"
+    with pytest.raises(ValueError, match=r"'deit_tiny', weights=None, distilled=True\)"):
+        keras_tnt.create_model(name, weights=None)
+    image = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for weights, expected in (
+        ("none", "none"),
+        ("x.pth", "x.pth"),
+        ("imagenet", f"{name}.fb_in1k"),
+    ):
+        assert main([str(image), f"--model={name}", f"--weights={weights}"]) == 2
+        printed = capsys.readouterr().err.rstrip()
+        assert printed.endswith(f"Type --model=deit_tiny --weights={expected}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tnt_s_patch16_224", "timm/tnt_s_patch16_224.in1k", "hf://timm/tnt_s_patch16_224.in1k@main"],
+)
+def test_info_describes_public_weights(name, capsys):
+    assert main(["info", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["name"], found["model"]) == ("tnt_s_patch16_224.in1k", "tnt_small")
+    assert (found["image_size"], found["parameters"]) == ("224x224", 23_768_584)
+    small = info.about("tnt_small")
+    assert found["multiply_accumulates"] == small["multiply_accumulates"]
+    assert found["top1"] == small["top1"] and found["top5"] > 90
+
+
+@pytest.mark.slow
+def test_info_counts_the_cost_of_weights_with_other_arguments(capsys):
+    assert main(["info", "deit_tiny_distilled_patch16_224", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["distilled"] == "yes"
+    assert found["multiply_accumulates"] > info.about("deit_tiny")["multiply_accumulates"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretrained": True}, "Pass weights='imagenet'"),
         ({"pretrained": False}, "Pass weights=None"),
         ({"num_classes": 10}, "Pass `classes`"),
         ({"in_chans": 1}, r"Pass `input_shape`, \(height, width, channels\)"),
@@ -116,6 +158,27 @@ def test_weights_name_as_model_name_suggests_the_call(name, typed, flags, capsys
 def test_timm_argument_error_names_the_equivalent(name, arguments, message):
     with pytest.raises(TypeError, match=message):
         keras_tnt.create_model(name, **arguments)
+
+
+@pytest.mark.parametrize("name", keras_tnt.registry.functions())
+def test_advice_for_pretrained_is_accepted(name):
+    with pytest.raises(TypeError, match="'pretrained'") as error:
+        getattr(keras_tnt, name)(pretrained=True)
+    message = str(error.value)
+    [family] = [
+        each
+        for each in keras_tnt.registry.families()
+        if name in (each.builder.__name__, *map(each.function_name, each.variants))
+    ]
+    public = {row.model for row in family.checkpoints}
+    if name in public:
+        assert "Pass weights='imagenet'" in message
+    elif public:
+        suggested = re.search(r"keras_tnt\.(\w+)\(weights='imagenet'\)", message)[1]
+        assert suggested in public and "pass weights=None" in message
+    else:
+        assert f"no public weights of {name}: pass weights=None" in message
+        assert "imagenet" not in message
 
 
 def test_advice_is_rewritten_as_flags():
@@ -150,3 +213,45 @@ def test_info_of_a_variant_does_not_build_a_model(monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["parameters"], found["blocks"], found["classes"]) == (23768584, 12, 1000)
     assert found["multiply_accumulates"] == 4973847552 and found["top1"] == 81.5
+
+
+@pytest.mark.parametrize(
+    "words", [["--sort", "-top1"], ["--sort=-top1"], ["tnt*", "--sort", "-top1"]]
+)
+def test_sort_accepts_a_descending_column_as_the_next_word(words):
+    assert parse(["list", *words]).sort == "-top1"
+
+
+@pytest.mark.parametrize("words", [["--sort"], ["--sort", "--json"], ["--sort", "-size"]])
+def test_sort_without_a_column_is_an_error(words, capsys):
+    with pytest.raises(SystemExit):
+        parse(["list", *words])
+    assert "--sort" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("export", ["tnt.onnx", "served"])
+def test_explain_refuses_exports(export, tmp_path, capsys):
+    card = tmp_path / "served" / "1" / CARD
+    card.parent.mkdir(parents=True)
+    card.write_text("{}")
+    assert main(["explain", "x.png", f"--model={tmp_path / export}"]) == 2
+    printed = capsys.readouterr().err
+    assert "--model must be a Keras model for explain" in printed and "no attention" in printed
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("{0}", "must be the path of a file. Received: '{0}', which is a directory"),
+        ("/dev/null", "'/dev/null', which is a device"),
+        ("/dev/null/x.html", "'/dev/null' is no directory"),
+        ("{0}/file/a/x.html", "'{0}/file' is no directory"),
+        ("{0}/new/", "which ends as a directory"),
+    ],
+)
+def test_explain_checks_its_page_before_any_work(out, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out, message = out.format(tmp_path), message.format(tmp_path)
+    assert main(["explain", "no.png", "--model=no.keras", f"--out={out}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --out must be") and message in line

@@ -634,3 +634,25 @@ def test_invalid_arguments_are_one_line_errors(folder, model_file, tmp_path, cap
         assert printed.out == ""
         [line] = printed.err.splitlines()
         assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"), [([], False), (["--top=4"], False), (["--top=5"], True)]
+)
+@pytest.mark.parametrize("written", [False, True])
+def test_given_top_beyond_the_classes_is_reported(
+    options, warned, written, folder, model_file, tmp_path, capsys
+):
+    out = tmp_path / "all.csv"
+    image = os.path.join(folder, "part_0", "00.PNG")
+    options = [*options, f"--out={out}"] if written else options
+    assert main([image, f"--model={model_file}", *options]) == 0
+    printed = capsys.readouterr().err
+    assert ("--top=5: the model has 4 classes, and all are given." in printed) == warned
+
+
+def test_default_top_continues_a_table_of_top_5(folder, model_file, tmp_path, capsys):
+    image, out = os.path.join(folder, "part_0", "00.PNG"), tmp_path / "all.csv"
+    for options in ([], ["--top=5"]):
+        assert main([image, f"--model={model_file}", f"--out={out}", *options]) == 0
+    assert "is done" in capsys.readouterr().err

@@ -110,3 +110,26 @@ def test_invalid_names_change_no_file(tmp_path, capsys):
         assert main(["rename", str(model), *options]) == 2
         assert message in capsys.readouterr().err, message
     assert (path.read_bytes(), (folder / "config.json").read_bytes()) == kept
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "message"),
+    [
+        ("x.keras", "folder.keras", "path of a file. Received: '{0}/folder.keras', which is a dir"),
+        ("x.keras", "file/x.keras", "'{0}/file' is no directory"),
+        ("run", "file/x.keras", "'{0}/file' is no directory"),
+        ("run", "x", "--out must end in .keras"),
+        ("bundle", "file", "path of a directory. Received: '{0}/file', which is a file"),
+        ("bundle", "file/x", "'{0}/file' is no directory"),
+    ],
+)
+def test_destination_is_checked_before_any_work(model, out, message, tmp_path, names, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.keras").mkdir()
+    for path in ("x.keras", "run/final.keras", "bundle/config.json"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("no model")
+    arguments = [f"--classes={names}", f"--out={tmp_path / out}"]
+    assert main(["rename", str(tmp_path / model), *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --out must ") and message.format(tmp_path) in line

@@ -667,3 +667,25 @@ def test_command_escapes_control_characters(images):
     done = command(http_reply({"error": "\x1b]0;title\x07\nsecond line"}, "400 Bad"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1 and done.stderr[:-1].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--modle=x", "There is no option --modle. Did you mean --model?"),
+        ("--time-out=3", "Did you mean --timeout?"),
+        ("--lr=1", "There is no option --lr. "),
+    ],
+)
+@pytest.mark.parametrize("others", [[], ["--model=x"]])
+def test_unknown_option_suggests_the_closest(option, message, others, capsys):
+    with pytest.raises(SystemExit) as ended:
+        client.parse(["cat.jpg", option, *others])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_model_is_required(capsys):
+    with pytest.raises(SystemExit):
+        client.parse(["cat.jpg"])
+    assert "required: --model" in capsys.readouterr().err

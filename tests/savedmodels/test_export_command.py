@@ -134,6 +134,68 @@ def test_invalid_arguments_are_errors(tmp_path, capsys):
     assert "invalid choice: 'int4'" in refused("--model=TNTTiny", "--precision=int4")
 
 
+@pytest.mark.one_backend
+@pytest.mark.parametrize("value", ["none", "None", ""])
+def test_weights_none_are_random_ones(value):
+    options = command.parse(["--model=DeiTTiny", f"--weights={value}", "--classes=3"])
+    command.check(options)
+    model, weights = command.load(options)
+    assert model.output_shape == (None, 3)
+    assert weights == "none, random values"
+
+
+@pytest.mark.one_backend
+def test_empty_weights_count_as_given(tmp_path):
+    (tmp_path / "final.keras").write_text("")
+    for source in (f"--run={tmp_path}", f"--model={tmp_path / 'final.keras'}"):
+        with pytest.raises(SystemExit, match="leave out --weights"):
+            command.check(command.parse([source, "--weights="]))
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--modle=x", "There is no option --modle. Did you mean --model?"),
+        ("--pretrained", "There is no option --pretrained. Did you mean --weights?"),
+        ("--lr=1", "There is no option --lr. "),
+        ("--Image-Size=1", "Did you mean --image_size?"),
+    ],
+)
+@pytest.mark.parametrize("others", [[], ["--model=TNTSmall"]])
+def test_unknown_option_suggests_the_closest(option, message, others, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.parse([option, *others])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--model=tnt_s_patch16_224"],
+            "Type --model=tnt_small --weights=tnt_s_patch16_224.in1k.",
+        ),
+        (
+            ["--model=tnt_s_legacy_patch16_224", "--weights=none"],
+            "Type --model=tnt_small --weights=none.",
+        ),
+        (["--model=TNTSmall", "--weights=nowhere"], "--weights must be none, 'imagenet', a name "),
+        (["--model=TNTTiny", "--weights=imagenet"], "Say --weights=none for random weights"),
+    ],
+)
+def test_messages_name_flags(options, message):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        command.load(command.parse(options))
+    printed = str(error.value)
+    if not isinstance(error.value, SystemExit):
+        printed = command.with_flags(error.value)
+    assert message in printed
+    assert "create_model" not in printed
+
+
 @pytest.mark.slow
 @pytest.mark.one_backend
 def test_export_error_is_one_line(tmp_path):
