@@ -378,6 +378,56 @@ def test_external_weights_that_are_no_regular_file_raise(kind, tmp_path):
         onnx_session(path)
 
 
+def external(*places):
+    """Returns a tensor of one number in the files at `places`."""
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[1], data_location=1)
+    for place in places:
+        tensor.external_data.add(key="location", value=place)
+    return tensor
+
+
+def put_into_initializer(model, tensor):
+    model.graph.initializer.append(tensor)
+
+
+def put_into_sparse_initializer(model, tensor):
+    indices = onnx.numpy_helper.from_array(np.array([0]), "indices")
+    sparse = onnx.SparseTensorProto(values=tensor, indices=indices, dims=[4])
+    model.graph.sparse_initializer.append(sparse)
+
+
+def put_into_sparse_value(model, tensor):
+    sparse = onnx.SparseTensorProto(values=tensor, dims=[4])
+    node = onnx.helper.make_node("Constant", [], ["sparse"], sparse_value=sparse)
+    model.graph.node.insert(0, node)
+
+
+def put_into_function(model, tensor):
+    node = onnx.helper.make_node("Constant", [], ["y"], value=tensor)
+    imports = [onnx.helper.make_opsetid("", 18)]
+    model.functions.append(onnx.helper.make_function("own", "Own", [], ["y"], [node], imports))
+
+
+@pytest.mark.parametrize("places", [(), ("a", "b"), ("missing",)])
+@pytest.mark.parametrize(
+    "put",
+    [
+        put_into_initializer,
+        put_into_sparse_initializer,
+        put_into_sparse_value,
+        put_into_function,
+    ],
+)
+def test_external_weights_have_one_file_each(put, places, tmp_path):
+    model = fuzz_onnx.graph()
+    put(model, external(*places))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    said = "in the file 'missing'" if places == ("missing",) else "exactly one `location`"
+    with pytest.raises(ValueError, match=f"the weight 'w' .*{said}"):
+        onnx_session(path)
+
+
 def test_external_weights_are_loaded(tmp_path):
     model = fuzz_onnx.graph()
     onnx.save(

@@ -230,31 +230,49 @@ def check_external_files(proto, path):
         Whether the model has external weights.
 
     Raises:
-        ValueError: if one of their files is missing, or not a regular file.
+        ValueError: if one of them does not name exactly one file, or the file is missing or not a
+            regular one.
     """
     folder, found = os.path.dirname(path), False
-    for tensor in tensors_of(proto.graph):
+    for tensor in tensors_of(proto):
         if tensor.data_location == tensor.EXTERNAL:
             found = True
-            (place,) = [e.value for e in tensor.external_data if e.key == "location"] or [""]
-            if not os.path.isfile(os.path.join(folder, place)):
+            places = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            if len(places) != 1:
                 raise ValueError(
-                    f"'{path}' has the weight {tensor.name!r} in the file {place!r}, which is not "
-                    "there or no file. Put it next to the model."
+                    f"'{path}' has the weight {tensor.name!r} in another file, which exactly one "
+                    f"`location` must name. Received: {places}. Export the model anew with "
+                    "`keras_tnt.export.onnx`."
+                )
+            if not os.path.isfile(os.path.join(folder, places[0])):
+                raise ValueError(
+                    f"'{path}' has the weight {tensor.name!r} in the file {places[0]!r}, which is "
+                    "not there or no file. Put it next to the model."
                 )
     return found
 
 
-def tensors_of(graph):
-    """Yields the constants of a graph, of its nodes' attributes and of its subgraphs."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-        for inner in subgraphs_of(node):
-            yield from tensors_of(inner)
+def tensors_of(proto):
+    """Yields the constants of a model, dense and sparse ones: of graphs, nodes and functions."""
+    graphs = [proto.graph, *proto.functions]
+    attributes = [a for function in proto.functions for a in function.attribute_proto]
+    sparse = []
+    while graphs:
+        graph = graphs.pop()
+        yield from getattr(graph, "initializer", ())
+        sparse.extend(getattr(graph, "sparse_initializer", ()))
+        for node in graph.node:
+            attributes.extend(node.attribute)
+            graphs.extend(subgraphs_of(node))
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        if attribute.HasField("sparse_tensor"):
+            sparse.append(attribute.sparse_tensor)
+        sparse.extend(attribute.sparse_tensors)
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
 
 
 def read_model(path):
