@@ -257,6 +257,8 @@ def from_array(array):
             "An image array must be (height, width) or (height, width, 1, 3 or 4). Received: shape "
             f"{array.shape}" + (". For a batch there is load_images." if array.ndim == 4 else "")
         )
+    if not array.size:
+        raise ValueError(f"An image array must have pixels. Received: shape {array.shape}")
     array = as_uint8(array)
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
@@ -294,7 +296,9 @@ def as_uint8(array):
             f"An image array must have values in [0, 255]. {received} in [{low:.6g}, {high:.6g}]. "
             "Undo its normalization, or pass `np.clip(array, 0, 255)`."
         )
-    if array.dtype.kind == "f" and 0 < high <= 1:
+    # Resizing an image in [0, 1] may overshoot; an image in [0, 255] this dark has whole numbers.
+    dark = array.dtype.kind == "f" and 0 < high <= 2
+    if dark and (high <= 1 or (array != np.round(array)).any()):
         raise ValueError(
             f"An image array must have values in [0, 255], not in [0, 1]. {received} in "
             f"[{low:.6g}, {high:.6g}]. Pass `255 * array`, or uint8 for an image this dark."
@@ -316,6 +320,12 @@ def convert(picture, channels):
         raise ValueError(
             f"Images have 1 or 3 channels, the model takes {channels}: prepare its input yourself."
         )
+    if 0 in picture.size:
+        raise ValueError(
+            "A picture must have pixels. Received: one of {} x {} pixels".format(*picture.size)
+        )
+    if picture.mode in ("La", "RGBa"):  # colors multiplied by alpha; Pillow converts to one mode
+        picture = picture.convert(picture.mode.upper())
     if picture.mode[0] in "IF":  # 16 bits, 32 bits and floats, which Pillow would clip at 255
         picture = from_array(rescaled_pixels(picture))
     if picture.mode == "P":
