@@ -425,7 +425,10 @@ def count_outputs(model):
 
     A user's layer may follow our classifier, whose own number of classes differs.
     """
-    outputs = getattr(model, "outputs", None) or ()
+    try:
+        outputs = getattr(model, "outputs", None) or ()
+    except ValueError:  # of a Sequential model that is not built
+        return None
     shapes = {output.shape[1] for output in outputs if len(output.shape) == 2}
     return shapes.pop() if len(shapes) == 1 else None
 
