@@ -408,12 +408,33 @@ def class_names(model: keras.Model) -> list[str] | None:
 
     Returns:
         A list, one name per class. For a classifier of 1,000 classes without names, ImageNet's.
-        `None` if nothing is known of the classes.
+        `None` if nothing is known of the classes, and if layers of your own after the classifier
+        change their number.
 
     Example:
         >>> keras_tnt.class_names(keras_tnt.TNTTiny(class_names=["cat", "dog"]))
         ['cat', 'dog']
     """
+    names = stored_class_names(model)
+    classes = count_outputs(model)
+    return names if names is None or classes in (None, len(names)) else None
+
+
+def count_outputs(model):
+    """Returns the number of classes that a model's outputs have; `None` if it is unknown.
+
+    A user's layer may follow our classifier, whose own number of classes differs.
+    """
+    try:
+        outputs = getattr(model, "outputs", None) or ()
+    except ValueError:  # of a Sequential model that is not built
+        return None
+    shapes = {output.shape[1] for output in outputs if len(output.shape) == 2}
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def stored_class_names(model):
+    """Returns the names that a model's layers store, or ImageNet's; `None` without."""
     for layer in reversed(list(model._flatten_layers())):
         if isinstance(layer, Predictions) and layer.class_names is not None:
             return list(layer.class_names)

@@ -4,7 +4,7 @@ import warnings
 
 import keras
 
-from keras_tnt.anatomy import anatomy
+from keras_tnt.anatomy import anatomy, count_outputs
 from keras_tnt.building import check_class_names, check_sizes, count_classes
 from keras_tnt.layers import Predictions
 
@@ -42,7 +42,13 @@ def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
             f"Model '{model.name}' has no classifier whose classes could have names. Build one on "
             "it: keras.Sequential([model, keras.layers.Dense(classes)])."
         )
-    classes = parts.heads[0].units
+    classes, outputs = parts.heads[0].units, count_outputs(model)
+    if outputs not in (None, classes):
+        raise ValueError(
+            f"Model '{model.name}' has {outputs} outputs, computed by layers of your own from the "
+            f"{classes} classes of its classifier. Names are stored for the classifier only: build "
+            "your layers on a model with include_top=False."
+        )
     if len(names) != classes:
         raise ValueError(
             f"`names` must name each class. Received: {len(names)} names for the {classes} classes "

@@ -6,18 +6,21 @@ exported model's graph (`keras_tnt.export.image`, TensorFlow), and in the browse
 
 - Only JPEG, PNG, WebP, GIF and uncompressed BMP files within the limits are decoded. The header is
   checked first: no decoder sees a file that claims to be larger.
-- Orientation: the EXIF tag is applied, in JPEG, PNG (`eXIf`) and WebP (`EXIF`); XMP is not read.
+- Orientation: the EXIF tag, one value of type SHORT, is applied, in JPEG, PNG (`eXIf`) and WebP
+  (`EXIF`). Tags of other types and XMP are not read.
 - Palettes are looked up; entries that a file lacks are black.
 - Alpha is dropped: a transparent pixel has the color that the file stores for it.
 - Gray becomes three equal channels; one channel is Pillow's luma (`GRAY`).
 - 16 bits per channel are reduced to 8: the value divided by 257.
 - CMYK JPEGs store inverted values, as Adobe's programs write them, with or without their marker.
 - Animations: the first frame. Pixels that a GIF's first frame does not cover have the color of the
-  transparent palette entry, else of entry 0.
+  transparent palette entry, else of entry 0. The trainer and an exported graph refuse an animated
+  WebP, which crashes TensorFlow.
 - Color profiles are ignored.
 """
 
 import dataclasses
+import functools
 import io
 import os
 from collections.abc import Callable
@@ -215,20 +218,39 @@ def decode(data, name):
 
 
 def exif_orientation(picture):
-    """Returns a picture's EXIF orientation; `None` if it is absent or damaged."""
-    from PIL import ExifTags, Image
+    """Returns a picture's EXIF orientation; `None` or another value if it is absent or damaged."""
+    from PIL import ExifTags
 
+    # Not by `getexif`, which also takes other types, and falls back on XMP: no other decoder does.
+    data = picture.info.get("exif")
+    if isinstance(data, bytes):
+        return tiff_orientation(data.removeprefix(b"Exif\0\0"))
     try:
-        if "exif" in picture.info:  # `getexif` would fall back on XMP, which no other decoder reads
-            exif = Image.Exif()
-            exif.load(picture.info["exif"])
-        else:
-            exif = picture.getexif() if hasattr(picture, "tag_v2") else {}  # a TIFF's tags
+        exif = picture.getexif() if hasattr(picture, "tag_v2") else {}  # a TIFF's tags
         return exif.get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
     except Exception:
         return None
+
+
+def tiff_orientation(data):
+    """Returns the orientation in the first directory (IFD0) of EXIF data; `None` without.
+
+    Args:
+        data: bytes that should begin with a TIFF header.
+    """
+    if data[:4] not in (b"II*\0", b"MM\0*"):
+        return None
+    read = functools.partial(integers_of(data), big=data[:2] == b"MM")
+    directory = read(4, 4) + 2
+    for start in range(directory, directory + 12 * read(directory - 2, 2), 12):
+        if start + 12 > len(data):
+            return None
+        # The orientation tag, with one value of type SHORT.
+        if (read(start, 2), read(start + 2, 2), read(start + 4, 4)) == (0x0112, 3, 1):
+            return read(start + 8, 2)
+    return None
 
 
 def upright(picture):
@@ -257,6 +279,8 @@ def from_array(array):
             "An image array must be (height, width) or (height, width, 1, 3 or 4). Received: shape "
             f"{array.shape}" + (". For a batch there is load_images." if array.ndim == 4 else "")
         )
+    if not array.size:
+        raise ValueError(f"An image array must have pixels. Received: shape {array.shape}")
     array = as_uint8(array)
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
@@ -294,7 +318,9 @@ def as_uint8(array):
             f"An image array must have values in [0, 255]. {received} in [{low:.6g}, {high:.6g}]. "
             "Undo its normalization, or pass `np.clip(array, 0, 255)`."
         )
-    if array.dtype.kind == "f" and 0 < high <= 1:
+    # Resizing an image in [0, 1] may overshoot; an image in [0, 255] this dark has whole numbers.
+    dark = array.dtype.kind == "f" and 0 < high <= 2
+    if dark and (high <= 1 or (array != np.round(array)).any()):
         raise ValueError(
             f"An image array must have values in [0, 255], not in [0, 1]. {received} in "
             f"[{low:.6g}, {high:.6g}]. Pass `255 * array`, or uint8 for an image this dark."
@@ -316,6 +342,12 @@ def convert(picture, channels):
         raise ValueError(
             f"Images have 1 or 3 channels, the model takes {channels}: prepare its input yourself."
         )
+    if 0 in picture.size:
+        raise ValueError(
+            "A picture must have pixels. Received: one of {} x {} pixels".format(*picture.size)
+        )
+    if picture.mode in ("La", "RGBa"):  # colors multiplied by alpha; Pillow converts to one mode
+        picture = picture.convert(picture.mode.upper())
     if picture.mode[0] in "IF":  # 16 bits, 32 bits and floats, which Pillow would clip at 255
         picture = from_array(rescaled_pixels(picture))
     if picture.mode == "P":
@@ -336,7 +368,7 @@ def rescaled_pixels(picture):
             f"A picture of mode {picture.mode} must have values in [0, 65535]. Received: "
             f"[{low}, {high}]. Pass an array of uint8."
         )
-    return pixels / np.float32(257)
+    return np.round(pixels / np.float32(257)).astype("uint8")
 
 
 # === The evaluation crop ===

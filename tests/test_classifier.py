@@ -216,3 +216,15 @@ def test_reset_classifier_rejects_models_without_a_classifier():
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="keras_tnt"):
         keras_tnt.reset_classifier(other, 3)
+
+
+def test_layers_after_a_classifier_have_no_names_of_its_classes():
+    inner = tiny(classes=3, class_names=NAMES)
+    model = keras.Sequential([keras.Input((16, 16, 3)), inner, keras.layers.Dense(2)])
+    assert keras_tnt.class_names(model) is None
+    assert keras_tnt.class_names(inner) == NAMES
+    for names in (["p", "q"], NAMES):
+        with pytest.raises(ValueError, match="has 2 outputs, computed by layers of your own"):
+            keras_tnt.set_class_names(model, names)
+    same = keras.Sequential([keras.Input((16, 16, 3)), inner, keras.layers.Softmax()])
+    assert keras_tnt.class_names(same) == NAMES

@@ -6,6 +6,7 @@ import pytest
 import keras_tnt
 from keras_tnt.export import image as graph
 from keras_tnt.images import convert, evaluation_pixels, open_picture
+from tests import hostile_images
 from tests.helpers.image_cases import CASES, REFUSED, draw, save
 
 tf = pytest.importorskip("tensorflow")
@@ -110,6 +111,13 @@ def test_unsupported_bmp_is_refused_by_name(name, graphs):
         graphs["colors"](tf.constant(REFUSED[name]))
 
 
+def test_animated_webp_is_named_where_it_is_refused():
+    file = hostile_images.animated("WEBP")
+    open_picture(file)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="no animated WebP"):
+        graph.load_images(tf.constant([file]), (8, 8), (8, 8))
+
+
 def test_xmp_orientation_is_ignored():
     """Pillow falls back to XMP, which no other decoder reads."""
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
@@ -135,12 +143,13 @@ class TestArrays:
             (draw(20, 30).astype("uint16") * 257, r"array / 257"),
             (draw(20, 30) / 255.0, r"255 \* array"),
             (draw(20, 30).astype("float16") / 255, r"255 \* array"),
+            (np.random.default_rng(0).random((40, 40, 3)) * 1.2, r"255 \* array"),
             (draw(20, 30) / 127.5 - 1, "normalization"),
             (draw(20, 30).astype("int32") * 2 - 9, "normalization"),
             (draw(20, 30) > 127, r"astype\('uint8'\)"),
             (np.full((20, 30, 3), np.nan), "normalization"),
         ],
-        ids=["uint16", "unit", "unit float16", "normalized", "integers", "bool", "nan"],
+        ids=["uint16", "unit", "unit float16", "overshot", "normalized", "integers", "bool", "nan"],
     )
     def test_other_value_ranges_raise(self, model, array, message):
         with pytest.raises(ValueError, match=message) as error:
@@ -154,6 +163,29 @@ class TestArrays:
         pixels = draw(20, 30)
         expected = keras_tnt.load_image(pixels, model)
         np.testing.assert_array_equal(keras_tnt.load_image(pixels.astype(dtype), model), expected)
+
+    @pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3), (0, 0)])
+    def test_empty_images_raise(self, model, shape):
+        with pytest.raises(ValueError, match=rf"must have pixels. Received: shape \({shape[0]}, "):
+            keras_tnt.load_image(np.zeros(shape), model)
+        with pytest.raises(ValueError, match="must have pixels. Received: one of"):
+            keras_tnt.load_image(Image.new("RGB", shape[1::-1]), model)
+
+    def test_dark_image_of_whole_numbers_is_accepted(self, model):
+        dark = (draw(20, 30) % 3).astype("float32")
+        expected = keras_tnt.load_image(dark.astype("uint8"), model)
+        np.testing.assert_array_equal(keras_tnt.load_image(dark, model), expected)
+        darker = Image.fromarray((draw(20, 30)[..., 0] % 3).astype("uint16") * 257)
+        assert keras_tnt.load_image(darker, model).max() <= 2
+        assert keras_tnt.load_image(Image.fromarray(np.full((9, 9), 200, "uint16")), model).max()
+
+    @pytest.mark.parametrize("mode", ["LA", "RGBA"])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_premultiplied_pictures_are_converted(self, mode, channels):
+        picture = Image.fromarray(draw(20, 30)).convert(mode)
+        multiplied = picture.convert({"LA": "La", "RGBA": "RGBa"}[mode])
+        found, expected = convert(multiplied, channels), convert(picture, channels)
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
     def test_dark_image_in_a_batch_is_accepted(self, model):
         batch = np.stack([draw(32, 32), np.ones((32, 32, 3), "uint8")]).astype("float32")

@@ -230,6 +230,79 @@ def test_attributes_that_abort_onnx_runtime_are_refused(kind, opset, name, value
         onnx_session(saved(model, tmp_path / "m.onnx"))
 
 
+FATAL = {
+    "parts of 0": ("SplitToSequence", [np.arange(4.0), np.array(0)], "split=0 must be at least 1"),
+    "parts of an input's size": ("SplitToSequence", [np.arange(4.0), None], "could be 0"),
+    "least integer / -1": ("Div", [np.array([-(2**63), 1]), np.array(-1)], "divided by -1"),
+    "least integer % -1": ("Mod", [np.array([-(2**63), 1]), np.array([-1])], "divided by -1"),
+    "frames of 0": ("STFT", [np.ones((1, 8, 1)), np.array(1), "", np.array(0)], "frame_length=0"),
+    "a window of 0": ("STFT", [np.ones((1, 8, 1)), np.array(1), np.ones(0)], "`window` must not"),
+}
+
+
+def one_node(kind, inputs, place):
+    """Returns a model of one node, whose inputs are arrays, "" or (`None`) those of the model."""
+    names = ["" if isinstance(value, str) else f"i{i}" for i, value in enumerate(inputs)]
+    arrays = {
+        name: onnx.numpy_helper.from_array(np.asarray(value), name)
+        for name, value in zip(names, inputs, strict=True)
+        if name and value is not None
+    }
+    fed = [
+        onnx.helper.make_tensor_value_info(name, 7, [])
+        for name, value in zip(names, inputs, strict=True)
+        if value is None
+    ]
+    node = onnx.helper.make_node(kind, names, ["y"])
+    made = [
+        onnx.helper.make_node("Constant", [], [name], value=value) for name, value in arrays.items()
+    ]
+    if place == "a function":
+        function = onnx.helper.make_function(
+            "own", "Own", [v.name for v in fed], ["y"], [*made, node],
+            [onnx.helper.make_opsetid("", 18)],
+        )  # fmt: skip
+        call = onnx.helper.make_node("Own", [v.name for v in fed], ["y"], domain="own")
+        graph = onnx.helper.make_graph([call], "g", fed, [onnx.ValueInfoProto(name="y")])
+        return onnx.helper.make_model(graph, functions=[function])
+    nodes, weights = [node], list(arrays.values())
+    if place == "Constant nodes":
+        nodes, weights = [*made, node], []
+    if place == "a branch":
+        body = onnx.helper.make_graph(nodes, "body", [], [onnx.ValueInfoProto(name="y")])
+        condition = onnx.numpy_helper.from_array(np.array(True), "condition")
+        nodes = [
+            onnx.helper.make_node("If", ["condition"], ["z"], then_branch=body, else_branch=body)
+        ]
+        weights.append(condition)
+    graph = onnx.helper.make_graph(nodes, "g", fed, [onnx.ValueInfoProto(name="y")], weights)
+    return onnx.helper.make_model(graph)
+
+
+@pytest.mark.parametrize("place", ["initializers", "Constant nodes", "a branch", "a function"])
+@pytest.mark.parametrize("case", FATAL)
+def test_constants_that_abort_onnx_runtime_are_refused(case, place, tmp_path):
+    kind, inputs, message = FATAL[case]
+    path = saved(one_node(kind, inputs, place), tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=rf"{kind} .*{message}.*ends the process"):
+        onnx_session(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        ("SplitToSequence", [np.arange(4.0)]),
+        ("SplitToSequence", [np.arange(4.0), np.array(3)]),
+        ("SplitToSequence", [np.arange(4.0), np.array([0, 4])]),
+        ("Div", [np.array([5, 1]), np.array(-1)]),
+    ],
+)
+def test_other_constants_run(kind, inputs, tmp_path):
+    model = one_node(kind, inputs, "initializers")
+    model.ir_version, model.opset_import[0].version = 8, 18
+    assert onnx_session(saved(model, tmp_path / "m.onnx")).run(None, {})
+
+
 def test_domain_is_secret_and_differs_between_processes():
     from keras_tnt.export.onnx_runtime import secret
 
@@ -302,6 +375,56 @@ def test_external_weights_that_are_no_regular_file_raise(kind, tmp_path):
         "folder": lambda: (tmp_path / "weights.bin").mkdir(),
     }[kind]()
     with pytest.raises(ValueError, match="'kernel' in the file 'weights.bin'"):
+        onnx_session(path)
+
+
+def external(*places):
+    """Returns a tensor of one number in the files at `places`."""
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[1], data_location=1)
+    for place in places:
+        tensor.external_data.add(key="location", value=place)
+    return tensor
+
+
+def put_into_initializer(model, tensor):
+    model.graph.initializer.append(tensor)
+
+
+def put_into_sparse_initializer(model, tensor):
+    indices = onnx.numpy_helper.from_array(np.array([0]), "indices")
+    sparse = onnx.SparseTensorProto(values=tensor, indices=indices, dims=[4])
+    model.graph.sparse_initializer.append(sparse)
+
+
+def put_into_sparse_value(model, tensor):
+    sparse = onnx.SparseTensorProto(values=tensor, dims=[4])
+    node = onnx.helper.make_node("Constant", [], ["sparse"], sparse_value=sparse)
+    model.graph.node.insert(0, node)
+
+
+def put_into_function(model, tensor):
+    node = onnx.helper.make_node("Constant", [], ["y"], value=tensor)
+    imports = [onnx.helper.make_opsetid("", 18)]
+    model.functions.append(onnx.helper.make_function("own", "Own", [], ["y"], [node], imports))
+
+
+@pytest.mark.parametrize("places", [(), ("a", "b"), ("missing",)])
+@pytest.mark.parametrize(
+    "put",
+    [
+        put_into_initializer,
+        put_into_sparse_initializer,
+        put_into_sparse_value,
+        put_into_function,
+    ],
+)
+def test_external_weights_have_one_file_each(put, places, tmp_path):
+    model = fuzz_onnx.graph()
+    put(model, external(*places))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    said = "in the file 'missing'" if places == ("missing",) else "exactly one `location`"
+    with pytest.raises(ValueError, match=f"the weight 'w' .*{said}"):
         onnx_session(path)
 
 

@@ -70,7 +70,8 @@ class UnreadableImages:
             self.names.add(name)
             number = len(self.names)
         if new:
-            print(f"corrupt image {number} (of {self.size}), skipped: {name}", flush=True)
+            hint = " (animated WebP is not read)" if name.lower().endswith(".webp") else ""
+            print(f"corrupt image {number} (of {self.size}), skipped: {name}{hint}", flush=True)
         return np.float32(0)
 
     def count(self, batch):

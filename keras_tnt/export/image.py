@@ -57,7 +57,8 @@ def load_images(image_bytes, size, covered, channels=3):
         tf.size(broken) == 0,
         # The dataset also skips images for which there is too little memory.
         [
-            f"Not an image that can be decoded, or no memory for it: {READ}. Places in the batch:",
+            f"Not an image that can be decoded, or no memory for it: {READ}, but no animated WebP. "
+            "Places in the batch:",
             broken,
         ],
         summarize=100,

@@ -86,9 +86,9 @@ def check_nodes(proto, path):
 
     Raises:
         ValueError: if the graph, a subgraph or a function has a node in this package's domains, or
-            an attribute for which ONNX Runtime aborts.
+            an attribute or constant for which ONNX Runtime aborts.
     """
-    for node in nodes_of(proto):
+    for node, constants in nodes_and_constants(proto):
         if node.domain.casefold().startswith(DOMAIN):
             raise ValueError(
                 f"'{path}' has an operator {node.domain!r}.{node.op_type!r}. Domains that "
@@ -96,40 +96,131 @@ def check_nodes(proto, path):
                 "opened; a file must not have any. Received: a file that was made or changed "
                 "by other means; export the model anew with `keras_tnt.export.onnx`."
             )
-        fatal = fatal_attribute(node)
+        fatal = fatal_in(node, constants)
         if fatal:
             raise ValueError(
-                f"'{path}' has a {node.op_type} with {node.output[:1]} as output, whose attribute "
-                f"{fatal}, for which ONNX Runtime ends the process. Export the model anew with "
+                f"'{path}' has a {node.op_type} with {node.output[:1]} as output, whose {fatal}, "
+                "for which ONNX Runtime ends the process. Export the model anew with "
                 "`keras_tnt.export.onnx`."
             )
 
 
-def nodes_of(proto):
-    """Yields the nodes of a model's graph, its subgraphs and its functions."""
-    graphs = [proto.graph, *proto.functions]
-    while graphs:
-        for node in graphs.pop().node:
-            yield node
-            graphs.extend(subgraphs_of(node))
+def nodes_and_constants(proto):
+    """Yields the nodes of a model's graph, its subgraphs and its functions.
+
+    Yields:
+        (node, dict from the name of each constant that the node can see to its tensor or `Constant`
+        node).
+    """
+    scopes = [(graph, {}) for graph in (proto.graph, *proto.functions)]
+    while scopes:
+        graph, outer = scopes.pop()
+        constants = outer | constants_of(graph)
+        for node in graph.node:
+            yield node, constants
+            scopes.extend((inner, constants) for inner in subgraphs_of(node))
 
 
-def fatal_attribute(node):
-    """Returns a description of an attribute for which ONNX Runtime aborts; "" if there is none.
+def constants_of(graph):
+    """Returns a dict from the names that a graph or function defines to constants.
 
-    ONNX Runtime 1.31 divides by a number of heads, and fills the outputs of a Split, unchecked.
+    A name whose value is not constant has the value `None`, as it hides a constant of that name of
+    an outer graph.
+    """
+    constants = {tensor.name: tensor for tensor in getattr(graph, "initializer", ())}
+    for node in graph.node:
+        constant = node if node.op_type == "Constant" else None
+        constants |= dict.fromkeys(node.output, constant)
+    # The names of a graph's inputs, which a caller may set even if they have a default value.
+    return constants | {getattr(value, "name", value): None for value in graph.input}
+
+
+def value_of(node, place, constants):
+    """Returns the array of a node's constant input; `None` if it has none or cannot be read."""
+    from onnx import numpy_helper
+
+    constant = constants.get(node.input[place]) if place < len(node.input) else None
+    try:
+        if not hasattr(constant, "op_type"):
+            return constant if constant is None else numpy_helper.to_array(constant)
+        (attribute,) = constant.attribute
+        if attribute.ref_attr_name:
+            return None
+        if attribute.name == "value":
+            return numpy_helper.to_array(attribute.t)
+        return np.array({"value_int": attribute.i, "value_ints": attribute.ints}[attribute.name])
+    except Exception:  # of any type, for damaged tensors
+        return None
+
+
+def fatal_in(node, constants):
+    """Returns a description of what ends the process in ONNX Runtime 1.31; "" if nothing does.
+
+    Args:
+        node: a node.
+        constants: the constants it can see, as `nodes_and_constants` yields them.
     """
     for attribute in node.attribute:
         if attribute.ref_attr_name:  # its value is set by the function's caller
             continue
         if attribute.name in COUNTS and attribute.i < 1:
-            return f"{attribute.name}={attribute.i} must be at least 1"
-        if node.op_type == "Split" and attribute.name == "num_outputs":
+            return f"attribute {attribute.name}={attribute.i} must be at least 1"
+    check = FATAL.get(node.op_type)
+    return check(node, lambda place: value_of(node, place, constants)) if check else ""
+
+
+def fatal_split(node, value):
+    """Describes a number of outputs that is wrong: ONNX Runtime fills them unchecked."""
+    for attribute in node.attribute:
+        if attribute.name == "num_outputs" and not attribute.ref_attr_name:
             if attribute.i != len(node.output):
                 return (
-                    f"num_outputs={attribute.i} must be its number of outputs, {len(node.output)}"
+                    f"attribute num_outputs={attribute.i} must be its number of outputs, "
+                    f"{len(node.output)}"
                 )
     return ""
+
+
+def fatal_sequence(node, value):
+    """Describes a size of parts that is 0, or could be: ONNX Runtime divides by it."""
+    if not any(node.input[1:2]):
+        return ""
+    split = value(1)
+    if split is None:
+        return "input `split` is not a constant and could be 0"
+    return f"input split={split} must be at least 1" if split.ndim == 0 and split < 1 else ""
+
+
+def fatal_division(node, value):
+    """Describes a division of the least integer by -1, whose result no integer can hold."""
+    dividend, divisor = value(0), value(1)
+    if dividend is None or divisor is None or dividend.dtype.kind != "i":
+        return ""
+    least = np.iinfo(dividend.dtype).min
+    if (dividend == least).any() and (divisor == -1).any():
+        return f"input {least} must not be divided by -1"
+    return ""
+
+
+def fatal_frames(node, value):
+    """Describes frames of length 0: ONNX Runtime divides by it."""
+    window, length = value(2), value(3)
+    if window is not None and not window.size:
+        return "input `window` must not be empty"
+    if length is not None and not length.all():
+        return "input frame_length=0 must be at least 1"
+    return ""
+
+
+# Functions that describe what ends the process in a node of a kind, from the node and from a
+# function that returns its constant input at a place, or `None`.
+FATAL = {
+    "Split": fatal_split,
+    "SplitToSequence": fatal_sequence,
+    "Div": fatal_division,
+    "Mod": fatal_division,
+    "STFT": fatal_frames,
+}
 
 
 def check_external_files(proto, path):
@@ -139,31 +230,49 @@ def check_external_files(proto, path):
         Whether the model has external weights.
 
     Raises:
-        ValueError: if one of their files is missing, or not a regular file.
+        ValueError: if one of them does not name exactly one file, or the file is missing or not a
+            regular one.
     """
     folder, found = os.path.dirname(path), False
-    for tensor in tensors_of(proto.graph):
+    for tensor in tensors_of(proto):
         if tensor.data_location == tensor.EXTERNAL:
             found = True
-            (place,) = [e.value for e in tensor.external_data if e.key == "location"] or [""]
-            if not os.path.isfile(os.path.join(folder, place)):
+            places = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            if len(places) != 1:
                 raise ValueError(
-                    f"'{path}' has the weight {tensor.name!r} in the file {place!r}, which is not "
-                    "there or no file. Put it next to the model."
+                    f"'{path}' has the weight {tensor.name!r} in another file, which exactly one "
+                    f"`location` must name. Received: {places}. Export the model anew with "
+                    "`keras_tnt.export.onnx`."
+                )
+            if not os.path.isfile(os.path.join(folder, places[0])):
+                raise ValueError(
+                    f"'{path}' has the weight {tensor.name!r} in the file {places[0]!r}, which is "
+                    "not there or no file. Put it next to the model."
                 )
     return found
 
 
-def tensors_of(graph):
-    """Yields the constants of a graph, of its nodes' attributes and of its subgraphs."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-        for inner in subgraphs_of(node):
-            yield from tensors_of(inner)
+def tensors_of(proto):
+    """Yields the constants of a model, dense and sparse ones: of graphs, nodes and functions."""
+    graphs = [proto.graph, *proto.functions]
+    attributes = [a for function in proto.functions for a in function.attribute_proto]
+    sparse = []
+    while graphs:
+        graph = graphs.pop()
+        yield from getattr(graph, "initializer", ())
+        sparse.extend(getattr(graph, "sparse_initializer", ()))
+        for node in graph.node:
+            attributes.extend(node.attribute)
+            graphs.extend(subgraphs_of(node))
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        if attribute.HasField("sparse_tensor"):
+            sparse.append(attribute.sparse_tensor)
+        sparse.extend(attribute.sparse_tensors)
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
 
 
 def read_model(path):

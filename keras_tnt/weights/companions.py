@@ -12,8 +12,12 @@ import re
 
 import numpy as np
 
-# NumPy type codes of numbers and strings, with the item size in bytes.
-SCALAR_TYPE = re.compile(r"[biufcSU]\d{1,6}")
+# NumPy type codes of numbers, strings and times, with the item size in bytes.
+SCALAR_TYPE = re.compile(r"[biufcSUMm]\d{1,6}")
+
+
+class Refused(ValueError):
+    """Raised for a whole file with contents that are no plain setting."""
 
 
 class Dtype:
@@ -38,6 +42,14 @@ class Array:
 
     def __setstate__(self, state):
         """Discards the pickled state."""
+        pass
+
+
+class Inert:
+    """Stand-in for a value without a state, such as a `range`, and for a NumPy type."""
+
+    def __init__(self, *_):
+        """Ignores all arguments."""
         pass
 
 
@@ -69,27 +81,28 @@ class Factory:
         self.type = type
 
     def __call__(self, *arguments):
-        """Returns the type's empty value; raises a `ValueError` if given arguments."""
+        """Returns the type's empty value; raises `Refused` if given arguments."""
         if arguments:
-            raise ValueError(f"it calls {self.type.__name__}")
+            raise Refused(f"it calls the global 'builtins.{self.type.__name__}'")
         return self.type()
 
 
 def scalar(dtype, data=b""):
-    """Returns a Python number or string, in place of NumPy's `scalar`.
+    """Returns a Python number, string or time, in place of NumPy's `scalar`.
 
     Args:
-        dtype: a `Dtype` of a number or string.
+        dtype: a `Dtype` of a number, string or time.
         data: bytes of the item.
 
     Raises:
-        ValueError: if the type is another one, or `data` does not have its size.
+        Refused: if the type is another one, or `data` does not have its size.
     """
     if not isinstance(dtype, Dtype) or not SCALAR_TYPE.fullmatch(str(dtype.code)):
-        raise ValueError("it holds a NumPy scalar that is no number and no text")
+        code = f" of type {dtype.code}" if isinstance(dtype, Dtype) else ""
+        raise Refused(f"it holds a NumPy scalar{code} that is no number, no text and no time")
     dtype = np.dtype(dtype.order + dtype.code)
     if not isinstance(data, bytes) or len(data) != dtype.itemsize:
-        raise ValueError("it holds a NumPy scalar of another size than its type has")
+        raise Refused("it holds a NumPy scalar of another size than its type has")
     return np.frombuffer(data, dtype)[0].item()
 
 
@@ -112,7 +125,10 @@ def safe_globals():
         (List, "collections.deque"),
         (Dtype, "numpy.dtype"),
         (Array, "numpy.ndarray"),
+        (Inert, "decimal.Decimal"),
     ]
+    found += [(Inert, f"builtins.{name}") for name in ("frozenset", "range", "slice")]
+    found += [(Inert, f"numpy.{kind.__name__}") for kind in np.sctypeDict.values()]
     for core in ("numpy.core", "numpy._core"):
         found += [(scalar, f"{core}.multiarray.scalar"), (Array, f"{core}.multiarray._reconstruct")]
     for module in ("pathlib", "pathlib._local"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_tnt.files import expand, open_regular
 from keras_tnt.text import printable
-from keras_tnt.weights.companions import safe_globals
+from keras_tnt.weights.companions import Refused, safe_globals
 from keras_tnt.weights.wrappers import LIGHTNING, choose, without_wrappers
 
 SAFETENSORS = (".safetensors",)
@@ -235,6 +235,11 @@ def load_torch(path):
         if stored is not None and sorted(claims.sizes) != sorted(stored):
             raise ValueError("its tensors claim other sizes than its entries have")
         return content
+    except Refused as error:
+        raise ValueError(
+            f"'{path}' is refused: {printable(str(error))}. Write the state dict alone as "
+            ".safetensors."
+        ) from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"'{path}' is refused: {refusal(error)}, and opening it could run code of whoever made "

@@ -170,15 +170,17 @@ function exifOfWebp(bytes) {
 
 /** Returns the orientation, 1 to 8, in EXIF data that starts at `tiff`; 1 without. */
 function orientationOf(bytes, tiff) {
-  const little = integer(bytes, tiff, 2) === 0x4949;
+  const order = integer(bytes, tiff, 4, false);
+  if (![0x49492a00, 0x4d4d002a].includes(order)) return 1;
+  const little = order === 0x49492a00;
   const directory = tiff + integer(bytes, tiff + 4, 4, little);
   const count = integer(bytes, directory, 2, little);
   for (let i = 0; i < count && directory + 12 * i < bytes.length; i++) {
     const entry = directory + 2 + 12 * i;
-    if (integer(bytes, entry, 2, little) !== 0x0112) continue;
-    const value = integer(bytes, entry + 8, 2, little);
     const isShort = integer(bytes, entry + 2, 2, little) === 3 && integer(bytes, entry + 4, 4, little) === 1;
-    return isShort && value >= 1 && value <= 8 ? value : 1;
+    if (integer(bytes, entry, 2, little) !== 0x0112 || !isShort) continue;
+    const value = integer(bytes, entry + 8, 2, little);
+    return value >= 1 && value <= 8 ? value : 1;
   }
   return 1;
 }

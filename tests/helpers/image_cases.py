@@ -51,11 +51,12 @@ def rgb(file):
     return np.asarray(picture.convert("RGB"))
 
 
-def exif(orientation, big_endian=False):
-    """Returns EXIF data with an orientation after another tag."""
+def exif(orientation, big_endian=False, kind=3, count=1):
+    """Returns EXIF data with an orientation, of type SHORT or another, after another tag."""
     order, byte_order = (">", b"MM") if big_endian else ("<", b"II")
     entries = struct.pack(order + "HHII", 0x0100, 4, 1, 77)
-    entries += struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0)
+    value = struct.pack(order + ("HH" if kind == 3 else "I"), *[orientation, 0][: 5 - kind])
+    entries += struct.pack(order + "HHI", 0x0112, kind, count) + value
     header = byte_order + struct.pack(order + "HI", 42, 8)
     return b"Exif\0\0" + header + struct.pack(order + "H", 2) + entries + bytes(4)
 
@@ -68,6 +69,18 @@ def oriented(kind, **settings):
         file = save(picture, kind, exif=data, **settings)
         stored = rgb(save(picture, kind, **settings))
         yield f"{kind}, orientation {orientation}", file, make_upright(stored)
+
+
+def not_oriented():
+    """Yields a case for each way to store an orientation that no decoder applies."""
+    picture = Image.fromarray(draw(47, 71))
+    for kind in ("JPEG", "PNG", "WEBP"):
+        settings = {"lossless": True} if kind == "WEBP" else {}
+        stored = rgb(save(picture, kind, **settings))
+        for big_endian in (False, True):
+            for name, values in (("LONG", {"kind": 4}), ("two values", {"count": 2})):
+                file = save(picture, kind, exif=exif(6, big_endian, **values), **settings)
+                yield f"{kind}, orientation of {name}, {big_endian}", file, stored
 
 
 def png_chunk(name, data):
@@ -214,6 +227,7 @@ def cases():
     yield from oriented("JPEG", quality=90)
     yield from oriented("PNG")
     yield from oriented("WEBP", lossless=True)
+    yield from not_oriented()
     yield from palette_bmps()
     yield from gifs()
     yield "PNG, EXIF behind the pixels", *late_exif_png(6)
