@@ -45,8 +45,8 @@ demo: setup ## train tnt_digits, export it, and compare Keras, SavedModel and ON
 lint: setup ## check format, docstrings, spelling and the direction of imports
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(VENV)/bin/codespell
-	$(VENV)/bin/lint-imports --no-cache
+	$(RUN) -m codespell_lib
+	$(RUN) -c 'from importlinter.cli import lint_imports_command as lint; lint()' --no-cache
 
 test: setup axe ## run lint and the fast tests on each backend (BACKENDS=jax, WORKERS=4, PYTEST_ARGS='-k onnx')
 	@passed=; failed=; \
