@@ -190,6 +190,13 @@ def check_batch(config, strategy):
     step_functions.count_groups(config, strategy.num_replicas_in_sync)
 
 
+def call_and_trace(function, *arguments):
+    """Returns (result of a `tf.function`, whether the call traced and so compiled it)."""
+    traces = function.experimental_get_tracing_count()
+    result = function(*arguments)
+    return result, function.experimental_get_tracing_count() > traces
+
+
 class Run:
     """State of a run, shared by the parts of the loop.
 
@@ -435,10 +442,11 @@ class Run:
         if step in self.notes["skipped"]:
             return Decision(False, False)
         arguments = float(step), self.learning_rate(step), self.votes(step), self.mixing(step)
-        traces = self.train_step.experimental_get_tracing_count()
-        loss, norm, votes = self.train_step(batch, *(tf.constant(x) for x in arguments))
+        (loss, norm, votes), traced = call_and_trace(
+            self.train_step, batch, *(tf.constant(x) for x in arguments)
+        )
         self.pending.append((step, loss, norm))
-        self.reporter.executed(1, self.train_step.experimental_get_tracing_count() > traces)
+        self.reporter.executed(1, traced)
         return self.decision(votes)
 
     def update_several(self, batches, step, count):
@@ -447,12 +455,11 @@ class Run:
         rates = tf.constant([self.learning_rate(each) for each in steps])
         mixings = tf.stack([tf.constant(self.mixing(each)) for each in steps])
         votes = tf.constant(self.votes(step))
-        traces = self.train_steps.experimental_get_tracing_count()
-        losses, norms, votes = self.train_steps(
-            batches, tf.constant(count), tf.constant(step), rates, votes, mixings
+        (losses, norms, votes), traced = call_and_trace(
+            self.train_steps, batches, tf.constant(count), tf.constant(step), rates, votes, mixings
         )
         self.pending += zip(steps, tf.unstack(losses), tf.unstack(norms), strict=True)
-        self.reporter.executed(count, self.train_steps.experimental_get_tracing_count() > traces)
+        self.reporter.executed(count, traced)
         return self.decision(votes)
 
     def wait_for_update(self):
@@ -646,12 +653,9 @@ class Run:
 
         def step(batch):
             self.before_evaluation(next(done))
-            began, traces = (
-                time.perf_counter(),
-                self.evaluation_step.experimental_get_tracing_count(),
-            )
-            sums = self.evaluation_step(batch)
-            if self.evaluation_step.experimental_get_tracing_count() > traces:
+            began = time.perf_counter()
+            sums, traced = call_and_trace(self.evaluation_step, batch)
+            if traced:
                 self.compile_seconds += time.perf_counter() - began
             return sums
 
