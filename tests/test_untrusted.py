@@ -354,20 +354,15 @@ def test_identity_of_a_folder_ignores_fifos_and_limits_the_number_of_files(tmp_p
     os.mkfifo(tmp_path / "a" / "pipe")
     (tmp_path / "a" / "again").symlink_to(tmp_path)
     assert runtime.identity(str(tmp_path)) == before
-    deep = tmp_path
-    for _ in range(1500):
-        deep = deep / "d"
-    folder = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(1500):  # exceeds Python's recursion limit and the maximum path length
-        os.mkdir("d", dir_fd=folder)
-        inner = os.open("d", os.O_RDONLY, dir_fd=folder)
-        os.close(folder)
-        folder = inner
-    os.close(folder)
+    nested = [tmp_path / "/".join("d" * depth) for depth in range(1, 1501)]
+    for folder in nested:  # exceeds Python's recursion limit
+        folder.mkdir()
     assert runtime.identity(str(tmp_path)) == before
     monkeypatch.setattr(runtime, "MOST_FILES", 10)
     with pytest.raises(ValueError, match="more than 10 files"):
         runtime.identity(str(tmp_path))
+    for folder in reversed(nested):  # pytest's recursive removal of old runs would fail
+        folder.rmdir()
 
 
 # === Graphs that contradict their card ===
