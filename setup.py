@@ -112,7 +112,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["keras_tnt", "keras_tnt.*"]),
-    entry_points={"console_scripts": ["keras-tnt=keras_tnt.command:main"]},
+    entry_points={"console_scripts": ["keras-tnt=keras_tnt.cli:main"]},
     package_data={
         "keras_tnt": [
             "py.typed",

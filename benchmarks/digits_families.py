@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 
 import keras_tnt  # noqa: E402
 from keras_tnt.files import write_atomically  # noqa: E402
-from keras_tnt.native import runtimes  # noqa: E402
+from keras_tnt.kernels import runtimes  # noqa: E402
 from training import sources  # noqa: E402
 
 BATCH = 64

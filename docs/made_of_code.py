@@ -18,8 +18,9 @@ import import_layers_picture
 from sphinx.util import logging
 
 import keras_tnt
-from keras_tnt import command, pretrained, registry
+from keras_tnt import cli as command
 from keras_tnt.inspection.explore import fill
+from keras_tnt.models import pretrained, registry
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def recipes():
 
 def accuracies():
     """Every published accuracy with who measured it and at which crop."""
-    from keras_tnt.published import accuracies
+    from keras_tnt.models.published import accuracies
 
     rows = [
         (each.dataset, f"`{each.model}`", each.image_size, each.top1)

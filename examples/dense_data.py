@@ -265,7 +265,7 @@ def check_files(paths):
 
 def read_image(path):
     """Reads an image as uint8 (height, width, 3)."""
-    from keras_tnt import images
+    from keras_tnt.images import decoding as images
 
     return np.asarray(images.convert(images.open_picture(path), 3))
 

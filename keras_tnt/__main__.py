@@ -2,7 +2,7 @@
 
 import sys
 
-from keras_tnt.command import main
+from keras_tnt.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

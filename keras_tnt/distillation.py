@@ -9,7 +9,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from keras_tnt.anatomy import anatomy, is_ours
+from keras_tnt.models.anatomy import anatomy, is_ours
 from keras_tnt.teacher import (
     Teacher,
     activation_of,

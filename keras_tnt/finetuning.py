@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from keras_tnt.anatomy import anatomy
+from keras_tnt.models.anatomy import anatomy
 
 __all__ = ["freeze", "layerwise", "unfreeze"]
 

@@ -5,7 +5,7 @@ import os
 import keras
 import numpy as np
 
-from keras_tnt.image_folders import SUFFIXES, list_folders, walk_images
+from keras_tnt.images.folders import SUFFIXES, list_folders, walk_images
 from keras_tnt.preprocessing import load_image
 
 

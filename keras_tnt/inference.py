@@ -11,10 +11,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_tnt.anatomy import anatomy, is_ours, sides_of
+from keras_tnt.kernels import processor, runtimes
 from keras_tnt.layers.base import default_device, inference_on
 from keras_tnt.layers.half import check_in_float32, in_bfloat16, kernels_to_change
-from keras_tnt.native import processor, runtimes
+from keras_tnt.models.anatomy import anatomy, is_ours, sides_of
 
 PRECISIONS = ("float32", "bfloat16")
 

@@ -6,11 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_tnt.anatomy import anatomy, class_names
-from keras_tnt.imagenet import imagenet_classes
-from keras_tnt.images import as_uint8, evaluation_pixels, open_picture
+from keras_tnt.images.class_names import imagenet_classes
+from keras_tnt.images.decoding import as_uint8, evaluation_pixels, open_picture
 from keras_tnt.layers.ends import along_channels
 from keras_tnt.layers.grid import ceil_divide
+from keras_tnt.models.anatomy import anatomy, class_names
 
 # === Images ===
 
@@ -27,10 +27,10 @@ def load_image(image, model: keras.Model) -> np.ndarray:
 
     Args:
         image: path or bytes of a JPEG, PNG, WebP, GIF or BMP file within the limits of
-            `keras_tnt.images` (268 MB, 65,535 pixels per side, 67,108,864 in total); a `PIL.Image`,
-            which covers all other formats of Pillow; or an array `(height, width)` or `(height,
-            width, 1, 3 or 4)` of values in [0, 255]. Arrays of uint16 and floats in [0, 1] are
-            rejected.
+            `keras_tnt.images.decoding` (268 MB, 65,535 pixels per side, 67,108,864 in total); a
+            `PIL.Image`, which covers all other formats of Pillow; or an array `(height,
+            width)` or `(height, width, 1, 3 or 4)` of values in [0, 255]. Arrays of uint16 and
+            floats in [0, 1] are rejected.
         model: the model that the image is for; determines size, channels and data format.
 
     Returns:

@@ -7,11 +7,11 @@ import warnings
 import keras
 from keras import ops
 
-from keras_tnt.anatomy import anatomy, is_ours
 from keras_tnt.layers.base import at_least_float32
 from keras_tnt.layers.ends import along_channels, scale_and_offset
 from keras_tnt.layers.grid import resampling_matrix, shape_of
-from keras_tnt.registry import IMAGENET_MEAN, IMAGENET_STD
+from keras_tnt.models.anatomy import anatomy, is_ours
+from keras_tnt.models.registry import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ def main(arguments=None):
     check(options)
     import keras_tnt
 
-    keras_tnt.registry.load_plugins(options.plugins)
+    keras_tnt.models.registry.load_plugins(options.plugins)
     labels = read_labels(options.labels) if options.labels else None
     model, weights = load(options)
     directory = options.directory or os.path.join(DIRECTORY, model.name)
@@ -68,7 +68,7 @@ def parse(arguments):
     parser = make_parser(argparse.ArgumentParser)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:  # Only then is it worth the import, which includes Keras.
-        from keras_tnt.command import Parser
+        from keras_tnt.cli import Parser
 
         make_parser(Parser).parse_args(arguments)
     if options.model is None and options.run is None:
@@ -159,7 +159,7 @@ def check(options):
 def load(options):
     """Returns (model, description of the weights' origin)."""
     import keras_tnt
-    from keras_tnt.command.runtime import parse_weights
+    from keras_tnt.cli.runtime import parse_weights
     from keras_tnt.weights import load_keras_model
 
     if options.run:
@@ -170,7 +170,7 @@ def load(options):
         return load_keras_model(options.model), options.model
     try:
         given = parse_weights("imagenet" if options.weights is None else options.weights)
-        builder = keras_tnt.registry.find_model(options.model, given)
+        builder = keras_tnt.models.registry.find_model(options.model, given)
     except ValueError as error:
         stop(f"--model: {error}".removesuffix("."))
     settings = {}

@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 import keras_tnt
-from keras_tnt.pretrained import tensor_names
+from keras_tnt.models.pretrained import tensor_names
 from keras_tnt.weights import names as names_of_tensors
 from tests.golden import assert_close
 

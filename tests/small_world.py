@@ -7,8 +7,8 @@ from PIL import Image
 from skimage import data
 
 import keras_tnt
-from keras_tnt import registry
-from keras_tnt.registry import Variant
+from keras_tnt.models import registry
+from keras_tnt.models.registry import Variant
 
 # Architecture overrides per family; image sizes and other options are unchanged.
 SMALL = {

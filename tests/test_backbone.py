@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 import keras_tnt
-from keras_tnt.backbone import Backbone, PyramidLevel
 from keras_tnt.inspection import feature_maps
+from keras_tnt.models.backbone import Backbone, PyramidLevel
 from tests.checks import assert_equal, check_gradients, check_layer, compute, normal
 from tests.golden import assert_close
 from tests.test_families import tiny

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from keras_tnt.bundle import describe
+from keras_tnt.models.bundle import describe
 from tests.checks import compute, normal
 from tests.weights.conftest import cache, hub  # noqa: F401
 

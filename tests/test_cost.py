@@ -4,9 +4,9 @@ import keras
 import pytest
 
 import keras_tnt
-from keras_tnt import registry
 from keras_tnt.inspection import multiply_accumulates
 from keras_tnt.layers.base import without_initial_values
+from keras_tnt.models import registry
 
 
 def test_matmuls_and_convolutions_are_counted_equally_on_every_backend():

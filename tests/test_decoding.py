@@ -5,7 +5,7 @@ import pytest
 
 import keras_tnt
 from keras_tnt.export import image as graph
-from keras_tnt.images import convert, evaluation_pixels, open_picture
+from keras_tnt.images.decoding import convert, evaluation_pixels, open_picture
 from tests import hostile_images
 from tests.helpers.image_cases import CASES, REFUSED, draw, save
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import pytest
 from huggingface_hub import constants
 
-from keras_tnt import command, registry
+from keras_tnt import cli as command
+from keras_tnt.models import registry
 from tests import small_world
 from tests.weights.hub_server import Hub
 from training import configuration, sources

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from keras_tnt.command.images import find_images, report
-from keras_tnt.image_folders import Skipped, match_held_out, match_name, walk_images
+from keras_tnt.cli.images import find_images, report
+from keras_tnt.images.folders import Skipped, match_held_out, match_name, walk_images
 
 pytestmark = pytest.mark.one_backend
 

@@ -8,8 +8,8 @@ import pytest
 
 import keras_tnt
 from keras_tnt import inference
+from keras_tnt.kernels import processor
 from keras_tnt.layers import SelfAttention, blocks, half
-from keras_tnt.native import processor
 from tests.checks import assert_equal, compute, in_fork
 
 TINY = {
@@ -251,7 +251,7 @@ def exports(monkeypatch):
 def test_inductor_program_is_cached_for_the_next_process(tmp_path, monkeypatch, images, exports):
     from torch._dynamo.utils import counters
 
-    from keras_tnt.native import torch_program
+    from keras_tnt.kernels import torch_program
 
     model = keras_tnt.TNT(**{**TINY, "depth": 1}, dropout=0.5)
     expected = compute(model, images)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from keras_tnt.native import runtimes
+from keras_tnt.kernels import runtimes
 from tests.checks import run_python
 from tests.test_families import tiny as tiny_of
 
@@ -279,9 +279,9 @@ WRONG = {
 def test_torch_operator_rejects_invalid_inputs(case):
     import torch
 
-    from keras_tnt import native
+    from keras_tnt import kernels
 
-    sizes = native.InnerSizes(words=16, dim=8, heads=2, hidden=16, across_words=False)
+    sizes = kernels.InnerSizes(words=16, dim=8, heads=2, hidden=16, across_words=False)
     if runtimes.operator("torch", sizes) is None:
         pytest.skip("there is no C++ here")
     x = torch.ones((2, 3, 16, 8))

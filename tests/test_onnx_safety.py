@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from keras_tnt import native
-from keras_tnt.native import runtimes
+from keras_tnt import kernels
+from keras_tnt.kernels import runtimes
 from tests import fuzz_onnx
 
 onnx = pytest.importorskip("onnx")
@@ -174,7 +174,7 @@ def test_declared_shapes_are_not_trusted(of, words, tmp_path):
 
 
 def test_words_that_exceed_the_stack_are_not_replaced():
-    sizes = native.InnerSizes(16, 8, 2, 32, False)
+    sizes = kernels.InnerSizes(16, 8, 2, 32, False)
     assert sizes.fits_stack() and not sizes._replace(words=4096).fits_stack()
     assert not sizes._replace(hidden=1 << 20).fits_stack()
 
@@ -482,10 +482,10 @@ int main() {
 def test_forward_pass_has_no_memory_errors_under_sanitizers(sizes, tmp_path):
     (tmp_path / "main.cpp").write_text(HARNESS)
     command = [
-        *(*native.compiler(), "-std=c++17", "-O1", "-g", "-march=native", "-Wall", "-Wextra"),
+        *(*kernels.compiler(), "-std=c++17", "-O1", "-g", "-march=native", "-Wall", "-Wextra"),
         *("-Werror", "-Wno-unused-function", "-fsanitize=address,undefined"),
-        *("-fno-sanitize-recover=all", *native.InnerSizes(*sizes).arguments()),
-        *(f"-I{native.FOLDER}", str(tmp_path / "main.cpp"), "-o", str(tmp_path / "main")),
+        *("-fno-sanitize-recover=all", *kernels.InnerSizes(*sizes).arguments()),
+        *(f"-I{kernels.FOLDER}", str(tmp_path / "main.cpp"), "-o", str(tmp_path / "main")),
     ]
     built = subprocess.run(command, capture_output=True, text=True)
     if "asan" in built.stderr or "ubsan" in built.stderr:

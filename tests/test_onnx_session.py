@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from keras_tnt import native
+from keras_tnt import kernels
 from keras_tnt.export.onnx_runtime import use_native
-from keras_tnt.native import runtimes
+from keras_tnt.kernels import runtimes
 from tests.checks import in_fork
 from tests.test_export import OTHER, TINY, images_of, onnx, onnxruntime, randomize, run_onnx
 
@@ -66,7 +66,7 @@ def tiny(tmp_path_factory):
 def test_without_kernels_the_file_runs_unchanged(obstacle, tiny, monkeypatch):
     path, images, expected = tiny
     options = onnxruntime.SessionOptions()
-    native.warn_slower.cache_clear()
+    kernels.warn_slower.cache_clear()
     if obstacle == "0.0":
         monkeypatch.setitem(runtimes.SEEN, "onnxruntime", (obstacle,))
     elif obstacle == "refused":
@@ -95,8 +95,8 @@ def test_session_options_can_be_reused(tiny):
 def test_threads_can_open_a_file_at_once(tiny, tmp_path, monkeypatch):
     path, images, expected = tiny
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    run, compiled = native.run, []
-    monkeypatch.setattr(native, "run", lambda command: (compiled.append(command), run(command))[1])
+    run, compiled = kernels.run, []
+    monkeypatch.setattr(kernels, "run", lambda command: (compiled.append(command), run(command))[1])
 
     def open_and_run(_):
         return keras_tnt.export.onnx_session(path).run(["logits"], {"images": images})[0]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from keras_tnt import native
+from keras_tnt import kernels
 from keras_tnt.export import openvino_runtime
 from keras_tnt.export.onnx_runtime import use_native
-from keras_tnt.native import processor, runtimes
+from keras_tnt.kernels import processor, runtimes
 from tests.checks import in_fork, run_python
 from tests.test_export import TINY, images_of, onnx, randomize, run_onnx
 from tests.test_onnx_session import MODELS, exported
@@ -181,7 +181,7 @@ def norm_dense_norm(
     ],
 )
 def test_words_to_patches_is_replaced_only_on_an_exact_match(options, inputs, monkeypatch):
-    monkeypatch.setattr(native, "takes_half", lambda *_: True)
+    monkeypatch.setattr(kernels, "takes_half", lambda *_: True)
     proto = norm_dense_norm(**options)
     found = use_native(proto, "keras_tnt", half=True)
     ours = [node for node in proto.graph.node if node.op_type == "WordsToPatches"]
@@ -243,7 +243,7 @@ def test_threads_can_share_a_session(tiny):
 @pytest.mark.parametrize("obstacle", ["no-such-compiler", "0.0", "refused"])
 def test_without_kernels_the_file_runs_unchanged(obstacle, tiny, monkeypatch):
     path, images, expected = tiny
-    native.warn_slower.cache_clear()
+    kernels.warn_slower.cache_clear()
     if obstacle == "0.0":
         monkeypatch.setitem(runtimes.SEEN, "openvino", (obstacle,))
     elif obstacle == "refused":

@@ -11,7 +11,7 @@ from skimage import data
 from sklearn.datasets import load_sample_images
 
 import keras_tnt
-from keras_tnt.command import main
+from keras_tnt.cli import main
 from tests.checks import run_python
 
 SIDE = 32

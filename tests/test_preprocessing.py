@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageOps
 
 import keras_tnt
-from keras_tnt import images, preprocessing
+from keras_tnt import preprocessing
+from keras_tnt.images import decoding as images
 from tests import hostile_images
 
 SIZES = [(500, 375), (375, 500), (240, 240), (61, 48), (1000, 90), (33, 257)]
@@ -364,7 +365,7 @@ def test_missing_pillow_error_names_the_extra():
     code = """
 import sys
 sys.modules["PIL"] = None
-from keras_tnt import images
+from keras_tnt.images import decoding as images
 images.open_picture("cat.jpg")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

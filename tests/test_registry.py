@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import keras_tnt
-from keras_tnt import registry
-from keras_tnt.registry import Variant
+from keras_tnt.models import registry
+from keras_tnt.models.registry import Variant
 from tests import toy_family, toy_stages
 from tests.checks import assert_equal, compute, entries, normal
 from tests.golden import assert_close

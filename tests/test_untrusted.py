@@ -15,7 +15,7 @@ from PIL import Image
 
 import keras_tnt
 from keras_tnt import inspection
-from keras_tnt.command import cards, main, runtime
+from keras_tnt.cli import cards, main, runtime
 from keras_tnt.weights import load_keras_model
 
 pytestmark = pytest.mark.one_backend

@@ -6,9 +6,9 @@ Importing it registers the family for tests; commands use `--plugins=tests.toy_f
 import keras
 
 import keras_tnt
-from keras_tnt import building
 from keras_tnt.layers import PatchEmbedding, PositionEmbedding, SelfAttention
-from keras_tnt.registry import ImageTransform, Variant
+from keras_tnt.models import builders
+from keras_tnt.models.registry import ImageTransform, Variant
 
 IMAGE = ImageTransform(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), crop=0.8, crops={48: 1.0})
 
@@ -37,7 +37,7 @@ class ToyBlock(keras.layers.Layer):
         return {**super().get_config(), "heads": self.heads}
 
 
-@building.builder
+@builders.builder
 def ToyNet(
     include_top=True,
     include_preprocessing=True,
@@ -55,17 +55,17 @@ def ToyNet(
     depth=1,
 ):
     """Builds a ViT without class token that classifies the mean of its patches."""
-    inputs, (height, width_) = building.image_input(input_tensor, input_shape, 32, 8)
+    inputs, (height, width_) = builders.image_input(input_tensor, input_shape, 32, 8)
     grid = (height // 8, width_ // 8)
-    x = building.normalize(inputs, "toynet", IMAGE, include_preprocessing, dtype)
+    x = builders.normalize(inputs, "toynet", IMAGE, include_preprocessing, dtype)
     patches = PatchEmbedding(8, width, dtype=dtype, name="embedding")(x)
     patches = PositionEmbedding(grid, dtype=dtype, name="position")(patches)
     for i in range(depth):
         patches = ToyBlock(2, dtype=dtype, name=f"block_{i}")(patches)
     if not include_top:
-        return inputs, building.pool(patches, grid, 0, pooling, dtype)
-    mean = building.pool(patches, grid, 0, "avg", dtype)
-    return inputs, building.classify([mean], classes, classifier_activation, class_names, dtype)
+        return inputs, builders.pool(patches, grid, 0, pooling, dtype)
+    mean = builders.pool(patches, grid, 0, "avg", dtype)
+    return inputs, builders.classify([mean], classes, classifier_activation, class_names, dtype)
 
 
 keras_tnt.register_family(

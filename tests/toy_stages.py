@@ -6,9 +6,9 @@ Its blocks have no grid: `keras_tnt.anatomy` infers it from their number of toke
 import keras
 
 import keras_tnt
-from keras_tnt import building
 from keras_tnt.layers import ClassToken
-from keras_tnt.registry import ImageTransform, Variant
+from keras_tnt.models import builders
+from keras_tnt.models.registry import ImageTransform, Variant
 from tests.toy_family import ToyBlock
 
 IMAGE = ImageTransform(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), crop=0.75)
@@ -32,7 +32,7 @@ def squares(x, side, dim, part, **names):
     return layer(x)
 
 
-@building.builder
+@builders.builder
 def StageNet(
     include_top=True,
     include_preprocessing=True,
@@ -50,9 +50,9 @@ def StageNet(
     distilled=False,
 ):
     """Builds a model with 4x4-pixel patches in stage 1, and 8x8 and class tokens in stage 2."""
-    inputs, (height, width) = building.image_input(input_tensor, input_shape, 32, 8)
+    inputs, (height, width) = builders.image_input(input_tensor, input_shape, 32, 8)
     common = {"dtype": dtype}
-    x = building.normalize(inputs, "stagenet", IMAGE, include_preprocessing, dtype)
+    x = builders.normalize(inputs, "stagenet", IMAGE, include_preprocessing, dtype)
     x = squares(x, 4, dim, "stem", name="roots", **common)
     x = keras.layers.Reshape((height * width // 16, dim), name="flat", **common)(x)
     x = ToyBlock(2, name="low", **common)(x)
@@ -65,9 +65,9 @@ def StageNet(
     x = ToyBlock(4, name="high", **common)(x)
     tokens = 2 if distilled else 1
     if not include_top:
-        return inputs, building.pool(x, (height // 8, width // 8), tokens, pooling, dtype)
-    vectors = building.read_tokens(x, tokens, dtype)
-    return inputs, building.classify(vectors, classes, classifier_activation, class_names, dtype)
+        return inputs, builders.pool(x, (height // 8, width // 8), tokens, pooling, dtype)
+    vectors = builders.read_tokens(x, tokens, dtype)
+    return inputs, builders.classify(vectors, classes, classifier_activation, class_names, dtype)
 
 
 keras_tnt.register_family(

@@ -565,7 +565,7 @@ def load_plugins(modules):
         modules: Comma-separated module names.
     """
     if modules:
-        from keras_tnt import registry
+        from keras_tnt.models import registry
 
         registry.load_plugins(modules)
 

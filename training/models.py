@@ -13,11 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 import keras_tnt
-from keras_tnt import finetuning, pretrained, registry
+from keras_tnt import finetuning
 from keras_tnt.files import replacing, write_atomically
-from keras_tnt.imagenet import imagenet_classes
+from keras_tnt.images.class_names import imagenet_classes
 from keras_tnt.layers.base import rematerialized
 from keras_tnt.layers.ends import scale_and_offset
+from keras_tnt.models import pretrained, registry
 from keras_tnt.teacher import Teacher
 from keras_tnt.text import as_flags
 from keras_tnt.weights import load_keras_file, load_keras_model

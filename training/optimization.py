@@ -12,7 +12,7 @@ import math
 import tensorflow as tf
 
 from keras_tnt import finetuning
-from keras_tnt.anatomy import is_ours
+from keras_tnt.models.anatomy import is_ours
 from training import optimizers
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tnt.distillation import DistillationLoss
-from keras_tnt.native import runtimes
+from keras_tnt.kernels import runtimes
 from training import augmentation, models
 
 

@@ -3,7 +3,7 @@
 import keras
 
 import keras_tnt
-from keras_tnt.anatomy import anatomy, class_names
+from keras_tnt.models.anatomy import anatomy, class_names
 from keras_tnt.text import is_encodable, is_line
 
 

@@ -1,8 +1,8 @@
 """`keras_tnt.load_image` in TensorFlow operations, within 1 of 255 of Pillow's result.
 
-The specification is in `keras_tnt.images`. Exported graphs and the trainer decode with these
-functions. As in Pillow, an image is resized along the width, rounded to 8 bits, and resized along
-the height; TensorFlow's operation has the same kernel, Keys' cubic with a = -0.5.
+The specification is in `keras_tnt.images.decoding`. Exported graphs and the trainer decode with
+these functions. As in Pillow, an image is resized along the width, rounded to 8 bits, and
+resized along the height; TensorFlow's operation has the same kernel, Keys' cubic with a = -0.5.
 
 TensorFlow's decoders run only after the header is checked: they allocate as much memory as a file
 claims to need, hold all frames of a GIF before they return the first, and crash the process at an
@@ -12,7 +12,15 @@ before it is decoded (CMYK JPEG, GIF) or decoded here (BMP).
 
 import functools
 
-from keras_tnt.images import FORMATS, GRAY, MAX_BYTES, MAX_PIXELS, MAX_SIDE, READ, is_plain_bmp
+from keras_tnt.images.decoding import (
+    FORMATS,
+    GRAY,
+    MAX_BYTES,
+    MAX_PIXELS,
+    MAX_SIDE,
+    READ,
+    is_plain_bmp,
+)
 
 # Adobe's APP14 marker without a color transform, which means inverted CMYK.
 ADOBE_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
@@ -24,7 +32,7 @@ def load_images(image_bytes, size, covered, channels=3):
 
     Args:
         image_bytes: string tensor (batch,) of files, in the formats and within the limits of
-            `keras_tnt.images`, except animated WebP.
+            `keras_tnt.images.decoding`, except animated WebP.
         size: (height, width) of the crop.
         covered: (height, width) that the resized image just covers before it is cropped.
         channels: 3 or 1. Defaults to 3.
@@ -72,7 +80,8 @@ def load_images(image_bytes, size, covered, channels=3):
 def decode(encoded, channels=3):
     """Decodes the first frame of an image file to uint8 (height, width, channels), upright.
 
-    It fails at run time for files that `keras_tnt.images` refuses, and for an animated WebP.
+    It fails at run time for files that `keras_tnt.images.decoding` refuses, and for an animated
+    WebP.
     """
     image = upright(decode_stored(encoded), exif_orientation(encoded))
     return gray(image) if channels == 1 else image

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_tnt.anatomy import anatomy, is_ours
+from keras_tnt.models.anatomy import anatomy, is_ours
 
 
 def serving_network(model):

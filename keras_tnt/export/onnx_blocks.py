@@ -13,7 +13,7 @@ from collections import Counter
 
 import numpy as np
 
-from keras_tnt import native
+from keras_tnt import kernels
 
 OPSETS = range(17, 24)  # with the operator semantics that are assumed here
 FLOAT, INT32, INT64 = 1, 6, 7
@@ -518,7 +518,7 @@ def transformer_block(graph, name):
         name: name of the tensor.
 
     Returns:
-        (input, shape of the input, `native.Weights`, number of heads, epsilon, whether the norms
+        (input, shape of the input, `kernels.Weights`, number of heads, epsilon, whether the norms
         are over all words of a patch).
 
     Raises:
@@ -564,7 +564,7 @@ def attention_and(graph, pattern, name, middle, mlp):
             rows = [pattern.norm_weights(each, over) for each in (norm, norm_mlp)]
             if len(shape) == 4:
                 rows = [[np.broadcast_to(w, shape[2:]).T for w in both] for both in rows]
-            weights = native.Weights(
+            weights = kernels.Weights(
                 *(*rows[0], qkv, qkv_bias, projection, projection_bias),
                 *(*rows[1], *mlp_weights),
             )
@@ -675,7 +675,7 @@ def words_to_patches(graph, norm):
     """Matches the projection from words to patches: norm, dense layer and, last, `norm`.
 
     Returns:
-        (input, `native.PatchWeights`, epsilon).
+        (input, `kernels.PatchWeights`, epsilon).
 
     Raises:
         NoMatch: if the nodes are anything else.
@@ -691,7 +691,7 @@ def words_to_patches(graph, norm):
     shapes = Shapes(graph, x, shape)
     expect(inputs == shape[2] and shapes[last.output[0]] == (*shapes[x][:2], size(dim)))
     expect(shapes.norm_axis(first) == shapes.norm_axis(last) == -1)
-    weights = native.PatchWeights(
+    weights = kernels.PatchWeights(
         *(*pattern.norm_weights(first, (inputs,)), kernel, bias),
         *pattern.norm_weights(last, (dim,)),
     )

@@ -8,11 +8,11 @@ import secrets
 
 import numpy as np
 
-from keras_tnt import native
+from keras_tnt import kernels
 from keras_tnt.export import onnx_blocks
 from keras_tnt.export.onnx_blocks import NoMatch, subgraphs_of
 from keras_tnt.export.requirements import require
-from keras_tnt.native import runtimes
+from keras_tnt.kernels import runtimes
 
 DOMAIN = "keras_tnt"
 
@@ -378,14 +378,14 @@ def transformer(graph, name, half):
     """
     x, shape, weights, heads, epsilon, across_words = onnx_blocks.transformer_block(graph, name)
     hidden = len(weights.fc2_kernel)
-    half = half and native.takes_half(shape[-1] // heads, hidden)
+    half = half and kernels.takes_half(shape[-1] // heads, hidden)
     attributes = {"epsilon": epsilon}
     if len(shape) == 4:
-        sizes = native.InnerSizes(*shape[2:], heads, hidden, across_words, half)
-        if shape[2] % native.LANES or not sizes.fits_stack():
+        sizes = kernels.InnerSizes(*shape[2:], heads, hidden, across_words, half)
+        if shape[2] % kernels.LANES or not sizes.fits_stack():
             raise NoMatch
     elif half:
-        sizes = native.OuterSizes(heads, hidden, half)
+        sizes = kernels.OuterSizes(heads, hidden, half)
         attributes["heads"] = heads
     else:
         raise NoMatch
@@ -402,9 +402,9 @@ def words_to_patches(graph, norm):
     """
     x, weights, epsilon = onnx_blocks.words_to_patches(graph, norm)
     inputs, dim = weights.kernel.shape
-    if not native.takes_half(inputs):
+    if not kernels.takes_half(inputs):
         raise NoMatch
-    sizes, name, prefix, more = native.PatchSizes(dim, half=True), norm.output[0], 0, []
+    sizes, name, prefix, more = kernels.PatchSizes(dim, half=True), norm.output[0], 0, []
     with contextlib.suppress(NoMatch):
         name, prefix, *more = onnx_blocks.added_tokens(graph, name)
     return name, x, weights, sizes, {"epsilon": epsilon, "prefix": prefix}, *more

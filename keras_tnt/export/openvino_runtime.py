@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_tnt.export.onnx_runtime import read_model, secret, use_native
 from keras_tnt.export.requirements import require
-from keras_tnt.native import processor, runtimes
+from keras_tnt.kernels import processor, runtimes
 
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from keras_tnt.export.onnx_runtime import onnx_session
-from keras_tnt.images import evaluation_pixels, open_picture
+from keras_tnt.images.decoding import evaluation_pixels, open_picture
 
 TOP = 5  # number of classes in an answer
 BATCH = 8  # images per call of the session

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parent.parent
 SERVERS = PACKAGE / "export" / "servers"
 # Modules that a server runs, which do not import Keras. They are copied into each version.
 RUNTIME = (
-    "files.py", "images.py", "native", "export/onnx_blocks.py", "export/onnx_runtime.py",
+    "files.py", "images/decoding.py", "kernels", "export/onnx_blocks.py", "export/onnx_runtime.py",
     "export/pictures.py", "export/requirements.py",
 )  # fmt: skip
 COMPILED = shutil.ignore_patterns("__pycache__")
@@ -240,8 +240,8 @@ class Part:
         """Copies the modules that a server's Python runs into the version."""
         version, package = Path(self.version), Path(self.version) / PACKAGE.name
         shutil.copytree(SERVERS, version, ignore=COMPILED, dirs_exist_ok=True)
-        (package / "export").mkdir(parents=True)
-        for folder in (package, package / "export"):
+        for folder in (package, package / "export", package / "images"):
+            folder.mkdir()
             (folder / "__init__.py").touch()
         for name in RUNTIME:
             if (PACKAGE / name).is_dir():

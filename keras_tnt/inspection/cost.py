@@ -4,7 +4,7 @@ import math
 
 import keras
 
-from keras_tnt.anatomy import anatomy
+from keras_tnt.models.anatomy import anatomy
 
 
 def multiply_accumulates(model):

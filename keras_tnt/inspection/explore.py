@@ -11,13 +11,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_tnt.anatomy import class_names as names_of
 from keras_tnt.files import check_space, write_atomically
 from keras_tnt.inspection import flow
 from keras_tnt.inspection.maps import attention_maps
 from keras_tnt.inspection.picture import displayed
 from keras_tnt.inspection.relevance import gradient_links
 from keras_tnt.inspection.subject import Subject, check_finite_images
+from keras_tnt.models.anatomy import class_names as names_of
 
 TOP_CLASSES = 5
 IMAGES_AT_ONCE = 8

@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 
-from keras_tnt.anatomy import anatomy, sides_of
 from keras_tnt.layers.attention import record_attention
+from keras_tnt.models.anatomy import anatomy, sides_of
 
 
 def attention_maps(model, images):

@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 
-from keras_tnt.anatomy import anatomy, class_names, sides_of
 from keras_tnt.figures import drawable, save
 from keras_tnt.inspection.maps import attention_maps, attention_rollout
 from keras_tnt.inspection.subject import activation_name, cause_of_nonfinite, check_finite_images
+from keras_tnt.models.anatomy import anatomy, class_names, sides_of
 
 COLORS = ("#ff5964", "#35c4dc", "#7ac74f")
 GLOW = (1.0, 0.6, 0.0, 0.8)

@@ -7,10 +7,10 @@ import math
 import keras
 import numpy as np
 
-from keras_tnt.anatomy import anatomy, class_names
 from keras_tnt.inspection.links import gate_gradient_of, gradient_of, sum_of_targets
 from keras_tnt.inspection.maps import check_images
 from keras_tnt.layers import WordsToPatches
+from keras_tnt.models.anatomy import anatomy, class_names
 
 MOST_NAMED = 3
 

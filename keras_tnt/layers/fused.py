@@ -10,11 +10,11 @@ divisible by the SIMD width.
 import keras
 from keras import ops
 
-from keras_tnt import native
+from keras_tnt import kernels
+from keras_tnt.kernels import runtimes
 from keras_tnt.layers.attention import SelfAttention
 from keras_tnt.layers.base import inference_device, link_observer
 from keras_tnt.layers.sharding import batch_axes
-from keras_tnt.native import runtimes
 
 
 def transformed(block, x, training=False):
@@ -65,7 +65,7 @@ def projected(layer, x, training=False):
     operator = sizes and runtimes.operator(keras.backend.backend(), sizes)
     if operator is None:
         return None
-    weights = native.PatchWeights(
+    weights = kernels.PatchWeights(
         *norm_weights(layer.norm_words, x.shape),
         *dense_weights(layer.projection),
         *norm_weights(layer.norm_patches, x.shape),
@@ -118,8 +118,8 @@ def sizes_of(block, shape, half):
         half: whether matrix products are in bfloat16 instead of float32.
 
     Returns:
-        `native.InnerSizes` for words, `native.OuterSizes` for tokens, or `None` if the kernel does
-        not support the block.
+        `kernels.InnerSizes` for words, `kernels.OuterSizes` for tokens, or `None` if the kernel
+        does not support the block.
     """
     rank = len(shape)
     if not is_plain(block) or block.stochastic_depth and block.sample_axes > rank - 2:
@@ -129,12 +129,12 @@ def sizes_of(block, shape, half):
     if not across_words and axes != [rank - 1]:
         return None
     heads, hidden = block.num_heads, block.mlp.fc1.units
-    if half and not native.takes_half(shape[-1] // heads, hidden):
+    if half and not kernels.takes_half(shape[-1] // heads, hidden):
         return None
     if rank == 3:
-        return native.OuterSizes(heads, hidden, half)
-    if rank == 4 and shape[2] % native.LANES == 0:
-        sizes = native.InnerSizes(*shape[2:], heads, hidden, across_words, half)
+        return kernels.OuterSizes(heads, hidden, half)
+    if rank == 4 and shape[2] % kernels.LANES == 0:
+        sizes = kernels.InnerSizes(*shape[2:], heads, hidden, across_words, half)
         return sizes if sizes.fits_stack() else None
     return None
 
@@ -148,9 +148,9 @@ def patch_sizes_of(layer, inputs, half):
         half: whether the matrix product is in bfloat16 instead of float32.
 
     Returns:
-        `native.PatchSizes`, or `None` if the kernel does not support the layer.
+        `kernels.PatchSizes`, or `None` if the kernel does not support the layer.
     """
-    return None if half and not native.takes_half(inputs) else native.PatchSizes(layer.dim, half)
+    return None if half and not kernels.takes_half(inputs) else kernels.PatchSizes(layer.dim, half)
 
 
 def is_plain(block):
@@ -168,12 +168,12 @@ def dtype_of(*dense):
 
 
 def weights_of(block, shape):
-    """Returns a block's weights as `native.Weights`, for words or tokens of a shape."""
+    """Returns a block's weights as `kernels.Weights`, for words or tokens of a shape."""
     qkv, projection = block.attention.qkv, block.attention.projection
     scale_attention = scale_mlp = None
     if block.layer_scale is not None:
         scale_attention, scale_mlp = block.scale_attention.gamma, block.scale_mlp.gamma
-    return native.Weights(
+    return kernels.Weights(
         *norm_weights(block.norm_attention, shape),
         *dense_weights(qkv),
         *dense_weights(projection, scale_attention),

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_tnt.kernels import runtimes
 from keras_tnt.layers.attention import Attention, split_heads
 from keras_tnt.layers.base import (
     CompositeLayer,
@@ -30,7 +31,6 @@ from keras_tnt.layers.grid import (
     whole_patches,
 )
 from keras_tnt.layers.sharding import reshape
-from keras_tnt.native import runtimes
 
 
 def halve(size):

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
+from keras_tnt.kernels import runtimes
 from keras_tnt.layers.sharding import shard_like
-from keras_tnt.native import runtimes
 
 # Maximum number of seeds that a generator stores on torch for calls before a backward pass.
 MAX_OPEN_CALLS = 1024

@@ -82,7 +82,7 @@ export async function open(bytes) {
 // === The picture ===
 
 /**
- * Decodes an image to {width, height, data: RGBA}, upright, by the specification of keras_tnt.images.
+ * Decodes an image to {width, height, data: RGBA}, upright, by the specification of keras_tnt.images.decoding.
  * The browser decodes; EXIF orientation and the screen of a GIF are applied here, because browsers
  * differ.
  */

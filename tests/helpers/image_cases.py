@@ -1,4 +1,4 @@
-"""Image files of every kind described in the specification of `keras_tnt.images`.
+"""Image files of every kind described in the specification of `keras_tnt.images.decoding`.
 
 `CASES` maps a name to (file, pixels): the bytes, and the expected upright RGB image, computed
 without our decoders. Lossy formats are decoded by Pillow, the reference.

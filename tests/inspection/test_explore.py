@@ -12,7 +12,7 @@ from PIL import Image
 
 import keras_tnt
 from keras_tnt import inspection
-from keras_tnt.command import main
+from keras_tnt.cli import main
 from tests.inspection.browser import PROGRAM, Browser, accessibility_violations, needs_axe
 from tests.inspection.test_relevance import PYRAMID, TNT, VIT, images_for
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_tnt import native
+from keras_tnt import kernels
+from keras_tnt.kernels import plain, runtimes
 from keras_tnt.layers import TransformerBlock, WordsToPatches, fused
 from keras_tnt.layers.attention import record_attention
 from keras_tnt.layers.base import inference_on
-from keras_tnt.native import plain, runtimes
 from tests.checks import BACKEND, assert_equal, gradients, normal
 from tests.test_families import tiny as tiny_of
 from tests.test_tnt import tiny as tiny_tnt
@@ -296,9 +296,9 @@ def test_fit_is_the_same_with_and_without_kernels(family, batch_size, monkeypatc
 
 @pytest.fixture(
     params=[
-        ((2, 3, 16, 8), native.InnerSizes(16, 8, heads=2, hidden=32, across_words=False)),
-        ((3, 7, 8), native.OuterSizes(heads=2, hidden=32)),
-        ((3, 7, 12), native.PatchSizes(dim=6)),
+        ((2, 3, 16, 8), kernels.InnerSizes(16, 8, heads=2, hidden=32, across_words=False)),
+        ((3, 7, 8), kernels.OuterSizes(heads=2, hidden=32)),
+        ((3, 7, 12), kernels.PatchSizes(dim=6)),
     ],
     ids=["words", "tokens", "patches"],
 )
@@ -306,7 +306,7 @@ def operation(request):
     """Returns (function of the native operator, the same in `keras.ops`, input)."""
     shape, sizes = request.param
     if sizes.part == "patches":
-        shapes = native.PatchWeights((12,), (12,), (12, 6), (6,), (6,), (6,))
+        shapes = kernels.PatchWeights((12,), (12,), (12, 6), (6,), (6,), (6,))
         weights = [normal(weight, seed=i) for i, weight in enumerate(shapes)]
         words, keep = ops.convert_to_tensor(normal(shape)), None
     else:
@@ -441,7 +441,7 @@ def test_torch_differentiates_a_block_applied_twice(shape, monkeypatch):
 def test_training_operators_pass_torch_opcheck(shape):
     import torch
 
-    from keras_tnt.native import torch_operator
+    from keras_tnt.kernels import torch_operator
 
     block, words, _ = block_and_words(shape)
     assert runtimes.operator(BACKEND, fused.sizes_of(block, words.shape, half=False)) is not None

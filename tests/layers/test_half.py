@@ -9,11 +9,11 @@ import pytest
 from keras import ops
 
 import keras_tnt
-from keras_tnt import native
+from keras_tnt import kernels
+from keras_tnt.kernels import plain, processor, runtimes
 from keras_tnt.layers import TransformerBlock, WordsToPatches
 from keras_tnt.layers.base import inference_on
 from keras_tnt.layers.half import POLICY, in_bfloat16, kernels_to_change
-from keras_tnt.native import plain, processor, runtimes
 from tests.checks import BACKEND, compute, normal
 from tests.layers.test_fused import tiny
 
@@ -177,21 +177,21 @@ def test_compiler_without_avx512_bf16_does_not_use_the_kernel(compiler, monkeypa
 @pytest.mark.one_backend
 def test_word_layers_are_bfloat16_only_with_a_kernel(features, monkeypatch):
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
-    monkeypatch.setattr(native, "defined", lambda *_: "#define __AVX512BF16__ 1")
+    monkeypatch.setattr(kernels, "defined", lambda *_: "#define __AVX512BF16__ 1")
     in_cpp = features == {"avx512_bf16"}
     copy = in_bfloat16(tiny("tnt"))
     inner, outer = copy.get_layer("block_0").inner, copy.get_layer("block_0").outer
     assert outer.attention.qkv.dtype_policy.name == POLICY
     assert (inner.attention.qkv.dtype_policy.name == POLICY) is in_cpp
-    kernels = [kernel.path for kernel in kernels_to_change(copy)]
-    assert any("block_0/outer" in path for path in kernels) is not in_cpp
+    paths = [kernel.path for kernel in kernels_to_change(copy)]
+    assert any("block_0/outer" in path for path in paths) is not in_cpp
 
 
 @pytest.fixture(
     params=[
-        ((2, 3, 16, 8), native.InnerSizes(16, 8, 2, 16, across_words=False, half=True)),
-        ((3, 7, 8), native.OuterSizes(2, 16, half=True)),
-        ((3, 7, 12), native.PatchSizes(8, half=True)),
+        ((2, 3, 16, 8), kernels.InnerSizes(16, 8, 2, 16, across_words=False, half=True)),
+        ((3, 7, 8), kernels.OuterSizes(2, 16, half=True)),
+        ((3, 7, 12), kernels.PatchSizes(8, half=True)),
     ],
     ids=["words", "tokens", "patches"],
 )
@@ -199,7 +199,7 @@ def operation(request):
     shape, sizes = request.param
     dim, inputs = 8, shape[-1]
     norm = (dim, 16) if len(shape) == 4 else (dim,)
-    if sizes.weights is native.Weights:
+    if sizes.weights is kernels.Weights:
         shapes = norm, norm, (dim, 24), (24,), (dim, dim), (dim,)
         shapes += norm, norm, (dim, 16), (16,), (16, dim), (dim,)
     else:
@@ -242,7 +242,7 @@ def gradient(function, x):
 def test_bf16_operator_passes_torch_opcheck(operation):
     import torch
 
-    from keras_tnt.native import torch_operator
+    from keras_tnt.kernels import torch_operator
 
     sizes, x, weights = operation
     weights = [ops.convert_to_tensor(weight) for weight in weights]

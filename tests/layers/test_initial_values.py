@@ -156,7 +156,7 @@ def test_word_convolution_has_pytorch_default_range():
 )
 @pytest.mark.one_backend
 def test_layer_scale_starts_from_the_published_value_of_each_cait(function, value):
-    from keras_tnt import registry
+    from keras_tnt.models import registry
 
     rows = registry.family("cait").variants
     names = {registry.family("cait").function_name(name): name for name in rows}

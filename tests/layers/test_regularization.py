@@ -131,7 +131,7 @@ def test_ranks_draw_different_masks_and_share_the_seed_state(tmp_path):
 @pytest.mark.skipif(BACKEND != "torch", reason="ranks belong to torch")
 def test_rank_0_draws_the_masks_of_a_single_process(monkeypatch):
     def masks(rank):
-        monkeypatch.setattr("keras_tnt.native.runtimes.torch_rank", lambda: rank)
+        monkeypatch.setattr("keras_tnt.kernels.runtimes.torch_rank", lambda: rank)
         layer = Dropout(0.5, seed=3)
         return [ops.convert_to_numpy(layer(np.ones((40, 5)), training=True)) for _ in range(2)]
 

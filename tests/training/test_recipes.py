@@ -6,8 +6,8 @@ TNT: huawei-noah/Efficient-AI-Backbones f90e129, tnt_pytorch. DeiT and CaiT: fac
 
 import pytest
 
-from keras_tnt import published as library_table
-from keras_tnt import registry
+from keras_tnt.models import published as library_table
+from keras_tnt.models import registry
 from training import configuration, recipes
 from training.recipes import published
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import keras_tnt
-from keras_tnt.pretrained import fill, find, tensor_names
+from keras_tnt.models.pretrained import fill, find, tensor_names
 from keras_tnt.weights.names import entries
 
 torch = pytest.importorskip("torch")

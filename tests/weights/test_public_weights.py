@@ -8,8 +8,8 @@ import pytest
 from safetensors import safe_open
 
 import keras_tnt
-from keras_tnt import registry
-from keras_tnt.pretrained import fetch, find
+from keras_tnt.models import registry
+from keras_tnt.models.pretrained import fetch, find
 from keras_tnt.weights import hub as downloads
 from tests import golden
 from tests.checks import BACKEND

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 import keras_tnt
-from keras_tnt.pretrained import find
+from keras_tnt.models.pretrained import find
 from tests import golden
 
 FLOWERS = "hf://someone/flowers"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import keras_tnt
-from keras_tnt import registry
-from keras_tnt.pretrained import BEGIN, END, with_table
+from keras_tnt.models import registry
+from keras_tnt.models.pretrained import BEGIN, END, with_table
 from tests import golden
 
 CHECKPOINTS = registry.checkpoints()

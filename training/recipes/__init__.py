@@ -35,6 +35,6 @@ def get(name):
 
 def family_of(variant):
     """Returns the name of the family of a variant, or `None`."""
-    from keras_tnt import registry
+    from keras_tnt.models import registry
 
     return next((each.name for each in registry.families() if variant in each.variants), None)

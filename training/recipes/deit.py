@@ -3,7 +3,7 @@ r"""Trains DeiT (arXiv 2012.12877) and CaiT (arXiv 2103.17239) on ImageNet.
     python training/train.py --recipe=deit_small --strategy=mirrored --precision=bfloat16 \
         --data_dir=<tensorflow-datasets directory> --workdir=runs/deit_small
 
-The published accuracies and their sources are in keras_tnt/published.csv.
+The published accuracies and their sources are in keras_tnt/models/published.csv.
 
 DeiT's values are the defaults of main.py in facebookresearch/deit 7e160fe: TNT's except for the
 learning rate, 5e-4 * batch / 512, the evaluation crop, 0.875, and the cooldown epochs, which

@@ -3,7 +3,7 @@
     python training/train.py --recipe=finetune --data_dir=<class folders> --workdir=runs/finetune
 
 The published accuracies of finetune_384 and the transfer_ recipes, and their sources, are in
-keras_tnt/published.csv.
+keras_tnt/models/published.csv.
 """
 
 from training.recipes import published

@@ -1,14 +1,14 @@
 """Published accuracies of the recipes.
 
-They are in the library's table, `keras_tnt/published.csv`, which is read here without importing the
-library, because Keras would delay `--help`.
+They are in the library's table, `keras_tnt/models/published.csv`, which is read here without
+importing the library, because Keras would delay `--help`.
 """
 
 import csv
 import functools
 from pathlib import Path
 
-TABLE = Path(__file__).resolve().parents[2] / "keras_tnt" / "published.csv"
+TABLE = Path(__file__).resolve().parents[2] / "keras_tnt" / "models" / "published.csv"
 DATASETS = {"imagenet": "", "cifar10": " on CIFAR-10", "cifar100": " on CIFAR-100"}
 DATASETS |= {"flowers": " on Flowers", "pets": " on Pets", "inaturalist": " on iNaturalist 2019"}
 

@@ -3,7 +3,7 @@ r"""Trains TNT (arXiv 2103.00112) and PyramidTNT (arXiv 2201.00978) on ImageNet.
     python training/train.py --recipe=tnt_small --strategy=mirrored --precision=bfloat16 \
         --data_dir=<tensorflow-datasets directory> --workdir=runs/tnt_small
 
-The published accuracies and their sources are in keras_tnt/published.csv.
+The published accuracies and their sources are in keras_tnt/models/published.csv.
 
 Values: the command in Efficient-AI-Backbones f90e129, tnt_pytorch/readme.md:16 (PyramidTNT: line
 36), and the defaults of its train.py for what the command does not set. timm 0.3.2's scheduler adds

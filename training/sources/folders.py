@@ -46,7 +46,7 @@ def folder(config, held_out):
         raise ValueError(f"{split} has classes that {train} has not: {', '.join(unknown)}")
     note = ""
     if held_out and not config.eval_split:
-        from keras_tnt.image_folders import describe_fallback
+        from keras_tnt.images.folders import describe_fallback
 
         note = describe_fallback(split.name)
     paths, labels = list_images(split, names, held_out, note)
@@ -94,7 +94,7 @@ def list_images(split, names, held_out, note):
     Raises:
         ValueError: If a class folder has no images, or two classes are the same folder.
     """
-    from keras_tnt.image_folders import Skipped
+    from keras_tnt.images.folders import Skipped
 
     skipped, visited = Skipped(), {}
     for name in filter(lambda name: (split / name).is_dir(), names):
@@ -135,7 +135,7 @@ def class_folders(directory, skipped=None):
     """
     if not directory.is_dir():
         return []
-    from keras_tnt.image_folders import list_folders
+    from keras_tnt.images.folders import list_folders
     from keras_tnt.text import is_encodable, is_line
 
     names = list_folders(directory, skipped)
@@ -160,7 +160,7 @@ def images_of(directory, skipped=None, visited=None):
     Raises:
         ValueError: If there are none.
     """
-    from keras_tnt.image_folders import SUFFIXES, walk_images
+    from keras_tnt.images.folders import SUFFIXES, walk_images
 
     images = list(walk_images(directory, skipped, visited))
     if not images:
@@ -184,7 +184,7 @@ def real_paths(paths):
 
 def find_folder(root, name):
     """Returns the folder of a name, in any case, in a directory, or `None`."""
-    from keras_tnt.image_folders import list_folders, match_name
+    from keras_tnt.images.folders import list_folders, match_name
 
     found = match_name(name, list_folders(root))
     if found is None and (root / name).is_dir():  # a nested or hidden folder
@@ -198,7 +198,7 @@ def held_out_folder(root, split):
     Raises:
         ValueError: If there is none.
     """
-    from keras_tnt.image_folders import HELD_OUT_NAMES, list_folders, match_held_out
+    from keras_tnt.images.folders import HELD_OUT_NAMES, list_folders, match_held_out
 
     if split:
         found = find_folder(root, split)

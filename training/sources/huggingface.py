@@ -93,7 +93,7 @@ def open_table(config, held_out):
     Raises:
         ValueError: If the directory holds no data set, or it has no such split.
     """
-    from keras_tnt.image_folders import describe_fallback, match_held_out, match_name
+    from keras_tnt.images.folders import describe_fallback, match_held_out, match_name
 
     datasets = import_datasets(config)
     root = Path(config.data_dir)

@@ -44,7 +44,7 @@ def tfrecord(config, held_out):
     else:
         raise ValueError(f"--data_dir={root} holds no files {wanted or default[0]}*: {LAYOUT}")
     if held_out and not wanted:
-        from keras_tnt.image_folders import describe_fallback
+        from keras_tnt.images.folders import describe_fallback
 
         print(f"held-out split {prefix}* of {root}{describe_fallback(prefix)}", flush=True)
     if not config.classes:

@@ -23,7 +23,7 @@ def split_files(config, held_out, suffix, layout):
     Raises:
         ValueError: If there are none.
     """
-    from keras_tnt.image_folders import HELD_OUT_NAMES, describe_fallback
+    from keras_tnt.images.folders import HELD_OUT_NAMES, describe_fallback
 
     root = Path(config.data_dir)
     if not root.is_dir():

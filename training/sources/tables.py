@@ -128,7 +128,7 @@ def split_name(config, rows, file, held_out):
             f"{file} has no column split. Give --validation_share=0.1 to hold out a tenth of each "
             "class"
         )
-    from keras_tnt.image_folders import (
+    from keras_tnt.images.folders import (
         HELD_OUT_NAMES,
         describe_fallback,
         match_held_out,

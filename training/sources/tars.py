@@ -115,7 +115,7 @@ def read_index(shard):
 
 def samples_of(archive, shard):
     """Yields (key, dict from suffix to member) of the samples of an open tar file."""
-    from keras_tnt.images import MAX_BYTES
+    from keras_tnt.images.decoding import MAX_BYTES
 
     size, before, current, members = os.path.getsize(shard), None, None, {}
     seen = set()

@@ -1,0 +1,1 @@
+"""Image files: decoding, directories of images, and ImageNet's class names."""

@@ -1,0 +1,1 @@
+"""Model families, and what every model has in common."""
