@@ -51,6 +51,18 @@ def test_session_matches_onnx_runtime(precision, tiny, monkeypatch):
     check(predict(turned), {name: value[:3] for name, value in expected.items()})
 
 
+@pytest.mark.parametrize("dims", [[0], [3], [2, 2]])
+def test_constants_without_their_shape_raise_as_in_openvino(dims, tiny, tmp_path):
+    model = onnx.load(tiny[0])
+    number = next(t for t in model.graph.initializer if not t.dims and t.data_type == t.FLOAT)
+    number.dims.extend(dims)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(RuntimeError, match="does not match the number of elements"):
+        openvino_runtime.core().read_model(tmp_path / "m.onnx")
+    with pytest.raises(RuntimeError, match="does not match the number of elements"):
+        keras_tnt.export.openvino_session(tmp_path / "m.onnx")
+
+
 @pytest.mark.slow
 def test_file_with_attention_operators_is_opened(tmp_path):
     path, images = exported(tmp_path / "bias.onnx", *MODELS["bias"][:2], opset=23)

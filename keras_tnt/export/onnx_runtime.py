@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 import secrets
 
@@ -279,7 +280,8 @@ def read_model(path):
     """Reads an ONNX file, without its external weights.
 
     Returns:
-        (model, whether it may be rewritten, which is false if it has external weights).
+        (model, whether it may be rewritten). It may not if it has external weights, or a constant
+        whose values do not have its shape, which the runtime shall judge.
 
     Raises:
         ValueError: if it is not an ONNX file, or is refused.
@@ -291,7 +293,21 @@ def read_model(path):
     except Exception as error:  # of any type, by protobuf
         raise ValueError(f"'{path}' is not an ONNX file, or damaged: {error}") from error
     check_nodes(proto, path)
-    return proto, not check_external_files(proto, path)
+    external = check_external_files(proto, path)
+    return proto, not external and all(has_its_shape(tensor) for tensor in tensors_of(proto))
+
+
+def has_its_shape(tensor):
+    """Returns whether a float32 or int64 constant has as many values as its shape says."""
+    import onnx
+
+    if tensor.data_type == onnx.TensorProto.FLOAT:
+        stored = len(tensor.raw_data) / 4 or len(tensor.float_data)
+    elif tensor.data_type == onnx.TensorProto.INT64:
+        stored = len(tensor.raw_data) / 8 or len(tensor.int64_data)
+    else:
+        return True
+    return stored == math.prod(tensor.dims)
 
 
 def use_native(proto, prefix, half=False):
