@@ -444,6 +444,22 @@ def test_invalid_onnx_file_raises(content, tmp_path):
         onnx_session(path)
 
 
+def change_type(model, name, dtype):
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    values = onnx.numpy_helper.to_array(tensor).astype(dtype)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, name))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("b1/words", "int32"), ("b2/words", "float64")])
+def test_graphs_whose_types_cannot_be_inferred_are_not_rewritten(name, dtype, tmp_path):
+    model, path = fuzz_onnx.graph(), tmp_path / "m.onnx"
+    change_type(model, name, dtype)
+    onnx.save(model, path)
+    assert "refused" in check_equal(path)
+    pytest.importorskip("openvino")
+    assert fuzz_onnx.compare(*fuzz_onnx.openvino_answers(path)) is None
+
+
 # === Fuzzing ===
 
 

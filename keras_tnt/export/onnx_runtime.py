@@ -332,6 +332,8 @@ def use_native(proto, prefix, half=False):
         return {}
     claimed = {value.name for value in (*proto.graph.value_info, *proto.graph.output)}
     for number, (name, x, weights, sizes, attributes, *more) in enumerate(matches):
+        if name not in graph.shapes:  # for example float64, by a constant outside the block
+            return {}
         domain, inputs = sizes.name(prefix), []
         for kind, value in weights._asdict().items():
             inputs.append(f"{prefix}/{number}/{kind}")
@@ -344,8 +346,9 @@ def use_native(proto, prefix, half=False):
         places[name] = node
         found[domain] = sizes
         if name not in claimed:  # onnx infers no shape for a custom operator
-            shape = graph.shapes[name]
-            values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+            values.append(
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, graph.shapes[name])
+            )
     onnx_blocks.replace(proto, places)
     proto.graph.initializer.extend(constants)
     proto.graph.value_info.extend(values)
