@@ -1,5 +1,6 @@
 """Loads PyTorch-named checkpoints into models, and writes them."""
 
+import collections
 import dataclasses
 import os
 import re
@@ -43,6 +44,8 @@ def fill(model, file, names):
             unchanged then.
     """
     try:
+        if prefix := find_prefix(model, file.shapes, names):
+            file.select(prefix)
         matched = match(model, file.shapes, names)
     except ValueError as error:
         raise ValueError(f"'{file.path}': {error}") from error
@@ -79,6 +82,53 @@ def write(model, path, names):
 
 
 # === Matching ===
+
+
+def find_prefix(model, shapes, names):
+    """Returns the prefix under which a file has the tensors of a model, such as `student.`.
+
+    A Lightning module saves its models under the names of its attributes, next to losses and
+    metrics.
+
+    Args:
+        model: the model to fill.
+        shapes: dict from tensor name to shape, of the file.
+        names: the `Names` of the model's tensors.
+
+    Returns:
+        The prefix, or `""` if the file has a tensor of the model under its plain name, or none.
+
+    Raises:
+        ValueError: if the file has several such models.
+    """
+    by_convention = [
+        [
+            name
+            for entry in entries(model, names.table, names.prefix, convention, skip_others=True)
+            for name in entry.names
+        ]
+        for convention in range(conventions(names.table))
+    ]
+    wanted = set().union(*by_convention)
+    if wanted & set(shapes):
+        return ""
+    # Each name is split at each dot: "student.norm.weight" is "norm.weight" under "student.".
+    found = collections.Counter(
+        name[: dot.end()]
+        for name in shapes
+        for dot in re.finditer(r"\.", name)
+        if name[dot.end() :] in wanted
+    )
+    # Other families share a few names.
+    enough = min(map(len, by_convention)) / 2
+    prefixes = sorted(prefix for prefix, count in found.items() if count > enough)
+    if len(prefixes) > 1:
+        listed = ", ".join(f"'{printable(prefix)}'" for prefix in prefixes)
+        raise ValueError(
+            f"The file has several models, under {listed}. Save the state dict of one of them to a "
+            "file, and load that."
+        )
+    return prefixes[0] if prefixes else ""
 
 
 def match(model, shapes, names):

@@ -86,6 +86,15 @@ class TensorFile:
         shapes: dict from tensor name to shape.
     """
 
+    BY_NAME = ("shapes",)  # attributes that are dicts by tensor name
+
+    def select(self, prefix):
+        """Keeps the tensors whose names begin with a prefix, and removes it from the names."""
+        for attribute in self.BY_NAME:
+            values = getattr(self, attribute).items()
+            selected = {name[len(prefix) :]: v for name, v in values if name.startswith(prefix)}
+            setattr(self, attribute, selected)
+
     def read(self, names):
         """Returns the values of tensors as a list of float32 or float64 arrays.
 
@@ -125,6 +134,8 @@ class TensorFile:
 class SafetensorsFile(TensorFile):
     """File in the `.safetensors` format, whose tensors do not stay in memory after reading."""
 
+    BY_NAME = ("names", "shapes", "dtypes")
+
     def __init__(self, path):
         """Reads names, shapes and types from the header."""
         self.path = path
@@ -161,6 +172,8 @@ class SafetensorsFile(TensorFile):
 
 class TorchFile(TensorFile):
     """Tensors of a file that `torch.save` wrote."""
+
+    BY_NAME = ("tensors", "shapes")
 
     def __init__(self, path, ema):
         """Unpickles the file without running code, and selects the weights or their EMA."""

@@ -88,6 +88,41 @@ def test_wrapped_checkpoint_loads_as_plain_one(wrapped, ending, plain, tmp_path)
         np.testing.assert_array_equal(variable.numpy(), expected.numpy())
 
 
+OF_A_MODULE = {
+    "backbone": lambda t: prefixed(t, "backbone.") | {"criterion.weight": torch.ones(3)},
+    "student": lambda t: (
+        prefixed(t, "student.") | {"teacher.conv1.weight": torch.ones(3, 3), "n": torch.ones(1)}
+    ),
+    "nested": lambda t: prefixed(t, "learner.net.") | {"learner.loss.weight": torch.ones(3)},
+    "compiled": lambda t: prefixed(t, "encoder._orig_mod."),
+}
+
+
+@pytest.mark.parametrize("ending", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize("module", OF_A_MODULE)
+def test_checkpoint_of_a_module_loads_under_the_attribute_of_the_model(
+    module, ending, plain, tmp_path
+):
+    model, tensors = plain
+    path, saved = tmp_path / f"weights{ending}", OF_A_MODULE[module](tensors)
+    if ending == ".ckpt":
+        torch.save({"state_dict": saved, "pytorch-lightning_version": "2.5.0"}, path)
+    else:
+        save_file({name: value.numpy() for name, value in saved.items()}, path)
+    loaded = keras_tnt.load_checkpoint(tiny(), path)
+    for variable, expected in zip(loaded.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(variable), keras.ops.convert_to_numpy(expected)
+        )
+
+
+def test_checkpoint_of_several_models_raises_with_their_prefixes(plain, tmp_path):
+    path = tmp_path / "weights.ckpt"
+    torch.save(prefixed(plain[1], "student.") | prefixed(plain[1], "ema.model."), path)
+    with pytest.raises(ValueError, match=r"several models, under 'ema\.model\.', 'student\.'"):
+        keras_tnt.load_checkpoint(tiny(), path)
+
+
 def test_ema_of_a_compiled_model_loads(plain, tmp_path):
     _, tensors = plain
     twice = {name: 2 * value for name, value in tensors.items()}
