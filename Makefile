@@ -109,7 +109,7 @@ mutation: setup ## run mutation testing on FILE with its tests (SAMPLE=50)
 	$(RUN) tests/mutation.py $(FILE) --sample $(SAMPLE)
 
 notebooks: setup ## re-run the notebooks of examples/ and save their outputs
-	$(RUN) -m tests.notebooks
+	$(RUN) -m tests.helpers.notebooks
 
 bench: setup ## measure speed on each backend, and timm's if it is installed
 	$(RUN) benchmarks/speed.py

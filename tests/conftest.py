@@ -113,3 +113,25 @@ def keras_defaults():
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     keras.config.set_image_data_format("channels_last")
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """Sets an empty hub cache for the test and returns its directory."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, cache):
+    """Yields a fake hub without repositories, set as HF_ENDPOINT."""
+    from tests.helpers.hub_server import Hub
+
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()

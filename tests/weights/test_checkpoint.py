@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import keras_tnt
 from keras_tnt.weights.names import UNUSED
-from tests import golden
+from tests.helpers import golden
 
 ROOT = Path(__file__).parents[2]
 

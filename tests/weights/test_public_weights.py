@@ -11,8 +11,8 @@ import keras_tnt
 from keras_tnt.models import registry
 from keras_tnt.models.pretrained import fetch, find
 from keras_tnt.weights import hub as downloads
-from tests import golden
-from tests.checks import BACKEND
+from tests.helpers import golden
+from tests.helpers.checks import BACKEND
 
 ROWS = {row.name: row for row in registry.checkpoints()}
 PUBLISHED = golden.checkpoints()

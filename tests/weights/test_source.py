@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import keras_tnt
 from keras_tnt.models.pretrained import find
-from tests import golden
+from tests.helpers import golden
 
 FLOWERS = "hf://someone/flowers"
 CONFIG = {
