@@ -140,6 +140,7 @@ def asked_for(monkeypatch):
         ("CaiTM48", {}, "cait_m48_448.fb_dist_in1k"),
     ],
 )
+@pytest.mark.one_backend
 def test_imagenet_selects_the_matching_row(model, arguments, expected, asked_for):
     with pytest.raises(ConnectionError):
         getattr(keras_tnt, model)(**arguments)
