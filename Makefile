@@ -6,6 +6,9 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 FILE ?= training/augmentation.py
 SAMPLE ?= 20
+# The other tests on JAX run without XLA's optimizations, which take longer than tiny models.
+JAX_DEFAULTS_TESTS := tests/layers/test_blocks.py tests/layers/test_initial_values.py \
+	tests/test_families.py::test_logits_match_the_reference
 
 VENV := .venv
 READY := $(VENV)/ready
@@ -19,10 +22,10 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup axe demo test slow dense servers trackers lint docs dist installs mutation notebooks bench clean
+.PHONY: help setup axe demo test test-jax-defaults slow dense servers trackers lint docs dist installs mutation notebooks bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## build .venv with everything that the other targets need
 
@@ -52,6 +55,9 @@ test: setup axe ## run lint and the fast tests on each backend (BACKENDS=jax, WO
 	@passed=; failed=; \
 	$(MAKE) --no-print-directory lint && passed=lint || failed=lint; \
 	$(call on_each_backend,not slow)
+
+test-jax-defaults: setup ## run a few tests on JAX with its default optimization and random functions
+	KERAS_BACKEND=jax KERAS_TNT_TEST_JAX_DEFAULTS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' $(PYTEST_ARGS) $(JAX_DEFAULTS_TESTS)
 
 slow: setup axe ## run the slow tests on each backend: training runs, exports of every kind, kills
 	@passed=; failed=; $(call on_each_backend,slow)
@@ -109,7 +115,7 @@ mutation: setup ## run mutation testing on FILE with its tests (SAMPLE=50)
 	$(RUN) tests/mutation.py $(FILE) --sample $(SAMPLE)
 
 notebooks: setup ## re-run the notebooks of examples/ and save their outputs
-	$(RUN) -m tests.notebooks
+	$(RUN) -m tests.helpers.notebooks
 
 bench: setup ## measure speed on each backend, and timm's if it is installed
 	$(RUN) benchmarks/speed.py

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import keras_tnt  # noqa: E402
 from keras_tnt.export.verification import draw_picture  # noqa: E402
-from tests.servers.running import ENVIRONMENT, Triton  # noqa: E402
+from tests.helpers.subprocess_helpers import ENVIRONMENT, Triton  # noqa: E402
 
 
 def main():

@@ -13,7 +13,9 @@ import pytest
 # Set before Keras is imported, so that a keras.json in the home directory has no effect.
 BACKEND = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if BACKEND == "jax":
+# Set by `make test-jax-defaults`: JAX compiles and draws as it does for users.
+FAST_JAX = BACKEND == "jax" and not os.environ.get("KERAS_TNT_TEST_JAX_DEFAULTS")
+if FAST_JAX:
     # The models are so small that JAX mostly compiles: without optimization that is 4 times faster.
     os.environ.setdefault(
         "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -36,7 +38,7 @@ def pytest_configure(config):
             tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
         )
         keep_functions_between_tests(tf)
-    elif BACKEND == "jax":
+    elif FAST_JAX:
         draw_weights_by_one_program()
 
 
@@ -113,3 +115,25 @@ def keras_defaults():
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     keras.config.set_image_data_format("channels_last")
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """Sets an empty hub cache for the test and returns its directory."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, cache):
+    """Yields a fake hub without repositories, set as HF_ENDPOINT."""
+    from tests.helpers.hub_server import Hub
+
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()

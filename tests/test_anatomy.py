@@ -6,9 +6,9 @@ import pytest
 
 import keras_tnt
 from keras_tnt.layers import ClassAttentionBlock, TNTBlock
-from tests.checks import assert_equal, compute, normal
-from tests.test_families import tiny
-from tests.test_tnt import tiny as tiny_tnt
+from tests.helpers.checks import assert_equal, compute, normal
+from tests.helpers.tiny_models import tiny_of as tiny
+from tests.helpers.tiny_models import tiny_tnt
 
 NAMES = ["cat", "dog", "owl"]
 

@@ -10,9 +10,9 @@ from keras import ops
 import keras_tnt
 from keras_tnt.inspection import feature_maps
 from keras_tnt.models.backbone import Backbone, PyramidLevel
-from tests.checks import assert_equal, check_gradients, check_layer, compute, normal
-from tests.golden import assert_close
-from tests.test_families import tiny
+from tests.helpers.checks import assert_equal, check_gradients, check_layer, compute, normal
+from tests.helpers.golden import assert_close
+from tests.helpers.tiny_models import tiny_of as tiny
 
 LEVELS = ("P2", "P3", "P4", "P5")
 
@@ -133,7 +133,7 @@ def upstream_block(x):
 
 @pytest.mark.one_backend
 def test_registered_family_with_stages_has_levels_by_stride():
-    from tests.toy_stages import StageNet
+    from tests.helpers.toy_stages import StageNet
 
     found = keras_tnt.backbone(StageNet(input_shape=(32, 32, 3), distilled=True))
     assert {level: x.shape[1:3] for level, x in found.pyramid_outputs.items()} == {

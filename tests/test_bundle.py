@@ -12,8 +12,7 @@ import pytest
 
 import keras_tnt
 from keras_tnt.models.bundle import describe
-from tests.checks import compute, normal
-from tests.weights.conftest import cache, hub  # noqa: F401
+from tests.helpers.checks import compute, normal
 
 NAMES = ["cat", "dog", "bird"]
 TINY = {

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from tests.checks import compute, normal
+from tests.helpers.checks import compute, normal
 
 NAMES = ["cat", "dog", "bird"]
 

@@ -6,7 +6,7 @@ import pytest
 import keras_tnt
 from keras_tnt.export import image as graph
 from keras_tnt.images.decoding import convert, evaluation_pixels, open_picture
-from tests import hostile_images
+from tests.helpers import malformed_images
 from tests.helpers.image_cases import CASES, REFUSED, draw, save
 
 tf = pytest.importorskip("tensorflow")
@@ -112,7 +112,7 @@ def test_unsupported_bmp_is_refused_by_name(name, graphs):
 
 
 def test_animated_webp_is_named_where_it_is_refused():
-    file = hostile_images.animated("WEBP")
+    file = malformed_images.animated("WEBP")
     open_picture(file)
     with pytest.raises(tf.errors.InvalidArgumentError, match="no animated WebP"):
         graph.load_images(tf.constant([file]), (8, 8), (8, 8))

@@ -9,7 +9,7 @@ from keras import ops
 
 import keras_tnt
 from keras_tnt.distillation import DistillationLoss
-from tests import golden
+from tests.helpers import golden
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot tell how the images of")
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.checks import run_python
+from tests.helpers.checks import run_python
 
 FIT = """
 import sys

@@ -17,8 +17,8 @@ from huggingface_hub import constants
 
 from keras_tnt import cli as command
 from keras_tnt.models import registry
-from tests import small_world
-from tests.weights.hub_server import Hub
+from tests.helpers import doc_sandbox
+from tests.helpers.hub_server import Hub
 from training import configuration, sources
 
 ROOT = Path(__file__).parent.parent
@@ -69,10 +69,10 @@ def world(tmp_path_factory):
         patch.setenv("HF_TOKEN", "hf_secret")
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        small_world.shrink(patch)
-        small_world.photographs(folder)
-        small_world.weights_files(folder)
-        small_world.publish(hub, CHECKPOINTS, hub.folder)
+        doc_sandbox.shrink(patch)
+        doc_sandbox.photographs(folder)
+        doc_sandbox.weights_files(folder)
+        doc_sandbox.publish(hub, CHECKPOINTS, hub.folder)
         for name in ("config.json", "model.safetensors"):
             hub.add("owner/repo", name, folder / "repository" / name)
         yield folder

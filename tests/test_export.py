@@ -17,48 +17,16 @@ import pytest
 import keras_tnt
 from keras_tnt.export import files
 from keras_tnt.export.verification import draw_picture
-from tests.checks import SHALLOW, compute, shallow
+from tests.helpers.checks import ROOT, SHALLOW, compute, shallow
+from tests.helpers.onnx_models import OTHER, TINY, images_of, metadata_of, randomize, run_onnx
 
 tf = pytest.importorskip("tensorflow")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("tensorflow_serving")
 
-ROOT = Path(__file__).parent.parent
 BACKEND = keras.backend.backend()
-TINY = {
-    "input_shape": (32, 32, 3),
-    "classes": 7,
-    "outer_dim": 16,
-    "inner_dim": 8,
-    "depth": 1,
-    "outer_heads": 2,
-    "inner_heads": 2,
-}
-OTHER = {"input_shape": (32, 32, 3), "classes": 7, "embed_dim": 16}
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
-
-
-def images_of(model, batch):
-    shape = (batch, *model.input_shape[1:])
-    return np.random.default_rng(1).uniform(0, 255, shape).astype("float32")
-
-
-def randomize(model):
-    """Sets weights none of which is 0 or 1, because ONNX files omit operations without effect."""
-    random = np.random.default_rng(0)
-    for variable in model.trainable_variables:
-        variable.assign(random.normal(size=variable.shape) * 0.3)
-
-
-def run_onnx(path, images, *names):
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(list(names), {"images": images})
-
-
-def metadata_of(path):
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.get_modelmeta().custom_metadata_map
 
 
 # === Every backend ===
@@ -502,7 +470,7 @@ def test_polling_reader_sees_only_complete_versions_of_killed_writers(tmp_path):
 def test_polling_reader_loads_only_complete_exports_of_killed_processes(tmp_path, kind):
     """Kills KERAS_TNT_KILLS exports. Defaults to 2."""
     kills = os.environ.get("KERAS_TNT_KILLS", "2")
-    command = [sys.executable, "-m", "tests.killing_exports", str(tmp_path), kind, kills]
+    command = [sys.executable, "-m", "tests.helpers.export_crashes", str(tmp_path), kind, kills]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
     assert result.returncode == 0, result.stderr[-2000:] + logs
@@ -542,7 +510,7 @@ def test_invalid_exports_raise_before_any_work(tmp_path, monkeypatch):
     quantized = keras_tnt.TNT(**TINY)
     quantized.quantize("int8")
     refused(ValueError, 'quantized.*precision="int8"', model=quantized, **onnx)
-    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)  # noqa: TID251
     monkeypatch.setattr("shutil.disk_usage", lambda _: full)
     refused(OSError, "The export takes 0.0 MB, and the disk has 0.0 MB free")
     refused(OSError, "The export takes 0.0 MB, and the disk has 0.0 MB free", **onnx)

@@ -25,7 +25,8 @@ from keras_tnt.export import onnx_file, servable
 from keras_tnt.export.handover import in_tensorflow
 from keras_tnt.export.network import serving_network
 from keras_tnt.weights import checkpoint
-from tests.test_export import ROOT, TINY
+from tests.helpers.checks import ROOT
+from tests.helpers.onnx_models import TINY
 
 
 @contextlib.contextmanager
@@ -41,7 +42,8 @@ def small_disk(folder):
     def leave(free):
         (folder / "filler").unlink(missing_ok=True)
         with open(folder / "filler", "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - free)
+            free_now = shutil.disk_usage(folder).free  # noqa: TID251
+            os.posix_fallocate(file.fileno(), 0, free_now - free)
 
     try:
         yield leave

@@ -1,6 +1,5 @@
 """The evaluation transform in an exported graph matches `load_image` with Pillow."""
 
-import functools
 import io
 import subprocess
 import sys
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from keras_tnt.export.image import load_images
-from tests import hostile_images
+from tests.helpers import malformed_images
+from tests.helpers.image_graphs import model_and_graph
 
 tf = pytest.importorskip("tensorflow")
 Image = pytest.importorskip("PIL.Image")
@@ -67,27 +66,12 @@ PICTURES = {
     "webp": encode(picture(90, 200), "WEBP"),
     "webp, transparent": encode(transparent(), "WEBP"),
     "gif": encode(picture(90, 200).quantize(64), "GIF"),
-    "gif, animated": hostile_images.animated("GIF"),
+    "gif, animated": malformed_images.animated("GIF"),
     "bmp": encode(picture(90, 200), "BMP"),
     "webp, lossless": encode(picture(90, 200), "WEBP", lossless=True),
     "strip": encode(picture(7, 2000), "PNG"),
     "tall strip": encode(picture(2000, 7), "PNG"),
 }
-
-
-@functools.cache
-def model_and_graph(shape):
-    model = keras_tnt.TNT(
-        input_shape=shape, classes=7, outer_dim=16, inner_dim=8, depth=1, outer_heads=2,
-        inner_heads=2,
-    )  # fmt: skip
-    covered = keras_tnt.anatomy(model).image.covered_size()
-    graph = tf.function(
-        lambda encoded: load_images(encoded, shape[:2], covered, shape[2]),
-        input_signature=[tf.TensorSpec((None,), tf.string)],
-        autograph=False,
-    )
-    return model, graph
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 3), (32, 80, 3), (64, 64, 1)])
@@ -129,7 +113,7 @@ def test_indices_of_broken_images_are_reported():
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP, extended"])
 def test_image_above_the_pixel_limit_is_refused_before_decoding(kind):
     _, graph = model_and_graph((64, 64, 3))
-    large = [hostile_images.claiming(kind, side, side) for side in (13_000, 65_535)]
+    large = [malformed_images.claiming(kind, side, side) for side in (13_000, 65_535)]
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"67,108,864 pixels.*\] \[1 2\]"):
         graph(tf.constant([PICTURES["png"], *large]))
 
@@ -137,7 +121,7 @@ def test_image_above_the_pixel_limit_is_refused_before_decoding(kind):
 @pytest.mark.parametrize("sides", [(60_000, 1), (1, 60_000)])
 def test_only_the_visible_part_of_a_strip_is_resized(sides):
     _, graph = model_and_graph((64, 64, 3))
-    crop = graph(tf.constant([hostile_images.png(*sides, color=2)])).numpy()
+    crop = graph(tf.constant([malformed_images.png(*sides, color=2)])).numpy()
     assert crop.shape == (1, 64, 64, 3) and not crop.any()
 
 
@@ -150,8 +134,8 @@ from keras_tnt.export.card import describe
 from keras_tnt.export.graph import serving_module
 from keras_tnt.export.network import serving_network
 from keras_tnt.export.warmup import image_example
-from tests import hostile_images
-from tests.test_export_image import model_and_graph
+from tests.helpers import malformed_images
+from tests.helpers.image_graphs import model_and_graph
 model, _ = model_and_graph((64, 64, 3))
 network = serving_network(model)
 card = describe(model, network)
@@ -160,14 +144,14 @@ calls = (
     lambda files: signatures["serving_bytes"](image_bytes=tf.constant(files)),
     lambda files: signatures["classify"](inputs=tf.constant([image_example(f) for f in files])),
 )
-good = hostile_images.encoded(hostile_images.picture(np.random.default_rng(0)), "PNG")
+good = malformed_images.encoded(malformed_images.picture(np.random.default_rng(0)), "PNG")
 expected = [call([good])["scores"].numpy()[0] for call in calls]
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA, used + EXTRA))
 read = refused = 0
-files = [hostile_images.animated(kind) for kind in hostile_images.ANIMATED]
-files.extend(hostile_images.sweep(1, COUNT))
+files = [malformed_images.animated(kind) for kind in malformed_images.ANIMATED]
+files.extend(malformed_images.sweep(1, COUNT))
 for number, data in enumerate(files):
     print("image", number, file=sys.stderr, flush=True)
     try:
@@ -188,10 +172,10 @@ print("read", read, "refused", refused)
 def test_malformed_images_report_their_index_and_never_crash(tmp_path):
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join("abcdefg"))
-    count = hostile_images.number_of(300)
+    count = malformed_images.number_of(300)
     code = SWEEP.replace("EXTRA", "2**30").replace("COUNT", str(count))
     done = subprocess.run([sys.executable, "-c", code, labels], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     read, refused = map(int, done.stdout.split()[1::2])
-    assert read + refused == count + len(hostile_images.ANIMATED)
+    assert read + refused == count + len(malformed_images.ANIMATED)
     assert min(read, refused) > count // 5

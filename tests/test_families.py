@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 import keras_tnt
 from keras_tnt.layers import PositionEmbedding, RelativePosition
 from keras_tnt.layers.embedding import resample_positions
-from tests import golden
-from tests.checks import (
+from tests.helpers import golden
+from tests.helpers.checks import (
     MODES,
     assert_equal,
     check_fresh_process,
@@ -21,42 +21,13 @@ from tests.checks import (
     normal,
     predict,
 )
-from tests.golden import assert_close
-from tests.test_tnt import tiny as tiny_tnt
+from tests.helpers.golden import assert_close
+from tests.helpers.tiny_models import BUILDERS, tiny_tnt
+from tests.helpers.tiny_models import tiny_of as tiny
 
-BUILDERS = {
-    "deit": keras_tnt.DeiT,
-    "deit_distilled": keras_tnt.DeiT,
-    "cait": keras_tnt.CaiT,
-    "pyramid_tnt": keras_tnt.PyramidTNT,
-}
-TINY = {
-    "deit": {"embed_dim": 16, "depth": 2, "num_heads": 2},
-    "deit_distilled": {"embed_dim": 16, "depth": 2, "num_heads": 2, "distilled": True},
-    "cait": {
-        "embed_dim": 16,
-        "depth": 1,
-        "num_heads": 2,
-        "class_attention_depth": 1,
-        "layer_scale": 0.5,
-    },
-    "pyramid_tnt": {
-        "depths": (2, 1),
-        "outer_dims": (16, 16),
-        "inner_dims": (4, 4),
-        "outer_heads": (2, 2),
-        "inner_heads": (2, 2),
-        "reductions": (2, 1),
-    },
-}
 # Names in the reference configurations that differ from ours.
 RENAMED = {"depth_class_attention": "class_attention_depth", "sr_ratios": "reductions"}
 ABOUT = ("family", "source", "img_size", "num_classes")
-
-
-def tiny(family, size=(32, 48), **arguments):
-    shape = (*size, 3) if keras.config.image_data_format() == "channels_last" else (3, *size)
-    return BUILDERS[family](**{"input_shape": shape, "classes": 3, **TINY[family], **arguments})
 
 
 def reference(family, directory, **arguments):

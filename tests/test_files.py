@@ -7,12 +7,10 @@ import socket
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from keras_tnt import files
-from tests.checks import ROOT
 
 pytestmark = pytest.mark.one_backend
 HOST = socket.gethostname()
@@ -148,17 +146,6 @@ def test_disk_errors_during_fsync_are_raised(tmp_path, monkeypatch, number):
         files.write_atomically(tmp_path / "a", "content")
 
 
-def test_only_files_module_uses_what_windows_lacks():
-    unguarded = [
-        path.name
-        for folder in ("keras_tnt", "training", "savedmodels")
-        for path in (ROOT / folder).rglob("*.py")
-        if path.name != "files.py"
-        and re.search(r"import fcntl|os\.O_(NOFOLLOW|NONBLOCK)", path.read_text(encoding="utf-8"))
-    ]
-    assert not unguarded
-
-
 # === Locks ===
 
 LOCKER = """
@@ -246,14 +233,3 @@ def test_tilde_expands_to_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     files.write_atomically("~/deep/x", "content")
     assert files.read_regular("~/deep/x", 100) == b"content"
-
-
-def test_only_this_module_creates_temporary_files_and_checks_disk_space():
-    root = Path(files.__file__).parents[1]
-    calls = ("mkdtemp", "mkstemp", "NamedTemporaryFile", "disk_usage", "statvfs")
-    assert [
-        path.relative_to(root).as_posix()
-        for folder in ("keras_tnt", "training", "savedmodels")
-        for path in sorted((root / folder).rglob("*.py"))
-        if any(call in path.read_text(encoding="utf-8") for call in calls)
-    ] == ["keras_tnt/files.py"]

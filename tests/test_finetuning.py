@@ -11,7 +11,7 @@ from keras import ops
 
 import keras_tnt
 from keras_tnt import finetuning
-from tests.checks import BACKEND, assert_equal, normal
+from tests.helpers.checks import BACKEND, assert_equal, normal
 
 TINY = {
     "input_shape": (16, 16, 3),

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import keras_tnt
-from tests.checks import run_python
+from tests.helpers.checks import run_python
 
 
 def tiny(**arguments):

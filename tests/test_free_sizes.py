@@ -14,10 +14,10 @@ from keras_tnt.export.onnx_runtime import use_native
 from keras_tnt.layers import PositionEmbedding, RelativePosition
 from keras_tnt.layers.base import without_initial_values
 from keras_tnt.layers.grid import resampling_matrix
-from tests.checks import BACKEND, assert_equal, compute, gradients, normal
-from tests.golden import assert_close
-from tests.test_families import tiny as tiny_family
-from tests.test_tnt import tiny as tiny_tnt
+from tests.helpers.checks import BACKEND, assert_equal, compute, gradients, normal
+from tests.helpers.golden import assert_close
+from tests.helpers.tiny_models import tiny_of as tiny_family
+from tests.helpers.tiny_models import tiny_tnt
 
 ANY = (None, None)
 # Size that the position tables are made for, and the sizes to test.
@@ -426,7 +426,7 @@ def test_onnx_runs_at_every_size(models, tmp_path):
 @pytest.mark.slow
 def test_saved_model_runs_at_every_size(models, tmp_path):
     pytest.importorskip("tensorflow_serving")
-    runtimes = pytest.importorskip("tests.savedmodels.runtimes")
+    runtimes = pytest.importorskip("tests.helpers.saved_model_runtimes")
     free, of_size = models("tnt")
     path = keras_tnt.export.saved_model(free, tmp_path / "tnt", signatures=["serving_default"])
     session = runtimes.CSession(path)

@@ -10,7 +10,7 @@ import keras_tnt
 from keras_tnt import inference
 from keras_tnt.kernels import processor
 from keras_tnt.layers import SelfAttention, blocks, half
-from tests.checks import assert_equal, compute, in_fork
+from tests.helpers.checks import assert_equal, compute, in_fork
 
 TINY = {
     "input_shape": (16, 16, 3),

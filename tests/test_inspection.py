@@ -8,7 +8,7 @@ from keras import ops
 import keras_tnt
 from keras_tnt import inspection
 from keras_tnt.inspection.maps import means
-from tests.golden import assert_close
+from tests.helpers.golden import assert_close
 
 SMALL = {"input_shape": (32, 24, 3), "patch_size": 8, "classes": 5, "depth": 4}
 TNT = {**SMALL, "inner_stride": 2, "outer_dim": 12, "inner_dim": 8}

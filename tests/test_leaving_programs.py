@@ -6,8 +6,8 @@ import pytest
 
 import keras_tnt
 from keras_tnt.kernels import runtimes
-from tests.checks import run_python
-from tests.test_families import tiny as tiny_of
+from tests.helpers.checks import run_python
+from tests.helpers.tiny_models import tiny_of
 
 BACKEND = keras.backend.backend()
 TINY = {

@@ -6,8 +6,7 @@ import keras
 import pytest
 from keras import ops
 
-from tests.test_families import tiny as tiny_of
-from tests.test_tnt import tiny as tiny_tnt
+from tests.helpers.tiny_models import tiny_of, tiny_tnt
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="this is JAX's export")
 

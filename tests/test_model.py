@@ -10,9 +10,18 @@ import pytest
 
 import keras_tnt
 from keras_tnt.layers import SelfAttention
-from tests.checks import BACKEND, assert_equal, compute, gradients, normal, predict, run_python
-from tests.golden import assert_close
-from tests.test_tnt import randomize, tiny
+from tests.helpers.checks import (
+    BACKEND,
+    assert_equal,
+    compute,
+    gradients,
+    normal,
+    predict,
+    run_python,
+)
+from tests.helpers.golden import assert_close
+from tests.helpers.tiny_models import randomize
+from tests.helpers.tiny_models import tiny_tnt as tiny
 
 IMAGES, LABELS = 100 * normal((6, 32, 32, 3)), np.arange(6) % 3
 RANDOM = {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth": 0.1}
@@ -138,7 +147,7 @@ REPLICAS = """
 import keras, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from tests.test_tnt import tiny
+from tests.helpers.tiny_models import tiny_tnt as tiny
 
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     model = tiny(dropout=0.1, attention_dropout=0.1, stochastic_depth=0.3)

@@ -6,8 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests import notebooks
-from tests.checks import ROOT
+from tests.helpers import notebooks
+from tests.helpers.checks import ROOT
 
 LARGEST = 400_000  # bytes of a notebook with its outputs
 

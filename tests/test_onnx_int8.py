@@ -7,7 +7,9 @@ import pytest
 
 import keras_tnt
 from keras_tnt.export.onnx_runtime import use_native
-from tests.test_export import OTHER, TINY, images_of, metadata_of, onnx, randomize, run_onnx
+from tests.helpers.onnx_models import OTHER, TINY, images_of, metadata_of, randomize, run_onnx
+
+onnx = pytest.importorskip("onnx")
 
 pytestmark = pytest.mark.one_backend
 

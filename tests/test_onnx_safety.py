@@ -9,7 +9,7 @@ import pytest
 
 from keras_tnt import kernels
 from keras_tnt.kernels import runtimes
-from tests import fuzz_onnx
+from tests.helpers import fuzz_onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -466,7 +466,7 @@ def test_graphs_whose_types_cannot_be_inferred_are_not_rewritten(name, dtype, tm
 def test_mutated_graphs_agree_with_onnx_runtime():
     """Runs `KERAS_TNT_FUZZ` mutations; docs/safety.md has the results of 10,000."""
     count = os.environ.get("KERAS_TNT_FUZZ", "120")
-    command = [sys.executable, "tests/fuzz_onnx.py", f"--count={count}", "--first=1000000"]
+    command = [sys.executable, "tests/helpers/fuzz_onnx.py", f"--count={count}", "--first=1000000"]
     environment = {**os.environ, "KERAS_BACKEND": "numpy"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

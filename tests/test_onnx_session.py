@@ -9,25 +9,13 @@ import keras_tnt
 from keras_tnt import kernels
 from keras_tnt.export.onnx_runtime import use_native
 from keras_tnt.kernels import runtimes
-from tests.checks import in_fork
-from tests.test_export import OTHER, TINY, images_of, onnx, onnxruntime, randomize, run_onnx
+from tests.helpers.checks import in_fork
+from tests.helpers.onnx_models import MODELS, TINY, exported, run_onnx
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 pytestmark = pytest.mark.one_backend
-
-# Models with their number of supported inner transformers: words come in multiples of 16.
-MODELS = {
-    "tnt": (keras_tnt.TNT, {**TINY, "depth": 2}, 2),
-    "bias": (keras_tnt.TNT, {**TINY, "inner_heads": 4, "qkv_bias": True, "distilled": True}, 1),
-    "few_words": (keras_tnt.TNT, {**TINY, "inner_stride": 8}, 0),
-    "deit": (keras_tnt.DeiT, {**OTHER, "depth": 1, "num_heads": 2}, 0),
-}
-
-
-def exported(path, make, options, **settings):
-    model = make(**options)
-    randomize(model)
-    images = np.concatenate([images_of(model, 4)] * 10)
-    return keras_tnt.export.onnx(model, path, **settings), images
 
 
 @pytest.mark.slow

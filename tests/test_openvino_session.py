@@ -10,10 +10,10 @@ from keras_tnt import kernels
 from keras_tnt.export import openvino_runtime
 from keras_tnt.export.onnx_runtime import use_native
 from keras_tnt.kernels import processor, runtimes
-from tests.checks import in_fork, run_python
-from tests.test_export import TINY, images_of, onnx, randomize, run_onnx
-from tests.test_onnx_session import MODELS, exported
+from tests.helpers.checks import in_fork, run_python
+from tests.helpers.onnx_models import MODELS, TINY, exported, images_of, randomize, run_onnx
 
+onnx = pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
 
 pytestmark = pytest.mark.one_backend

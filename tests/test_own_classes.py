@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 import keras_tnt
 from keras_tnt.cli import main
-from tests.checks import run_python
+from tests.helpers.checks import run_python
 
 SIDE = 32
 ARCHITECTURE = {

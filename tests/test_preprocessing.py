@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 import keras_tnt
 from keras_tnt import preprocessing
 from keras_tnt.images import decoding as images
-from tests import hostile_images
+from tests.helpers import malformed_images
 
 SIZES = [(500, 375), (375, 500), (240, 240), (61, 48), (1000, 90), (33, 257)]
 
@@ -243,7 +243,7 @@ def test_unsupported_formats_are_named_and_start_no_program(
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP, extended"])
 def test_image_above_the_pixel_limit_is_refused_before_allocation(kind, model):
     for sides in ((13_000, 13_000), (65_535, 65_535)):
-        data = hostile_images.claiming(kind, *sides)
+        data = malformed_images.claiming(kind, *sides)
         with pytest.raises(
             ValueError, match=rf"cannot be read as .*{sides[0]:,} x {sides[1]:,}|bomb"
         ):
@@ -261,7 +261,7 @@ def test_file_above_the_size_limit_is_refused(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (7, 20_011), (20_011, 7)])
 def test_only_the_visible_part_of_a_strip_is_resized(size, model):
     tracemalloc.start()
-    crop = keras_tnt.load_image(hostile_images.png(*size, color=2), model)
+    crop = keras_tnt.load_image(malformed_images.png(*size, color=2), model)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert crop.shape == (64, 64, 3) and not crop.any()
@@ -286,8 +286,8 @@ def test_damaged_exif_is_ignored(model):
 
 
 def test_first_frame_of_an_animation_is_used(model):
-    for kind in hostile_images.ANIMATED:
-        data = hostile_images.animated(kind)
+    for kind in malformed_images.ANIMATED:
+        data = malformed_images.animated(kind)
         first = Image.open(io.BytesIO(data)).convert("RGB")
         assert_same_pixels(keras_tnt.load_image(data, model), expected(first))
 
@@ -312,15 +312,17 @@ SWEEP = """
 import resource, sys
 import numpy as np
 import keras_tnt
-from tests import hostile_images
-from tests.test_preprocessing import tiny
-model = tiny()
+from tests.helpers import malformed_images
+model = keras_tnt.TNT(
+    input_shape=(64, 64, 3), depth=1, classes=2, outer_dim=8, inner_dim=4, outer_heads=1,
+    inner_heads=1,
+)
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 limit = used + EXTRA
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 read = refused = 0
-for number, data in enumerate(hostile_images.sweep(0, COUNT)):
+for number, data in enumerate(malformed_images.sweep(0, COUNT)):
     try:
         pixels = keras_tnt.load_image(data, model)
     except ValueError as error:
@@ -339,7 +341,7 @@ print("read", read, "refused", refused)
 @pytest.mark.one_backend
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_malformed_images_are_read_or_refused_within_1_gib():
-    count = hostile_images.number_of(300)
+    count = malformed_images.number_of(300)
     code = SWEEP.replace("EXTRA", "2**30").replace("COUNT", str(count))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True

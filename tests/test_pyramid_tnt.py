@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_tnt
 from keras_tnt.layers import PyramidTNTBlock, ReducedBlock, RelativePosition
-from tests.checks import compute, normal
+from tests.helpers.checks import compute, normal
 
 
 def tiny(size, **arguments):

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 import keras_tnt
 from keras_tnt.models import registry
 from keras_tnt.models.registry import Variant
-from tests import toy_family, toy_stages
-from tests.checks import assert_equal, compute, entries, normal
-from tests.golden import assert_close
+from tests.helpers import toy_family, toy_stages
+from tests.helpers.checks import assert_equal, compute, entries, normal
+from tests.helpers.golden import assert_close
 
 ROOT = Path(__file__).parent.parent
 
@@ -192,7 +192,7 @@ def test_family_is_exported(toy, tmp_path):
 def run(script, *arguments):
     """Runs a script of the repository and returns what it prints."""
     result = subprocess.run(
-        [sys.executable, ROOT / script, "--plugins=tests.toy_family", *arguments],
+        [sys.executable, ROOT / script, "--plugins=tests.helpers.toy_family", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -7,8 +7,8 @@ import pytest
 import keras_tnt
 from keras_tnt.layers import PositionEmbedding, TNTBlock, TransformerBlock
 from keras_tnt.layers.embedding import resample_positions
-from tests import golden
-from tests.checks import (
+from tests.helpers import golden
+from tests.helpers.checks import (
     MODES,
     assert_equal,
     check_fresh_process,
@@ -17,7 +17,9 @@ from tests.checks import (
     normal,
     predict,
 )
-from tests.golden import assert_close
+from tests.helpers.golden import assert_close
+from tests.helpers.tiny_models import randomize
+from tests.helpers.tiny_models import tiny_tnt as tiny
 
 GOLDEN = {
     "tnt_official": {},
@@ -43,23 +45,6 @@ OPTIONS = {
 }
 
 
-def tiny(size=(32, 32), channels=3, **arguments):
-    """Returns a TNT of two blocks on 2x2 patches, unless `arguments` change that."""
-    shape = (*size, channels)
-    if keras.config.image_data_format() == "channels_first":
-        shape = (channels, *size)
-    architecture = {
-        "input_shape": shape,
-        "classes": 3,
-        "depth": 2,
-        "outer_dim": 16,
-        "inner_dim": 8,
-        "outer_heads": 2,
-        "inner_heads": 2,
-    }
-    return keras_tnt.TNT(**{**architecture, **arguments})
-
-
 def reference(name, directory, **arguments):
     """Returns the golden values and a model with the reference's weights."""
     numbers = golden.load(name)
@@ -74,13 +59,6 @@ def reference(name, directory, **arguments):
     )
     keras_tnt.load_checkpoint(model, numbers.save_checkpoint(directory / f"{name}.safetensors"))
     return numbers, model
-
-
-def randomize(model):
-    """Sets weights of a scale at which each affects the output, and returns the model."""
-    for i, variable in enumerate(model.trainable_variables):
-        variable.assign(0.3 * normal(variable.shape, seed=i))
-    return model
 
 
 # === The reference ===

@@ -9,9 +9,10 @@ from keras import ops
 
 from keras_tnt.layers import PositionEmbedding
 from keras_tnt.layers.embedding import resample_positions
-from tests.checks import assert_equal, compute, normal
-from tests.golden import assert_close
-from tests.test_tnt import randomize, tiny
+from tests.helpers.checks import assert_equal, compute, normal
+from tests.helpers.golden import assert_close
+from tests.helpers.tiny_models import randomize
+from tests.helpers.tiny_models import tiny_tnt as tiny
 
 OFF = {"distilled": False, "layer_scale": None, "class_attention_depth": 0, "squeeze_excite": False}
 ON = {"distilled": True, "layer_scale": 0.1, "class_attention_depth": 1, "squeeze_excite": True}

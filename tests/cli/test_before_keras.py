@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import pytest
 
 import keras_tnt
 from keras_tnt.cli import COMMANDS, main
-from tests.checks import ROOT
+from tests.helpers.checks import ROOT
 
 pytestmark = pytest.mark.one_backend
 
@@ -58,8 +59,8 @@ def test_usage_and_backend_errors_do_not_import_keras(tmp_path):
 
 
 def test_console_script_calls_command_main():
-    found = [name for name in (ROOT / "setup.py").read_text().splitlines() if "keras-tnt=" in name]
-    assert found and "keras_tnt.cli:main" in found[0]
+    (script,) = entry_points(group="console_scripts", name="keras-tnt")
+    assert script.load() is main
 
 
 def test_list_shows_every_model_and_its_weights(capsys):

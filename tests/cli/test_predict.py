@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-import fcntl
+import fcntl  # noqa: TID251
 import itertools
 import json
 import os
@@ -20,7 +20,7 @@ import keras_tnt
 from keras_tnt.cli import main, predict
 from keras_tnt.cli.runtime import Runtime, Transform
 from keras_tnt.cli.table import held, read_command, shard_path
-from tests.checks import ROOT
+from tests.helpers.checks import ROOT
 
 pytestmark = pytest.mark.one_backend
 NAMES = ["cat", "dog", "bird", "fish"]

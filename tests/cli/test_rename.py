@@ -9,7 +9,7 @@ import pytest
 
 import keras_tnt
 from keras_tnt.cli import main
-from tests.checks import compute
+from tests.helpers.checks import compute
 
 pytestmark = pytest.mark.one_backend
 OLD, NEW = ["a", "b", "c"], ["Katze", "Hund", "Vögel"]

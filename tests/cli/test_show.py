@@ -14,7 +14,6 @@ from PIL import Image
 
 import keras_tnt
 from keras_tnt.__main__ import main
-from tests.weights.conftest import cache, hub  # noqa: F401
 
 pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from PIL import Image
 
 import keras_tnt
 from examples import dense_data, dense_task, detection, scenes, segmentation
-from tests.checks import ROOT
+from tests.helpers.checks import ROOT
 
 pytestmark = [
     pytest.mark.one_backend,

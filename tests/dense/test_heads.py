@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from tests.checks import compute, normal
-from tests.golden import assert_close
+from tests.helpers.checks import compute, normal
+from tests.helpers.golden import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 

@@ -13,8 +13,8 @@ from PIL import Image
 import keras_tnt
 from keras_tnt import inspection
 from keras_tnt.cli import main
-from tests.inspection.browser import PROGRAM, Browser, accessibility_violations, needs_axe
-from tests.inspection.test_relevance import PYRAMID, TNT, VIT, images_for
+from tests.helpers.browser import PROGRAM, Browser, accessibility_violations, needs_axe
+from tests.helpers.relevance_models import PYRAMID, TNT, VIT, images_for
 
 pytestmark = pytest.mark.one_backend
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="no Chromium: apt-get install chromium")

@@ -11,15 +11,9 @@ from keras_tnt.inspection import flow
 from keras_tnt.inspection.links import observe
 from keras_tnt.inspection.subject import Subject
 from keras_tnt.layers.base import observing_links
-from tests.inspection.reference import Reference, relevance, word_relevance
+from tests.helpers.relevance_models import PYRAMID, TNT, VIT, images_for
+from tests.helpers.relevance_reference import Reference, relevance, word_relevance
 
-VIT = {"input_shape": (16, 24, 3), "patch_size": 8, "classes": 4, "depth": 2}
-VIT |= {"embed_dim": 12, "num_heads": 3}
-TNT = {"input_shape": (16, 16, 3), "patch_size": 8, "inner_stride": 4, "classes": 4, "depth": 2}
-TNT |= {"outer_dim": 12, "inner_dim": 6, "outer_heads": 3, "inner_heads": 2}
-PYRAMID = {"input_shape": (40, 32, 3), "classes": 4, "depths": (2, 1, 1)}
-PYRAMID |= {"outer_dims": (8, 12, 16), "inner_dims": (4, 4, 4), "reductions": (2, 2, 1)}
-PYRAMID |= {"outer_heads": (2, 2, 2), "inner_heads": (2, 2, 2)}
 MODELS = {
     "deit": (keras_tnt.DeiT, {**VIT, "distilled": True}),
     "cait": (keras_tnt.CaiT, {**VIT, "layer_scale": 0.5}),
@@ -43,10 +37,6 @@ def models():
             values = center + 0.3 * draw.normal(size=weight.shape)
             weight.assign(np.abs(values) if weight.name == "moving_variance" else values)
     return built
-
-
-def images_for(model, batch=2):
-    return np.random.default_rng(0).uniform(0, 255, (batch, *model.input_shape[1:]))
 
 
 def reference_of(model, image):

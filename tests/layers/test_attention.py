@@ -7,7 +7,7 @@ from keras import ops
 from keras_tnt.layers import ClassAttention, SelfAttention, TalkingHeadAttention
 from keras_tnt.layers.attention import HeadMixing, record_attention
 from keras_tnt.layers.base import observing_links
-from tests.checks import assert_close, assert_equal, check_layer, compute, normal
+from tests.helpers.checks import assert_close, assert_equal, check_layer, compute, normal
 
 # No norm precedes attention here, so that large inputs give large logits.
 ALONE = {"half_scale": 3.0}

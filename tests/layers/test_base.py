@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from keras_tnt.layers.base import LayerNormalization, at_least_float32, gelu
-from tests.checks import assert_close, compute, normal
+from tests.helpers.checks import assert_close, compute, normal
 
 
 def test_gelu_is_exact():

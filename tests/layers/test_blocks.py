@@ -17,7 +17,7 @@ from keras_tnt.layers import (
     TNTBlock,
     TransformerBlock,
 )
-from tests.checks import assert_close, assert_equal, check_layer, compute, normal
+from tests.helpers.checks import assert_close, assert_equal, check_layer, compute, normal
 
 RANDOM = {"dropout": 0.1, "attention_dropout": 0.1, "stochastic_depth": 0.1}
 TOKENS, WORDS = (2, 5, 16), (2, 4, 9, 6)

@@ -16,8 +16,8 @@ from keras_tnt.layers import (
 )
 from keras_tnt.layers.base import observing_links
 from keras_tnt.layers.embedding import resample_positions
-from tests import golden
-from tests.checks import assert_close, assert_equal, check_layer, compute, normal
+from tests.helpers import golden
+from tests.helpers.checks import assert_close, assert_equal, check_layer, compute, normal
 
 STEMS = [WordEmbedding, LegacyWordEmbedding]
 # (patch size, inner stride, (height, width), channels): the papers' and other valid ones.

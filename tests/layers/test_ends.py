@@ -10,7 +10,7 @@ from keras_tnt.layers.ends import (
     along_channels,
     scale_and_offset,
 )
-from tests.checks import assert_equal, check_layer, compute, normal
+from tests.helpers.checks import assert_equal, check_layer, compute, normal
 
 MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.25, 1.0)
 

@@ -10,9 +10,8 @@ from keras_tnt.kernels import plain, runtimes
 from keras_tnt.layers import TransformerBlock, WordsToPatches, fused
 from keras_tnt.layers.attention import record_attention
 from keras_tnt.layers.base import inference_on
-from tests.checks import BACKEND, assert_equal, gradients, normal
-from tests.test_families import tiny as tiny_of
-from tests.test_tnt import tiny as tiny_tnt
+from tests.helpers.checks import BACKEND, assert_equal, gradients, normal
+from tests.helpers.tiny_models import tiny_block as tiny
 
 
 def block_and_words(shape, **options):
@@ -256,12 +255,6 @@ def test_words_to_patches_does_not_use_an_unsupported_kernel(training, options, 
         layer(ops.ones((1, 3, 16, 4)), training=True)
     layer.projection.quantize("int8")
     layer(ops.ones((1, 3, 16, 4)), training=True)
-
-
-def tiny(family, **arguments):
-    if family == "tnt":
-        return tiny_tnt(depth=1, **arguments)
-    return tiny_of(family, (32, 32), **arguments)
 
 
 # PyramidTNT trains for one step: its stem has ReLUs, and in a second step rounding errors of the

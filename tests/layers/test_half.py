@@ -14,8 +14,8 @@ from keras_tnt.kernels import plain, processor, runtimes
 from keras_tnt.layers import TransformerBlock, WordsToPatches
 from keras_tnt.layers.base import inference_on
 from keras_tnt.layers.half import POLICY, in_bfloat16, kernels_to_change
-from tests.checks import BACKEND, compute, normal
-from tests.layers.test_fused import tiny
+from tests.helpers.checks import BACKEND, compute, normal
+from tests.helpers.tiny_models import tiny_block as tiny
 
 has_pairs = pytest.mark.skipif(
     not processor.has_pairs(), reason="the processor is not one that this C++ is for"

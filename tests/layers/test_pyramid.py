@@ -14,7 +14,7 @@ from keras_tnt.layers import (
     RelativePosition,
 )
 from keras_tnt.layers.pyramid import ConvolutionNormReLU
-from tests.checks import (
+from tests.helpers.checks import (
     assert_close,
     assert_equal,
     check_layer,

@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 
 from keras_tnt.layers import Dropout, LayerScale, StochasticDepth
-from tests.checks import BACKEND, check_layer, check_random_layer, run_python
+from tests.helpers.checks import BACKEND, check_layer, check_random_layer, run_python
 
 
 def test_layer_scale_is_a_valid_keras_layer():

@@ -10,7 +10,7 @@ from keras import ops
 
 import keras_tnt
 from keras_tnt import layers
-from tests.checks import BACKEND, gradients, normal
+from tests.helpers.checks import BACKEND, gradients, normal
 
 RATES = {"dropout": 0.3, "attention_dropout": 0.2, "stochastic_depth": 0.4}
 TOKENS, WORDS = (3, 5, 8), (3, 4, 16, 4)

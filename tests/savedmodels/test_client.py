@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import os
 import socket
@@ -22,21 +21,12 @@ pytest.importorskip("tensorflow_serving")
 
 import keras_tnt
 from keras_tnt.export.verification import draw_picture
-from tests.savedmodels.serving_double import Double
+from tests.helpers.serving_client import client
+from tests.helpers.serving_double import Double
 
 pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parent.parent.parent
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
-
-
-def load_client():
-    spec = importlib.util.spec_from_file_location("client", ROOT / "savedmodels" / "client.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-client = load_client()
 
 
 @pytest.fixture(scope="module")

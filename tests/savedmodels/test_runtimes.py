@@ -9,8 +9,8 @@ import pytest
 import keras_tnt
 from keras_tnt.export.verification import draw_picture
 from keras_tnt.export.warmup import image_example
-from tests.checks import SHALLOW, compute, shallow
-from tests.savedmodels.runtimes import CSession, Servable, TF1Session, replay
+from tests.helpers.checks import SHALLOW, compute, shallow
+from tests.helpers.saved_model_runtimes import CSession, Servable, TF1Session, replay
 
 pytest.importorskip("tensorflow")
 pytest.importorskip("tensorflow_serving")

@@ -16,8 +16,8 @@ import pytest
 
 import keras_tnt
 from keras_tnt.export.verification import draw_picture
-from tests.savedmodels.test_client import client
-from tests.servers.running import ROOT, Asker, Triton, marks
+from tests.helpers.serving_client import client
+from tests.helpers.subprocess_helpers import ROOT, Asker, Triton, marks
 
 pytestmark = marks
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnü"]

@@ -14,9 +14,9 @@ from PIL import Image
 
 import keras_tnt
 from keras_tnt.export.verification import draw_picture
+from tests.helpers.browser import PROGRAM, Browser, accessibility_violations, needs_axe
 from tests.helpers.image_cases import CASES, REFUSED
-from tests.inspection.browser import PROGRAM, Browser, accessibility_violations, needs_axe
-from tests.servers.running import ROOT
+from tests.helpers.subprocess_helpers import ROOT
 
 WEB = ROOT / "savedmodels" / "web"
 pytestmark = [

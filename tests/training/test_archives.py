@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.pictures import jpeg
+from tests.helpers.image_datasets import jpeg
 from training import configuration, data, sources
 
 CLASSES = 3

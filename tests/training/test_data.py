@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.pictures import class_folders, jpeg, prepare_imagenet
+from tests.helpers.image_datasets import class_folders, jpeg, prepare_imagenet
 from training import configuration, data, sources
 from training.sources import kinds
 

@@ -761,7 +761,7 @@ def test_run_killed_at_random_times_is_bit_identical(tmp_path, strategy):
     """Kills the run KERAS_TNT_KILLS times. Defaults to 2."""
     kills = os.environ.get("KERAS_TNT_KILLS", "2")
     result = subprocess.run(
-        [sys.executable, "-m", "tests.training.killing", str(tmp_path), strategy, kills],
+        [sys.executable, "-m", "tests.helpers.training_crashes", str(tmp_path), strategy, kills],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -825,7 +825,7 @@ def test_run_resumes_after_a_full_disk_without_partial_files(tiny, tmp_path, sma
 def test_killed_worker_is_restarted_and_results_match_one_process(tmp_path):
     """Runs KERAS_TNT_WORKERS workers. Defaults to 2."""
     number = os.environ.get("KERAS_TNT_WORKERS", "2")
-    command = [sys.executable, "-m", "tests.training.workers", str(tmp_path), number, "1"]
+    command = [sys.executable, "-m", "tests.helpers.training_workers", str(tmp_path), number, "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
     assert result.returncode == 0, result.stderr[-2000:] + logs
@@ -836,7 +836,7 @@ def test_killed_worker_is_restarted_and_results_match_one_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "number"), [("nan", "2"), ("nan", "3"), ("service", "2")])
 def test_workers_exit_after_a_fault_and_resume_bit_identically(tmp_path, fault, number):
-    command = [sys.executable, "-m", "tests.training.faults", str(tmp_path), number, fault]
+    command = [sys.executable, "-m", "tests.helpers.training_faults", str(tmp_path), number, fault]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
     assert result.returncode == 0, result.stderr[-2000:] + logs

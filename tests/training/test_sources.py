@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 import keras_tnt
-from tests.training.pictures import jpeg, prepare
+from tests.helpers.image_datasets import jpeg, prepare
 from training import configuration, data, evaluate, loop, models, sources
 from training.sources import kinds, registry
 

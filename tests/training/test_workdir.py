@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.checks import ROOT
+from tests.helpers.checks import ROOT
 from training import checkpoint, configuration, workdir
 
 HOLDER = """
@@ -429,7 +429,7 @@ def test_set_aside_moves_checkpoints_after_a_step(checkpoints, after, left):
 
 
 def test_full_disk_leaves_no_partial_checkpoint(checkpoints, monkeypatch):
-    free = shutil.disk_usage("/")._replace(free=10)
+    free = shutil.disk_usage("/")._replace(free=10)  # noqa: TID251
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     before = sorted(checkpoints.directory.iterdir())
     with pytest.raises(OSError, match="The checkpoint of step 4 takes .* the disk has 0.0 MB free"):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import keras_tnt
 from keras_tnt.weights.names import UNUSED
-from tests import golden
+from tests.helpers import golden
 
 ROOT = Path(__file__).parents[2]
 
@@ -201,6 +201,7 @@ def test_loading_resets_lora(path):
     assert_same_predictions(plain, adapted)
 
 
+@pytest.mark.one_backend
 def test_saving_is_atomic(path, monkeypatch):
     path.write_text("what was there before")
 
@@ -215,6 +216,7 @@ def test_saving_is_atomic(path, monkeypatch):
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.one_backend
 def test_saving_with_another_extension_raises(tmp_path):
     with pytest.raises(ValueError, match="must end in .safetensors"):
         keras_tnt.save_checkpoint(MODELS["tnt"](), tmp_path / "weights.pth")
@@ -230,6 +232,7 @@ def test_quantized_model_raises(path):
         keras_tnt.load_checkpoint(model, path)
 
 
+@pytest.mark.one_backend
 def test_layers_without_a_checkpoint_name_raise(path):
     backbone = MODELS["tnt"](include_top=False, pooling="token")
     model = keras.Sequential([backbone, keras.layers.Dense(7, name="flowers")])
@@ -278,6 +281,7 @@ MISMATCHES = {
 
 
 @pytest.mark.parametrize("case", MISMATCHES)
+@pytest.mark.one_backend
 def test_mismatch_raises_with_the_cause_and_changes_nothing(case, path):
     name, difference, message = MISMATCHES[case]
     keras_tnt.save_checkpoint(MODELS[name](), path)
@@ -288,6 +292,7 @@ def test_mismatch_raises_with_the_cause_and_changes_nothing(case, path):
     assert_same(values(model), before)
 
 
+@pytest.mark.one_backend
 def test_checkpoint_of_another_family_raises(path):
     keras_tnt.save_checkpoint(MODELS["cait"](), path)
     tensors = {f"encoder.{name}": value for name, value in load_file(path).items()}
@@ -296,12 +301,14 @@ def test_checkpoint_of_another_family_raises(path):
         keras_tnt.load_checkpoint(MODELS["tnt"](), path)
 
 
+@pytest.mark.one_backend
 def test_checkpoint_without_a_head_raises(path):
     keras_tnt.save_checkpoint(MODELS["tnt"](include_top=False), path)
     with pytest.raises(ValueError, match="no classifier: .*include_top=False"):
         keras_tnt.load_checkpoint(MODELS["tnt"](), path)
 
 
+@pytest.mark.one_backend
 def test_missing_unused_and_mismatched_tensors_are_listed(path):
     keras_tnt.save_checkpoint(MODELS["tnt"](), path)
     tensors = load_file(path)
@@ -317,6 +324,7 @@ def test_missing_unused_and_mismatched_tensors_are_listed(path):
     assert "  unused: foo.weight (2, 3)" in lines
 
 
+@pytest.mark.one_backend
 def test_at_most_ten_differences_are_listed(path):
     keras_tnt.save_checkpoint(MODELS["tnt"](), path)
     tensors = load_file(path)
@@ -328,6 +336,7 @@ def test_at_most_ten_differences_are_listed(path):
     assert lines[-1].strip() == "and 15 more"
 
 
+@pytest.mark.one_backend
 def test_tensors_unused_by_the_forward_pass_are_ignored(path):
     keras_tnt.save_checkpoint(MODELS["tnt"](), path)
     save_file(load_file(path) | {"outer_tokens": np.zeros((1, 4, 16), "float32")}, path)

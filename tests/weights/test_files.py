@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from keras_tnt.weights.files import open_tensors
-from tests.weights.conftest import unprivileged
+from tests.helpers.checks import unprivileged
 
 torch = pytest.importorskip("torch")
 

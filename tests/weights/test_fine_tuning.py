@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 import keras_tnt
 from keras_tnt.layers import TNTBlock
-from tests import golden
+from tests.helpers import golden
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from keras_tnt.models.pretrained import fill, find, tensor_names
 from keras_tnt.weights.names import entries
 
 torch = pytest.importorskip("torch")
-from tests.weights import hostile  # noqa: E402
+from tests.helpers import malformed_checkpoints  # noqa: E402
 
 pytestmark = [
     pytest.mark.one_backend,
@@ -76,8 +76,10 @@ def good(model, tmp_path_factory):
     paths = [folder / name for name in names]
     keras_tnt.save_checkpoint(model, paths[0])
     tensors = load_file(paths[0])
-    paths[1].write_bytes(hostile.saved(hostile.as_torch(tensors)))
-    paths[2].write_bytes(hostile.saved(hostile.as_torch(tensors), zipped=False))
+    paths[1].write_bytes(malformed_checkpoints.saved(malformed_checkpoints.as_torch(tensors)))
+    paths[2].write_bytes(
+        malformed_checkpoints.saved(malformed_checkpoints.as_torch(tensors), zipped=False)
+    )
     model.save(paths[3])
     model.save_weights(paths[4])
     for path in paths:  # Imports modules first, which may write files.
@@ -143,7 +145,9 @@ def test_crafted_files_load_or_raise_without_side_effects(model, good, watch, sa
     expected = values(model)
     nothing = [np.zeros_like(value) for value in expected]
     before, count, wrong = megabytes(), 0, []
-    for path, fits in hostile.crafted(sandbox / "files", tensors, (keras_file, h5_file)):
+    for path, fits in malformed_checkpoints.crafted(
+        sandbox / "files", tensors, (keras_file, h5_file)
+    ):
         model.set_weights(nothing)
         loads = attempt(model, path, watch)
         if fits not in (None, loads) or loads and not same(values(model), expected):
@@ -166,7 +170,7 @@ def untouched(sandbox, watch):
 def test_fuzzed_files_load_or_raise_without_side_effects(model, good, watch, sandbox):
     paths, _ = good
     before, loaded = megabytes(), 0
-    for path in hostile.fuzzed(sandbox / "files", paths, FUZZED):
+    for path in malformed_checkpoints.fuzzed(sandbox / "files", paths, FUZZED):
         if attempt(model, path, watch):
             loaded += 1
             assert all(np.all(np.isfinite(value)) for value in values(model)), path.name

@@ -16,8 +16,8 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from keras_tnt.weights import hub as downloads
-from tests.weights.conftest import unprivileged
-from tests.weights.hub_server import COMMIT, Hub
+from tests.helpers.checks import unprivileged
+from tests.helpers.hub_server import COMMIT, Hub
 
 pytestmark = pytest.mark.one_backend
 ROOT = Path(__file__).parents[2]

@@ -59,6 +59,7 @@ def test_headless_model_ignores_the_heads(files, trained):
         ({"embed_dim": 32}, "shape: class_token has (1, 1, 16) in the file, (1, 1, 32) in the"),
     ],
 )
+@pytest.mark.one_backend
 def test_mismatch_raises_with_the_difference_and_changes_nothing(arguments, message, files):
     model = keras_tnt.DeiT(**DEIT | arguments)
     before = values(model)
@@ -71,6 +72,7 @@ def test_mismatch_raises_with_the_difference_and_changes_nothing(arguments, mess
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.one_backend
 def test_truncated_keras_file_raises(ending, files, trained, tmp_path):
     path = tmp_path / f"cut{ending}"
     with open(files[ending], "rb") as file:
@@ -96,6 +98,7 @@ def test_load_keras_model_reads_or_raises(files, trained, tmp_path):
         load_keras_model(str(path))
 
 
+@pytest.mark.one_backend
 def test_missing_file_raises(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.keras"):
         load_keras_file(trained, str(tmp_path / "none.keras"))

@@ -7,8 +7,8 @@ import pytest
 
 import keras_tnt
 from keras_tnt.weights.names import UNUSED
-from tests import golden
-from tests.checks import entries
+from tests.helpers import golden
+from tests.helpers.checks import entries
 
 pytestmark = pytest.mark.one_backend
 

@@ -11,8 +11,8 @@ import keras_tnt
 from keras_tnt.models import registry
 from keras_tnt.models.pretrained import fetch, find
 from keras_tnt.weights import hub as downloads
-from tests import golden
-from tests.checks import BACKEND
+from tests.helpers import golden
+from tests.helpers.checks import BACKEND
 
 ROWS = {row.name: row for row in registry.checkpoints()}
 PUBLISHED = golden.checkpoints()
@@ -140,6 +140,7 @@ def asked_for(monkeypatch):
         ("CaiTM48", {}, "cait_m48_448.fb_dist_in1k"),
     ],
 )
+@pytest.mark.one_backend
 def test_imagenet_selects_the_matching_row(model, arguments, expected, asked_for):
     with pytest.raises(ConnectionError):
         getattr(keras_tnt, model)(**arguments)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import keras_tnt
 from keras_tnt.models.pretrained import find
-from tests import golden
+from tests.helpers import golden
 
 FLOWERS = "hf://someone/flowers"
 CONFIG = {
@@ -78,12 +78,14 @@ def test_normalization_is_saved_with_the_model(publish, tmp_path):
     )
 
 
+@pytest.mark.one_backend
 def test_headless_model_uses_the_repository(publish):
     publish(CONFIG)
     backbone = keras_tnt.DeiTTiny(weights=FLOWERS, include_top=False, input_shape=(32, 96, 3))
     assert backbone.output_shape == (None, 2, 6, 192)
 
 
+@pytest.mark.one_backend
 def test_other_number_of_classes_raises_before_the_download(publish):
     hub = publish(CONFIG)
     with pytest.raises(ValueError, match="have 7 classes, the model 5. Say classes=7, or include"):
@@ -91,6 +93,7 @@ def test_other_number_of_classes_raises_before_the_download(publish):
     assert hub.downloads() == 0
 
 
+@pytest.mark.one_backend
 def test_other_variant_raises_before_the_download(publish):
     hub = publish(CONFIG)
     with pytest.raises(ValueError, match="belong to keras_tnt.DeiTTiny, not to TNTSmall"):
@@ -98,6 +101,7 @@ def test_other_variant_raises_before_the_download(publish):
     assert hub.downloads() == 0
 
 
+@pytest.mark.one_backend
 def test_architecture_of_another_package_raises(publish):
     hub = publish(CONFIG, architecture="resnet50")
     with pytest.raises(ValueError, match="holds a 'resnet50'. keras_tnt reads .*tnt_s_patch16_224"):
@@ -105,12 +109,14 @@ def test_architecture_of_another_package_raises(publish):
     assert hub.downloads() == 0
 
 
+@pytest.mark.one_backend
 def test_repository_without_a_classifier_raises(publish):
     publish(CONFIG, num_classes=0)
     with pytest.raises(ValueError, match="no classifier, the model 1000. Say include_top=False"):
         keras_tnt.DeiTTiny(weights=FLOWERS)
 
 
+@pytest.mark.one_backend
 def test_repository_without_config_is_matched_by_its_tensors(publish, reference):
     publish(None)
     with pytest.raises(ValueError, match="7 classes, the model 1000: .*classes=7"):
@@ -120,6 +126,7 @@ def test_repository_without_config_is_matched_by_its_tensors(publish, reference)
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.one_backend
 def test_torch_file_is_the_fallback(hub, checkpoint, reference, tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {name: torch.tensor(value) for name, value in load_file(checkpoint).items()}
@@ -130,6 +137,7 @@ def test_torch_file_is_the_fallback(hub, checkpoint, reference, tmp_path):
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.one_backend
 def test_repository_without_weights_raises(hub, tmp_path):
     (tmp_path / "README.md").write_text("soon")
     hub.add("someone/flowers", "README.md", tmp_path / "README.md")
@@ -139,6 +147,7 @@ def test_repository_without_weights_raises(hub, tmp_path):
         keras_tnt.DeiT(**DEIT, weights=FLOWERS)
 
 
+@pytest.mark.one_backend
 def test_cached_repository_is_loaded_offline(publish, monkeypatch):
     hub = publish(CONFIG)
     first = keras_tnt.DeiTTiny(weights=FLOWERS)
@@ -150,6 +159,7 @@ def test_cached_repository_is_loaded_offline(publish, monkeypatch):
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.one_backend
 def test_revision_is_requested(publish):
     publish(CONFIG)
     assert find(f"{FLOWERS}@main").classes == 7
@@ -157,6 +167,7 @@ def test_revision_is_requested(publish):
         find(f"{FLOWERS}@v2")
 
 
+@pytest.mark.one_backend
 def test_weights_name_sets_size_and_arguments():
     source = find("deit_base_distilled_patch16_384.fb_in1k")
     assert source.model == "DeiTBase"

@@ -9,7 +9,7 @@ import pytest
 import keras_tnt
 from keras_tnt.models import registry
 from keras_tnt.models.pretrained import BEGIN, END, with_table
-from tests import golden
+from tests.helpers import golden
 
 CHECKPOINTS = registry.checkpoints()
 pytestmark = pytest.mark.one_backend

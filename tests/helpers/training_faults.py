@@ -1,4 +1,6 @@
-"""Faults in multi-worker runs: python -m tests.training.faults DIRECTORY WORKERS nan|service.
+"""Faults in multi-worker runs.
+
+    python -m tests.helpers.training_faults DIRECTORY WORKERS nan|service
 
     nan      a loss is NaN, checkpoints are time-based, and a worker is killed
     service  images come from a tf.data service, which is killed
@@ -17,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.killing import forked
-from tests.training import workers
-from tests.training.killing import outcome
+from tests.helpers import training_workers
+from tests.helpers.crash_injection import forked
+from tests.helpers.training_crashes import outcome
 from training import loop
 from training.cluster import data_service
 
@@ -52,10 +54,10 @@ def ends(cluster):
 
 
 def wait_for(cluster, step):
-    deadline = time.monotonic() + workers.PATIENCE
+    deadline = time.monotonic() + training_workers.PATIENCE
     while cluster.reached() < step:
         if time.monotonic() > deadline:
-            raise SystemExit(f"no step {step} within {workers.PATIENCE} s")
+            raise SystemExit(f"no step {step} within {training_workers.PATIENCE} s")
         time.sleep(0.02)
 
 
@@ -94,16 +96,16 @@ def assert_identical(found, expected):
 
 def nan_and_kill(directory, number):
     slow_updates(NAN_AT)
-    expected = finish(workers.Cluster(directory / "undisturbed", number))
+    expected = finish(training_workers.Cluster(directory / "undisturbed", number))
     # Each worker's own clock would request a checkpoint after every update.
     clock = {"checkpoint_steps": 0, "checkpoint_minutes": 1e-5, "report_steps": 4}
-    cluster = workers.Cluster(directory / "disturbed", number, **clock)
+    cluster = training_workers.Cluster(directory / "disturbed", number, **clock)
     wait_for(cluster, NAN_AT + 1)  # after the rollback
     os.kill(cluster.processes[number - 1], signal.SIGKILL)
     seconds, statuses = ends(cluster)
     assert statuses == [1] * (number - 1) + [-signal.SIGKILL], statuses
     assert_one_line_errors(cluster, range(number - 1), seconds, "has lost another one")
-    again = workers.Cluster(directory / "disturbed", number, **clock)
+    again = training_workers.Cluster(directory / "disturbed", number, **clock)
     found = finish(again)
     del found["losses"], expected["losses"]  # reported at other steps
     assert_identical(found, expected)
@@ -116,8 +118,8 @@ def service_killed(directory, number):
     slow_updates(None)
     address, processes = start_service(directory, 0, 0)
     service = {"data_service": f"grpc://{address}"}
-    expected = finish(workers.Cluster(directory / "undisturbed", number, **service))
-    cluster = workers.Cluster(directory / "disturbed", number, **service)
+    expected = finish(training_workers.Cluster(directory / "undisturbed", number, **service))
+    cluster = training_workers.Cluster(directory / "disturbed", number, **service)
     wait_for(cluster, 2)
     stop(processes)
     seconds, statuses = ends(cluster)
@@ -129,7 +131,7 @@ def service_killed(directory, number):
     _, processes = start_service(directory, *map(int, ports(directory)))
     try:
         assert_identical(
-            finish(workers.Cluster(directory / "disturbed", number, **service)), expected
+            finish(training_workers.Cluster(directory / "disturbed", number, **service)), expected
         )
     finally:
         stop(processes)
@@ -140,7 +142,7 @@ def start_service(directory, *at):
     """Starts a dispatcher and a worker; returns (dispatcher's host:port, process ids)."""
     at = [
         port or int(free.split(":")[1])
-        for port, free in zip(at, workers.free_addresses(2), strict=True)
+        for port, free in zip(at, training_workers.free_addresses(2), strict=True)
     ]
     (directory / "ports").write_text(" ".join(map(str, at)))
     address = f"127.0.0.1:{at[0]}"

@@ -1,6 +1,6 @@
 """Multi-worker training with killed workers, compared with a single process.
 
-    python -m tests.training.workers DIRECTORY WORKERS KILLS
+    python -m tests.helpers.training_workers DIRECTORY WORKERS KILLS
 
 A worker that dies is restarted, as by a cluster manager. The run must reach the weights of one
 process to 1e-5, and give the same report, with each image once. Prints the counts.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.training.killing import STEPS, fork, outcome
+from tests.helpers.training_crashes import STEPS, fork, outcome
 
 PATIENCE = 900  # seconds within which the trainer must make progress
 

@@ -1,6 +1,6 @@
 """Mutation fuzzing of ONNX graphs: our sessions must agree with plain ONNX Runtime and not crash.
 
-    python tests/fuzz_onnx.py --count=10000
+    python tests/helpers/fuzz_onnx.py --count=10000
 
 A small graph contains two blocks that a session replaces with C++ kernels, and operators before and
 after them. It is mutated in one to four places: nodes, operands, attributes, weights, shapes and
@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PATCHES, WORDS, DIM, HEADS, HIDDEN, OUT = 2, 16, 8, 2, 16, 8
 TOLERANCE = 1e-4
 MEMORY, SECONDS, BATCH = 6 << 30, 300, 100

@@ -16,9 +16,9 @@ from keras import ops
 import keras_tnt
 from keras_tnt.models.pretrained import tensor_names
 from keras_tnt.weights import names as names_of_tensors
-from tests.golden import assert_close
+from tests.helpers.golden import assert_close
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BACKEND = keras.backend.backend()
 
 # Ways to run `predict`: as a graph, through XLA, or eagerly.
@@ -245,6 +245,19 @@ def in_fork(function, count=1):
 
 
 # === Results and gradients ===
+
+
+@contextlib.contextmanager
+def unprivileged():
+    """Context in which the process is not root, because root can write everywhere."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def compute(layer, *inputs, **call):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-servers"
 PYTHON = ENVIRONMENT / "bin" / "python"
 PATIENCE = 120  # seconds for a server to start on a busy machine
@@ -144,11 +144,11 @@ class MLServer(Server):
 
 
 class Asker:
-    """A tritonclient in a process of the servers' Python; `asking.py` has the functions."""
+    """A tritonclient in a process of the servers' Python: `http_client_helpers.py`."""
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            [PYTHON, Path(__file__).parent / "asking.py"],
+            [PYTHON, Path(__file__).parent / "http_client_helpers.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

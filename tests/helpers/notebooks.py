@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PATHS = sorted(EXAMPLES.glob("*.ipynb"))
 # Messages of TensorFlow's C++ at startup, before logging can be configured.
 STARTING = re.compile(r"([IWE]\d{4} .*|WARNING: All log messages before absl::Initialize.*)?")

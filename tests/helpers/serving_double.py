@@ -27,7 +27,7 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from tests.savedmodels.runtimes import Servable, TF1Session
+from tests.helpers.saved_model_runtimes import Servable, TF1Session
 
 CLASSIFY = "tensorflow/serving/classify"
 

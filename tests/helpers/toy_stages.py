@@ -9,7 +9,7 @@ import keras_tnt
 from keras_tnt.layers import ClassToken
 from keras_tnt.models import builders
 from keras_tnt.models.registry import ImageTransform, Variant
-from tests.toy_family import ToyBlock
+from tests.helpers.toy_family import ToyBlock
 
 IMAGE = ImageTransform(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), crop=0.75)
 

@@ -1,4 +1,4 @@
-"""Kills exports at random times: python -m tests.killing_exports DIRECTORY KIND KILLS.
+"""Kills exports at random times: python -m tests.helpers.export_crashes DIRECTORY KIND KILLS.
 
 KIND is saved_model or onnx. Each export runs in a process that is forked after all imports and
 before any runtime starts, and is killed at a random time. Meanwhile, a reader polls for exports and
@@ -28,7 +28,7 @@ import tf2onnx  # noqa: F401
 
 import keras_tnt
 from keras_tnt.export import files
-from tests.killing import finish, forked, is_killed, spent, wait_for_end_of
+from tests.helpers.crash_injection import finish, forked, is_killed, spent, wait_for_end_of
 
 TINY = {
     "input_shape": (32, 32, 3),

@@ -1,6 +1,6 @@
 """A user-defined model family with a custom block, builder, tensor names and preprocessing.
 
-Importing it registers the family for tests; commands use `--plugins=tests.toy_family`.
+Importing it registers the family for tests; commands use `--plugins=tests.helpers.toy_family`.
 """
 
 import keras

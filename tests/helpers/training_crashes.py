@@ -1,4 +1,6 @@
-"""Kills training at random times: python -m tests.training.killing DIRECTORY STRATEGY KILLS.
+"""Kills training at random times.
+
+    python -m tests.helpers.training_crashes DIRECTORY STRATEGY KILLS
 
 Configuration values may follow: optimizer=lion jit=on. The trainer runs in processes that are
 forked after TensorFlow is imported and before it starts. Each run must end with the weights and
@@ -19,7 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.killing import finish, forked, is_killed
+from tests.helpers.crash_injection import finish, forked, is_killed
 from training import checkpoint, commands, configuration, loop, models
 
 STEPS = 8
