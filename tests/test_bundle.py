@@ -35,8 +35,8 @@ def images(model, scale=255):
 
 def test_any_architecture_round_trips(tmp_path):
     model = keras_tnt.TNT(**TINY, class_names=NAMES, distilled=True, classifier_activation=None)
-    entrance = keras_tnt.anatomy(model).entrance
-    entrance.mean, entrance.crop, entrance.interpolation = (0.1, 0.2, 0.3), 0.8, "bilinear"
+    layer = keras_tnt.anatomy(model).input_normalization
+    layer.mean, layer.crop, layer.interpolation = (0.1, 0.2, 0.3), 0.8, "bilinear"
     folder = keras_tnt.save_pretrained(model, tmp_path / "bundle")
     found = keras_tnt.load_pretrained(folder)
     assert keras_tnt.class_names(found) == NAMES

@@ -12,7 +12,7 @@ import keras_tnt
 from keras_tnt import inference, preprocessing
 from keras_tnt.export.onnx_runtime import use_native
 from keras_tnt.layers import PositionEmbedding, RelativePosition
-from keras_tnt.layers.base import without_initial_values
+from keras_tnt.layers.base import skip_weight_init
 from keras_tnt.layers.grid import resampling_matrix
 from tests.checks import BACKEND, assert_equal, compute, gradients, normal
 from tests.golden import assert_close
@@ -257,7 +257,7 @@ def test_bundle_of_a_free_size_model_round_trips(models, tmp_path):
 
 @pytest.mark.one_backend
 def test_position_tables_have_the_size_of_the_variant():
-    with without_initial_values():
+    with skip_weight_init():
         for name, size in (("deit_tiny", 224), ("pyramid_tnt_tiny", 192), ("cait_xxs24", 224)):
             model = keras_tnt.create_model(name, weights=None, input_shape=(None, None, 3))
             assert keras_tnt.anatomy(model).image.native_size == (size, size)

@@ -14,11 +14,11 @@ from keras_tnt.layers.base import (
     CompositeLayer,
     TruncatedNormal,
     at_least_float32,
-    link_observer,
-    observing_links,
+    attention_interceptor,
+    intercept_attention,
     projection,
-    take_first,
-    take_first_spec,
+    slice_tokens,
+    slice_tokens_spec,
 )
 from keras_tnt.layers.grid import shape_of
 from keras_tnt.layers.regularization import Dropout
@@ -40,7 +40,7 @@ def record_attention():
             recorded[layer.path] = weights
         return weights
 
-    with observing_links(record):
+    with intercept_attention(record):
         yield recorded
 
 
@@ -64,7 +64,7 @@ class Attention(CompositeLayer):
     # Deferred softmax normalization, as in FlashAttention: the division by the sums follows the
     # matrix product with the values, whose output is smaller than the scores. XLA is faster that
     # way; the other backends have a softmax kernel.
-    divides_late = True
+    deferred_softmax = True
 
     def __init__(
         self,
@@ -131,8 +131,8 @@ class Attention(CompositeLayer):
     def attention_of_first(self, query, key, bias, first_tokens):
         """Returns the attention of the query tokens, possibly with its normalization deferred.
 
-        An active observer (`observing_links`) receives the attention of all tokens, and the weights
-        that it returns are used.
+        An active observer (`intercept_attention`) receives the attention of all tokens, and the
+        weights that it returns are used.
 
         Args:
             query: `(batch, ..., heads, tokens, head_dim)`.
@@ -145,13 +145,13 @@ class Attention(CompositeLayer):
                 is
             `None`.
         """
-        look = link_observer()
+        look = attention_interceptor()
         if look is not None:
             attention = look(self, self.attention(query, key, bias))
-            return self.mix_attention(take_first(attention, first_tokens)), None
-        query = take_first(query, first_tokens)
-        bias = None if bias is None else take_first(bias, first_tokens)
-        if self.divides_late and keras.backend.backend() == "jax":
+            return self.mix_attention(slice_tokens(attention, first_tokens)), None
+        query = slice_tokens(query, first_tokens)
+        bias = None if bias is None else slice_tokens(bias, first_tokens)
+        if self.deferred_softmax and keras.backend.backend() == "jax":
             return self.undivided_attention(query, key, bias)
         return self.mix_attention(self.attention(query, key, bias)), None
 
@@ -242,7 +242,7 @@ class SelfAttention(Attention):
 
     def compute_output_spec(self, x, bias=None, first_tokens=None, training=False):
         """Returns the symbolic output, which has `first_tokens` tokens if that is given."""
-        return take_first_spec(x, first_tokens, self.compute_dtype)
+        return slice_tokens_spec(x, first_tokens, self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -291,7 +291,7 @@ class TalkingHeadAttention(SelfAttention):
         `(batch, first_tokens or tokens, dim)`.
     """
 
-    divides_late = False
+    deferred_softmax = False
 
     def build(self, input_shape):
         """Builds the self-attention and its two head mixings."""

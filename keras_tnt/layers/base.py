@@ -7,15 +7,15 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-_draws_initial_values = contextvars.ContextVar("draws_initial_values", default=True)
+_skips_weight_init = contextvars.ContextVar("skips_weight_init", default=False)
 _inference_device = contextvars.ContextVar("inference_device", default=None)
 
-_link_observer = contextvars.ContextVar("link_observer", default=None)
+_attention_interceptor = contextvars.ContextVar("attention_interceptor", default=None)
 
 
-def without_initial_values() -> contextlib.AbstractContextManager:
+def skip_weight_init() -> contextlib.AbstractContextManager:
     """Context manager within which initializers return zeros, because a file fills the weights."""
-    return context_value(_draws_initial_values, False)
+    return context_value(_skips_weight_init, True)
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def context_value(variable, value):
         variable.reset(token)
 
 
-def inference_on(device: str) -> contextlib.AbstractContextManager:
+def inference_device_scope(device: str) -> contextlib.AbstractContextManager:
     """Context manager within which layers are traced by `compile_inference` for a kind of device.
 
     Args:
@@ -55,7 +55,7 @@ def default_device() -> str:
     return "cpu" if "cpu" in str(ops.zeros(()).device).lower() else "accelerator"
 
 
-def observing_links(observer: Callable) -> contextlib.AbstractContextManager:
+def intercept_attention(observer: Callable) -> contextlib.AbstractContextManager:
     """Context manager that intercepts attention weights and the weights of words.
 
     Every attention layer and every `WordsToPatches` called in the context passes its weights to
@@ -65,30 +65,30 @@ def observing_links(observer: Callable) -> contextlib.AbstractContextManager:
         observer: function of `(layer, weights)` that returns weights of the same shape. `weights`
             is the softmax of an attention layer, or ones, one per word, of a `WordsToPatches`.
     """
-    return context_value(_link_observer, observer)
+    return context_value(_attention_interceptor, observer)
 
 
-def link_observer() -> Callable | None:
-    """Returns the observer of the active `observing_links` context, or `None`."""
-    return _link_observer.get()
+def attention_interceptor() -> Callable | None:
+    """Returns the observer of the active `intercept_attention` context, or `None`."""
+    return _attention_interceptor.get()
 
 
-class SkipsDrawing:
-    """Mixin for initializers that returns zeros within `without_initial_values()`.
+class SkippableInitializer:
+    """Mixin for initializers that returns zeros within `skip_weight_init()`.
 
     For the largest models, drawing random values takes longer than loading the weights, and on
     torch and JAX it takes as much memory as the model itself.
     """
 
     def __call__(self, shape, dtype=None):
-        """Returns initial values, or zeros within `without_initial_values()`."""
-        if not _draws_initial_values.get():
+        """Returns initial values, or zeros within `skip_weight_init()`."""
+        if _skips_weight_init.get():
             return keras.ops.zeros(shape, dtype)
         return super().__call__(shape, dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class TruncatedNormal(SkipsDrawing, keras.initializers.RandomNormal):
+class TruncatedNormal(SkippableInitializer, keras.initializers.RandomNormal):
     """Normal initializer with values clipped to [-2, 2], as timm's `trunc_normal_`.
 
     timm truncates at +-2 in absolute terms, which is 100 standard deviations for a `stddev` of
@@ -104,13 +104,13 @@ class TruncatedNormal(SkipsDrawing, keras.initializers.RandomNormal):
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class RandomNormal(SkipsDrawing, keras.initializers.RandomNormal):
-    """`keras.initializers.RandomNormal` that is skipped within `without_initial_values()`."""
+class RandomNormal(SkippableInitializer, keras.initializers.RandomNormal):
+    """`keras.initializers.RandomNormal` that is skipped within `skip_weight_init()`."""
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class RandomUniform(SkipsDrawing, keras.initializers.RandomUniform):
-    """`keras.initializers.RandomUniform` that is skipped within `without_initial_values()`."""
+class RandomUniform(SkippableInitializer, keras.initializers.RandomUniform):
+    """`keras.initializers.RandomUniform` that is skipped within `skip_weight_init()`."""
 
 
 def torch_uniform(fan_in):
@@ -136,7 +136,7 @@ class CompositeLayer(keras.layers.Layer):
     # Role of the layer in a model that calls it directly: "stem", "token", "position", "block",
     # "class_block", "merge", or None. `keras_tnt.anatomy` reads it. A custom family declares it on
     # its layers, which may have any base class.
-    part = None
+    role = None
 
     def get_config(self):
         """Returns the configuration, with the policies of quantized sublayers by path."""
@@ -273,7 +273,7 @@ def projection(units, use_bias=True, *, fan_in=None, dtype, name):
     )
 
 
-def take_first(x, count):
+def slice_tokens(x, count):
     """Returns the first `count` tokens of `x`, or `x` itself if `count` is `None`.
 
     A slice of all tokens would be a copy in ONNX Runtime.
@@ -281,7 +281,7 @@ def take_first(x, count):
     return x if count is None else x[..., :count, :]
 
 
-def take_first_spec(x, count, dtype):
+def slice_tokens_spec(x, count, dtype):
     """Returns the symbolic output for the first `count` tokens of `x`; all if it is `None`."""
     return keras.KerasTensor((*x.shape[:-2], count or x.shape[-2], x.shape[-1]), dtype=dtype)
 

@@ -39,7 +39,7 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
 
             context = tf.distribute.get_replica_context()
             if context is not None and context.num_replicas_in_sync > 1:
-                seed = of_replica(seed, context.replica_id_in_sync_group)
+                seed = replica_seed(seed, context.replica_id_in_sync_group)
         return seed
 
     def next_on_torch(self, ordered):
@@ -50,7 +50,7 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
         seed = super().next(ordered)
         rank = runtimes.torch_rank()
         if rank:
-            seed = of_replica(seed, rank)
+            seed = replica_seed(seed, rank)
         if number is not None:
             while len(self._seeds) >= MAX_OPEN_CALLS:
                 del self._seeds[next(iter(self._seeds))]
@@ -76,7 +76,7 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
         return ops.convert_to_tensor(self._seeds[number], dtype=self.state.dtype)
 
 
-def of_replica(seed, replica):
+def replica_seed(seed, replica):
     """Returns the seed `(2,)` of a replica or rank; replica 0 uses `seed` itself."""
     offset = ops.cast(replica, seed.dtype) * 1_000_003
     return seed + ops.stack([offset, ops.zeros_like(offset)])

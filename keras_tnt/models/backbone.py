@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_tnt.layers.base import CompositeLayer, LayerNormalization, gelu
-from keras_tnt.layers.grid import checked, misfit, shape_of
+from keras_tnt.layers.grid import assert_sides, shape_of, size_error
 from keras_tnt.layers.sharding import reshape
 from keras_tnt.models import registry
 from keras_tnt.models.anatomy import anatomy, is_ours
@@ -79,10 +79,10 @@ def backbone(model, levels=None, **arguments) -> Backbone:
             f"Arguments are for a model that is built by its name. Received {model!r} and "
             f"{', '.join(arguments)}."
         )
-    found = find(model)
+    found = find_blocks_of(model)
     available = levels_in_stages(found) if len(found.stages) > 1 else levels_in_quarters(found)
     levels = check_levels(available if levels is None else levels, available, found.family)
-    check_size(found, levels)
+    check_stride(found, levels)
     outputs = {}
     for level in levels:
         block, steps = available[level]
@@ -97,7 +97,7 @@ def backbone(model, levels=None, **arguments) -> Backbone:
     return Backbone(model.inputs[0], outputs, name=f"{model.name}_backbone")
 
 
-def find(model):
+def find_blocks_of(model):
     """Returns the anatomy of a model of this package.
 
     Raises:
@@ -176,7 +176,7 @@ def check_levels(levels, available, family) -> list[str]:
     return sorted(set(levels), key=list(available).index)
 
 
-def check_size(found, levels):
+def check_stride(found, levels):
     """Raises a `ValueError` if the coarsest stride does not divide the image size."""
     stride = 2 ** max(int(level[1:]) for level in levels)
     size = (found.image.height, found.image.width)
@@ -212,7 +212,7 @@ class PyramidLevel(CompositeLayer):
         ValueError: if `2**-steps` does not divide height and width.
     """
 
-    part = "level"
+    role = "level"
 
     def __init__(
         self,
@@ -258,17 +258,17 @@ class PyramidLevel(CompositeLayer):
                 x = gelu(self.norms[i](x))
         if self.steps < 0:
             side = 2**-self.steps
-            x = checked(x, shape_of(x)[1:3], lambda n: n % side == 0, self.unfit)
+            x = assert_sides(x, shape_of(x)[1:3], lambda n: n % side == 0, self.describe_size_error)
             x = ops.max_pool(x, side, side, data_format="channels_last")
         if self.data_format == "channels_first":
             x = ops.transpose(x, (0, 3, 1, 2))  # (batch, dim, height, width)
         return x
 
-    def unfit(self, sides):
-        """Returns message and values of the error for odd sides, as `told` of `checked`."""
+    def describe_size_error(self, sides):
+        """Returns message and values of the error for odd sides, for `assert_sides`."""
         side = 2**-self.steps
         pixels = (self.stride or side) // side
-        message, values = misfit([n * pixels for n in sides], pixels * side)
+        message, values = size_error([n * pixels for n in sides], pixels * side)
         return f"Level '{self.name}': {message}", values
 
     def compute_output_shape(self, input_shape):

@@ -31,10 +31,10 @@ from keras_tnt.layers.base import (
     at_least_float32,
     context_value,
     projection,
-    without_initial_values,
+    skip_weight_init,
 )
-from keras_tnt.layers.ends import along_channels, scale_and_offset
 from keras_tnt.layers.grid import ceil_divide, nearest_multiple
+from keras_tnt.layers.inputs_outputs import along_channels, scale_and_offset
 from keras_tnt.models import pretrained, registry
 from keras_tnt.models.anatomy import NORMALIZATION
 from keras_tnt.models.registry import Checkpoint, Family, ImageTransform, Variant
@@ -49,7 +49,13 @@ DISTILLATION_TENSORS = (
     "a distillation token",
 )
 # Arguments that do not affect the weights.
-WITHOUT_WEIGHTS = ("dropout", "attention_dropout", "stochastic_depth", "dtype", "class_names")
+ARGUMENTS_WITHOUT_WEIGHTS = (
+    "dropout",
+    "attention_dropout",
+    "stochastic_depth",
+    "dtype",
+    "class_names",
+)
 
 
 # === Input ===
@@ -135,8 +141,8 @@ def patch_grid(images, size: tuple[int, int], patch_size: int, dtype=None, name=
         name: name of the `PatchGrid` layer, if there is one. Defaults to "grid".
 
     Returns:
-        `(grid, at)`: (rows, columns) for `size`, and the keyword arguments for layers that need the
-        grid: `{"grid": tensor}` for images of any size, otherwise `{}`.
+        `(grid, grid_kwargs)`: (rows, columns) for `size`, and the keyword arguments for layers that
+        need the grid: `{"grid": tensor}` for images of any size, otherwise `{}`.
     """
     grid = tuple(ceil_divide(side, patch_size) for side in size)
     if None not in images.shape[1:]:
@@ -236,7 +242,7 @@ def classify(vectors, classes, classifier_activation, class_names=None, dtype=No
     return Predictions(classifier_activation, class_names, dtype=dtype, name="predictions")(x)
 
 
-def pool(tokens, grid, prefix_tokens: int, pooling: str | None, dtype=None, at=None):
+def pool(tokens, grid, prefix_tokens: int, pooling: str | None, dtype=None, grid_kwargs=None):
     """Builds the features of a model without its top.
 
     Args:
@@ -245,7 +251,7 @@ def pool(tokens, grid, prefix_tokens: int, pooling: str | None, dtype=None, at=N
         prefix_tokens: number of tokens before the patches.
         pooling: the builders' argument.
         dtype: dtype or policy of the model. Defaults to Keras's global policy.
-        at: keyword arguments from `patch_grid`. Defaults to none.
+        grid_kwargs: keyword arguments from `patch_grid`. Defaults to none.
 
     Returns:
         A feature map `(batch, rows, columns, dim)`, or a vector `(batch, dim)` if `pooling` is
@@ -257,8 +263,8 @@ def pool(tokens, grid, prefix_tokens: int, pooling: str | None, dtype=None, at=N
         return keras.layers.GlobalAveragePooling1D(name="token", **common)(tokens)
     if prefix_tokens:
         tokens = SelectTokens(prefix_tokens, dtype=dtype, name="patches")(tokens)
-    if pooling is None and at:
-        return PatchMap(dtype=dtype, name="feature_map")(tokens, **at)
+    if pooling is None and grid_kwargs:
+        return PatchMap(dtype=dtype, name="feature_map")(tokens, **grid_kwargs)
     if pooling is None:
         shape = (*grid, tokens.shape[-1])
         return keras.layers.Reshape(shape, dtype=dtype, name="feature_map")(tokens)
@@ -315,7 +321,7 @@ def check_class_names(class_names) -> list[str] | None:
     return names
 
 
-def count_classes(classes, class_names, given: bool) -> int:
+def resolve_classes(classes, class_names, given: bool) -> int:
     """Returns the number of classes given by number, by names, or by both.
 
     Args:
@@ -351,29 +357,29 @@ def builder(function: Callable) -> Callable:
     def build(*args, **kwargs):
         given = bind(function.__name__, signature, args, kwargs)
         class_names = check_class_names(given.arguments.get("class_names"))
-        told = "classes" in given.arguments
+        is_given = "classes" in given.arguments
         given.apply_defaults()
         arguments = given.arguments
         arguments["class_names"] = class_names
-        classes = count_classes(arguments["classes"], class_names, told)
+        classes = resolve_classes(arguments["classes"], class_names, is_given)
         check_sizes(classes=classes)
         arguments["classes"] = classes
         check_pooling(arguments["pooling"])
         keras.activations.get(arguments["classifier_activation"])
-        source = pretrained.find(arguments["weights"])
+        source = pretrained.find_source(arguments["weights"])
         if source is not None:
             pretrained.check_classes(source, classes if arguments["include_top"] else None)
             arguments["class_names"] = class_names or source.class_names
         with contextlib.ExitStack() as settings:
             if source is not None:
-                settings.enter_context(without_initial_values())
+                settings.enter_context(skip_weight_init())
                 if is_of_any_size(arguments["input_tensor"], arguments["input_shape"]):
-                    settings.enter_context(tables_like(source, build))
+                    settings.enter_context(weights_table_size(source, build))
             inputs, outputs = function(*given.args, **given.kwargs)
         model = make_model(inputs, outputs, arguments["name"])
-        own_entrance(model).architecture = architecture_told(signature, arguments)
+        find_input_normalization(model).architecture = non_default_arguments(signature, arguments)
         if source is not None:
-            pretrained.fill(model, source)
+            pretrained.load_source(model, source)
         return model
 
     build.__signature__ = signature.replace(return_annotation=keras.Model)
@@ -386,7 +392,7 @@ def is_of_any_size(input_tensor, input_shape) -> bool:
     return shape is not None and None in tuple(shape)
 
 
-def tables_like(source, builder: Callable) -> contextlib.AbstractContextManager:
+def weights_table_size(source, builder: Callable) -> contextlib.AbstractContextManager:
     """Context manager that creates position tables for the grid of the weights."""
     if source.size is not None:
         return table_size(source.size)
@@ -411,7 +417,7 @@ def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.Bound
     if unknown:
         raise TypeError(
             f"{name}() got an unexpected keyword argument '{unknown[0]}'. "
-            f"{replacement(name, unknown[0], kwargs[unknown[0]], signature.parameters)}"
+            f"{suggest_argument(name, unknown[0], kwargs[unknown[0]], signature.parameters)}"
         )
     try:
         return signature.bind(*args, **kwargs)
@@ -419,7 +425,7 @@ def bind(name: str, signature: inspect.Signature, args, kwargs) -> inspect.Bound
         raise TypeError(f"{name}() {error}") from None
 
 
-def replacement(function: str, argument: str, value, known) -> str:
+def suggest_argument(function: str, argument: str, value, known) -> str:
     """Returns a sentence that suggests one of our arguments for an unknown one.
 
     Args:
@@ -496,26 +502,26 @@ TIMM_NOTES = {
 }
 
 
-def own_entrance(model: keras.Model) -> ImageNormalization:
+def find_input_normalization(model: keras.Model) -> ImageNormalization:
     """Returns the model's `ImageNormalization`, the last one if it is built upon another model."""
     return [layer for layer in model.layers if isinstance(layer, ImageNormalization)][-1]
 
 
-def architecture_told(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict:
+def non_default_arguments(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict:
     """Returns non-default arguments that affect the weights, as JSON-serializable values.
 
     Args:
         signature: signature of a family's builder.
         arguments: its arguments, or some of them.
     """
-    told = {
+    changed = {
         p.name: arguments[p.name]
         for p in signature.parameters.values()
         if p.kind is p.KEYWORD_ONLY
-        and p.name not in WITHOUT_WEIGHTS
+        and p.name not in ARGUMENTS_WITHOUT_WEIGHTS
         and arguments.get(p.name, p.default) != p.default
     }
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -531,9 +537,9 @@ class ImageModel(keras.Model):
     def __init__(self, inputs, outputs, name=None, **kwargs):
         """Initializes a functional model; `ImageNormalization` determines its dtype policy."""
         super().__init__(inputs, outputs, name=name, **kwargs)
-        entrances = [layer for layer in self.layers if isinstance(layer, ImageNormalization)]
-        if entrances:
-            self.dtype_policy = entrances[-1].dtype_policy
+        input_layers = [layer for layer in self.layers if isinstance(layer, ImageNormalization)]
+        if input_layers:
+            self.dtype_policy = input_layers[-1].dtype_policy
         layers = [layer for layer in self.layers if not isinstance(layer, keras.layers.InputLayer)]
         if len(self.inputs) == 1 and isinstance(layers[0], ImageNormalization):
             self.input_spec = None  # The error of `ImageNormalization` is more helpful.
@@ -631,7 +637,7 @@ def register_family(
     image: ImageTransform,
     tensor_names: tuple[tuple[str, ...], ...] = (),
     checkpoints: tuple[Checkpoint, ...] = (),
-    telling_tensors: tuple[tuple[str, str, str], ...] = (),
+    marker_tensors: tuple[tuple[str, str, str], ...] = (),
     source: str = "",
 ) -> Family:
     """Registers a model family, like the families of this package.
@@ -650,7 +656,7 @@ def register_family(
             Defaults to none.
         checkpoints: the public checkpoints, each a `keras_tnt.registry.Checkpoint`. Variants with
             one default to `weights="imagenet"`, others to `None`.
-        telling_tensors: rows of (pattern of a tensor's name, argument of the builder, description
+        marker_tensors: rows of (pattern of a tensor's name, argument of the builder, description
             of the tensor): a checkpoint contains such tensors if and only if the argument is true.
             Defaults to none.
         source: publication of the variants, for their docstrings. Defaults to none.
@@ -677,7 +683,7 @@ def register_family(
         image=image,
         tensor_names=tuple(tensor_names),
         checkpoints=tuple(checkpoints),
-        telling_tensors=tuple(telling_tensors),
+        marker_tensors=tuple(marker_tensors),
         source=source,
         make_variant=variant_function,
     )
@@ -708,13 +714,17 @@ def variant_function(family: Family, variant: str) -> Callable:
 
     def build(*args, **kwargs):
         given = bind(function_name, signature, args, kwargs).arguments
-        told = {k: v for k, v in given.items() if k in architecture and k not in WITHOUT_WEIGHTS}
+        requested = {
+            k: v
+            for k, v in given.items()
+            if k in architecture and k not in ARGUMENTS_WITHOUT_WEIGHTS
+        }
         shape, tensor = given.get("input_shape"), given.get("input_tensor")
         size = (row.image_size, row.image_size)
-        found = pretrained.find_for(
+        found = pretrained.find_variant_source(
             given.get("weights", own["weights"]),
             function_name,
-            told,
+            requested,
             architecture,
             image_sides(tensor, shape) or size,
         )
@@ -775,6 +785,6 @@ def image_sides(input_tensor, input_shape) -> tuple[int, int] | None:
     return tuple(shape[1:]) if channels_first else tuple(shape[:2])
 
 
-def weights_of(rows: tuple[tuple[Any, ...], ...]) -> tuple[Checkpoint, ...]:
+def checkpoints_from_rows(rows: tuple[tuple[Any, ...], ...]) -> tuple[Checkpoint, ...]:
     """Returns `Checkpoint`s from rows of their leading attributes."""
     return tuple(Checkpoint(*row) for row in rows)

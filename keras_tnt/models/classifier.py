@@ -6,7 +6,7 @@ import keras
 
 from keras_tnt.layers import Predictions
 from keras_tnt.models.anatomy import anatomy, count_outputs
-from keras_tnt.models.builders import check_class_names, check_sizes, count_classes
+from keras_tnt.models.builders import check_class_names, check_sizes, resolve_classes
 
 
 def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
@@ -58,7 +58,7 @@ def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
     for layer in layers:
         layer.class_names = list(names)
     if not layers:
-        parts.entrance.class_names = list(names)
+        parts.input_normalization.class_names = list(names)
     return model
 
 
@@ -91,7 +91,7 @@ def reset_classifier(
         >>> model = keras_tnt.reset_classifier(model, class_names=["cat", "dog"])
     """
     class_names = check_class_names(class_names)
-    classes = count_classes(classes, class_names, given=classes is not None)
+    classes = resolve_classes(classes, class_names, given=classes is not None)
     check_sizes(classes=classes)
     parts = anatomy(model)
     if not parts.heads:

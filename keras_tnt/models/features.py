@@ -75,7 +75,7 @@ def patch_map(found: Anatomy, block: Block, number: int):
     if block.grid is None:
         patch_size = found.patch_size * 2**block.stage
         grid = PatchGrid(patch_size, found.image.data_format, dtype=dtype, name=f"grid_{number}")(
-            found.entrance.output
+            found.input_normalization.output
         )
         return PatchMap(dtype=dtype, name=f"map_{number}")(tokens, grid)
     shape = (*block.grid, tokens.shape[-1])

@@ -11,7 +11,7 @@ from pathlib import Path
 from keras_tnt import files
 from keras_tnt.models import registry
 from keras_tnt.models.anatomy import anatomy
-from keras_tnt.models.registry import typed
+from keras_tnt.models.registry import call_repr
 from keras_tnt.text import printable
 from keras_tnt.weights import KERAS, checkpoint, hub, load_keras_file
 from keras_tnt.weights.files import SAFETENSORS, TORCH, open_tensors
@@ -87,7 +87,7 @@ def tensor_names(model) -> checkpoint.Names:
     found = anatomy(model)
     family = registry.family(found.family)
     return checkpoint.Names(
-        family.name, family.tensor_names, family.telling_tensors, found.layer_prefix
+        family.name, family.tensor_names, family.marker_tensors, found.layer_prefix
     )
 
 
@@ -127,12 +127,12 @@ class Source:
     images: dict = dataclasses.field(default_factory=dict)
 
     @property
-    def of_anyone(self):
+    def is_user_repository(self):
         """Returns whether a user's config.json describes the model, not the built-in table."""
         return self.given.startswith("hf://") or os.path.isdir(self.given)
 
 
-def find(weights):
+def find_source(weights):
     """Returns the source that `weights=` names, without downloading the weights.
 
     Args:
@@ -150,7 +150,7 @@ def find(weights):
     given = files.expand(weights)
     rows = {row.name: row for row in registry.checkpoints()}
     if given in rows:
-        return from_row(rows[given], given)
+        return from_checkpoint(rows[given], given)
     if given.startswith("hf://"):
         return from_hub(given)
     if given == "imagenet":
@@ -174,7 +174,7 @@ def find(weights):
     return Source(given, path=given)
 
 
-def find_for(weights, model, arguments, defaults, size):
+def find_variant_source(weights, model, arguments, defaults, size):
     """Returns the source that `weights=` of a variant names.
 
     Args:
@@ -191,9 +191,9 @@ def find_for(weights, model, arguments, defaults, size):
         ValueError: as `find`, and if the weights belong to another model.
     """
     if weights == "imagenet":
-        told = {name: value for name, value in arguments.items() if value != defaults[name]}
-        return from_row(choose_row(model, told, size), weights)
-    source = find(weights)
+        changed = {name: value for name, value in arguments.items() if value != defaults[name]}
+        return from_checkpoint(choose_row(model, changed, size), weights)
+    source = find_source(weights)
     if source is None or source.model is None:
         return source
     if source.model != model:
@@ -202,10 +202,10 @@ def find_for(weights, model, arguments, defaults, size):
         )
     theirs = defaults | source.arguments
     differing = [name for name, value in arguments.items() if value != theirs[name]]
-    if differing and not source.of_anyone:
+    if differing and not source.is_user_repository:
         raise ValueError(
-            f"The weights {source.given!r} belong to {typed(model, source.arguments)}, not to "
-            f"{typed(model, arguments)}: leave out {', '.join(differing)}, or say weights=None."
+            f"The weights {source.given!r} belong to {call_repr(model, source.arguments)}, not to "
+            f"{call_repr(model, arguments)}: leave out {', '.join(differing)}, or say weights=None."
         )
     return source
 
@@ -226,7 +226,7 @@ def choose_row(model, arguments, size):
     if not fitting:
         others = dict.fromkeys(row.call for row in rows)
         raise ValueError(
-            f"There are no public weights of {typed(model, arguments)}"
+            f"There are no public weights of {call_repr(model, arguments)}"
             + (f", only of {', '.join(others)}" if others else "")
             + ". Say weights=None for random weights, or weights='<path>' for a file of your own, "
             "such as the original release's."
@@ -235,7 +235,7 @@ def choose_row(model, arguments, size):
     return min(fitting, key=lambda row: max(row.size**2 / area, area / row.size**2))
 
 
-def from_row(row, given):
+def from_checkpoint(row, given):
     """Returns the `Source` of a public checkpoint, a row of the table of weights."""
     return Source(
         given,
@@ -267,7 +267,7 @@ def from_hub(given):
     except hub.MissingFile:
         return source
     config = parse_config(files.read_regular(path, LARGEST_FILE), given)
-    return dataclasses.replace(source, **described(config, given))
+    return dataclasses.replace(source, **source_attributes(config, given))
 
 
 def from_folder(folder):
@@ -280,10 +280,10 @@ def from_folder(folder):
             "looked for."
         )
     config = parse_config(files.read_regular(paths["config.json"], LARGEST_FILE), folder)
-    return Source(folder, path=paths[there[1]], **described(config, folder))
+    return Source(folder, path=paths[there[1]], **source_attributes(config, folder))
 
 
-def described(config, given):
+def source_attributes(config, given):
     """Returns the attributes of a `Source` that a `HubConfig` determines."""
     known = {"classes": config.classes}
     rows = {row.architecture: row for row in registry.checkpoints()}
@@ -332,7 +332,7 @@ def check_classes(source, classes):
     )
 
 
-def count_classes(source):
+def count_weight_classes(source):
     """Returns the number of classes of weights, as far as it is known without building the model.
 
     Args:
@@ -387,7 +387,11 @@ def fetch(source):
     for file in source.files:
         try:
             return hub.fetch(
-                source.repository, file, source.revision, source.sha256, renew=source.of_anyone
+                source.repository,
+                file,
+                source.revision,
+                source.sha256,
+                renew=source.is_user_repository,
             )
         except hub.MissingFile:
             continue
@@ -397,7 +401,7 @@ def fetch(source):
     )
 
 
-def fill(model, source):
+def load_source(model, source):
     """Loads the weights of a `Source` into a new model.
 
     Raises:
@@ -405,15 +409,15 @@ def fill(model, source):
         OSError: if they cannot be downloaded.
     """
     load_checkpoint(model, fetch(source))
-    entrance = anatomy(model).entrance
+    input_normalization = anatomy(model).input_normalization
     for name, value in source.images.items():
-        setattr(entrance, name, value)
+        setattr(input_normalization, name, value)
 
 
 # === The table of public weights ===
 
 
-class Rows(list):
+class CheckpointTable(list):
     """List of `Checkpoint` with a table as its representation."""
 
     columns = ("weights", "model", "image", "parameters", "top-1", "top-5")
@@ -448,7 +452,7 @@ class Rows(list):
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def list_weights(pattern: str | None = None) -> Rows:
+def list_weights(pattern: str | None = None) -> CheckpointTable:
     """Returns the public checkpoints that `weights=` accepts by name.
 
     Args:
@@ -468,7 +472,7 @@ def list_weights(pattern: str | None = None) -> Rows:
         weights                 model      image  parameters  top-1  top-5
         tnt_b_patch16_224.in1k  TNTBase  224x224       65.4M   82.9   96.3
     """
-    found = Rows()
+    found = CheckpointTable()
     for family in registry.families():
         spelt = {family.function_name(variant): variant for variant in family.variants}
         for row in family.checkpoints:

@@ -123,10 +123,10 @@ class Checkpoint:
     @property
     def call(self) -> str:
         """Returns a Python expression that builds this variant, without the package's name."""
-        return typed(self.model, self.arguments)
+        return call_repr(self.model, self.arguments)
 
 
-def typed(model: str, arguments: Mapping[str, Any]) -> str:
+def call_repr(model: str, arguments: Mapping[str, Any]) -> str:
     """Returns a call as a Python expression, "TNTSmall(legacy=True)", or the bare name."""
     listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return f"{model}({listed})" if listed else model
@@ -144,7 +144,7 @@ class Family:
         tensor_names: rows of (path of a variable, name in timm's checkpoints, name in the original
             release), as documented in `keras_tnt.weights.names`.
         checkpoints: the public `Checkpoint`s.
-        telling_tensors: rows of (pattern of a tensor's name, argument of the builder, description
+        marker_tensors: rows of (pattern of a tensor's name, argument of the builder, description
             of the tensor): a checkpoint contains such tensors if and only if the argument is true.
         source: publication of the variants, for their docstrings.
         make_variant: function from the family and a variant's name to the variant's function.
@@ -156,7 +156,7 @@ class Family:
     image: ImageTransform
     tensor_names: tuple[tuple[str, ...], ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
-    telling_tensors: tuple[tuple[str, str, str], ...] = ()
+    marker_tensors: tuple[tuple[str, str, str], ...] = ()
     source: str = ""
     make_variant: Callable | None = None
 
@@ -330,10 +330,10 @@ def weights_advice(name: str, weights: Any = "imagenet") -> str | None:
         return None
     _, variant, row = found
     wanted = row.name if weights == "imagenet" else weights
-    told = "".join(f", {key}={value!r}" for key, value in row.arguments.items())
+    listed = "".join(f", {key}={value!r}" for key, value in row.arguments.items())
     return (
         f"{name!r} is the weights name of {row.call}. Type "
-        f"keras_tnt.create_model('{variant}', weights={wanted!r}{told})"
+        f"keras_tnt.create_model('{variant}', weights={wanted!r}{listed})"
     )
 
 

@@ -10,7 +10,7 @@ from keras_tnt import inspection
 from keras_tnt.inspection import flow
 from keras_tnt.inspection.links import observe
 from keras_tnt.inspection.subject import Subject
-from keras_tnt.layers.base import observing_links
+from keras_tnt.layers.base import intercept_attention
 from tests.inspection.reference import Reference, relevance, word_relevance
 
 VIT = {"input_shape": (16, 24, 3), "patch_size": 8, "classes": 4, "depth": 2}
@@ -156,7 +156,7 @@ def test_gate_gradients_match_finite_differences(models):
             def look(layer, x, change=change, path=path):
                 return ops.multiply(x, change) if layer.path == path else x
 
-            with observing_links(look):
+            with intercept_attention(look):
                 ends.append(subject.predict(images)[0, 2])
         assert_close(gates[path][place], (ends[0] - ends[1]) / 0.02, 0.02)
 
