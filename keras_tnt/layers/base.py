@@ -2,7 +2,9 @@
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
@@ -126,7 +128,24 @@ def torch_uniform(fan_in):
     return RandomUniform(-bound, bound)
 
 
-class CompositeLayer(keras.layers.Layer):
+class ConfiguredLayer(keras.layers.Layer):
+    """Base class of layers that store each constructor argument in an attribute of its name.
+
+    The configuration is derived from the signature of the constructor.
+    """
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns Keras's configuration of a layer and the arguments of the constructor."""
+        config = super().get_config()
+        constructor = type(self).__init__
+        if constructor is keras.layers.Layer.__init__:  # The layer has no arguments of its own.
+            return config
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
+        names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        return config | {name: getattr(self, name) for name in names}
+
+
+class CompositeLayer(ConfiguredLayer):
     """Base class of layers made of sublayers, which share the layer's dtype policy.
 
     `model.quantize("int8")` gives each inner `Dense` a separate policy. The configuration records
@@ -136,7 +155,7 @@ class CompositeLayer(keras.layers.Layer):
     # Role of the layer in a model that calls it directly: "stem", "token", "position", "block",
     # "class_block", "merge", or None. `keras_tnt.anatomy` reads it. A custom family declares it on
     # its layers, which may have any base class.
-    role = None
+    role: str | None = None
 
     def get_config(self):
         """Returns the configuration, with the policies of quantized sublayers by path."""
@@ -274,11 +293,11 @@ def projection(units, use_bias=True, *, fan_in=None, dtype, name):
 
 
 def slice_tokens(x, count):
-    """Returns the first `count` tokens of `x`, or `x` itself if `count` is `None`.
+    """Returns the first `count` tokens of `x`, or `x` itself if it or `count` is `None`.
 
     A slice of all tokens would be a copy in ONNX Runtime.
     """
-    return x if count is None else x[..., :count, :]
+    return x if x is None or count is None else x[..., :count, :]
 
 
 def slice_tokens_spec(x, count, dtype):

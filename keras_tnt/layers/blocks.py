@@ -53,10 +53,6 @@ class MLP(CompositeLayer):
         """Returns `input_shape`."""
         return input_shape
 
-    def get_config(self):
-        """Returns `ratio` and `dropout`."""
-        return {**super().get_config(), "ratio": self.ratio, "dropout": self.dropout}
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class SqueezeExcite(CompositeLayer):
@@ -98,10 +94,6 @@ class SqueezeExcite(CompositeLayer):
     def compute_output_shape(self, input_shape):
         """Returns `input_shape`."""
         return input_shape
-
-    def get_config(self):
-        """Returns `reduction` and `epsilon`."""
-        return {**super().get_config(), "reduction": self.reduction, "epsilon": self.epsilon}
 
 
 def identity(x):
@@ -194,20 +186,6 @@ class ResidualBlock(CompositeLayer):
         """Returns `input_shape`."""
         return input_shape
 
-    def get_config(self):
-        """Returns the arguments that all blocks share."""
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "mlp_ratio": self.mlp_ratio,
-            "qkv_bias": self.qkv_bias,
-            "dropout": self.dropout,
-            "attention_dropout": self.attention_dropout,
-            "stochastic_depth": self.stochastic_depth,
-            "layer_scale": self.layer_scale,
-            "epsilon": self.epsilon,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class TransformerBlock(ResidualBlock):
@@ -247,6 +225,10 @@ class TransformerBlock(ResidualBlock):
     """
 
     role = "block"
+
+    # Whether `call` uses the C++ kernels if `keras_tnt.layers.fused` supports the call. If `False`,
+    # the block is computed with Keras operations.
+    native_kernels = True
 
     def __init__(
         self,
@@ -294,31 +276,21 @@ class TransformerBlock(ResidualBlock):
             self.excite.build(input_shape)
 
     def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
-        """Maps `(batch, ..., tokens, dim)` to `(batch, ..., first_tokens or tokens, dim)`.
-
-        Uses the C++ kernel if it supports the block and all optional tensors are `None`.
-        """
-        if bias is None and grid is None and first_tokens is None:
-            found = fused.transformed(self, x, training=training)
-            if found is not None:
-                return found
+        """Maps `(batch, ..., tokens, dim)` to `(batch, ..., first_tokens or tokens, dim)`."""
+        is_simple = bias is None and grid is None and first_tokens is None
+        if is_simple and self.native_kernels:
+            y = fused.transformed(self, x, training=training)
+            if y is not None:
+                return y
         return self.transform(x, bias, grid, first_tokens, training)
 
     def transform(self, x, bias=None, grid=None, first_tokens=None, training=False):
         """Computes `call` with Keras operations, without the C++ kernel."""
-        grid_kwargs = {} if grid is None else {"grid": grid}
-        # Squeeze-and-excitation averages over all tokens, so all are computed and sliced at the
-        # end.
-        computed = None if self.squeeze_excite else first_tokens
-        branch = self.attention(
-            self.norm_attention(x),
-            bias=bias,
-            first_tokens=computed,
-            training=training,
-            **grid_kwargs,
-        )
-        branch = self.drop_attention(self.scale_attention(branch), training=training)
-        x = slice_tokens(x, computed) + branch
+        # Squeeze-and-excitation averages over all tokens: they are sliced after it.
+        queries = None if self.squeeze_excite else first_tokens
+        options = {"bias": bias, "grid": grid, "first_tokens": queries, "training": training}
+        branch = self.scale_attention(self.attention(self.norm_attention(x), **options))
+        x = slice_tokens(x, queries) + self.drop_attention(branch, training=training)
         branch = self.excite(self.mlp(self.norm_mlp(x), training=training))
         x = x + self.drop_mlp(self.scale_mlp(branch), training=training)
         return slice_tokens(x, first_tokens)
@@ -326,15 +298,6 @@ class TransformerBlock(ResidualBlock):
     def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
         """Returns the symbolic output, which has `first_tokens` tokens if that is given."""
         return slice_tokens_spec(x, first_tokens, self.compute_dtype)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "squeeze_excite": self.squeeze_excite,
-            "sample_axes": self.sample_axes,
-            "norm_axis": self.norm_axis,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -486,24 +449,6 @@ class TNTBlock(CompositeLayer):
         dtype = self.compute_dtype
         return slice_tokens_spec(tokens, first_tokens, dtype), slice_tokens_spec(words, None, dtype)
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "outer_heads": self.outer_heads,
-            "inner_heads": self.inner_heads,
-            "mlp_ratio": self.mlp_ratio,
-            "qkv_bias": self.qkv_bias,
-            "dropout": self.dropout,
-            "attention_dropout": self.attention_dropout,
-            "stochastic_depth": self.stochastic_depth,
-            "layer_scale": self.layer_scale,
-            "squeeze_excite": self.squeeze_excite,
-            "legacy": self.legacy,
-            "prefix_tokens": self.prefix_tokens,
-            "epsilon": self.epsilon,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ClassAttentionBlock(ResidualBlock):
@@ -571,7 +516,3 @@ class ClassAttentionBlock(ResidualBlock):
         branch = self.mlp(self.norm_mlp(tokens), training=training)
         tokens = tokens + self.drop_mlp(self.scale_mlp(branch), training=training)
         return ops.concatenate([tokens, patches], axis=1)
-
-    def get_config(self):
-        """Returns the arguments of `ResidualBlock` and `class_tokens`."""
-        return {**super().get_config(), "class_tokens": self.class_tokens}

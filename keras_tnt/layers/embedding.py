@@ -9,6 +9,7 @@ from keras import ops
 from keras_tnt.layers import fused
 from keras_tnt.layers.base import (
     CompositeLayer,
+    ConfiguredLayer,
     LayerNormalization,
     TruncatedNormal,
     attention_interceptor,
@@ -69,18 +70,9 @@ class PatchEmbedding(CompositeLayer):
         """Returns `(batch, patches, dim)`."""
         return (*count_patches(input_shape, self.patch_size, self.data_format), self.dim)
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "patch_size": self.patch_size,
-            "dim": self.dim,
-            "data_format": self.data_format,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class WordEmbedding(keras.layers.Layer):
+class WordEmbedding(ConfiguredLayer):
     """TNT's stem: a 7x7 convolution inside each patch that embeds its words (TNT, section 2.2).
 
     The image is split into patches first, so that the convolution, which has stride `stride` and
@@ -162,16 +154,6 @@ class WordEmbedding(keras.layers.Layer):
         batch_and_patches = count_patches(input_shape, self.patch_size, self.data_format)
         return (*batch_and_patches, self.side**2, self.dim)
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "dim": self.dim,
-            "patch_size": self.patch_size,
-            "stride": self.stride,
-            "data_format": self.data_format,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class LegacyWordEmbedding(WordEmbedding):
@@ -215,6 +197,10 @@ class WordsToPatches(CompositeLayer):
     Returns:
         `(batch, patches, dim)`.
     """
+
+    # Whether `call` uses the C++ kernels if `keras_tnt.layers.fused` supports the call. If `False`,
+    # the layer is computed with Keras operations.
+    native_kernels = True
 
     def __init__(self, dim: int, use_bias: bool = True, epsilon: float = 1e-5, **kwargs):
         """Initializes the layer; the class docstring lists the arguments."""
@@ -263,25 +249,15 @@ class WordsToPatches(CompositeLayer):
         return x * ops.repeat(weights, words.shape[-1], axis=-1)
 
     def call(self, words, training=False):
-        """Maps words to `(batch, patches, dim)`, in C++ where the kernel supports it."""
+        """Maps words to `(batch, patches, dim)`."""
         x = self.flatten(words)
-        patches = fused.projected(self, x, training)
-        if patches is not None:
-            return patches
+        if self.native_kernels and (y := fused.projected(self, x, training)) is not None:
+            return y
         return self.norm_patches(self.projection(self.apply_gate(self.norm_words(x), words)))
 
     def compute_output_shape(self, words_shape):
         """Returns `(batch, patches, dim)`."""
         return (*words_shape[:-2], self.dim)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "dim": self.dim,
-            "use_bias": self.use_bias,
-            "epsilon": self.epsilon,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -313,7 +289,7 @@ class LegacyWordsToPatches(WordsToPatches):
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class ClassToken(keras.layers.Layer):
+class ClassToken(ConfiguredLayer):
     """Prepends a learned token: `(batch, tokens, dim)` to `(batch, 1 + tokens, dim)`."""
 
     role = "token"
@@ -338,13 +314,9 @@ class ClassToken(keras.layers.Layer):
         batch, tokens, dim = input_shape
         return (batch, None if tokens is None else tokens + 1, dim)
 
-    def get_config(self):
-        """Returns the base configuration; Keras generates none if `dtype` is a policy object."""
-        return super().get_config()
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class PositionEmbedding(keras.layers.Layer):
+class PositionEmbedding(ConfiguredLayer):
     """Learned position embedding of a token grid and of the prefix tokens before it.
 
     Position tables saved for another grid are resampled when they are loaded.
@@ -436,14 +408,6 @@ class PositionEmbedding(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         """Returns `input_shape`."""
         return input_shape
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "grid": self.grid,
-            "prefix_tokens": self.prefix_tokens,
-        }
 
 
 def resample_positions(table, grid, new_grid, prefix_tokens=0):

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_tnt.layers.base import ConfiguredLayer
 from keras_tnt.layers.sharding import reshape
 
 
@@ -165,7 +166,7 @@ def resolve_grid(grid, own):
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class PatchGrid(keras.layers.Layer):
+class PatchGrid(ConfiguredLayer):
     """Subsamples one pixel per patch; only the (rows, columns) shape of the output is used.
 
     Args:
@@ -197,17 +198,9 @@ class PatchGrid(keras.layers.Layer):
         sides = image_dimensions(input_shape, self.data_format)[:2]
         return (input_shape[0], *(ceil_divide(side, self.patch_size) for side in sides))
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "patch_size": self.patch_size,
-            "data_format": self.data_format,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class PatchMap(keras.layers.Layer):
+class PatchMap(ConfiguredLayer):
     """Reshapes a sequence of patches to a feature map.
 
     Call arguments:
@@ -226,10 +219,6 @@ class PatchMap(keras.layers.Layer):
     def compute_output_shape(self, patches_shape, grid_shape):
         """Returns `(batch, rows, columns, dim)`."""
         return (patches_shape[0], *grid_shape[1:], patches_shape[-1])
-
-    def get_config(self):
-        """Returns the base configuration; Keras generates none if `dtype` is a policy object."""
-        return super().get_config()
 
 
 # === Resampling of tables ===

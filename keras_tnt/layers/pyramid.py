@@ -12,10 +12,10 @@ from keras_tnt.kernels import runtimes
 from keras_tnt.layers.attention import Attention, split_heads
 from keras_tnt.layers.base import (
     CompositeLayer,
+    ConfiguredLayer,
     LayerNormalization,
     RandomNormal,
     projection,
-    slice_tokens_spec,
 )
 from keras_tnt.layers.blocks import TNTBlock, TransformerBlock
 from keras_tnt.layers.grid import (
@@ -118,10 +118,6 @@ class ConvolutionNormReLU(CompositeLayer):
             size = [halve_side(side) for side in size]
         return (batch, *size, self.dim)
 
-    def get_config(self):
-        """Returns `dim` and `stride`."""
-        return {**super().get_config(), "dim": self.dim, "stride": self.stride}
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class PyramidStem(CompositeLayer):
@@ -185,15 +181,6 @@ class PyramidStem(CompositeLayer):
         batch_and_patches = count_patches(input_shape, self.patch_size, self.data_format)
         return (*batch_and_patches, self.outer_dim), (*batch_and_patches, 16, self.inner_dim)
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "outer_dim": self.outer_dim,
-            "inner_dim": self.inner_dim,
-            "data_format": self.data_format,
-        }
-
 
 class Merge(CompositeLayer):
     """Base class of patch and word merging: layer norm, then a 3x3 convolution of stride 2."""
@@ -221,15 +208,6 @@ class Merge(CompositeLayer):
         """Returns the output shape, with the sides of the grid halved and rounded up."""
         sides = self.grid if grid_shape is None else grid_shape[1:]
         return (input_shape[0], product(*map(halve_side, sides)), *input_shape[2:-1], self.dim)
-
-    def get_config(self):
-        """Returns `dim`, `grid` and `epsilon`."""
-        return {
-            **super().get_config(),
-            "dim": self.dim,
-            "grid": self.grid,
-            "epsilon": self.epsilon,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -300,7 +278,7 @@ class MergeWords(Merge):
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class RelativePosition(keras.layers.Layer):
+class RelativePosition(ConfiguredLayer):
     """Learned relative position bias per head, patch and pooled patch, shared by a stage's blocks.
 
     Tables saved for another grid are resampled when they are loaded.
@@ -397,15 +375,6 @@ class RelativePosition(keras.layers.Layer):
         grid = tuple(int(side) for side in store["grid"])
         self.table.assign(self.resampled(np.array(store["0"]), grid))
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "grid": self.grid,
-            "reduction": self.reduction,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ReducedAttention(Attention):
@@ -477,35 +446,14 @@ class ReducedAttention(Attention):
         x = reshape(x, (-1, rows, size, columns, size, dim))  # (b, r/s, s, q/s, s, c)
         return reshape(ops.mean(x, axis=(2, 4)), (-1, rows * columns, dim))  # (b, r/s*q/s, c)
 
-    def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
-        """Maps `(batch, rows * columns, dim)` to `(batch, first_tokens or rows * columns, dim)`."""
+    def project(self, x, grid=None):
+        """Returns the query of all patches, and key and value of the pooled patches."""
         pooled = x
         if self.reduction > 1:
             pooled = self.norm(self.reduce(self.pool(x, grid)))
-        query = split_heads(self.query(x), self.num_heads)
-        key, value = (
-            split_heads(part, self.num_heads) for part in ops.split(self.kv(pooled), 2, axis=-1)
-        )
-        return self.attend(
-            query, key, value, bias=bias, first_tokens=first_tokens, training=training
-        )
-
-    def compute_output_shape(self, input_shape):
-        """Returns `input_shape`, the output shape without `first_tokens`."""
-        return input_shape
-
-    def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
-        """Returns the symbolic output, which has `first_tokens` patches if that is given."""
-        return slice_tokens_spec(x, first_tokens, self.compute_dtype)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "grid": self.grid,
-            "reduction": self.reduction,
-            "epsilon": self.epsilon,
-        }
+        query = self.query(x)
+        key, value = ops.split(self.kv(pooled), 2, axis=-1)
+        return tuple(split_heads(part, self.num_heads) for part in (query, key, value))
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -578,12 +526,6 @@ class ReducedBlock(TransformerBlock):
             epsilon=self.epsilon,
             **self.attention_arguments(),
         )
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        config = {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
-        del config["sample_axes"], config["norm_axis"]
-        return config
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -670,9 +612,3 @@ class PyramidTNTBlock(TNTBlock):
             name="outer",
             **self.transformer_arguments(),
         )
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        config = {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
-        del config["squeeze_excite"], config["legacy"], config["prefix_tokens"]
-        return config

@@ -281,16 +281,6 @@ class PyramidLevel(CompositeLayer):
         channels_first = self.data_format == "channels_first"
         return (batch, dim, *sides) if channels_first else (batch, *sides, dim)
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "steps": self.steps,
-            "data_format": self.data_format,
-            "epsilon": self.epsilon,
-            "stride": self.stride,
-        }
-
 
 def unfold(x):
     """Rearranges `(batch, height, width, 4 * dim)` to `(batch, 2 * height, 2 * width, dim)`."""
