@@ -14,8 +14,8 @@ from keras_tnt.layers.grid import assert_sides, shape_of, size_error
 from keras_tnt.layers.sharding import reshape
 from keras_tnt.models import registry
 from keras_tnt.models.anatomy import anatomy, is_ours
-from keras_tnt.models.builders import ImageModel
 from keras_tnt.models.features import patch_map
+from keras_tnt.models.model_factory import ImageModel
 
 QUARTERS = 4
 FINEST = 2  # Level of the feature map after the first quarter of the blocks.

@@ -12,7 +12,7 @@ from keras_tnt.files import expand, read_regular, write_atomically
 from keras_tnt.images.class_names import imagenet_classes
 from keras_tnt.models import registry
 from keras_tnt.models.anatomy import Anatomy, anatomy, class_names
-from keras_tnt.models.builders import non_default_arguments
+from keras_tnt.models.arguments import non_default_arguments
 from keras_tnt.models.pretrained import save_checkpoint
 from keras_tnt.models.registry import Checkpoint
 from keras_tnt.text import printable

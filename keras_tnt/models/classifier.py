@@ -6,7 +6,7 @@ import keras
 
 from keras_tnt.layers import Predictions
 from keras_tnt.models.anatomy import anatomy, count_outputs
-from keras_tnt.models.builders import check_class_names, check_sizes, resolve_classes
+from keras_tnt.models.arguments import check_class_names, check_sizes, resolve_classes
 
 
 def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
