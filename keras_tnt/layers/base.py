@@ -10,9 +10,12 @@ import keras
 from keras import ops
 
 _skips_weight_init = contextvars.ContextVar("skips_weight_init", default=False)
-_inference_device = contextvars.ContextVar("inference_device", default=None)
-
-_attention_interceptor = contextvars.ContextVar("attention_interceptor", default=None)
+_inference_device: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "inference_device", default=None
+)
+_attention_interceptor: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
+    "attention_interceptor", default=None
+)
 
 
 def skip_weight_init() -> contextlib.AbstractContextManager:
@@ -21,7 +24,7 @@ def skip_weight_init() -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def context_value(variable, value):
+def context_value(variable: contextvars.ContextVar, value):
     """Context manager that sets a context variable and restores it on exit.
 
     Args:
@@ -75,7 +78,7 @@ def attention_interceptor() -> Callable | None:
     return _attention_interceptor.get()
 
 
-class SkippableInitializer:
+class SkippableInitializer(keras.initializers.Initializer):
     """Mixin for initializers that returns zeros within `skip_weight_init()`.
 
     For the largest models, drawing random values takes longer than loading the weights, and on
@@ -115,7 +118,7 @@ class RandomUniform(SkippableInitializer, keras.initializers.RandomUniform):
     """`keras.initializers.RandomUniform` that is skipped within `skip_weight_init()`."""
 
 
-def torch_uniform(fan_in):
+def torch_uniform(fan_in: int) -> RandomUniform:
     """Returns a new initializer with the default of PyTorch's `Conv2d` and `Linear`.
 
     That is Kaiming uniform with a = sqrt(5) for the kernel, and the same range for the bias:
@@ -269,7 +272,9 @@ class LayerNormalization(keras.layers.LayerNormalization):
         return ops.cast(x, self.compute_dtype)
 
 
-def projection(units, use_bias=True, *, fan_in=None, dtype, name):
+def projection(
+    units: int, use_bias: bool = True, *, fan_in: int | None = None, dtype, name: str
+) -> keras.layers.Dense:
     """Returns a `Dense` layer with the initialization of the published code.
 
     Args:
@@ -292,7 +297,7 @@ def projection(units, use_bias=True, *, fan_in=None, dtype, name):
     )
 
 
-def slice_tokens(x, count):
+def slice_tokens(x, count: int | None):
     """Returns the first `count` tokens of `x`, or `x` itself if it or `count` is `None`.
 
     A slice of all tokens would be a copy in ONNX Runtime.
@@ -300,12 +305,12 @@ def slice_tokens(x, count):
     return x if x is None or count is None else x[..., :count, :]
 
 
-def slice_tokens_spec(x, count, dtype):
+def slice_tokens_spec(x, count: int | None, dtype) -> keras.KerasTensor:
     """Returns the symbolic output for the first `count` tokens of `x`; all if it is `None`."""
     return keras.KerasTensor((*x.shape[:-2], count or x.shape[-2], x.shape[-1]), dtype=dtype)
 
 
-def at_least_float32(dtype):
+def at_least_float32(dtype) -> str:
     """Returns the dtype for softmax and statistics: float32 instead of float16 and bfloat16."""
     dtype = keras.backend.standardize_dtype(dtype)
     return "float32" if dtype in ("float16", "bfloat16") else dtype

@@ -336,7 +336,7 @@ class PositionEmbedding(ConfiguredLayer):
     def __init__(self, grid: tuple[int, int], prefix_tokens: int = 0, **kwargs):
         """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
-        self.grid = tuple(grid)
+        self.grid = (grid[0], grid[1])
         self.prefix_tokens = prefix_tokens
 
     def build(self, input_shape):
@@ -410,7 +410,9 @@ class PositionEmbedding(ConfiguredLayer):
         return input_shape
 
 
-def resample_positions(table, grid, new_grid, prefix_tokens=0):
+def resample_positions(
+    table: np.ndarray, grid: tuple, new_grid: tuple, prefix_tokens: int = 0
+) -> np.ndarray:
     """Resamples a position table to another grid: bicubic, antialiased, prefix unchanged.
 
     Args:

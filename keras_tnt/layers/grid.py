@@ -8,6 +8,7 @@ only the shape, because static shapes propagate earlier than values on every bac
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,12 +26,13 @@ def shape_of(x):
     return ops.shape(x) if None in x.shape[1:] else x.shape
 
 
-def product(*sizes):
+def product(*sizes: Any) -> Any:
     """Returns the product of sizes, or `None` if one of them is `None` (unknown)."""
-    return None if None in sizes else math.prod(sizes)
+    known = [size for size in sizes if size is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
 
 
-def ceil_divide(size, divisor):
+def ceil_divide(size: Any, divisor: int) -> Any:
     """Returns `ceil(size / divisor)` for a size that is an integer, symbolic or `None`."""
     # The operands are positive, because tf2onnx exports integer division as rounding to zero.
     return None if size is None else (size + divisor - 1) // divisor
@@ -69,21 +71,21 @@ def assert_sides(x, sides, is_valid: Callable, describe_error: Callable):
 # === Images ===
 
 
-def to_channels_last(images, data_format):
+def to_channels_last(images, data_format: str):
     """Transposes images from `data_format` to `(batch, height, width, channels)`."""
     if data_format == "channels_first":
         return ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
     return images
 
 
-def image_dimensions(input_shape, data_format):
+def image_dimensions(input_shape, data_format: str) -> tuple:
     """Returns (height, width, channels) of a batch of images of `input_shape`."""
     if data_format == "channels_first":
         return (*input_shape[2:], input_shape[1])
     return tuple(input_shape[1:])
 
 
-def count_patches(input_shape, patch_size, data_format):
+def count_patches(input_shape, patch_size: int, data_format: str) -> tuple:
     """Returns (batch, patches) for a batch of images of `input_shape`."""
     height, width, _ = image_dimensions(input_shape, data_format)
     return input_shape[0], product(*(ceil_divide(x, patch_size) for x in (height, width)))
@@ -107,7 +109,7 @@ def assert_divisible_by_patch(images, patch_size: int):
     )
 
 
-def size_error(size, patch_size):
+def size_error(size, patch_size: int) -> tuple[str, tuple]:
     """Returns message and values of the error for partial patches, for `assert_sides`."""
     nearest = [nearest_multiple(side, patch_size) for side in size]
     return (
@@ -116,13 +118,13 @@ def size_error(size, patch_size):
     ), (*size, *nearest)
 
 
-def nearest_multiple(side, divisor):
+def nearest_multiple(side: Any, divisor: int) -> Any:
     """Returns the positive multiple of `divisor` that is nearest to `side`."""
     count = (2 * side + divisor) // (2 * divisor)
     return divisor * (max(count, 1) if isinstance(side, int) else ops.maximum(count, 1))
 
 
-def patchify(images, size):
+def patchify(images, size: int):
     """Patchifies images: splits them into squares, flattened in row-major order, channels last.
 
     Args:
@@ -148,7 +150,12 @@ def flatten_grid(x, *rest):
 # === The grid of patches ===
 
 
-def resolve_grid(grid, own):
+def as_grid(grid) -> tuple[int, int] | None:
+    """Returns (rows, columns) as a tuple, or `None` for `None`; JSON has lists instead."""
+    return None if grid is None else (grid[0], grid[1])
+
+
+def resolve_grid(grid, own: tuple[int, int] | None) -> tuple[Any, Any]:
     """Returns (rows, columns) of the `grid` tensor of a call, or else the layer's own grid.
 
     Args:
@@ -159,7 +166,8 @@ def resolve_grid(grid, own):
         ValueError: if both are `None`.
     """
     if grid is not None:
-        return tuple(shape_of(grid)[1:])
+        rows, columns = shape_of(grid)[1:]
+        return rows, columns
     if own is None:
         raise ValueError("A layer that was built without `grid` must be called with `grid`.")
     return own

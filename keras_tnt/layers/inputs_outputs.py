@@ -26,10 +26,10 @@ def scale_and_offset(
     Returns:
         Two float64 arrays `(scale, offset)`, each of one value, or of one value per channel.
     """
-    mean, std = (np.asarray(values, "float64") for values in (mean, std))
-    if channels != len(mean):
-        mean, std = (values.mean(keepdims=True) for values in (mean, std))
-    scale, offset = 1 / (255 * std), -mean / std
+    means, stds = np.asarray(mean, "float64"), np.asarray(std, "float64")
+    if channels != len(means):
+        means, stds = means.mean(keepdims=True), stds.mean(keepdims=True)
+    scale, offset = 1 / (255 * stds), -means / stds
     if len(set(scale)) == len(set(offset)) == 1:
         scale, offset = scale[:1], offset[:1]
     return scale, offset

@@ -4,6 +4,8 @@ Feature maps are channels last inside the layers for either image data format, b
 has no channels-first convolution on CPUs.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -19,6 +21,7 @@ from keras_tnt.layers.base import (
 )
 from keras_tnt.layers.blocks import TNTBlock, TransformerBlock
 from keras_tnt.layers.grid import (
+    as_grid,
     assert_divisible_by_patch,
     assert_sides,
     ceil_divide,
@@ -34,21 +37,21 @@ from keras_tnt.layers.grid import (
 from keras_tnt.layers.sharding import reshape
 
 
-def halve_side(size):
+def halve_side(size: Any) -> Any:
     """Returns the size of a feature map after a 3x3 convolution of stride 2, zero-padded by 1."""
     return ceil_divide(size, 2)
 
 
-def assert_poolable(x, grid, size):
+def assert_poolable(x, grid: tuple, size: int):
     """Returns `x` after asserting that the grid has at least `size` x `size` patches."""
     message = (
-        f"A stage pools {size}x{size} patches, and has {{}}x{{}}. Give larger images, or build the "
-        "model with smaller `reductions`."
+        f"A stage needs at least {size}x{size} patches for pooling, got {{}}x{{}}. "
+        "Use larger images, or build the model with smaller `reductions`."
     )
     return assert_sides(x, grid, lambda side: side >= size, lambda sides: (message, sides))
 
 
-def convolution(dim, stride, *, dtype, name):
+def convolution(dim: int, stride: int, *, dtype, name: str) -> keras.layers.Conv2D:
     """Returns a 3x3 convolution for feature maps padded by `pad_edges`.
 
     As in the published code, the kernel is initialized from N(0, sqrt(2 / fan_out)) and the bias
@@ -193,7 +196,7 @@ class Merge(CompositeLayer):
         """Initializes the arguments that both merging layers share; they document them."""
         super().__init__(**kwargs)
         self.dim = dim
-        self.grid = grid and tuple(grid)
+        self.grid = as_grid(grid)
         self.epsilon = epsilon
 
     def build(self, input_shape):
@@ -207,6 +210,7 @@ class Merge(CompositeLayer):
     def merged_shape(self, input_shape, grid_shape):
         """Returns the output shape, with the sides of the grid halved and rounded up."""
         sides = self.grid if grid_shape is None else grid_shape[1:]
+        assert sides is not None, "the layer has no grid"
         return (input_shape[0], product(*map(halve_side, sides)), *input_shape[2:-1], self.dim)
 
 
@@ -304,15 +308,15 @@ class RelativePosition(ConfiguredLayer):
         """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.num_heads = num_heads
-        self.grid = tuple(grid)
+        self.grid = (grid[0], grid[1])
         self.reduction = reduction
 
-    def table_shape(self, grid):
+    def table_shape(self, grid) -> tuple:
         """Returns `(num_heads, patches, pooled patches)` of a grid."""
         sides = self.table_sides(grid)
         return (self.num_heads, product(*sides[:2]), product(*sides[2:]))
 
-    def table_sides(self, grid):
+    def table_sides(self, grid) -> tuple:
         """Returns (rows, columns, pooled rows, pooled columns) of a grid."""
         return (*grid, *(None if side is None else side // self.reduction for side in grid))
 
@@ -417,7 +421,7 @@ class ReducedAttention(Attention):
     ):
         """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(num_heads, qkv_bias, attention_dropout, dropout, **kwargs)
-        self.grid = grid and tuple(grid)
+        self.grid = as_grid(grid)
         self.reduction = reduction
         self.epsilon = epsilon
 
@@ -515,7 +519,7 @@ class ReducedBlock(TransformerBlock):
             epsilon=epsilon,
             **kwargs,
         )
-        self.grid = grid and tuple(grid)
+        self.grid = as_grid(grid)
         self.reduction = reduction
 
     def build_attention(self):
@@ -590,7 +594,7 @@ class PyramidTNTBlock(TNTBlock):
             epsilon=epsilon,
             **kwargs,
         )
-        self.grid = grid and tuple(grid)
+        self.grid = as_grid(grid)
         self.reduction = reduction
 
     def build_inner(self):

@@ -49,6 +49,11 @@ class Image:
     multiple_of: int | None = None
 
     @property
+    def normalises(self) -> bool:
+        """Returns `normalizes`, by its name in release 0.1."""
+        return self.normalizes
+
+    @property
     def shape(self) -> tuple[int | None, int | None, int]:
         """Returns the shape of an image: (height, width, channels), or channels first."""
         return self.layout(self.height, self.width)
@@ -58,7 +63,7 @@ class Image:
         """Returns the shape of an image of the native size."""
         return self.layout(*self.native_size)
 
-    def layout(self, height, width):
+    def layout(self, height, width) -> tuple:
         """Returns the shape of an image of this size in `data_format`."""
         channels_first = self.data_format == "channels_first"
         size = (height, width)
@@ -153,6 +158,11 @@ class Anatomy:
     predictions: keras.layers.Layer | None
 
     @property
+    def entrance(self) -> ImageNormalization:
+        """Returns `input_normalization`, by its name in release 0.1."""
+        return self.input_normalization
+
+    @property
     def stages(self) -> tuple[tuple[Block, ...], ...]:
         """Returns the blocks by stage."""
         count = self.blocks[-1].stage + 1 if self.blocks else 0
@@ -162,7 +172,10 @@ class Anatomy:
         """Returns (rows, columns) of a block's patches for images of `size`, (height, width)."""
         if block.grid is not None:
             return block.grid
-        return tuple(ceil_divide(side, self.patch_size * 2**block.stage) for side in size)
+        assert self.patch_size is not None, "the stem declares no patch size"
+        height, width = size
+        side = self.patch_size * 2**block.stage
+        return ceil_divide(height, side), ceil_divide(width, side)
 
 
 def anatomy(model: keras.Model) -> Anatomy:
@@ -197,7 +210,7 @@ def anatomy(model: keras.Model) -> Anatomy:
     blocks = tuple(find_blocks(layers, prefix, sides))
     grid = blocks[0].grid if blocks else None
     patch_size = getattr(stem, "patch_size", None)
-    if patch_size is None and grid is not None:
+    if patch_size is None and grid is not None and sides[0] is not None:
         patch_size = sides[0] // grid[0]
     tokens = with_role("token")
     heads, predictions = find_heads(model, core, prefix)
@@ -273,7 +286,9 @@ def find_input_layers(model) -> Iterator[tuple[keras.Model, ImageNormalization]]
             yield from find_input_layers(layer)
 
 
-def describe_image(model, core, input_normalization, stem, positions, levels) -> Image:
+def describe_image(
+    model, core, input_normalization: ImageNormalization, stem, positions, levels
+) -> Image:
     """Returns the images that a model takes; a wrapper may resize and normalize them first."""
     shape = getattr(model, "input_shape", None)  # A Sequential model may not be built.
     if not isinstance(shape, tuple) or len(shape) != 4:
@@ -283,7 +298,7 @@ def describe_image(model, core, input_normalization, stem, positions, levels) ->
     own_size = sides_of(core.input_shape, input_normalization.data_format)
     native_size = size_of_tables(input_normalization.family, stem, positions)
     for known in (own_size, (height, width)):
-        native_size = tuple(a or b for a, b in zip(known, native_size, strict=True))
+        native_size = (known[0] or native_size[0], known[1] or native_size[1])
     mean, std, normalizes = (
         input_normalization.mean,
         input_normalization.std,
@@ -314,7 +329,7 @@ def describe_image(model, core, input_normalization, stem, positions, levels) ->
     )
 
 
-def size_of_tables(family, stem, positions) -> tuple[int, int]:
+def size_of_tables(family: str, stem, positions) -> tuple[int, int]:
     """Returns the (height, width) that a model's position table of the patches is created for.
 
     Falls back to the image size of the family's first variant if no layer declares such a table or
@@ -324,9 +339,10 @@ def size_of_tables(family, stem, positions) -> tuple[int, int]:
     for layer in positions:
         # Outputs for words, and relative position biases, have one axis more than patches.
         if patch_size and hasattr(layer, "grid") and len(layer.output.shape) == 3:
-            return tuple(patch_size * side for side in layer.grid)
+            return patch_size * layer.grid[0], patch_size * layer.grid[1]
     variants = registry.family(family).variants.values()
-    return (next(iter(variants)).image_size,) * 2
+    side = next(iter(variants)).image_size
+    return side, side
 
 
 def undo_rescaling(layer) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -336,15 +352,17 @@ def undo_rescaling(layer) -> tuple[tuple[float, ...], tuple[float, ...]]:
     )
     std = 1 / (255 * scale)
     mean = -offset * std
-    return tuple(tuple(x.round(6).tolist()) * (3 // len(x) or 1) for x in (mean, std))
+    mean, std = (tuple(x.round(6).tolist()) * (3 // len(x) or 1) for x in (mean, std))
+    return mean, std
 
 
 def sides_of(shape, data_format) -> tuple[int | None, int | None]:
     """Returns (height, width) of a batch of images of this shape."""
-    return tuple(shape[2:]) if data_format == "channels_first" else tuple(shape[1:3])
+    height, width = shape[2:] if data_format == "channels_first" else shape[1:3]
+    return height, width
 
 
-def find_blocks(layers, prefix, sides) -> Iterator[Block]:
+def find_blocks(layers, prefix: str, sides: tuple[int | None, int | None]) -> Iterator[Block]:
     """Yields the blocks in order. A stage begins after a merge of patches.
 
     Args:
@@ -395,7 +413,7 @@ def find_grid(block, prefix_tokens, sides) -> tuple[int, int] | None:
     return (rows, columns) if rows * columns == patches else None
 
 
-def find_heads(model, core, prefix):
+def find_heads(model, core, prefix: str) -> tuple:
     """Returns (heads, predictions layer or `None`) of our model, or of the model that wraps it."""
     by_name = {layer.name: layer for layer in core.layers}
     heads = tuple(by_name[prefix + name] for name in HEADS if prefix + name in by_name)
@@ -430,7 +448,7 @@ def class_names(model: keras.Model) -> list[str] | None:
     return names if names is None or classes in (None, len(names)) else None
 
 
-def count_outputs(model):
+def count_outputs(model) -> int | None:
     """Returns the number of classes that a model's outputs have; `None` if it is unknown.
 
     A user's layer may follow our classifier, whose own number of classes differs.
@@ -443,7 +461,7 @@ def count_outputs(model):
     return shapes.pop() if len(shapes) == 1 else None
 
 
-def stored_class_names(model):
+def stored_class_names(model) -> list[str] | None:
     """Returns the names that a model's layers store, or ImageNet's; `None` without."""
     for layer in reversed(list(model._flatten_layers())):
         if isinstance(layer, Predictions) and layer.class_names is not None:

@@ -97,7 +97,7 @@ def check_class_names(class_names) -> list[str] | None:
         raise ValueError(f"A class name must be one line that is not blank. Received: {wrong[0]!r}")
     wrong = [name for name in names if not is_encodable(name)]
     if wrong:
-        raise ValueError(f"A class name is no text that UTF-8 can hold: {wrong[0]!r}")
+        raise ValueError(f"Class names must be valid UTF-8. Received: {wrong[0]!r}")
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"`class_names` must differ from each other. Received twice: {twice[0]!r}")

@@ -72,7 +72,6 @@ def builder(function: Callable) -> Callable:
     """
     signature = inspect.signature(function)
 
-    @functools.wraps(function)
     def build(*args, **kwargs):
         given = bind(function.__name__, signature, args, kwargs)
         class_names = check_class_names(given.arguments.get("class_names"))
@@ -101,6 +100,7 @@ def builder(function: Callable) -> Callable:
             pretrained.load_source(model, source)
         return model
 
+    functools.update_wrapper(build, function)
     build.__signature__ = signature.replace(return_annotation=keras.Model)
     return build
 
@@ -129,6 +129,7 @@ def register_family(
     checkpoints: tuple[Checkpoint, ...] = (),
     marker_tensors: tuple[tuple[str, str, str], ...] = (),
     source: str = "",
+    telling_tensors: tuple[tuple[str, str, str], ...] = (),
 ) -> Family:
     """Registers a model family, like the families of this package.
 
@@ -150,6 +151,7 @@ def register_family(
             of the tensor): a checkpoint contains such tensors if and only if the argument is true.
             Defaults to none.
         source: publication of the variants, for their docstrings. Defaults to none.
+        telling_tensors: `marker_tensors` by its name in release 0.1.
 
     Returns:
         The `keras_tnt.registry.Family`.
@@ -173,7 +175,7 @@ def register_family(
         image=image,
         tensor_names=tuple(tensor_names),
         checkpoints=tuple(checkpoints),
-        marker_tensors=tuple(marker_tensors),
+        marker_tensors=(*marker_tensors, *telling_tensors),
         source=source,
         make_variant=variant_function,
     )
@@ -242,26 +244,26 @@ def variant_docstring(family: Family, row: Variant) -> str:
     """Returns the docstring of a variant's function."""
     name = family.builder.__name__
     listed = ", ".join(f"{key}={value!r}" for key, value in row.architecture.items())
-    where = f"{family.source}. " if family.source else ""
-    return f"""`keras_tnt.{name}` with {listed}.
+    source = f" {family.source}." if family.source else ""
+    return f"""Builds `keras_tnt.{name}` with {listed}.
 
-    {where}Takes {row.image_size}x{row.image_size} images by default.
+    The image size is {row.image_size}x{row.image_size} by default.{source}
 
     Args:
-        weights: `"imagenet"`, for the public weights that fit the arguments and the image size; a
-            name of `keras_tnt.list_weights()`; `"hf://owner/repository"` for a checkpoint of timm's
-            on the Hugging Face hub, whose number and names of classes and image size become the
-            defaults; a folder of that form, as `keras_tnt.save_pretrained` writes it; the path of
-            a file (`.safetensors`, `.pth`, `.weights.h5`, `.keras`); or None (random).
+        weights: `"imagenet"` for the public weights that match the arguments and the image size; a
+            name of `keras_tnt.list_weights()`; `"hf://owner/repository"` for a timm checkpoint on
+            the Hugging Face Hub, which also sets the defaults of `classes`, `class_names` and the
+            image size; a directory in the same format, such as one that
+            `keras_tnt.save_pretrained` writes; or the path of a file (`.safetensors`, `.pth`,
+            `.weights.h5`, `.keras`). If `None`, the weights are random.
 
-    All other arguments are those of `keras_tnt.{name}`, which explains them.
+    All other arguments are documented in `keras_tnt.{name}`.
 
     Returns:
         A `keras.Model`.
 
     Raises:
-        ValueError: for sizes that do not fit each other, unknown values, and weights of another
-            model.
+        ValueError: for inconsistent sizes, unknown values, and weights of another model.
         OSError: if weights cannot be downloaded.
     """
 

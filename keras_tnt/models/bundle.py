@@ -4,6 +4,8 @@ import inspect
 import json
 import os
 import tempfile
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 
@@ -176,7 +178,9 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     if repository.count("/") != 1:
-        raise ValueError(f"A repository of the hub is 'owner/name'. Received: {repository!r}")
+        raise ValueError(
+            f"Expected a repository id of the form 'owner/name'. Received: {repository!r}"
+        )
     hub.check_names(repository, CONFIG, "main")
     api = HfApi(endpoint=hub.endpoint(), token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +212,7 @@ def build_config(model: keras.Model) -> dict:
     pooling = pooling_of(parts)
     check_heads(model, parts, pooling)
     row = find_nearest_checkpoint(parts)
-    config = {
+    config: dict[str, Any] = {
         "architecture": row.architecture if row else find_variant_name(parts) or parts.family,
         "num_classes": classes,
         "num_features": parts.norm.gamma.shape[-1] if parts.norm else None,
@@ -237,7 +241,7 @@ def build_config(model: keras.Model) -> dict:
             },
         },
     }
-    model_args = {"in_chans": image.channels} if image.channels != 3 else {}
+    model_args: dict[str, Any] = {"in_chans": image.channels} if image.channels != 3 else {}
     if row and size != [row.size, row.size]:
         model_args["img_size"] = size
     if model_args:
@@ -306,7 +310,7 @@ def find_variant_name(parts: Anatomy) -> str | None:
     )
 
 
-def has_architecture(parts: Anatomy, architecture: dict) -> bool:
+def has_architecture(parts: Anatomy, architecture: Mapping[str, Any]) -> bool:
     """Returns whether a model has an architecture, given without the builder's defaults."""
     signature = inspect.signature(registry.family(parts.family).builder)
     return non_default_arguments(signature, architecture) == parts.input_normalization.architecture

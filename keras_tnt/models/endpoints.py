@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,13 +24,19 @@ from keras_tnt.models.registry import ImageTransform
 from keras_tnt.weights.names import HEADS
 
 # Size of the position tables: (height, width) in pixels, or (rows, columns) of patches.
-_table_size = contextvars.ContextVar("table_size", default=None)
+_table_size: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "table_size", default=None
+)
 
 
-_table_grid = contextvars.ContextVar("table_grid", default=None)
+_table_grid: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "table_grid", default=None
+)
 
 
-def image_input(input_tensor, input_shape, default_size: int, divisor: int, any_size: bool = False):
+def image_input(
+    input_tensor, input_shape, default_size: int, divisor: int, any_size: bool = False
+) -> tuple[Any, tuple[int, int]]:
     """Returns the model's input and its image size, after checking them.
 
     Args:
@@ -43,8 +50,7 @@ def image_input(input_tensor, input_shape, default_size: int, divisor: int, any_
 
     Returns:
         `(tensor, (height, width))`. For images of any size, (height, width) is the size of the
-        position
-        tables: that of the weights or of the variant.
+        position tables: that of the weights or of the variant.
 
     Raises:
         ValueError: for a shape that is not an image's or that `divisor` does not divide.
@@ -81,11 +87,11 @@ def image_input(input_tensor, input_shape, default_size: int, divisor: int, any_
         )
     inputs = keras.Input(shape, name="images") if input_tensor is None else input_tensor
     if None not in sides:
-        return inputs, tuple(sides)
+        return inputs, (sides[0], sides[1])
     grid = _table_grid.get()
     if grid is not None:
-        return inputs, tuple(divisor * side for side in grid)
-    return inputs, tuple(_table_size.get() or (default_size, default_size))
+        return inputs, (divisor * grid[0], divisor * grid[1])
+    return inputs, _table_size.get() or (default_size, default_size)
 
 
 def table_size(size: tuple[int, int]) -> contextlib.AbstractContextManager:
@@ -93,7 +99,9 @@ def table_size(size: tuple[int, int]) -> contextlib.AbstractContextManager:
     return context_value(_table_size, size)
 
 
-def patch_grid(images, size: tuple[int, int], patch_size: int, dtype=None, name="grid"):
+def patch_grid(
+    images, size: tuple[int, int], patch_size: int, dtype=None, name="grid"
+) -> tuple[tuple[int, int], dict[str, Any]]:
     """Returns the patch grid, and the keyword arguments that pass it to layers.
 
     Args:
@@ -107,7 +115,7 @@ def patch_grid(images, size: tuple[int, int], patch_size: int, dtype=None, name=
         `(grid, grid_kwargs)`: (rows, columns) for `size`, and the keyword arguments for layers that
         need the grid: `{"grid": tensor}` for images of any size, otherwise `{}`.
     """
-    grid = tuple(ceil_divide(side, patch_size) for side in size)
+    grid = ceil_divide(size[0], patch_size), ceil_divide(size[1], patch_size)
     if None not in images.shape[1:]:
         return grid, {}
     return grid, {"grid": PatchGrid(patch_size, dtype=dtype, name=name)(images)}

@@ -202,7 +202,7 @@ def find_variant_source(weights, model, arguments, defaults, size):
     if differing and not source.is_user_repository:
         raise ValueError(
             f"The weights {source.given!r} belong to {call_repr(model, source.arguments)}, not to "
-            f"{call_repr(model, arguments)}: leave out {', '.join(differing)}, or say weights=None."
+            f"{call_repr(model, arguments)}: leave out {', '.join(differing)}, or use weights=None."
         )
     return source
 
@@ -225,7 +225,7 @@ def choose_row(model, arguments, size):
         raise ValueError(
             f"There are no public weights of {call_repr(model, arguments)}"
             + (f", only of {', '.join(others)}" if others else "")
-            + ". Say weights=None for random weights, or weights='<path>' for a file of your own, "
+            + ". Use weights=None for random initialization, or weights='<path>' for a file, "
             "such as the original release's."
         )
     area = size[0] * size[1]
@@ -254,7 +254,7 @@ def from_hub(given):
     match = HUB.fullmatch(given)
     if not match:
         raise ValueError(
-            "A repository of the hub is 'hf://owner/repository', or with '@revision' behind it. "
+            "Expected 'hf://owner/repository' or 'hf://owner/repository@revision'. "
             f"Received: {given!r}"
         )
     repository, revision = match["repository"], match["revision"] or "main"

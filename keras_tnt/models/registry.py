@@ -10,7 +10,10 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import keras
 
 PLUGINS = "KERAS_TNT_PLUGINS"
 
@@ -252,7 +255,7 @@ def list_models(pattern: str | None = None) -> list[str]:
     ]
 
 
-def create_model(name: str, **arguments) -> "keras.Model":  # noqa: F821
+def create_model(name: str, **arguments) -> "keras.Model":
     """Builds a model by its name.
 
     Args:
@@ -351,6 +354,7 @@ def _function(each: Family, variant: str | None) -> Callable:
     if variant is None:
         return each.builder
     key, row = (each.name, variant), each.variants[variant]
+    assert each.make_variant is not None, f"family '{each.name}' builds no variants"
     if key not in _functions or _functions[key][0] is not row:
         _functions[key] = row, each.make_variant(each, variant)
     return _functions[key][1]

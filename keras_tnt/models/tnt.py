@@ -5,6 +5,8 @@ An image is a sequence of patches ("visual sentences"), and a patch is a sequenc
 output is added to the patch, and an outer transformer attends among the patches.
 """
 
+from collections.abc import Sequence
+
 from keras_tnt.layers import (
     ClassAttentionBlock,
     ClassToken,
@@ -147,7 +149,7 @@ def TNT(
         outer_heads=outer_heads,
         inner_heads=inner_heads,
     )
-    inner_blocks = check_inner_blocks(inner_blocks, depth)
+    blocks_with_words = check_inner_blocks(inner_blocks, depth)
     inputs, size = builders.image_input(input_tensor, input_shape, 224, patch_size, any_size=True)
     side = patch_size // inner_stride
     prefix_tokens = 2 if distilled else 1
@@ -186,7 +188,7 @@ def TNT(
     for i in range(depth):
         common = {**transformer, "stochastic_depth": stochastic_depth * i / max(depth - 1, 1)}
         first_tokens = prefix_tokens if reads_tokens_only and i == depth - 1 else None
-        if i in inner_blocks:
+        if i in blocks_with_words:
             tokens, words = TNTBlock(
                 outer_heads,
                 inner_heads,
@@ -219,7 +221,7 @@ def TNT(
     return inputs, outputs
 
 
-def check_inner_blocks(inner_blocks, depth):
+def check_inner_blocks(inner_blocks: Sequence[int] | None, depth: int) -> Sequence[int]:
     """Returns the indices of the blocks with an inner transformer, after checking their range."""
     if inner_blocks is None:
         return range(depth)

@@ -88,7 +88,7 @@ def test_list_weights_of_one_model():
 def test_readme_has_the_current_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = keras_tnt.list_weights().markdown()
-    assert readme == with_table(readme, table), "run `python tools/write_weights_table.py README.md`"
+    assert readme == with_table(readme, table), "run tools/write_weights_table.py README.md"
 
 
 def test_command_writes_the_table_between_the_markers(tmp_path):
