@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from keras_tnt.models.bundle import describe
+from keras_tnt.models.bundle import build_config
 from tests.checks import compute, normal
 from tests.weights.conftest import cache, hub  # noqa: F401
 
@@ -80,9 +80,9 @@ def test_bundle_has_the_architecture_of_the_model():
         ("PyramidTNTTiny", {}, "pyramid_tnt_tiny"),
     ):
         model = keras_tnt.create_model(build, **size, **arguments)
-        assert describe(model)["architecture"] == architecture
+        assert build_config(model)["architecture"] == architecture
     copy = keras.models.clone_model(model)
-    assert describe(copy)["architecture"] == architecture
+    assert build_config(copy)["architecture"] == architecture
 
 
 @pytest.mark.one_backend

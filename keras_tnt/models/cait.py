@@ -14,7 +14,7 @@ from keras_tnt.layers import (
 )
 from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.models import builders
-from keras_tnt.models.published import accuracy_columns
+from keras_tnt.models.published import accuracy_row
 from keras_tnt.models.registry import IMAGENET_MEAN, IMAGENET_STD, Cost, ImageTransform, Variant
 from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
@@ -177,71 +177,41 @@ CHECKPOINTS = builders.checkpoints_from_rows(
             "CaiTXXS24",
             {},
             11_956_264,
-            *accuracy_columns("cait_xxs24", 224),
+            *accuracy_row("cait_xxs24", 224),
         ),
         (
             "cait_xxs24_384.fb_dist_in1k",
             "CaiTXXS24",
             {},
             12_029_224,
-            *accuracy_columns("cait_xxs24", 384),
+            *accuracy_row("cait_xxs24", 384),
         ),
         (
             "cait_xxs36_224.fb_dist_in1k",
             "CaiTXXS36",
             {},
             17_299_720,
-            *accuracy_columns("cait_xxs36", 224),
+            *accuracy_row("cait_xxs36", 224),
         ),
         (
             "cait_xxs36_384.fb_dist_in1k",
             "CaiTXXS36",
             {},
             17_372_680,
-            *accuracy_columns("cait_xxs36", 384),
+            *accuracy_row("cait_xxs36", 384),
         ),
         (
             "cait_xs24_384.fb_dist_in1k",
             "CaiTXS24",
             {},
             26_670_088,
-            *accuracy_columns("cait_xs24", 384),
+            *accuracy_row("cait_xs24", 384),
         ),
-        (
-            "cait_s24_224.fb_dist_in1k",
-            "CaiTS24",
-            {},
-            46_916_200,
-            *accuracy_columns("cait_s24", 224),
-        ),
-        (
-            "cait_s24_384.fb_dist_in1k",
-            "CaiTS24",
-            {},
-            47_062_120,
-            *accuracy_columns("cait_s24", 384),
-        ),
-        (
-            "cait_s36_384.fb_dist_in1k",
-            "CaiTS36",
-            {},
-            68_366_632,
-            *accuracy_columns("cait_s36", 384),
-        ),
-        (
-            "cait_m36_384.fb_dist_in1k",
-            "CaiTM36",
-            {},
-            271_221_352,
-            *accuracy_columns("cait_m36", 384),
-        ),
-        (
-            "cait_m48_448.fb_dist_in1k",
-            "CaiTM48",
-            {},
-            356_460_520,
-            *accuracy_columns("cait_m48", 448),
-        ),
+        ("cait_s24_224.fb_dist_in1k", "CaiTS24", {}, 46_916_200, *accuracy_row("cait_s24", 224)),
+        ("cait_s24_384.fb_dist_in1k", "CaiTS24", {}, 47_062_120, *accuracy_row("cait_s24", 384)),
+        ("cait_s36_384.fb_dist_in1k", "CaiTS36", {}, 68_366_632, *accuracy_row("cait_s36", 384)),
+        ("cait_m36_384.fb_dist_in1k", "CaiTM36", {}, 271_221_352, *accuracy_row("cait_m36", 384)),
+        ("cait_m48_448.fb_dist_in1k", "CaiTM48", {}, 356_460_520, *accuracy_row("cait_m48", 448)),
     )
 )
 

@@ -13,7 +13,7 @@ from keras_tnt.layers import (
 )
 from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.models import builders
-from keras_tnt.models.published import accuracy_columns
+from keras_tnt.models.published import accuracy_row
 from keras_tnt.models.registry import IMAGENET_MEAN, IMAGENET_STD, Cost, ImageTransform, Variant
 
 # The published results at 384 pixels were measured without cropping.
@@ -166,56 +166,56 @@ CHECKPOINTS = builders.checkpoints_from_rows(
             "DeiTTiny",
             {},
             5_717_416,
-            *accuracy_columns("deit_tiny", 224),
+            *accuracy_row("deit_tiny", 224),
         ),
         (
             "deit_tiny_distilled_patch16_224.fb_in1k",
             "DeiTTiny",
             DIST,
             5_910_800,
-            *accuracy_columns("deit_tiny_distilled", 224),
+            *accuracy_row("deit_tiny_distilled", 224),
         ),
         (
             "deit_small_patch16_224.fb_in1k",
             "DeiTSmall",
             {},
             22_050_664,
-            *accuracy_columns("deit_small", 224),
+            *accuracy_row("deit_small", 224),
         ),
         (
             "deit_small_distilled_patch16_224.fb_in1k",
             "DeiTSmall",
             DIST,
             22_436_432,
-            *accuracy_columns("deit_small_distilled", 224),
+            *accuracy_row("deit_small_distilled", 224),
         ),
         (
             "deit_base_patch16_224.fb_in1k",
             "DeiTBase",
             {},
             86_567_656,
-            *accuracy_columns("deit_base", 224),
+            *accuracy_row("deit_base", 224),
         ),
         (
             "deit_base_distilled_patch16_224.fb_in1k",
             "DeiTBase",
             DIST,
             87_338_192,
-            *accuracy_columns("deit_base_distilled", 224),
+            *accuracy_row("deit_base_distilled", 224),
         ),
         (
             "deit_base_patch16_384.fb_in1k",
             "DeiTBase",
             {},
             86_859_496,
-            *accuracy_columns("deit_base", 384),
+            *accuracy_row("deit_base", 384),
         ),
         (
             "deit_base_distilled_patch16_384.fb_in1k",
             "DeiTBase",
             DIST,
             87_630_032,
-            *accuracy_columns("deit_base_distilled", 384),
+            *accuracy_row("deit_base_distilled", 384),
         ),
     )
 )

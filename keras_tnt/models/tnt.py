@@ -20,7 +20,7 @@ from keras_tnt.layers import (
 )
 from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.models import builders
-from keras_tnt.models.published import accuracy_columns
+from keras_tnt.models.published import accuracy_row
 from keras_tnt.models.registry import Cost, ImageTransform, Variant
 from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
@@ -246,21 +246,21 @@ CHECKPOINTS = builders.checkpoints_from_rows(
             "TNTSmall",
             {},
             23_768_584,
-            *accuracy_columns("tnt_small", 224, "authors"),
+            *accuracy_row("tnt_small", 224, "authors"),
         ),
         (
             "tnt_s_legacy_patch16_224.in1k",
             "TNTSmall",
             {"legacy": True},
             23_755_336,
-            *accuracy_columns("tnt_small_legacy", 224),
+            *accuracy_row("tnt_small_legacy", 224),
         ),
         (
             "tnt_b_patch16_224.in1k",
             "TNTBase",
             {},
             65_428_680,
-            *accuracy_columns("tnt_base", 224, "authors"),
+            *accuracy_row("tnt_base", 224, "authors"),
         ),
     )
 )
