@@ -20,7 +20,7 @@ from sphinx.util import logging
 import keras_tnt
 from keras_tnt import cli as command
 from keras_tnt.inspection.explore import fill
-from keras_tnt.models import pretrained, registry
+from keras_tnt.models import checkpoint_table, registry
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def models():
 
 def weights():
     """The public weights, with their published accuracy."""
-    return pretrained.list_weights().markdown()
+    return checkpoint_table.list_weights().markdown()
 
 
 def recipes():

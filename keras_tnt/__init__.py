@@ -20,8 +20,9 @@ from keras_tnt.models.anatomy import anatomy, class_names
 from keras_tnt.models.backbone import backbone
 from keras_tnt.models.builders import register_family
 from keras_tnt.models.bundle import load_pretrained, push_to_hub, save_pretrained
+from keras_tnt.models.checkpoint_table import list_weights
 from keras_tnt.models.classifier import reset_classifier, set_class_names
-from keras_tnt.models.pretrained import list_weights, load_checkpoint, save_checkpoint
+from keras_tnt.models.pretrained import load_checkpoint, save_checkpoint
 from keras_tnt.models.registry import create_model, list_models
 from keras_tnt.preprocessing import decode_predictions, load_image, load_images, pad_to_fit
 

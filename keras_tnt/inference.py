@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_tnt.kernels import processor, runtimes
-from keras_tnt.layers.base import default_device, inference_on
+from keras_tnt.layers.base import default_device, inference_device_scope
 from keras_tnt.layers.half import check_in_float32, in_bfloat16, kernels_to_change
 from keras_tnt.models.anatomy import anatomy, is_ours, sides_of
 
@@ -153,7 +153,7 @@ def with_second_choice(model, device, image_shape, half=False):
         if failed:
             return program(images)
         try:
-            with inference_on(device):
+            with inference_device_scope(device):
                 return program(images)
         except Exception as error:  # Compilers raise exceptions of any type.
             with _compiling:

@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_tnt.images.class_names import imagenet_classes
 from keras_tnt.images.decoding import as_uint8, evaluation_pixels, open_picture
-from keras_tnt.layers.ends import along_channels
 from keras_tnt.layers.grid import ceil_divide
+from keras_tnt.layers.inputs_outputs import along_channels
 from keras_tnt.models.anatomy import anatomy, class_names
 
 # === Images ===
@@ -115,7 +115,7 @@ def pad_to_fit(images, model: keras.Model):
             f"Model '{model.name}' takes images of shape {image.shape}, or a batch of them. "
             f"Received: {shape}"
         )
-    color = 255 * np.array(image.mean) if image.normalises else np.zeros(3)
+    color = 255 * np.array(image.mean) if image.normalizes else np.zeros(3)
     if image.channels != len(color):
         color = color.mean(keepdims=True)
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):

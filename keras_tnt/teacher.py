@@ -8,8 +8,8 @@ import keras
 from keras import ops
 
 from keras_tnt.layers.base import at_least_float32
-from keras_tnt.layers.ends import along_channels, scale_and_offset
 from keras_tnt.layers.grid import resampling_matrix, shape_of
+from keras_tnt.layers.inputs_outputs import along_channels, scale_and_offset
 from keras_tnt.models.anatomy import anatomy, is_ours
 from keras_tnt.models.registry import IMAGENET_MEAN, IMAGENET_STD
 
@@ -208,7 +208,7 @@ def image_range(model):
     """Returns the `Range` of a model's images, or `None` if it is unknown."""
     if is_ours(model):
         image = anatomy(model).image
-        return PIXELS if image.normalises else Range(image.mean, image.std)
+        return PIXELS if image.normalizes else Range(image.mean, image.std)
     first = first_operations(model)[0]
     if any(is_preprocessing(operation) for operation in first):
         return PIXELS

@@ -36,7 +36,7 @@ def test_anatomy_describes_a_tnt():
     assert found.predictions.name == "predictions"
     image = found.image
     assert (image.height, image.width, image.channels, image.crop) == (32, 32, 3, 0.9)
-    assert image.normalises and image.mean == (0.5, 0.5, 0.5)
+    assert image.normalizes and image.mean == (0.5, 0.5, 0.5)
 
 
 def test_anatomy_of_other_families():
@@ -105,10 +105,10 @@ def test_anatomy_of_a_nested_model():
     found = keras_tnt.anatomy(outer)
     assert found.model is backbone and found.heads == (head,)
     # The outer model takes pixels and passes values in [0, 1] to the nested model.
-    assert found.image.normalises
+    assert found.image.normalizes
     np.testing.assert_allclose(found.image.mean, 0, atol=1e-6)
     np.testing.assert_allclose(found.image.std, 1, atol=1e-5)
-    assert not keras_tnt.anatomy(backbone).image.normalises
+    assert not keras_tnt.anatomy(backbone).image.normalizes
     assert keras_tnt.class_names(outer) is None
 
 

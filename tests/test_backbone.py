@@ -338,7 +338,7 @@ def small(**arguments):
     ("call", "told"),
     [
         (lambda: keras_tnt.backbone(small(), ("P3", "P6")), "no level 'P6'"),
-        (lambda: keras_tnt.backbone(small(), ()), "`levels` of tnt are among"),
+        (lambda: keras_tnt.backbone(small(), ()), "`levels` of tnt must be one or more of"),
         (lambda: keras_tnt.backbone(tiny("pyramid_tnt", (32, 32)), ("P2",)), r"\('P3', 'P4'\)"),
         (lambda: keras_tnt.backbone(tiny_tnt(size=(64, 80))), "multiples of 32.*64x64|64x96"),
         (lambda: keras_tnt.backbone(small(patch_size=16).get_layer("head")), "needs a model"),

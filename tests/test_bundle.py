@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import keras_tnt
-from keras_tnt.models.bundle import describe
+from keras_tnt.models.bundle import build_config
 from tests.helpers.checks import compute, normal
 
 NAMES = ["cat", "dog", "bird"]
@@ -34,8 +34,8 @@ def images(model, scale=255):
 
 def test_any_architecture_round_trips(tmp_path):
     model = keras_tnt.TNT(**TINY, class_names=NAMES, distilled=True, classifier_activation=None)
-    entrance = keras_tnt.anatomy(model).entrance
-    entrance.mean, entrance.crop, entrance.interpolation = (0.1, 0.2, 0.3), 0.8, "bilinear"
+    layer = keras_tnt.anatomy(model).input_normalization
+    layer.mean, layer.crop, layer.interpolation = (0.1, 0.2, 0.3), 0.8, "bilinear"
     folder = keras_tnt.save_pretrained(model, tmp_path / "bundle")
     found = keras_tnt.load_pretrained(folder)
     assert keras_tnt.class_names(found) == NAMES
@@ -79,9 +79,9 @@ def test_bundle_has_the_architecture_of_the_model():
         ("PyramidTNTTiny", {}, "pyramid_tnt_tiny"),
     ):
         model = keras_tnt.create_model(build, **size, **arguments)
-        assert describe(model)["architecture"] == architecture
+        assert build_config(model)["architecture"] == architecture
     copy = keras.models.clone_model(model)
-    assert describe(copy)["architecture"] == architecture
+    assert build_config(copy)["architecture"] == architecture
 
 
 @pytest.mark.one_backend

@@ -5,7 +5,7 @@ import pytest
 
 import keras_tnt
 from keras_tnt.inspection import multiply_accumulates
-from keras_tnt.layers.base import without_initial_values
+from keras_tnt.layers.base import skip_weight_init
 from keras_tnt.models import registry
 
 
@@ -53,7 +53,7 @@ def test_variants_have_a_cost_that_matches_their_weights(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_cost_matches_the_counted_one(name):
     row = next(f.variants[name] for f in registry.families() if name in f.variants)
-    with without_initial_values():
+    with skip_weight_init():
         model = keras_tnt.create_model(name, weights=None)
     parts = keras_tnt.anatomy(model)
     assert row.cost == registry.Cost(

@@ -78,7 +78,7 @@ def test_tables_support_file_names_that_are_not_utf_8(model_file, odd_file, tmp_
 
 
 def test_class_names_that_are_not_utf_8_raise():
-    with pytest.raises(ValueError, match=r"no text that UTF-8 can hold.*'caf\\udce9'"):
+    with pytest.raises(ValueError, match=r"must be valid UTF-8.*'caf\\udce9'"):
         keras_tnt.DeiT(**ARCHITECTURE, class_names=["caf\udce9", "bar"])
 
 

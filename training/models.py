@@ -17,7 +17,7 @@ from keras_tnt import finetuning
 from keras_tnt.files import replacing, write_atomically
 from keras_tnt.images.class_names import imagenet_classes
 from keras_tnt.layers.base import rematerialized
-from keras_tnt.layers.ends import scale_and_offset
+from keras_tnt.layers.inputs_outputs import scale_and_offset
 from keras_tnt.models import pretrained, registry
 from keras_tnt.teacher import Teacher
 from keras_tnt.text import as_flags
@@ -295,7 +295,7 @@ def classes_of(weights):
     if weights is None or weights == "imagenet":
         return weights and IMAGENET_CLASSES
     try:
-        return pretrained.count_classes(pretrained.find(weights))
+        return pretrained.count_weight_classes(pretrained.find_source(weights))
     except ValueError as error:
         raise ValueError(f"--weights: {as_flags(str(error))}") from error
 

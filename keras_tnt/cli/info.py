@@ -141,7 +141,7 @@ def cost_of(family, variant, row):
     import keras
 
     from keras_tnt.inspection.cost import multiply_accumulates
-    from keras_tnt.layers.base import without_initial_values
+    from keras_tnt.layers.base import skip_weight_init
     from keras_tnt.models.registry import create_model
 
     published = family.variants[variant]
@@ -151,7 +151,7 @@ def cost_of(family, variant, row):
     shape = (row.size, row.size, 3)
     if keras.config.image_data_format() == "channels_first":
         shape = (3, row.size, row.size)
-    with without_initial_values():
+    with skip_weight_init():
         model = create_model(variant, weights=None, input_shape=shape, **row.arguments)
     return multiply_accumulates(model)
 
@@ -175,7 +175,7 @@ def about_keras(name):
         "image_size": f"{native_size}, or any of multiples of {multiple}"
         if multiple
         else native_size,
-        "input": "pixels in [0, 255]" if parts.image.normalises else "normalised",
+        "input": "pixels in [0, 255]" if parts.image.normalizes else "normalised",
         "blocks": len(parts.blocks) + len(parts.class_blocks),
         "distilled": "yes" if len(heads) == 2 else "no",
         "classes": heads[0].units if heads else 0,

@@ -68,7 +68,7 @@ def read_names(path):
     Raises:
         OSError, ValueError: if it cannot be read, or a line is not a valid name.
     """
-    from keras_tnt.models.builders import check_class_names
+    from keras_tnt.models.arguments import check_class_names
     from keras_tnt.weights.files import check_readable
 
     try:

@@ -141,7 +141,7 @@ def open_keras(model, features, count):
         image.covered_size(),
         image.channels,
         image.data_format == "channels_first",
-        *normalization(not image.normalises, image.mean, image.std, image.channels),
+        *normalization(not image.normalizes, image.mean, image.std, image.channels),
     )
     if features:
         model = keras.Model(model.inputs[0], serving_network(model).output["features"])

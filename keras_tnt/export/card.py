@@ -30,7 +30,7 @@ def describe(model, network, labels=None, weights=None):
     return {
         "name": model.name,
         "weights": weights,
-        "input": "pixels in [0, 255]" if image.normalises else "normalised",
+        "input": "pixels in [0, 255]" if image.normalizes else "normalised",
         "image_size": list(image.native_size),
         **any_size,
         "resized_to_cover": list(image.covered_size()),

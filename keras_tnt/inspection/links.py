@@ -7,7 +7,7 @@ layers expose them, and let them be multiplied by gates.
 import keras
 from keras import ops
 
-from keras_tnt.layers.base import observing_links
+from keras_tnt.layers.base import intercept_attention
 
 
 def observe(model, images):
@@ -27,7 +27,7 @@ def observe(model, images):
         weights[layer.path] = values
         return values
 
-    with observing_links(look):
+    with intercept_attention(look):
         logits = model(images, training=False)
     return ops.convert_to_numpy(logits), weights
 
@@ -46,7 +46,7 @@ def gate_gradient_of(model):
     """
 
     def target_logits(gates, images, chosen):
-        with observing_links(lambda layer, x: x * gates[layer.path]):
+        with intercept_attention(lambda layer, x: x * gates[layer.path]):
             return sum_of_targets(model(images, training=False), chosen)
 
     gradient = gradient_of(target_logits, model.variables)

@@ -142,7 +142,7 @@ class Subject:
         """Returns the baseline pixel: `value`, or the one that is normalized to zero."""
         image = self.found.image
         if value is None:
-            value = 255 * np.array(image.mean) if image.normalises else 0.0
+            value = 255 * np.array(image.mean) if image.normalizes else 0.0
         pixel = np.broadcast_to(np.asarray(value, "float32"), (image.channels,))
         return pixel[:, None, None] if self.channels_first else pixel
 

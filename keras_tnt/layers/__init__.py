@@ -18,13 +18,13 @@ from keras_tnt.layers.embedding import (
     WordEmbedding,
     WordsToPatches,
 )
-from keras_tnt.layers.ends import (
+from keras_tnt.layers.grid import PatchGrid, PatchMap
+from keras_tnt.layers.inputs_outputs import (
     ImageNormalization,
     Predictions,
     SelectToken,
     SelectTokens,
 )
-from keras_tnt.layers.grid import PatchGrid, PatchMap
 from keras_tnt.layers.pyramid import (
     MergePatches,
     MergeWords,

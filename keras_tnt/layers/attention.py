@@ -12,13 +12,14 @@ from keras import ops
 
 from keras_tnt.layers.base import (
     CompositeLayer,
+    ConfiguredLayer,
     TruncatedNormal,
     at_least_float32,
-    link_observer,
-    observing_links,
+    attention_interceptor,
+    intercept_attention,
     projection,
-    take_first,
-    take_first_spec,
+    slice_tokens,
+    slice_tokens_spec,
 )
 from keras_tnt.layers.grid import shape_of
 from keras_tnt.layers.regularization import Dropout
@@ -40,7 +41,7 @@ def record_attention():
             recorded[layer.path] = weights
         return weights
 
-    with observing_links(record):
+    with intercept_attention(record):
         yield recorded
 
 
@@ -58,13 +59,40 @@ def merge_heads(x):
     return reshape(x, (-1, *lead, tokens, heads * head_dim))  # (b, ..., t, dim)
 
 
-class Attention(CompositeLayer):
-    """Base class of the attention layers: scaled dot-product attention and output projection."""
+def softmax(scores, deferred: bool):
+    """Returns the softmax over the last axis, possibly with its division deferred.
 
-    # Deferred softmax normalization, as in FlashAttention: the division by the sums follows the
-    # matrix product with the values, whose output is smaller than the scores. XLA is faster that
-    # way; the other backends have a softmax kernel.
-    divides_late = True
+    Deferred softmax normalization, as in FlashAttention: the division by the sums follows the
+    matrix product with the values, whose output is smaller than the scores. XLA is faster that way;
+    the other backends have a softmax kernel.
+
+    Args:
+        scores: `(..., queries, keys)`.
+        deferred: whether the division may be deferred, which happens on JAX.
+
+    Returns:
+        A tuple `(weights, total)`: the softmax is `weights / total`, or `weights` if `total` is
+        `None`.
+    """
+    if deferred and keras.backend.backend() == "jax":
+        scores -= ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True))
+        exponentials = ops.exp(scores)
+        return exponentials, ops.sum(exponentials, axis=-1, keepdims=True)
+    if scores.shape[-1] == 1:  # Keras's softmax warns about an axis of size 1.
+        return ops.ones_like(scores), None
+    return ops.softmax(scores, axis=-1), None
+
+
+class Attention(CompositeLayer):
+    """Base class of the attention layers: scaled dot-product attention and output projection.
+
+    Subclasses compute query, key and value in `project`. `mix_scores` and `mix_weights` are hooks
+    before and after the softmax.
+    """
+
+    # Whether the softmax may be divided after the product with the values; see `softmax`.
+    # `mix_weights` must be the identity then.
+    deferred_softmax = True
 
     def __init__(
         self,
@@ -81,7 +109,7 @@ class Attention(CompositeLayer):
         self.attention_dropout = attention_dropout
         self.dropout = dropout
 
-    def build_output(self, dim):
+    def build_output(self, dim: int):
         """Builds the attention dropout, the output projection and its dropout.
 
         Args:
@@ -102,98 +130,44 @@ class Attention(CompositeLayer):
         self.projection.build((None, None, dim))
         self.drop = Dropout(self.dropout, dtype=policy, name="drop")
 
-    def scores(self, query, key, bias=None):
-        """Returns the scores `query key^T / sqrt(head_dim) + bias`, in float32 or float64.
-
-        Args:
-            query: `(batch, ..., heads, queries, head_dim)`.
-            key: `(batch, ..., heads, keys, head_dim)`.
-            bias: if given, added to the scores after `mix_scores`; broadcasts to them.
-        """
-        scores = self.mix_scores(ops.matmul(query * self.scale, ops.swapaxes(key, -1, -2)))
-        scores = ops.cast(scores, at_least_float32(scores.dtype))
-        return scores if bias is None else scores + ops.cast(bias, scores.dtype)
-
-    def attention(self, query, key, bias=None):
-        """Returns the softmax of the scores, `(batch, ..., heads, queries, keys)`."""
-        scores = self.scores(query, key, bias)
-        if scores.shape[-1] == 1:  # Keras's softmax warns about an axis of size 1.
-            return ops.ones_like(scores)
-        return ops.softmax(scores, axis=-1)
-
-    def undivided_attention(self, query, key, bias=None):
-        """Returns the exponentials of the softmax and their sums over the keys, not yet divided."""
-        scores = self.scores(query, key, bias)
-        scores -= ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True))
-        exponentials = ops.exp(scores)
-        return exponentials, ops.sum(exponentials, axis=-1, keepdims=True)
-
-    def attention_of_first(self, query, key, bias, first_tokens):
-        """Returns the attention of the query tokens, possibly with its normalization deferred.
-
-        An active observer (`observing_links`) receives the attention of all tokens, and the weights
-        that it returns are used.
-
-        Args:
-            query: `(batch, ..., heads, tokens, head_dim)`.
-            key: `(batch, ..., heads, keys, head_dim)`.
-            bias: if given, added to the scores.
-            first_tokens: number of leading query tokens. If `None`, all tokens are query tokens.
-
-        Returns:
-            A tuple `(attention, total)`: the caller divides by `total`, the softmax sums, unless it
-                is
-            `None`.
-        """
-        look = link_observer()
-        if look is not None:
-            attention = look(self, self.attention(query, key, bias))
-            return self.mix_attention(take_first(attention, first_tokens)), None
-        query = take_first(query, first_tokens)
-        bias = None if bias is None else take_first(bias, first_tokens)
-        if self.divides_late and keras.backend.backend() == "jax":
-            return self.undivided_attention(query, key, bias)
-        return self.mix_attention(self.attention(query, key, bias)), None
-
-    def attend(self, query, key, value, bias=None, first_tokens=None, training=False):
-        """Computes attention, merges the heads and applies the output projection.
-
-        Args:
-            query: `(batch, ..., heads, tokens, head_dim)`.
-            key: `(batch, ..., heads, keys, head_dim)`.
-            value: `(batch, ..., heads, keys, head_dim)`.
-            bias: if given, added to the scores.
-            first_tokens: number of leading query tokens. If `None`, all tokens are query tokens.
-            training: whether dropout is active. Defaults to `False`.
-
-        Returns:
-            `(batch, ..., first_tokens or tokens, dim)`.
-        """
-        attention, total = self.attention_of_first(query, key, bias, first_tokens)
-        attention = self.attention_drop(ops.cast(attention, value.dtype), training=training)
-        x = ops.matmul(attention, value)
-        if total is not None:
-            x /= ops.cast(total, x.dtype)
-        x = merge_heads(x)  # (b, ..., tokens, dim)
-        return self.drop(self.projection(x), training=training)
+    def project(self, x, grid=None):
+        """Returns query, key and value, `(batch, ..., heads, tokens, head_dim)` each."""
+        raise NotImplementedError
 
     def mix_scores(self, scores):
         """Returns the scores unchanged; talking-heads attention overrides this hook."""
         return scores
 
-    def mix_attention(self, attention):
-        """Returns the attention unchanged; talking-heads attention overrides this hook."""
-        return attention
+    def mix_weights(self, weights):
+        """Returns the attention weights unchanged; talking-heads attention overrides this hook."""
+        return weights
 
-    def get_config(self):
-        """Returns the arguments that all attention layers share."""
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "qkv_bias": self.qkv_bias,
-            "attention_dropout": self.attention_dropout,
-            "dropout": self.dropout,
-        }
+    def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        """Maps `(batch, ..., tokens, dim)` to `(batch, ..., first_tokens or tokens, dim)`."""
+        query, key, value = self.project(x, grid)  # (b, ..., h, tokens, head_dim)
+        observer = attention_interceptor()
+        if observer is None:  # An observer receives the weights of all tokens.
+            query, bias = slice_tokens(query, first_tokens), slice_tokens(bias, first_tokens)
+        scores = self.mix_scores(ops.matmul(query * self.scale, ops.swapaxes(key, -1, -2)))
+        scores = ops.cast(scores, at_least_float32(scores.dtype))  # (b, ..., h, queries, keys)
+        if bias is not None:
+            scores = scores + ops.cast(bias, scores.dtype)
+        weights, total = softmax(scores, self.deferred_softmax and observer is None)
+        if observer is not None:
+            weights = slice_tokens(observer(self, weights), first_tokens)
+        weights = ops.cast(self.mix_weights(weights), value.dtype)
+        x = ops.matmul(self.attention_drop(weights, training=training), value)
+        if total is not None:
+            x /= ops.cast(total, x.dtype)
+        return self.drop(self.projection(merge_heads(x)), training=training)
+
+    def compute_output_shape(self, input_shape):
+        """Returns `input_shape`, the output shape without `first_tokens`."""
+        return input_shape
+
+    def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        """Returns the symbolic output, which has `first_tokens` tokens if that is given."""
+        return slice_tokens_spec(x, first_tokens, self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -227,26 +201,15 @@ class SelfAttention(Attention):
         self.build_output(dim)
         self.qkv.build(input_shape)
 
-    def call(self, x, bias=None, first_tokens=None, training=False):
-        """Maps `(batch, ..., tokens, dim)` to `(batch, ..., first_tokens or tokens, dim)`."""
-        query, key, value = (
+    def project(self, x, grid=None):
+        """Returns query, key and value of all tokens; `grid` is unused."""
+        return tuple(
             split_heads(part, self.num_heads) for part in ops.split(self.qkv(x), 3, axis=-1)
         )
-        return self.attend(
-            query, key, value, bias=bias, first_tokens=first_tokens, training=training
-        )
-
-    def compute_output_shape(self, input_shape):
-        """Returns `input_shape`, the output shape without `first_tokens`."""
-        return input_shape
-
-    def compute_output_spec(self, x, bias=None, first_tokens=None, training=False):
-        """Returns the symbolic output, which has `first_tokens` tokens if that is given."""
-        return take_first_spec(x, first_tokens, self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class HeadMixing(keras.layers.Layer):
+class HeadMixing(ConfiguredLayer):
     """Learned linear map over the heads of `(batch, ..., heads, queries, keys)`."""
 
     def build(self, input_shape):
@@ -291,7 +254,7 @@ class TalkingHeadAttention(SelfAttention):
         `(batch, first_tokens or tokens, dim)`.
     """
 
-    divides_late = False
+    deferred_softmax = False
 
     def build(self, input_shape):
         """Builds the self-attention and its two head mixings."""
@@ -307,9 +270,9 @@ class TalkingHeadAttention(SelfAttention):
         """Returns the scores with their heads mixed, before the softmax."""
         return self.mix_before(scores)
 
-    def mix_attention(self, attention):
+    def mix_weights(self, weights):
         """Returns the attention weights with their heads mixed, after the softmax."""
-        return self.mix_after(attention)
+        return self.mix_after(weights)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -353,18 +316,16 @@ class ClassAttention(Attention):
         self.query.build(input_shape)
         self.kv.build(input_shape)
 
-    def call(self, x, training=False):
-        """Maps `(batch, tokens, dim)` to `(batch, class_tokens, dim)`."""
-        query = split_heads(self.query(x[:, : self.class_tokens]), self.num_heads)
-        key, value = (
-            split_heads(part, self.num_heads) for part in ops.split(self.kv(x), 2, axis=-1)
-        )
-        return self.attend(query, key, value, training=training)
+    def project(self, x, grid=None):
+        """Returns the query of the class tokens, and key and value of all tokens."""
+        query = self.query(x[:, : self.class_tokens])
+        key, value = ops.split(self.kv(x), 2, axis=-1)
+        return tuple(split_heads(part, self.num_heads) for part in (query, key, value))
 
     def compute_output_shape(self, input_shape):
         """Returns `(batch, class_tokens, dim)`."""
         return (input_shape[0], self.class_tokens, input_shape[-1])
 
-    def get_config(self):
-        """Returns the arguments of `Attention` and `class_tokens`."""
-        return {**super().get_config(), "class_tokens": self.class_tokens}
+    def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
+        """Returns the symbolic output `(batch, class_tokens, dim)`."""
+        return slice_tokens_spec(x, self.class_tokens, self.compute_dtype)

@@ -2,24 +2,29 @@
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
 
-_draws_initial_values = contextvars.ContextVar("draws_initial_values", default=True)
-_inference_device = contextvars.ContextVar("inference_device", default=None)
+_skips_weight_init = contextvars.ContextVar("skips_weight_init", default=False)
+_inference_device: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "inference_device", default=None
+)
+_attention_interceptor: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
+    "attention_interceptor", default=None
+)
 
-_link_observer = contextvars.ContextVar("link_observer", default=None)
 
-
-def without_initial_values() -> contextlib.AbstractContextManager:
+def skip_weight_init() -> contextlib.AbstractContextManager:
     """Context manager within which initializers return zeros, because a file fills the weights."""
-    return context_value(_draws_initial_values, False)
+    return context_value(_skips_weight_init, True)
 
 
 @contextlib.contextmanager
-def context_value(variable, value):
+def context_value(variable: contextvars.ContextVar, value):
     """Context manager that sets a context variable and restores it on exit.
 
     Args:
@@ -36,7 +41,7 @@ def context_value(variable, value):
         variable.reset(token)
 
 
-def inference_on(device: str) -> contextlib.AbstractContextManager:
+def inference_device_scope(device: str) -> contextlib.AbstractContextManager:
     """Context manager within which layers are traced by `compile_inference` for a kind of device.
 
     Args:
@@ -55,7 +60,7 @@ def default_device() -> str:
     return "cpu" if "cpu" in str(ops.zeros(()).device).lower() else "accelerator"
 
 
-def observing_links(observer: Callable) -> contextlib.AbstractContextManager:
+def intercept_attention(observer: Callable) -> contextlib.AbstractContextManager:
     """Context manager that intercepts attention weights and the weights of words.
 
     Every attention layer and every `WordsToPatches` called in the context passes its weights to
@@ -65,30 +70,30 @@ def observing_links(observer: Callable) -> contextlib.AbstractContextManager:
         observer: function of `(layer, weights)` that returns weights of the same shape. `weights`
             is the softmax of an attention layer, or ones, one per word, of a `WordsToPatches`.
     """
-    return context_value(_link_observer, observer)
+    return context_value(_attention_interceptor, observer)
 
 
-def link_observer() -> Callable | None:
-    """Returns the observer of the active `observing_links` context, or `None`."""
-    return _link_observer.get()
+def attention_interceptor() -> Callable | None:
+    """Returns the observer of the active `intercept_attention` context, or `None`."""
+    return _attention_interceptor.get()
 
 
-class SkipsDrawing:
-    """Mixin for initializers that returns zeros within `without_initial_values()`.
+class SkippableInitializer(keras.initializers.Initializer):
+    """Mixin for initializers that returns zeros within `skip_weight_init()`.
 
     For the largest models, drawing random values takes longer than loading the weights, and on
     torch and JAX it takes as much memory as the model itself.
     """
 
     def __call__(self, shape, dtype=None):
-        """Returns initial values, or zeros within `without_initial_values()`."""
-        if not _draws_initial_values.get():
+        """Returns initial values, or zeros within `skip_weight_init()`."""
+        if _skips_weight_init.get():
             return keras.ops.zeros(shape, dtype)
         return super().__call__(shape, dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class TruncatedNormal(SkipsDrawing, keras.initializers.RandomNormal):
+class TruncatedNormal(SkippableInitializer, keras.initializers.RandomNormal):
     """Normal initializer with values clipped to [-2, 2], as timm's `trunc_normal_`.
 
     timm truncates at +-2 in absolute terms, which is 100 standard deviations for a `stddev` of
@@ -104,16 +109,16 @@ class TruncatedNormal(SkipsDrawing, keras.initializers.RandomNormal):
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class RandomNormal(SkipsDrawing, keras.initializers.RandomNormal):
-    """`keras.initializers.RandomNormal` that is skipped within `without_initial_values()`."""
+class RandomNormal(SkippableInitializer, keras.initializers.RandomNormal):
+    """`keras.initializers.RandomNormal` that is skipped within `skip_weight_init()`."""
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class RandomUniform(SkipsDrawing, keras.initializers.RandomUniform):
-    """`keras.initializers.RandomUniform` that is skipped within `without_initial_values()`."""
+class RandomUniform(SkippableInitializer, keras.initializers.RandomUniform):
+    """`keras.initializers.RandomUniform` that is skipped within `skip_weight_init()`."""
 
 
-def torch_uniform(fan_in):
+def torch_uniform(fan_in: int) -> RandomUniform:
     """Returns a new initializer with the default of PyTorch's `Conv2d` and `Linear`.
 
     That is Kaiming uniform with a = sqrt(5) for the kernel, and the same range for the bias:
@@ -126,7 +131,24 @@ def torch_uniform(fan_in):
     return RandomUniform(-bound, bound)
 
 
-class CompositeLayer(keras.layers.Layer):
+class ConfiguredLayer(keras.layers.Layer):
+    """Base class of layers that store each constructor argument in an attribute of its name.
+
+    The configuration is derived from the signature of the constructor.
+    """
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns Keras's configuration of a layer and the arguments of the constructor."""
+        config = super().get_config()
+        constructor = type(self).__init__
+        if constructor is keras.layers.Layer.__init__:  # The layer has no arguments of its own.
+            return config
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
+        names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        return config | {name: getattr(self, name) for name in names}
+
+
+class CompositeLayer(ConfiguredLayer):
     """Base class of layers made of sublayers, which share the layer's dtype policy.
 
     `model.quantize("int8")` gives each inner `Dense` a separate policy. The configuration records
@@ -136,7 +158,7 @@ class CompositeLayer(keras.layers.Layer):
     # Role of the layer in a model that calls it directly: "stem", "token", "position", "block",
     # "class_block", "merge", or None. `keras_tnt.anatomy` reads it. A custom family declares it on
     # its layers, which may have any base class.
-    part = None
+    role: str | None = None
 
     def get_config(self):
         """Returns the configuration, with the policies of quantized sublayers by path."""
@@ -250,7 +272,9 @@ class LayerNormalization(keras.layers.LayerNormalization):
         return ops.cast(x, self.compute_dtype)
 
 
-def projection(units, use_bias=True, *, fan_in=None, dtype, name):
+def projection(
+    units: int, use_bias: bool = True, *, fan_in: int | None = None, dtype, name: str
+) -> keras.layers.Dense:
     """Returns a `Dense` layer with the initialization of the published code.
 
     Args:
@@ -273,20 +297,20 @@ def projection(units, use_bias=True, *, fan_in=None, dtype, name):
     )
 
 
-def take_first(x, count):
-    """Returns the first `count` tokens of `x`, or `x` itself if `count` is `None`.
+def slice_tokens(x, count: int | None):
+    """Returns the first `count` tokens of `x`, or `x` itself if it or `count` is `None`.
 
     A slice of all tokens would be a copy in ONNX Runtime.
     """
-    return x if count is None else x[..., :count, :]
+    return x if x is None or count is None else x[..., :count, :]
 
 
-def take_first_spec(x, count, dtype):
+def slice_tokens_spec(x, count: int | None, dtype) -> keras.KerasTensor:
     """Returns the symbolic output for the first `count` tokens of `x`; all if it is `None`."""
     return keras.KerasTensor((*x.shape[:-2], count or x.shape[-2], x.shape[-1]), dtype=dtype)
 
 
-def at_least_float32(dtype):
+def at_least_float32(dtype) -> str:
     """Returns the dtype for softmax and statistics: float32 instead of float16 and bfloat16."""
     dtype = keras.backend.standardize_dtype(dtype)
     return "float32" if dtype in ("float16", "bfloat16") else dtype

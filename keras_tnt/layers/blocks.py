@@ -10,8 +10,8 @@ from keras_tnt.layers.base import (
     LayerNormalization,
     gelu,
     projection,
-    take_first,
-    take_first_spec,
+    slice_tokens,
+    slice_tokens_spec,
 )
 from keras_tnt.layers.embedding import LegacyWordsToPatches, WordsToPatches
 from keras_tnt.layers.regularization import Dropout, LayerScale, StochasticDepth
@@ -52,10 +52,6 @@ class MLP(CompositeLayer):
     def compute_output_shape(self, input_shape):
         """Returns `input_shape`."""
         return input_shape
-
-    def get_config(self):
-        """Returns `ratio` and `dropout`."""
-        return {**super().get_config(), "ratio": self.ratio, "dropout": self.dropout}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -99,12 +95,8 @@ class SqueezeExcite(CompositeLayer):
         """Returns `input_shape`."""
         return input_shape
 
-    def get_config(self):
-        """Returns `reduction` and `epsilon`."""
-        return {**super().get_config(), "reduction": self.reduction, "epsilon": self.epsilon}
 
-
-def unchanged(x):
+def identity(x):
     """Returns `x`; the identity that replaces a disabled sublayer."""
     return x
 
@@ -151,11 +143,11 @@ class ResidualBlock(CompositeLayer):
             "name": "attention",
         }
 
-    def make_attention(self):
+    def build_attention(self):
         """Returns a new attention layer; subclasses implement this method."""
         raise NotImplementedError
 
-    def make_norm(self, name, input_shape):
+    def build_norm(self, name, input_shape):
         """Returns a built layer norm over `norm_axis`."""
         norm = LayerNormalization(
             self.norm_axis, epsilon=self.epsilon, dtype=self.dtype_policy, name=name
@@ -163,15 +155,15 @@ class ResidualBlock(CompositeLayer):
         norm.build(input_shape)
         return norm
 
-    def make_scale(self, name, input_shape):
+    def build_scale(self, name, input_shape):
         """Returns a built `LayerScale`, or the identity if `layer_scale` is `None`."""
         if self.layer_scale is None:
-            return unchanged
+            return identity
         scale = LayerScale(self.layer_scale, dtype=self.dtype_policy, name=name)
         scale.build(input_shape)
         return scale
 
-    def make_drop(self, name):
+    def build_drop(self, name):
         """Returns the stochastic depth of one residual branch."""
         return StochasticDepth(
             self.stochastic_depth, self.sample_axes, dtype=self.dtype_policy, name=name
@@ -179,34 +171,20 @@ class ResidualBlock(CompositeLayer):
 
     def build(self, input_shape):
         """Builds the attention branch and the MLP branch."""
-        self.norm_attention = self.make_norm("norm_attention", input_shape)
-        self.scale_attention = self.make_scale("scale_attention", input_shape)
-        self.drop_attention = self.make_drop("drop_attention")
-        self.attention = self.make_attention()
+        self.norm_attention = self.build_norm("norm_attention", input_shape)
+        self.scale_attention = self.build_scale("scale_attention", input_shape)
+        self.drop_attention = self.build_drop("drop_attention")
+        self.attention = self.build_attention()
         self.attention.build(input_shape)
-        self.norm_mlp = self.make_norm("norm_mlp", input_shape)
-        self.scale_mlp = self.make_scale("scale_mlp", input_shape)
-        self.drop_mlp = self.make_drop("drop_mlp")
+        self.norm_mlp = self.build_norm("norm_mlp", input_shape)
+        self.scale_mlp = self.build_scale("scale_mlp", input_shape)
+        self.drop_mlp = self.build_drop("drop_mlp")
         self.mlp = MLP(self.mlp_ratio, self.dropout, dtype=self.dtype_policy, name="mlp")
         self.mlp.build(input_shape)
 
     def compute_output_shape(self, input_shape):
         """Returns `input_shape`."""
         return input_shape
-
-    def get_config(self):
-        """Returns the arguments that all blocks share."""
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "mlp_ratio": self.mlp_ratio,
-            "qkv_bias": self.qkv_bias,
-            "dropout": self.dropout,
-            "attention_dropout": self.attention_dropout,
-            "stochastic_depth": self.stochastic_depth,
-            "layer_scale": self.layer_scale,
-            "epsilon": self.epsilon,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -246,7 +224,11 @@ class TransformerBlock(ResidualBlock):
         >>> keras_tnt.layers.TransformerBlock(num_heads=4)(np.ones((2, 17, 32))).shape
     """
 
-    part = "block"
+    role = "block"
+
+    # Whether `call` uses the C++ kernels if `keras_tnt.layers.fused` supports the call. If `False`,
+    # the block is computed with Keras operations.
+    native_kernels = True
 
     def __init__(
         self,
@@ -279,14 +261,14 @@ class TransformerBlock(ResidualBlock):
         self.sample_axes = sample_axes
         self.norm_axis = norm_axis
 
-    def make_attention(self):
+    def build_attention(self):
         """Returns a new `SelfAttention`."""
         return SelfAttention(**self.attention_arguments())
 
     def build(self, input_shape):
         """Builds both branches, and `SqueezeExcite` if requested."""
         super().build(input_shape)
-        self.excite = unchanged
+        self.excite = identity
         if self.squeeze_excite:
             self.excite = SqueezeExcite(
                 epsilon=self.epsilon, dtype=self.dtype_policy, name="excite"
@@ -294,50 +276,35 @@ class TransformerBlock(ResidualBlock):
             self.excite.build(input_shape)
 
     def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
-        """Maps `(batch, ..., tokens, dim)` to `(batch, ..., first_tokens or tokens, dim)`.
-
-        Uses the C++ kernel if it supports the block and all optional tensors are `None`.
-        """
-        if bias is None and grid is None and first_tokens is None:
-            found = fused.transformed(self, x, training=training)
-            if found is not None:
-                return found
+        """Maps `(batch, ..., tokens, dim)` to `(batch, ..., first_tokens or tokens, dim)`."""
+        is_simple = bias is None and grid is None and first_tokens is None
+        if is_simple and self.native_kernels:
+            y = fused.transformed(self, x, training=training)
+            if y is not None:
+                return y
         return self.transform(x, bias, grid, first_tokens, training)
 
     def transform(self, x, bias=None, grid=None, first_tokens=None, training=False):
         """Computes `call` with Keras operations, without the C++ kernel."""
-        at = {} if grid is None else {"grid": grid}
-        # Squeeze-and-excitation averages over all tokens, so all are computed and sliced at the
-        # end.
-        computed = None if self.squeeze_excite else first_tokens
-        branch = self.attention(
-            self.norm_attention(x), bias=bias, first_tokens=computed, training=training, **at
-        )
-        branch = self.drop_attention(self.scale_attention(branch), training=training)
-        x = take_first(x, computed) + branch
+        # Squeeze-and-excitation averages over all tokens: they are sliced after it.
+        queries = None if self.squeeze_excite else first_tokens
+        options = {"bias": bias, "grid": grid, "first_tokens": queries, "training": training}
+        branch = self.scale_attention(self.attention(self.norm_attention(x), **options))
+        x = slice_tokens(x, queries) + self.drop_attention(branch, training=training)
         branch = self.excite(self.mlp(self.norm_mlp(x), training=training))
         x = x + self.drop_mlp(self.scale_mlp(branch), training=training)
-        return take_first(x, first_tokens)
+        return slice_tokens(x, first_tokens)
 
     def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
         """Returns the symbolic output, which has `first_tokens` tokens if that is given."""
-        return take_first_spec(x, first_tokens, self.compute_dtype)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "squeeze_excite": self.squeeze_excite,
-            "sample_axes": self.sample_axes,
-            "norm_axis": self.norm_axis,
-        }
+        return slice_tokens_spec(x, first_tokens, self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class TalkingHeadBlock(TransformerBlock):
     """CaiT's block over the patches: `TransformerBlock` with `TalkingHeadAttention`."""
 
-    def make_attention(self):
+    def build_attention(self):
         """Returns a new `TalkingHeadAttention`."""
         return TalkingHeadAttention(**self.attention_arguments())
 
@@ -381,7 +348,7 @@ class TNTBlock(CompositeLayer):
         given.
     """
 
-    part = "block"
+    role = "block"
 
     def __init__(
         self,
@@ -427,13 +394,13 @@ class TNTBlock(CompositeLayer):
             "dtype": self.dtype_policy,
         }
 
-    def make_inner(self):
+    def build_inner(self):
         """Returns a new inner transformer, which drops branches per patch."""
         return TransformerBlock(
             self.inner_heads, sample_axes=2, name="inner", **self.transformer_arguments()
         )
 
-    def make_outer(self):
+    def build_outer(self):
         """Returns a new outer transformer."""
         return TransformerBlock(
             self.outer_heads,
@@ -444,8 +411,8 @@ class TNTBlock(CompositeLayer):
 
     def build(self, tokens_shape, words_shape):
         """Builds both transformers and the word-to-patch projection."""
-        self.inner = self.make_inner()
-        self.outer = self.make_outer()
+        self.inner = self.build_inner()
+        self.outer = self.build_outer()
         self.tokens_before = self.prefix_tokens
         if self.tokens_before is None:
             self.tokens_before = tokens_shape[1] - words_shape[1]
@@ -480,25 +447,7 @@ class TNTBlock(CompositeLayer):
     ):
         """Returns the symbolic tokens, of which there are `first_tokens` if given, and words."""
         dtype = self.compute_dtype
-        return take_first_spec(tokens, first_tokens, dtype), take_first_spec(words, None, dtype)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "outer_heads": self.outer_heads,
-            "inner_heads": self.inner_heads,
-            "mlp_ratio": self.mlp_ratio,
-            "qkv_bias": self.qkv_bias,
-            "dropout": self.dropout,
-            "attention_dropout": self.attention_dropout,
-            "stochastic_depth": self.stochastic_depth,
-            "layer_scale": self.layer_scale,
-            "squeeze_excite": self.squeeze_excite,
-            "legacy": self.legacy,
-            "prefix_tokens": self.prefix_tokens,
-            "epsilon": self.epsilon,
-        }
+        return slice_tokens_spec(tokens, first_tokens, dtype), slice_tokens_spec(words, None, dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -526,7 +475,7 @@ class ClassAttentionBlock(ResidualBlock):
         The same shape: the class tokens updated, the patches unchanged.
     """
 
-    part = "class_block"
+    role = "class_block"
 
     def __init__(
         self,
@@ -555,7 +504,7 @@ class ClassAttentionBlock(ResidualBlock):
         )
         self.class_tokens = class_tokens
 
-    def make_attention(self):
+    def build_attention(self):
         """Returns a new `ClassAttention`."""
         return ClassAttention(class_tokens=self.class_tokens, **self.attention_arguments())
 
@@ -567,7 +516,3 @@ class ClassAttentionBlock(ResidualBlock):
         branch = self.mlp(self.norm_mlp(tokens), training=training)
         tokens = tokens + self.drop_mlp(self.scale_mlp(branch), training=training)
         return ops.concatenate([tokens, patches], axis=1)
-
-    def get_config(self):
-        """Returns the arguments of `ResidualBlock` and `class_tokens`."""
-        return {**super().get_config(), "class_tokens": self.class_tokens}

@@ -9,21 +9,23 @@ from keras import ops
 from keras_tnt.layers import fused
 from keras_tnt.layers.base import (
     CompositeLayer,
+    ConfiguredLayer,
     LayerNormalization,
     TruncatedNormal,
-    link_observer,
+    attention_interceptor,
     projection,
     torch_uniform,
 )
 from keras_tnt.layers.grid import (
-    cut,
-    image_size,
-    in_a_row,
-    patches_of,
+    assert_divisible_by_patch,
+    count_patches,
+    flatten_grid,
+    image_dimensions,
+    patchify,
     resample,
+    resolve_grid,
     shape_of,
-    told_grid,
-    whole_patches,
+    to_channels_last,
 )
 from keras_tnt.layers.sharding import reshape, shard_like
 
@@ -41,7 +43,7 @@ class PatchEmbedding(CompositeLayer):
         `(batch, height/patch_size * width/patch_size, dim)`, in row-major order.
     """
 
-    part = "stem"
+    role = "stem"
 
     def __init__(self, patch_size: int, dim: int, data_format: str | None = None, **kwargs):
         """Initializes the layer; the class docstring lists the arguments."""
@@ -52,7 +54,7 @@ class PatchEmbedding(CompositeLayer):
 
     def build(self, input_shape):
         """Builds the projection from the pixels of a patch to a token."""
-        values = self.patch_size**2 * image_size(input_shape, self.data_format)[-1]
+        values = self.patch_size**2 * image_dimensions(input_shape, self.data_format)[-1]
         self.projection = projection(
             self.dim, fan_in=values, dtype=self.dtype_policy, name="projection"
         )
@@ -60,25 +62,17 @@ class PatchEmbedding(CompositeLayer):
 
     def call(self, images):
         """Maps images to `(batch, patches, dim)`."""
-        images = whole_patches(images, self.patch_size, self.data_format)
-        return in_a_row(self.projection(cut(images, self.patch_size)), self.dim)
+        images = to_channels_last(images, self.data_format)
+        images = assert_divisible_by_patch(images, self.patch_size)
+        return flatten_grid(self.projection(patchify(images, self.patch_size)), self.dim)
 
     def compute_output_shape(self, input_shape):
         """Returns `(batch, patches, dim)`."""
-        return (*patches_of(input_shape, self.patch_size, self.data_format), self.dim)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "patch_size": self.patch_size,
-            "dim": self.dim,
-            "data_format": self.data_format,
-        }
+        return (*count_patches(input_shape, self.patch_size, self.data_format), self.dim)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class WordEmbedding(keras.layers.Layer):
+class WordEmbedding(ConfiguredLayer):
     """TNT's stem: a 7x7 convolution inside each patch that embeds its words (TNT, section 2.2).
 
     The image is split into patches first, so that the convolution, which has stride `stride` and
@@ -95,7 +89,7 @@ class WordEmbedding(keras.layers.Layer):
         `(batch, patches, words, dim)`, both patches and words in row-major order.
     """
 
-    part = "stem"
+    role = "stem"
 
     kernel_size = 7
 
@@ -122,7 +116,7 @@ class WordEmbedding(keras.layers.Layer):
 
     def build(self, input_shape):
         """Creates the `(7, 7, channels, dim)` kernel and the bias."""
-        channels = image_size(input_shape, self.data_format)[-1]
+        channels = image_dimensions(input_shape, self.data_format)[-1]
         fan_in = self.kernel_size**2 * channels
         self.kernel = self.add_weight(
             name="kernel",
@@ -135,8 +129,9 @@ class WordEmbedding(keras.layers.Layer):
 
     def call(self, images):
         """Maps images to `(batch, patches, words, dim)`."""
-        images = whole_patches(images, self.patch_size, self.data_format)
-        patches = cut(images, self.patch_size)  # (b, r, q, p*p*c)
+        images = to_channels_last(images, self.data_format)
+        images = assert_divisible_by_patch(images, self.patch_size)
+        patches = patchify(images, self.patch_size)  # (b, r, q, p*p*c)
         words = ops.matmul(patches, self.patch_kernel())  # (b, r, q, words*dim)
         return self.by_patch(words) + self.bias
 
@@ -152,22 +147,12 @@ class WordEmbedding(keras.layers.Layer):
 
     def by_patch(self, words):
         """Reshapes `(batch, rows, columns, words * dim)` to `(batch, patches, words, dim)`."""
-        return in_a_row(words, self.side**2, self.dim)
+        return flatten_grid(words, self.side**2, self.dim)
 
     def compute_output_shape(self, input_shape):
         """Returns `(batch, patches, words, dim)`."""
-        batch_and_patches = patches_of(input_shape, self.patch_size, self.data_format)
+        batch_and_patches = count_patches(input_shape, self.patch_size, self.data_format)
         return (*batch_and_patches, self.side**2, self.dim)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "dim": self.dim,
-            "patch_size": self.patch_size,
-            "stride": self.stride,
-            "data_format": self.data_format,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -189,10 +174,11 @@ class LegacyWordEmbedding(WordEmbedding):
     def call(self, images):
         """Maps images to `(batch, patches, words, dim)`."""
         pad = [self.kernel_size // 2] * 2
-        images = whole_patches(images, self.patch_size, self.data_format)
+        images = to_channels_last(images, self.data_format)
+        images = assert_divisible_by_patch(images, self.patch_size)
         images = ops.pad(images, [[0, 0], pad, pad, [0, 0]])
         words = ops.conv(images, self.kernel, self.stride, "valid", data_format="channels_last")
-        return self.by_patch(cut(words + self.bias, self.side))
+        return self.by_patch(patchify(words + self.bias, self.side))
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -211,6 +197,10 @@ class WordsToPatches(CompositeLayer):
     Returns:
         `(batch, patches, dim)`.
     """
+
+    # Whether `call` uses the C++ kernels if `keras_tnt.layers.fused` supports the call. If `False`,
+    # the layer is computed with Keras operations.
+    native_kernels = True
 
     def __init__(self, dim: int, use_bias: bool = True, epsilon: float = 1e-5, **kwargs):
         """Initializes the layer; the class docstring lists the arguments."""
@@ -245,39 +235,29 @@ class WordsToPatches(CompositeLayer):
         _, patches, count, inner_dim = shape_of(words)
         return reshape(words, (-1, patches, count * inner_dim))  # (b, n, words*inner_dim)
 
-    def weigh(self, x, words):
+    def apply_gate(self, x, words):
         """Multiplies each word of `x` by its observer gate; returns `x` without an observer.
 
         Args:
             x: `(batch, patches, words * inner_dim)`.
             words: `(batch, patches, words, inner_dim)`, used for its shape and dtype alone.
         """
-        look = link_observer()
+        look = attention_interceptor()
         if look is None:
             return x
         weights = look(self, ops.ones_like(words[..., 0]))  # (b, n, words)
         return x * ops.repeat(weights, words.shape[-1], axis=-1)
 
     def call(self, words, training=False):
-        """Maps words to `(batch, patches, dim)`, in C++ where the kernel supports it."""
+        """Maps words to `(batch, patches, dim)`."""
         x = self.flatten(words)
-        patches = fused.projected(self, x, training)
-        if patches is not None:
-            return patches
-        return self.norm_patches(self.projection(self.weigh(self.norm_words(x), words)))
+        if self.native_kernels and (y := fused.projected(self, x, training)) is not None:
+            return y
+        return self.norm_patches(self.projection(self.apply_gate(self.norm_words(x), words)))
 
     def compute_output_shape(self, words_shape):
         """Returns `(batch, patches, dim)`."""
         return (*words_shape[:-2], self.dim)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "dim": self.dim,
-            "use_bias": self.use_bias,
-            "epsilon": self.epsilon,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -305,14 +285,14 @@ class LegacyWordsToPatches(WordsToPatches):
 
     def call(self, words, training=False):
         """Maps words to `(batch, patches, dim)`."""
-        return self.projection(self.weigh(self.flatten(self.norm_words(words)), words))
+        return self.projection(self.apply_gate(self.flatten(self.norm_words(words)), words))
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class ClassToken(keras.layers.Layer):
+class ClassToken(ConfiguredLayer):
     """Prepends a learned token: `(batch, tokens, dim)` to `(batch, 1 + tokens, dim)`."""
 
-    part = "token"
+    role = "token"
 
     def build(self, input_shape):
         """Creates the `(1, 1, dim)` token."""
@@ -334,13 +314,9 @@ class ClassToken(keras.layers.Layer):
         batch, tokens, dim = input_shape
         return (batch, None if tokens is None else tokens + 1, dim)
 
-    def get_config(self):
-        """Returns the base configuration; Keras generates none if `dtype` is a policy object."""
-        return super().get_config()
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class PositionEmbedding(keras.layers.Layer):
+class PositionEmbedding(ConfiguredLayer):
     """Learned position embedding of a token grid and of the prefix tokens before it.
 
     Position tables saved for another grid are resampled when they are loaded.
@@ -355,12 +331,12 @@ class PositionEmbedding(keras.layers.Layer):
             as at loading. Defaults to the table's grid.
     """
 
-    part = "position"
+    role = "position"
 
     def __init__(self, grid: tuple[int, int], prefix_tokens: int = 0, **kwargs):
         """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
-        self.grid = tuple(grid)
+        self.grid = (grid[0], grid[1])
         self.prefix_tokens = prefix_tokens
 
     def build(self, input_shape):
@@ -389,7 +365,7 @@ class PositionEmbedding(keras.layers.Layer):
         if grid is None or tuple(grid.shape[1:]) == self.grid:
             return table
         prefix, dim = self.prefix_tokens, table.shape[-1]
-        positions = resample(table[prefix:], self.grid, told_grid(grid, None), dim)
+        positions = resample(table[prefix:], self.grid, resolve_grid(grid, None), dim)
         return ops.concatenate([table[:prefix], ops.reshape(positions, (-1, dim))])
 
     def can_resample(self, shape):
@@ -433,16 +409,10 @@ class PositionEmbedding(keras.layers.Layer):
         """Returns `input_shape`."""
         return input_shape
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "grid": self.grid,
-            "prefix_tokens": self.prefix_tokens,
-        }
 
-
-def resample_positions(table, grid, new_grid, prefix_tokens=0):
+def resample_positions(
+    table: np.ndarray, grid: tuple, new_grid: tuple, prefix_tokens: int = 0
+) -> np.ndarray:
     """Resamples a position table to another grid: bicubic, antialiased, prefix unchanged.
 
     Args:

@@ -13,7 +13,7 @@ from keras import ops
 from keras_tnt import kernels
 from keras_tnt.kernels import runtimes
 from keras_tnt.layers.attention import SelfAttention
-from keras_tnt.layers.base import inference_device, link_observer
+from keras_tnt.layers.base import attention_interceptor, inference_device
 from keras_tnt.layers.sharding import batch_axes
 
 
@@ -91,7 +91,7 @@ def runs_here(x, training, dtype):
         dtype: dtype of the matrix products, as `dtype_of` returns it.
     """
     among_words = len(x.shape) == 4
-    if link_observer() is not None or dtype not in ("float32", "bfloat16"):
+    if attention_interceptor() is not None or dtype not in ("float32", "bfloat16"):
         return False
     if batch_axes(x) is not None:
         return False

@@ -7,11 +7,14 @@ only the shape, because static shapes propagate earlier than values on every bac
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_tnt.layers.base import ConfiguredLayer
 from keras_tnt.layers.sharding import reshape
 
 
@@ -23,43 +26,44 @@ def shape_of(x):
     return ops.shape(x) if None in x.shape[1:] else x.shape
 
 
-def product(*sizes):
+def product(*sizes: Any) -> Any:
     """Returns the product of sizes, or `None` if one of them is `None` (unknown)."""
-    return None if None in sizes else math.prod(sizes)
+    known = [size for size in sizes if size is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
 
 
-def ceil_divide(size, divisor):
+def ceil_divide(size: Any, divisor: int) -> Any:
     """Returns `ceil(size / divisor)` for a size that is an integer, symbolic or `None`."""
     # The operands are positive, because tf2onnx exports integer division as rounding to zero.
     return None if size is None else (size + divisor - 1) // divisor
 
 
-def checked(x, sides, fits, told):
-    """Returns `x` after asserting that all `sides` satisfy `fits`.
+def assert_sides(x, sides, is_valid: Callable, describe_error: Callable):
+    """Returns `x` after asserting that all `sides` satisfy `is_valid`.
 
     Args:
         x: the tensor.
         sides: integers, or sizes that are unknown before a graph runs. The latter are checked by an
             assertion at run time on TensorFlow (except within XLA), and not checked on other
             backends.
-        fits: predicate of a side, which is an integer or a tensor.
-        told: function from the sides to `(message, values)`, a format string with "{}" and the
-            values to insert.
+        is_valid: predicate of a side, which is an integer or a tensor.
+        describe_error: function from the sides to `(message, values)`, a format string with "{}"
+            and the values to insert.
 
     Raises:
         ValueError: if a static side does not fit.
     """
     if all(isinstance(side, int) for side in sides):
-        if not all(fits(side) for side in sides):
-            message, values = told(sides)
+        if not all(is_valid(side) for side in sides):
+            message, values = describe_error(sides)
             raise ValueError(message.format(*values))
     elif keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        message, values = told(sides)
+        message, values = describe_error(sides)
         message = tf.strings.format(message, [tf.convert_to_tensor(value) for value in values])
-        all_fit = tf.reduce_all([fits(side) for side in sides])
-        with tf.control_dependencies([tf.debugging.Assert(all_fit, [message])]):
+        all_valid = tf.reduce_all([is_valid(side) for side in sides])
+        with tf.control_dependencies([tf.debugging.Assert(all_valid, [message])]):
             x = tf.identity(x)
     return x
 
@@ -67,48 +71,46 @@ def checked(x, sides, fits, told):
 # === Images ===
 
 
-def channels_last(images, data_format):
+def to_channels_last(images, data_format: str):
     """Transposes images from `data_format` to `(batch, height, width, channels)`."""
     if data_format == "channels_first":
         return ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
     return images
 
 
-def image_size(input_shape, data_format):
+def image_dimensions(input_shape, data_format: str) -> tuple:
     """Returns (height, width, channels) of a batch of images of `input_shape`."""
     if data_format == "channels_first":
         return (*input_shape[2:], input_shape[1])
     return tuple(input_shape[1:])
 
 
-def patches_of(input_shape, patch_size, data_format):
+def count_patches(input_shape, patch_size: int, data_format: str) -> tuple:
     """Returns (batch, patches) for a batch of images of `input_shape`."""
-    height, width, _ = image_size(input_shape, data_format)
+    height, width, _ = image_dimensions(input_shape, data_format)
     return input_shape[0], product(*(ceil_divide(x, patch_size) for x in (height, width)))
 
 
-def whole_patches(images, patch_size, data_format):
-    """Returns images channels last, after asserting that they consist of whole patches.
+def assert_divisible_by_patch(images, patch_size: int):
+    """Returns `images` after asserting that they consist of whole patches.
 
     Args:
-        images: `(batch, height, width, channels)`, or channels first, according to `data_format`.
+        images: `(batch, height, width, channels)`.
         patch_size: side of a patch in pixels.
-        data_format: `"channels_last"` or `"channels_first"`.
 
     Raises:
         ValueError: if `patch_size` does not divide height and width.
     """
-    images = channels_last(images, data_format)
-    return checked(
+    return assert_sides(
         images,
         shape_of(images)[1:3],
         lambda side: side % patch_size == 0,
-        lambda sides: misfit(sides, patch_size),
+        lambda sides: size_error(sides, patch_size),
     )
 
 
-def misfit(size, patch_size):
-    """Returns message and values of the error for partial patches, as `told` of `checked`."""
+def size_error(size, patch_size: int) -> tuple[str, tuple]:
+    """Returns message and values of the error for partial patches, for `assert_sides`."""
     nearest = [nearest_multiple(side, patch_size) for side in size]
     return (
         f"Height and width of images must be multiples of {patch_size}. Received: {{}}x{{}}. The "
@@ -116,13 +118,13 @@ def misfit(size, patch_size):
     ), (*size, *nearest)
 
 
-def nearest_multiple(side, divisor):
+def nearest_multiple(side: Any, divisor: int) -> Any:
     """Returns the positive multiple of `divisor` that is nearest to `side`."""
     count = (2 * side + divisor) // (2 * divisor)
     return divisor * (max(count, 1) if isinstance(side, int) else ops.maximum(count, 1))
 
 
-def cut(images, size):
+def patchify(images, size: int):
     """Patchifies images: splits them into squares, flattened in row-major order, channels last.
 
     Args:
@@ -139,7 +141,7 @@ def cut(images, size):
     return reshape(x, (-1, rows, columns, size * size * channels))  # (b, r, q, s*s*c)
 
 
-def in_a_row(x, *rest):
+def flatten_grid(x, *rest):
     """Flattens the grid: `(batch, rows, columns, ...)` to `(batch, rows * columns, *rest)`."""
     _, rows, columns, *_ = shape_of(x)
     return reshape(x, (-1, rows * columns, *rest))  # (b, r*q, ...)
@@ -148,7 +150,12 @@ def in_a_row(x, *rest):
 # === The grid of patches ===
 
 
-def told_grid(grid, own):
+def as_grid(grid) -> tuple[int, int] | None:
+    """Returns (rows, columns) as a tuple, or `None` for `None`; JSON has lists instead."""
+    return None if grid is None else (grid[0], grid[1])
+
+
+def resolve_grid(grid, own: tuple[int, int] | None) -> tuple[Any, Any]:
     """Returns (rows, columns) of the `grid` tensor of a call, or else the layer's own grid.
 
     Args:
@@ -159,14 +166,15 @@ def told_grid(grid, own):
         ValueError: if both are `None`.
     """
     if grid is not None:
-        return tuple(shape_of(grid)[1:])
+        rows, columns = shape_of(grid)[1:]
+        return rows, columns
     if own is None:
-        raise ValueError("A layer that was made without `grid` must be called with `grid`.")
+        raise ValueError("A layer that was built without `grid` must be called with `grid`.")
     return own
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class PatchGrid(keras.layers.Layer):
+class PatchGrid(ConfiguredLayer):
     """Subsamples one pixel per patch; only the (rows, columns) shape of the output is used.
 
     Args:
@@ -195,20 +203,12 @@ class PatchGrid(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         """Returns `(batch, rows, columns)`."""
-        sides = image_size(input_shape, self.data_format)[:2]
+        sides = image_dimensions(input_shape, self.data_format)[:2]
         return (input_shape[0], *(ceil_divide(side, self.patch_size) for side in sides))
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "patch_size": self.patch_size,
-            "data_format": self.data_format,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class PatchMap(keras.layers.Layer):
+class PatchMap(ConfiguredLayer):
     """Reshapes a sequence of patches to a feature map.
 
     Call arguments:
@@ -221,16 +221,12 @@ class PatchMap(keras.layers.Layer):
 
     def call(self, patches, grid):
         """Maps `(batch, rows * columns, dim)` to `(batch, rows, columns, dim)`."""
-        rows, columns = told_grid(grid, None)
+        rows, columns = resolve_grid(grid, None)
         return reshape(patches, (-1, rows, columns, patches.shape[-1]))  # (b, r, q, c)
 
     def compute_output_shape(self, patches_shape, grid_shape):
         """Returns `(batch, rows, columns, dim)`."""
         return (patches_shape[0], *grid_shape[1:], patches_shape[-1])
-
-    def get_config(self):
-        """Returns the base configuration; Keras generates none if `dtype` is a policy object."""
-        return super().get_config()
 
 
 # === Resampling of tables ===
@@ -273,12 +269,12 @@ def resampling_matrix(size, new_size):
         runs. For equal sizes it is exactly the identity.
     """
     if isinstance(size, int) and isinstance(new_size, int):
-        return weights_of_integers(size, new_size)
+        return static_cubic_weights(size, new_size)
     return cubic_weights(ops, size, new_size, "float32")
 
 
 @functools.lru_cache(maxsize=256)
-def weights_of_integers(size, new_size):
+def static_cubic_weights(size, new_size):
     """Returns the cached float64 weights for two static sizes."""
     return cubic_weights(np, size, new_size, "float64")
 

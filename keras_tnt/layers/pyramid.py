@@ -4,6 +4,8 @@ Feature maps are channels last inside the layers for either image data format, b
 has no channels-first convolution on CPUs.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -12,42 +14,44 @@ from keras_tnt.kernels import runtimes
 from keras_tnt.layers.attention import Attention, split_heads
 from keras_tnt.layers.base import (
     CompositeLayer,
+    ConfiguredLayer,
     LayerNormalization,
     RandomNormal,
     projection,
-    take_first_spec,
 )
 from keras_tnt.layers.blocks import TNTBlock, TransformerBlock
 from keras_tnt.layers.grid import (
+    as_grid,
+    assert_divisible_by_patch,
+    assert_sides,
     ceil_divide,
-    checked,
-    cut,
-    image_size,
-    in_a_row,
-    patches_of,
+    count_patches,
+    flatten_grid,
+    image_dimensions,
+    patchify,
     product,
     resample,
-    told_grid,
-    whole_patches,
+    resolve_grid,
+    to_channels_last,
 )
 from keras_tnt.layers.sharding import reshape
 
 
-def halve(size):
+def halve_side(size: Any) -> Any:
     """Returns the size of a feature map after a 3x3 convolution of stride 2, zero-padded by 1."""
     return ceil_divide(size, 2)
 
 
-def enough_to_pool(x, grid, size):
+def assert_poolable(x, grid: tuple, size: int):
     """Returns `x` after asserting that the grid has at least `size` x `size` patches."""
     message = (
-        f"A stage pools {size}x{size} patches, and has {{}}x{{}}. Give larger images, or build the "
-        "model with smaller `reductions`."
+        f"A stage needs at least {size}x{size} patches for pooling, got {{}}x{{}}. "
+        "Use larger images, or build the model with smaller `reductions`."
     )
-    return checked(x, grid, lambda side: side >= size, lambda sides: (message, sides))
+    return assert_sides(x, grid, lambda side: side >= size, lambda sides: (message, sides))
 
 
-def convolution(dim, stride, *, dtype, name):
+def convolution(dim: int, stride: int, *, dtype, name: str) -> keras.layers.Conv2D:
     """Returns a 3x3 convolution for feature maps padded by `pad_edges`.
 
     As in the published code, the kernel is initialized from N(0, sqrt(2 / fan_out)) and the bias
@@ -114,12 +118,8 @@ class ConvolutionNormReLU(CompositeLayer):
         """Returns `(batch, rows/stride, columns/stride, dim)`, rounded up."""
         batch, *size, _ = input_shape
         if self.stride == 2:
-            size = [halve(side) for side in size]
+            size = [halve_side(side) for side in size]
         return (batch, *size, self.dim)
-
-    def get_config(self):
-        """Returns `dim` and `stride`."""
-        return {**super().get_config(), "dim": self.dim, "stride": self.stride}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -139,7 +139,7 @@ class PyramidStem(CompositeLayer):
         `(batch, height/8 * width/8, 16, inner_dim)`, in row-major order.
     """
 
-    part = "stem"
+    role = "stem"
 
     patch_size = 8
 
@@ -152,7 +152,7 @@ class PyramidStem(CompositeLayer):
 
     def build(self, input_shape):
         """Builds one convolution for both branches, one for the words and three for the patches."""
-        height, width, channels = image_size(input_shape, self.data_format)
+        height, width, channels = image_dimensions(input_shape, self.data_format)
         shape = (None, height, width, channels)
         self.common = self.step("common", 2 * self.inner_dim, 2, shape)
         shape = self.common.compute_output_shape(shape)
@@ -171,32 +171,24 @@ class PyramidStem(CompositeLayer):
 
     def call(self, images, training=False):
         """Maps images to patches and words."""
-        images = whole_patches(images, self.patch_size, self.data_format)
+        images = to_channels_last(images, self.data_format)
+        images = assert_divisible_by_patch(images, self.patch_size)
         x = self.common(images, training=training)  # (b, H/2, W/2, 2*inner_dim)
-        words = cut(self.words(x, training=training), 4)  # (b, r, q, 16*inner_dim)
+        words = patchify(self.words(x, training=training), 4)  # (b, r, q, 16*inner_dim)
         patches = self.patches2(self.patches1(x, training=training), training=training)
         patches = self.patches3(patches, training=training)  # (b, r, q, outer_dim)
-        return in_a_row(patches, self.outer_dim), in_a_row(words, 16, self.inner_dim)
+        return flatten_grid(patches, self.outer_dim), flatten_grid(words, 16, self.inner_dim)
 
     def compute_output_shape(self, input_shape):
         """Returns the shapes of patches and words."""
-        batch_and_patches = patches_of(input_shape, self.patch_size, self.data_format)
+        batch_and_patches = count_patches(input_shape, self.patch_size, self.data_format)
         return (*batch_and_patches, self.outer_dim), (*batch_and_patches, 16, self.inner_dim)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "outer_dim": self.outer_dim,
-            "inner_dim": self.inner_dim,
-            "data_format": self.data_format,
-        }
 
 
 class Merge(CompositeLayer):
     """Base class of patch and word merging: layer norm, then a 3x3 convolution of stride 2."""
 
-    part = "merge"
+    role = "merge"
 
     def __init__(
         self, dim: int, grid: tuple[int, int] | None = None, epsilon: float = 1e-5, **kwargs
@@ -204,7 +196,7 @@ class Merge(CompositeLayer):
         """Initializes the arguments that both merging layers share; they document them."""
         super().__init__(**kwargs)
         self.dim = dim
-        self.grid = grid and tuple(grid)
+        self.grid = as_grid(grid)
         self.epsilon = epsilon
 
     def build(self, input_shape):
@@ -218,16 +210,8 @@ class Merge(CompositeLayer):
     def merged_shape(self, input_shape, grid_shape):
         """Returns the output shape, with the sides of the grid halved and rounded up."""
         sides = self.grid if grid_shape is None else grid_shape[1:]
-        return (input_shape[0], product(*map(halve, sides)), *input_shape[2:-1], self.dim)
-
-    def get_config(self):
-        """Returns `dim`, `grid` and `epsilon`."""
-        return {
-            **super().get_config(),
-            "dim": self.dim,
-            "grid": self.grid,
-            "epsilon": self.epsilon,
-        }
+        assert sides is not None, "the layer has no grid"
+        return (input_shape[0], product(*map(halve_side, sides)), *input_shape[2:-1], self.dim)
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -250,9 +234,9 @@ class MergePatches(Merge):
 
     def call(self, patches, grid=None):
         """Maps `(batch, rows * columns, channels)` to `(batch, rows/2 * columns/2, dim)`."""
-        shape = (-1, *told_grid(grid, self.grid), patches.shape[-1])
+        shape = (-1, *resolve_grid(grid, self.grid), patches.shape[-1])
         x = reshape(self.norm(patches), shape)  # (b, r, q, c)
-        return in_a_row(self.convolution(pad_edges(x)), self.dim)  # (b, r/2*q/2, dim)
+        return flatten_grid(self.convolution(pad_edges(x)), self.dim)  # (b, r/2*q/2, dim)
 
     def compute_output_shape(self, patches_shape, grid_shape=None):
         """Returns `(batch, rows/2 * columns/2, dim)`."""
@@ -281,8 +265,8 @@ class MergeWords(Merge):
         """Maps words to `(batch, rows/2 * columns/2, words, dim)`."""
         _, _, count, dim = words.shape
         side = round(count**0.5)
-        sides = told_grid(grid, self.grid)
-        rows, columns = map(halve, sides)
+        sides = resolve_grid(grid, self.grid)
+        rows, columns = map(halve_side, sides)
         x = reshape(self.norm(words), (-1, *sides, count * dim))  # (b, r, q, w*c)
         missing = [[0, 2 * half - n] for half, n in zip((rows, columns), sides, strict=True)]
         x = ops.pad(x, [[0, 0], *missing, [0, 0]])
@@ -298,7 +282,7 @@ class MergeWords(Merge):
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class RelativePosition(keras.layers.Layer):
+class RelativePosition(ConfiguredLayer):
     """Learned relative position bias per head, patch and pooled patch, shared by a stage's blocks.
 
     Tables saved for another grid are resampled when they are loaded.
@@ -318,21 +302,21 @@ class RelativePosition(keras.layers.Layer):
         `(1, num_heads, rows * columns, rows/reduction * columns/reduction)`.
     """
 
-    part = "position"
+    role = "position"
 
     def __init__(self, num_heads: int, grid: tuple[int, int], reduction: int = 1, **kwargs):
         """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(**kwargs)
         self.num_heads = num_heads
-        self.grid = tuple(grid)
+        self.grid = (grid[0], grid[1])
         self.reduction = reduction
 
-    def table_shape(self, grid):
+    def table_shape(self, grid) -> tuple:
         """Returns `(num_heads, patches, pooled patches)` of a grid."""
         sides = self.table_sides(grid)
         return (self.num_heads, product(*sides[:2]), product(*sides[2:]))
 
-    def table_sides(self, grid):
+    def table_sides(self, grid) -> tuple:
         """Returns (rows, columns, pooled rows, pooled columns) of a grid."""
         return (*grid, *(None if side is None else side // self.reduction for side in grid))
 
@@ -349,8 +333,8 @@ class RelativePosition(keras.layers.Layer):
         """Returns the bias `(1, num_heads, patches, pooled patches)`, resampled to the grid."""
         table = ops.convert_to_tensor(self.table)
         if grid is not None and tuple(grid.shape[1:]) != self.grid:
-            new_grid = told_grid(grid, None)
-            table = enough_to_pool(table, new_grid, self.reduction)
+            new_grid = resolve_grid(grid, None)
+            table = assert_poolable(table, new_grid, self.reduction)
             sides = self.table_sides(new_grid)
             table = resample(table, self.table_sides(self.grid), sides)
             shape = (self.num_heads, sides[0] * sides[1], sides[2] * sides[3])
@@ -395,15 +379,6 @@ class RelativePosition(keras.layers.Layer):
         grid = tuple(int(side) for side in store["grid"])
         self.table.assign(self.resampled(np.array(store["0"]), grid))
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "grid": self.grid,
-            "reduction": self.reduction,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
 class ReducedAttention(Attention):
@@ -446,7 +421,7 @@ class ReducedAttention(Attention):
     ):
         """Initializes the layer; the class docstring lists the arguments."""
         super().__init__(num_heads, qkv_bias, attention_dropout, dropout, **kwargs)
-        self.grid = grid and tuple(grid)
+        self.grid = as_grid(grid)
         self.reduction = reduction
         self.epsilon = epsilon
 
@@ -468,42 +443,21 @@ class ReducedAttention(Attention):
     def pool(self, x, grid=None):
         """Averages each square: `(batch, rows/reduction * columns/reduction, dim)`."""
         size, dim = self.reduction, x.shape[-1]
-        grid = told_grid(grid, self.grid)
-        x = enough_to_pool(x, grid, size)
+        grid = resolve_grid(grid, self.grid)
+        x = assert_poolable(x, grid, size)
         rows, columns = (side // size for side in grid)
         x = reshape(x, (-1, *grid, dim))[:, : rows * size, : columns * size]
         x = reshape(x, (-1, rows, size, columns, size, dim))  # (b, r/s, s, q/s, s, c)
         return reshape(ops.mean(x, axis=(2, 4)), (-1, rows * columns, dim))  # (b, r/s*q/s, c)
 
-    def call(self, x, bias=None, grid=None, first_tokens=None, training=False):
-        """Maps `(batch, rows * columns, dim)` to `(batch, first_tokens or rows * columns, dim)`."""
+    def project(self, x, grid=None):
+        """Returns the query of all patches, and key and value of the pooled patches."""
         pooled = x
         if self.reduction > 1:
             pooled = self.norm(self.reduce(self.pool(x, grid)))
-        query = split_heads(self.query(x), self.num_heads)
-        key, value = (
-            split_heads(part, self.num_heads) for part in ops.split(self.kv(pooled), 2, axis=-1)
-        )
-        return self.attend(
-            query, key, value, bias=bias, first_tokens=first_tokens, training=training
-        )
-
-    def compute_output_shape(self, input_shape):
-        """Returns `input_shape`, the output shape without `first_tokens`."""
-        return input_shape
-
-    def compute_output_spec(self, x, bias=None, grid=None, first_tokens=None, training=False):
-        """Returns the symbolic output, which has `first_tokens` patches if that is given."""
-        return take_first_spec(x, first_tokens, self.compute_dtype)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "grid": self.grid,
-            "reduction": self.reduction,
-            "epsilon": self.epsilon,
-        }
+        query = self.query(x)
+        key, value = ops.split(self.kv(pooled), 2, axis=-1)
+        return tuple(split_heads(part, self.num_heads) for part in (query, key, value))
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -565,10 +519,10 @@ class ReducedBlock(TransformerBlock):
             epsilon=epsilon,
             **kwargs,
         )
-        self.grid = grid and tuple(grid)
+        self.grid = as_grid(grid)
         self.reduction = reduction
 
-    def make_attention(self):
+    def build_attention(self):
         """Returns a new `ReducedAttention`."""
         return ReducedAttention(
             grid=self.grid,
@@ -576,12 +530,6 @@ class ReducedBlock(TransformerBlock):
             epsilon=self.epsilon,
             **self.attention_arguments(),
         )
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        config = {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
-        del config["sample_axes"], config["norm_axis"]
-        return config
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -646,10 +594,10 @@ class PyramidTNTBlock(TNTBlock):
             epsilon=epsilon,
             **kwargs,
         )
-        self.grid = grid and tuple(grid)
+        self.grid = as_grid(grid)
         self.reduction = reduction
 
-    def make_inner(self):
+    def build_inner(self):
         """Returns a new inner transformer, whose layer norms span all words of a patch."""
         return TransformerBlock(
             self.inner_heads,
@@ -659,7 +607,7 @@ class PyramidTNTBlock(TNTBlock):
             **self.transformer_arguments(),
         )
 
-    def make_outer(self):
+    def build_outer(self):
         """Returns a new outer transformer, a `ReducedBlock`."""
         return ReducedBlock(
             self.outer_heads,
@@ -668,9 +616,3 @@ class PyramidTNTBlock(TNTBlock):
             name="outer",
             **self.transformer_arguments(),
         )
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        config = {**super().get_config(), "grid": self.grid, "reduction": self.reduction}
-        del config["squeeze_excite"], config["legacy"], config["prefix_tokens"]
-        return config

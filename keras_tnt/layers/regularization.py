@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_tnt.kernels import runtimes
+from keras_tnt.layers.base import ConfiguredLayer
 from keras_tnt.layers.sharding import shard_like
 
 # Maximum number of seeds that a generator stores on torch for calls before a backward pass.
@@ -39,7 +40,7 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
 
             context = tf.distribute.get_replica_context()
             if context is not None and context.num_replicas_in_sync > 1:
-                seed = of_replica(seed, context.replica_id_in_sync_group)
+                seed = replica_seed(seed, context.replica_id_in_sync_group)
         return seed
 
     def next_on_torch(self, ordered):
@@ -50,7 +51,7 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
         seed = super().next(ordered)
         rank = runtimes.torch_rank()
         if rank:
-            seed = of_replica(seed, rank)
+            seed = replica_seed(seed, rank)
         if number is not None:
             while len(self._seeds) >= MAX_OPEN_CALLS:
                 del self._seeds[next(iter(self._seeds))]
@@ -76,13 +77,13 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
         return ops.convert_to_tensor(self._seeds[number], dtype=self.state.dtype)
 
 
-def of_replica(seed, replica):
+def replica_seed(seed, replica):
     """Returns the seed `(2,)` of a replica or rank; replica 0 uses `seed` itself."""
     offset = ops.cast(replica, seed.dtype) * 1_000_003
     return seed + ops.stack([offset, ops.zeros_like(offset)])
 
 
-class RandomDrop(keras.layers.Layer):
+class RandomDrop(ConfiguredLayer):
     """Base class of the dropout layers, which zero random elements of the input in training.
 
     The other elements are divided by the probability of not being dropped, so that the expectation
@@ -119,10 +120,6 @@ class RandomDrop(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         """Returns `input_shape`."""
         return input_shape
-
-    def get_config(self):
-        """Returns `rate` and `seed`."""
-        return {**super().get_config(), "rate": self.rate, "seed": self.seed}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
@@ -163,13 +160,9 @@ class StochasticDepth(RandomDrop):
         samples = ops.shape(x)[: self.sample_axes]
         return (*samples, *[1] * (len(x.shape) - self.sample_axes))
 
-    def get_config(self):
-        """Returns `rate`, `sample_axes` and `seed`."""
-        return {**super().get_config(), "sample_axes": self.sample_axes}
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class LayerScale(keras.layers.Layer):
+class LayerScale(ConfiguredLayer):
     """Learned per-channel scale of a residual branch (CaiT, equation 4).
 
     Args:
@@ -197,7 +190,3 @@ class LayerScale(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         """Returns `input_shape`."""
         return input_shape
-
-    def get_config(self):
-        """Returns `initial_value`."""
-        return {**super().get_config(), "initial_value": self.initial_value}

@@ -7,8 +7,8 @@ import keras
 
 from keras_tnt.images.class_names import imagenet_classes
 from keras_tnt.layers import ImageNormalization, Predictions
-from keras_tnt.layers.ends import CHANNELS_AXIS
-from keras_tnt.layers.grid import ceil_divide, misfit
+from keras_tnt.layers.grid import ceil_divide, size_error
+from keras_tnt.layers.inputs_outputs import CHANNELS_AXIS
 from keras_tnt.models import registry
 from keras_tnt.weights.names import HEADS
 
@@ -26,7 +26,7 @@ class Image:
         data_format: `"channels_last"` or `"channels_first"`.
         mean: mean of pixels in [0, 1], one value per channel.
         std: standard deviation of pixels in [0, 1], one value per channel.
-        normalises: whether the model takes pixels in [0, 255] and normalizes them. If `False`, it
+        normalizes: whether the model takes pixels in [0, 255] and normalizes them. If `False`, it
             takes normalized images.
         crop: fraction of the resized image's side that the evaluation crop shows.
         interpolation: interpolation method for resizing images.
@@ -42,23 +42,28 @@ class Image:
     data_format: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    normalises: bool
+    normalizes: bool
     crop: float
     interpolation: str
     native_size: tuple[int, int]
     multiple_of: int | None = None
 
     @property
+    def normalises(self) -> bool:
+        """Returns `normalizes`, by its name in release 0.1."""
+        return self.normalizes
+
+    @property
     def shape(self) -> tuple[int | None, int | None, int]:
         """Returns the shape of an image: (height, width, channels), or channels first."""
-        return self.laid_out(self.height, self.width)
+        return self.layout(self.height, self.width)
 
     @property
     def native_shape(self) -> tuple[int, int, int]:
         """Returns the shape of an image of the native size."""
-        return self.laid_out(*self.native_size)
+        return self.layout(*self.native_size)
 
-    def laid_out(self, height, width):
+    def layout(self, height, width) -> tuple:
         """Returns the shape of an image of this size in `data_format`."""
         channels_first = self.data_format == "channels_first"
         size = (height, width)
@@ -73,7 +78,7 @@ class Image:
         """Raises a `ValueError` that names the nearest valid size if the size is not valid."""
         size, multiple = (height, width), self.multiple_of
         if multiple and any(side < 1 or side % multiple for side in size):
-            message, values = misfit(size, multiple)
+            message, values = size_error(size, multiple)
             raise ValueError(message.format(*values))
 
 
@@ -112,7 +117,7 @@ class Anatomy:
         family: name of the model's family.
         model: the model passed to `anatomy`, or the keras_tnt model nested in it.
         layer_prefix: prefix of the names of its layers.
-        entrance: its `ImageNormalization`.
+        input_normalization: its `ImageNormalization`.
         image: the `Image`s that the model passed to `anatomy` takes.
         patch_size: side of the first blocks' patches in pixels.
         grid: (rows, columns) of the first blocks' patches; `None` if it depends on the image.
@@ -135,7 +140,7 @@ class Anatomy:
     family: str
     model: keras.Model
     layer_prefix: str
-    entrance: ImageNormalization
+    input_normalization: ImageNormalization
     image: Image
     patch_size: int | None
     grid: tuple[int, int] | None
@@ -153,6 +158,11 @@ class Anatomy:
     predictions: keras.layers.Layer | None
 
     @property
+    def entrance(self) -> ImageNormalization:
+        """Returns `input_normalization`, by its name in release 0.1."""
+        return self.input_normalization
+
+    @property
     def stages(self) -> tuple[tuple[Block, ...], ...]:
         """Returns the blocks by stage."""
         count = self.blocks[-1].stage + 1 if self.blocks else 0
@@ -162,7 +172,10 @@ class Anatomy:
         """Returns (rows, columns) of a block's patches for images of `size`, (height, width)."""
         if block.grid is not None:
             return block.grid
-        return tuple(ceil_divide(side, self.patch_size * 2**block.stage) for side in size)
+        assert self.patch_size is not None, "the stem declares no patch size"
+        height, width = size
+        side = self.patch_size * 2**block.stage
+        return ceil_divide(height, side), ceil_divide(width, side)
 
 
 def anatomy(model: keras.Model) -> Anatomy:
@@ -183,30 +196,30 @@ def anatomy(model: keras.Model) -> Anatomy:
         >>> found.family, found.grid, len(found.blocks), found.image.crop
         ('tnt', (14, 14), 12, 0.9)
     """
-    core, entrance = find_core(model)
+    core, input_normalization = find_core(model)
     layers = list(core.layers)
 
-    def of_part(part):
-        return tuple(layer for layer in layers if getattr(layer, "part", None) == part)
+    def with_role(role):
+        return tuple(layer for layer in layers if role_of(layer) == role)
 
-    stem = next(iter(of_part("stem")), None)
-    levels = of_part("level")
-    image = describe_image(model, core, entrance, stem, of_part("position"), levels)
-    prefix = entrance.name.removesuffix(NORMALIZATION)
-    sides = sides_of(entrance.output.shape, entrance.data_format)
+    stem = next(iter(with_role("stem")), None)
+    levels = with_role("level")
+    image = describe_image(model, core, input_normalization, stem, with_role("position"), levels)
+    prefix = input_normalization.name.removesuffix(NORMALIZATION)
+    sides = sides_of(input_normalization.output.shape, input_normalization.data_format)
     blocks = tuple(find_blocks(layers, prefix, sides))
     grid = blocks[0].grid if blocks else None
     patch_size = getattr(stem, "patch_size", None)
-    if patch_size is None and grid is not None:
+    if patch_size is None and grid is not None and sides[0] is not None:
         patch_size = sides[0] // grid[0]
-    tokens = of_part("token")
+    tokens = with_role("token")
     heads, predictions = find_heads(model, core, prefix)
     norms = [layer for layer in layers if layer.name == f"{prefix}norm"]
     return Anatomy(
-        family=entrance.family,
+        family=input_normalization.family,
         model=core,
         layer_prefix=prefix,
-        entrance=entrance,
+        input_normalization=input_normalization,
         image=image,
         patch_size=patch_size,
         grid=grid,
@@ -214,10 +227,10 @@ def anatomy(model: keras.Model) -> Anatomy:
         tokens=tokens,
         prefix_tokens=blocks[0].prefix_tokens if blocks else len(tokens),
         class_tokens=len(tokens),
-        positions=of_part("position"),
-        merges=of_part("merge"),
+        positions=with_role("position"),
+        merges=with_role("merge"),
         blocks=blocks,
-        class_blocks=of_part("class_block"),
+        class_blocks=with_role("class_block"),
         norm=norms[0] if norms else None,
         levels=levels,
         heads=heads,
@@ -225,9 +238,17 @@ def anatomy(model: keras.Model) -> Anatomy:
     )
 
 
+def role_of(layer: keras.layers.Layer) -> str | None:
+    """Returns the role that a layer declares, as documented at `CompositeLayer.role`.
+
+    Layers of plugins for release 0.1 declare it as `part`.
+    """
+    return getattr(layer, "role", None) or getattr(layer, "part", None)
+
+
 def is_ours(model: keras.Model) -> bool:
     """Returns whether `anatomy` supports this model."""
-    return len(distinct_entrances(model)) == 1
+    return len(distinct_input_layers(model)) == 1
 
 
 def find_core(model) -> tuple[keras.Model, ImageNormalization]:
@@ -236,56 +257,60 @@ def find_core(model) -> tuple[keras.Model, ImageNormalization]:
     Raises:
         ValueError: if there is no such model, or several.
     """
-    found = distinct_entrances(model)
+    found = distinct_input_layers(model)
     name = getattr(model, "name", repr(model))
     if not found:
         raise ValueError(f"Model '{name}' is not built from one of keras_tnt's.")
     if len(found) > 1:
-        kinds = ", ".join(entrance.family for _, entrance in found)
+        kinds = ", ".join(layer.family for _, layer in found)
         raise ValueError(
             f"Model '{name}' is built from several of keras_tnt's ({kinds}). Ask one of them."
         )
     return found[0]
 
 
-def distinct_entrances(model) -> list[tuple[keras.Model, ImageNormalization]]:
+def distinct_input_layers(model) -> list[tuple[keras.Model, ImageNormalization]]:
     """Returns (model of this package, its first layer) for each distinct model inside.
 
     KerasHub's models hold the backbone that they were given and a model built from it.
     """
-    return list(
-        {id(entrance): (core, entrance) for core, entrance in find_entrances(model)}.values()
-    )
+    return list({id(layer): (core, layer) for core, layer in find_input_layers(model)}.values())
 
 
-def find_entrances(model) -> Iterator[tuple[keras.Model, ImageNormalization]]:
+def find_input_layers(model) -> Iterator[tuple[keras.Model, ImageNormalization]]:
     """Yields (model, `ImageNormalization`) for each such layer, in nested models too."""
     for layer in getattr(model, "layers", ()):
         if isinstance(layer, ImageNormalization):
             yield model, layer
         elif isinstance(layer, keras.Model):
-            yield from find_entrances(layer)
+            yield from find_input_layers(layer)
 
 
-def describe_image(model, core, entrance, stem, positions, levels) -> Image:
+def describe_image(
+    model, core, input_normalization: ImageNormalization, stem, positions, levels
+) -> Image:
     """Returns the images that a model takes; a wrapper may resize and normalize them first."""
     shape = getattr(model, "input_shape", None)  # A Sequential model may not be built.
     if not isinstance(shape, tuple) or len(shape) != 4:
         shape = core.input_shape
-    channels = shape[CHANNELS_AXIS[entrance.data_format]]
-    height, width = sides_of(shape, entrance.data_format)
-    own_size = sides_of(core.input_shape, entrance.data_format)
-    native_size = size_of_tables(entrance.family, stem, positions)
+    channels = shape[CHANNELS_AXIS[input_normalization.data_format]]
+    height, width = sides_of(shape, input_normalization.data_format)
+    own_size = sides_of(core.input_shape, input_normalization.data_format)
+    native_size = size_of_tables(input_normalization.family, stem, positions)
     for known in (own_size, (height, width)):
-        native_size = tuple(a or b for a, b in zip(known, native_size, strict=True))
-    mean, std, normalises = entrance.mean, entrance.std, entrance.normalises
+        native_size = (known[0] or native_size[0], known[1] or native_size[1])
+    mean, std, normalizes = (
+        input_normalization.mean,
+        input_normalization.std,
+        input_normalization.normalises,
+    )
     before = [x for x in model._flatten_layers() if isinstance(x, keras.layers.Rescaling)]
-    if before and not normalises:
+    if before and not normalizes:
         mean, std = undo_rescaling(before[0])
-        normalises = True
-    crop = entrance.crop
+        normalizes = True
+    crop = input_normalization.crop
     if crop is None:
-        crop = registry.family(entrance.family).image.crop_at(*native_size)
+        crop = registry.family(input_normalization.family).image.crop_at(*native_size)
     multiple_of = getattr(stem, "patch_size", None) if None in own_size else None
     if multiple_of:
         multiple_of = max(multiple_of, *(level.stride or 1 for level in levels), 1)
@@ -293,18 +318,18 @@ def describe_image(model, core, entrance, stem, positions, levels) -> Image:
         height=height,
         width=width,
         channels=channels,
-        data_format=entrance.data_format,
+        data_format=input_normalization.data_format,
         mean=mean,
         std=std,
-        normalises=normalises,
+        normalizes=normalizes,
         crop=crop,
-        interpolation=entrance.interpolation,
+        interpolation=input_normalization.interpolation,
         native_size=native_size,
         multiple_of=multiple_of,
     )
 
 
-def size_of_tables(family, stem, positions) -> tuple[int, int]:
+def size_of_tables(family: str, stem, positions) -> tuple[int, int]:
     """Returns the (height, width) that a model's position table of the patches is created for.
 
     Falls back to the image size of the family's first variant if no layer declares such a table or
@@ -314,9 +339,10 @@ def size_of_tables(family, stem, positions) -> tuple[int, int]:
     for layer in positions:
         # Outputs for words, and relative position biases, have one axis more than patches.
         if patch_size and hasattr(layer, "grid") and len(layer.output.shape) == 3:
-            return tuple(patch_size * side for side in layer.grid)
+            return patch_size * layer.grid[0], patch_size * layer.grid[1]
     variants = registry.family(family).variants.values()
-    return (next(iter(variants)).image_size,) * 2
+    side = next(iter(variants)).image_size
+    return side, side
 
 
 def undo_rescaling(layer) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -326,15 +352,17 @@ def undo_rescaling(layer) -> tuple[tuple[float, ...], tuple[float, ...]]:
     )
     std = 1 / (255 * scale)
     mean = -offset * std
-    return tuple(tuple(x.round(6).tolist()) * (3 // len(x) or 1) for x in (mean, std))
+    mean, std = (tuple(x.round(6).tolist()) * (3 // len(x) or 1) for x in (mean, std))
+    return mean, std
 
 
 def sides_of(shape, data_format) -> tuple[int | None, int | None]:
     """Returns (height, width) of a batch of images of this shape."""
-    return tuple(shape[2:]) if data_format == "channels_first" else tuple(shape[1:3])
+    height, width = shape[2:] if data_format == "channels_first" else shape[1:3]
+    return height, width
 
 
-def find_blocks(layers, prefix, sides) -> Iterator[Block]:
+def find_blocks(layers, prefix: str, sides: tuple[int | None, int | None]) -> Iterator[Block]:
     """Yields the blocks in order. A stage begins after a merge of patches.
 
     Args:
@@ -345,12 +373,12 @@ def find_blocks(layers, prefix, sides) -> Iterator[Block]:
     number = stage = tokens = 0
     merged = False
     for layer in layers:
-        part = getattr(layer, "part", None)
-        if part == "merge":
+        role = role_of(layer)
+        if role == "merge":
             merged = True
-        elif part == "token":
+        elif role == "token":
             tokens += 1
-        elif part == "block":
+        elif role == "block":
             stage += merged
             merged = False
             yield Block(
@@ -385,7 +413,7 @@ def find_grid(block, prefix_tokens, sides) -> tuple[int, int] | None:
     return (rows, columns) if rows * columns == patches else None
 
 
-def find_heads(model, core, prefix):
+def find_heads(model, core, prefix: str) -> tuple:
     """Returns (heads, predictions layer or `None`) of our model, or of the model that wraps it."""
     by_name = {layer.name: layer for layer in core.layers}
     heads = tuple(by_name[prefix + name] for name in HEADS if prefix + name in by_name)
@@ -420,7 +448,7 @@ def class_names(model: keras.Model) -> list[str] | None:
     return names if names is None or classes in (None, len(names)) else None
 
 
-def count_outputs(model):
+def count_outputs(model) -> int | None:
     """Returns the number of classes that a model's outputs have; `None` if it is unknown.
 
     A user's layer may follow our classifier, whose own number of classes differs.
@@ -433,7 +461,7 @@ def count_outputs(model):
     return shapes.pop() if len(shapes) == 1 else None
 
 
-def stored_class_names(model):
+def stored_class_names(model) -> list[str] | None:
     """Returns the names that a model's layers store, or ImageNet's; `None` without."""
     for layer in reversed(list(model._flatten_layers())):
         if isinstance(layer, Predictions) and layer.class_names is not None:
@@ -441,7 +469,7 @@ def stored_class_names(model):
     if not is_ours(model):
         return None
     parts = anatomy(model)
-    heads, names = parts.heads, parts.entrance.class_names
+    heads, names = parts.heads, parts.input_normalization.class_names
     if heads and names is not None and heads[0].units == len(names):
         return list(names)
     if heads and heads[0].units == len(imagenet_classes()):

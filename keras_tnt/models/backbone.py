@@ -6,16 +6,18 @@ with Faster R-CNN (arXiv 2103.00112, table 13), XCiT (arXiv 2106.09681) and ViTD
 2203.16527). PyramidTNT's stages have different strides already.
 """
 
+from collections.abc import Iterable
+
 import keras
 from keras import ops
 
 from keras_tnt.layers.base import CompositeLayer, LayerNormalization, gelu
-from keras_tnt.layers.grid import checked, misfit, shape_of
+from keras_tnt.layers.grid import assert_sides, shape_of, size_error
 from keras_tnt.layers.sharding import reshape
 from keras_tnt.models import registry
-from keras_tnt.models.anatomy import anatomy, is_ours
-from keras_tnt.models.builders import ImageModel
+from keras_tnt.models.anatomy import Anatomy, anatomy, is_ours
 from keras_tnt.models.features import patch_map
+from keras_tnt.models.model_factory import ImageModel
 
 QUARTERS = 4
 FINEST = 2  # Level of the feature map after the first quarter of the blocks.
@@ -35,7 +37,9 @@ class Backbone(ImageModel):
         return dict(self.output)
 
 
-def backbone(model, levels=None, **arguments) -> Backbone:
+def backbone(
+    model: keras.Model | str, levels: Iterable[str] | None = None, **arguments
+) -> Backbone:
     """Builds a model that returns feature maps of several strides.
 
     Level "Pn" is a feature map of stride 2**n pixels. For a model with stages, such as PyramidTNT,
@@ -79,10 +83,10 @@ def backbone(model, levels=None, **arguments) -> Backbone:
             f"Arguments are for a model that is built by its name. Received {model!r} and "
             f"{', '.join(arguments)}."
         )
-    found = find(model)
+    found = find_blocks_of(model)
     available = levels_in_stages(found) if len(found.stages) > 1 else levels_in_quarters(found)
     levels = check_levels(available if levels is None else levels, available, found.family)
-    check_size(found, levels)
+    check_stride(found, levels)
     outputs = {}
     for level in levels:
         block, steps = available[level]
@@ -94,10 +98,10 @@ def backbone(model, levels=None, **arguments) -> Backbone:
             name=found.layer_prefix + level.lower(),
         )
         outputs[level] = layer(patch_map(found, block, f"of_{level.lower()}"))
-    return Backbone(model.inputs[0], outputs, name=f"{model.name}_backbone")
+    return Backbone(found.model.inputs[0], outputs, name=f"{found.model.name}_backbone")
 
 
-def find(model):
+def find_blocks_of(model) -> Anatomy:
     """Returns the anatomy of a model of this package.
 
     Raises:
@@ -122,7 +126,7 @@ def find(model):
 # === Levels ===
 
 
-def levels_in_quarters(found) -> dict:
+def levels_in_quarters(found: Anatomy) -> dict:
     """Returns (block, number of doublings of the sides) by level, for models with one stride."""
     patch_level = log2(found.patch_size)
     if patch_level is None:
@@ -140,9 +144,10 @@ def levels_in_quarters(found) -> dict:
     }
 
 
-def levels_in_stages(found) -> dict:
+def levels_in_stages(found: Anatomy) -> dict:
     """Returns (last block of a stage, 0) by level, for models with stages."""
     levels = {}
+    assert found.patch_size is not None, "the stem declares no patch size"
     for number, stage in enumerate(found.stages):
         level = log2(found.patch_size * 2**number)
         if level is not None:
@@ -150,9 +155,11 @@ def levels_in_stages(found) -> dict:
     return levels
 
 
-def log2(number: int) -> int | None:
-    """Returns n for 2**n, and `None` for other numbers."""
-    return number.bit_length() - 1 if number & (number - 1) == 0 else None
+def log2(number: int | None) -> int | None:
+    """Returns n for 2**n, and `None` for other numbers and for `None`."""
+    if number is None or number & (number - 1):
+        return None
+    return number.bit_length() - 1
 
 
 def check_levels(levels, available, family) -> list[str]:
@@ -171,12 +178,15 @@ def check_levels(levels, available, family) -> list[str]:
     levels = list(levels)
     unknown = [level for level in levels if level not in available]
     if unknown or not levels:
-        received = f"no level {unknown[0]!r}" if unknown else "something in every empty list"
-        raise ValueError(f"`levels` of {family} are among {tuple(available)}; there is {received}.")
+        received = unknown[0] if unknown else levels
+        raise ValueError(
+            f"`levels` of {family} must be one or more of {tuple(available)}. "
+            f"Received: {received!r}"
+        )
     return sorted(set(levels), key=list(available).index)
 
 
-def check_size(found, levels):
+def check_stride(found: Anatomy, levels: list[str]) -> None:
     """Raises a `ValueError` if the coarsest stride does not divide the image size."""
     stride = 2 ** max(int(level[1:]) for level in levels)
     size = (found.image.height, found.image.width)
@@ -212,12 +222,12 @@ class PyramidLevel(CompositeLayer):
         ValueError: if `2**-steps` does not divide height and width.
     """
 
-    part = "level"
+    role = "level"
 
     def __init__(
         self,
         steps: int,
-        data_format=None,
+        data_format: str | None = None,
         epsilon: float = 1e-6,
         stride: int | None = None,
         **kwargs,
@@ -258,17 +268,17 @@ class PyramidLevel(CompositeLayer):
                 x = gelu(self.norms[i](x))
         if self.steps < 0:
             side = 2**-self.steps
-            x = checked(x, shape_of(x)[1:3], lambda n: n % side == 0, self.unfit)
+            x = assert_sides(x, shape_of(x)[1:3], lambda n: n % side == 0, self.describe_size_error)
             x = ops.max_pool(x, side, side, data_format="channels_last")
         if self.data_format == "channels_first":
             x = ops.transpose(x, (0, 3, 1, 2))  # (batch, dim, height, width)
         return x
 
-    def unfit(self, sides):
-        """Returns message and values of the error for odd sides, as `told` of `checked`."""
+    def describe_size_error(self, sides):
+        """Returns message and values of the error for odd sides, for `assert_sides`."""
         side = 2**-self.steps
         pixels = (self.stride or side) // side
-        message, values = misfit([n * pixels for n in sides], pixels * side)
+        message, values = size_error([n * pixels for n in sides], pixels * side)
         return f"Level '{self.name}': {message}", values
 
     def compute_output_shape(self, input_shape):
@@ -280,16 +290,6 @@ class PyramidLevel(CompositeLayer):
             sides = [None if side is None else side * 2**self.steps for side in sides]
         channels_first = self.data_format == "channels_first"
         return (batch, dim, *sides) if channels_first else (batch, *sides, dim)
-
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "steps": self.steps,
-            "data_format": self.data_format,
-            "epsilon": self.epsilon,
-            "stride": self.stride,
-        }
 
 
 def unfold(x):

@@ -4,6 +4,8 @@ import inspect
 import json
 import os
 import tempfile
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 
@@ -12,7 +14,7 @@ from keras_tnt.files import expand, read_regular, write_atomically
 from keras_tnt.images.class_names import imagenet_classes
 from keras_tnt.models import registry
 from keras_tnt.models.anatomy import Anatomy, anatomy, class_names
-from keras_tnt.models.builders import architecture_told
+from keras_tnt.models.arguments import non_default_arguments
 from keras_tnt.models.pretrained import save_checkpoint
 from keras_tnt.models.registry import Checkpoint
 from keras_tnt.text import printable
@@ -32,9 +34,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Section of the config.json that only this package reads.
 OWN = "keras_tnt"
 # Builder arguments that are not stored with the others.
-NOT_TOLD = {"weights", "input_tensor", "input_shape", "name", "class_names"}
+EXCLUDED_ARGUMENTS = {"weights", "input_tensor", "input_shape", "name", "class_names"}
 # Arguments up to this are accepted for any tensor sizes: ratios, rates, patch sizes.
-LARGEST_SETTING = 256
+MAX_SETTING = 256
 
 
 def save_pretrained(model: keras.Model, directory: str | os.PathLike) -> str:
@@ -62,7 +64,7 @@ def save_pretrained(model: keras.Model, directory: str | os.PathLike) -> str:
     """
     directory = os.path.abspath(expand(directory))
     os.makedirs(directory, exist_ok=True)
-    config = describe(model)
+    config = build_config(model)
     save_checkpoint(model, os.path.join(directory, WEIGHTS))
     write_atomically(os.path.join(directory, CONFIG), json.dumps(config, indent=1) + "\n")
     return directory
@@ -133,10 +135,10 @@ def as_arguments(own, family, file):
         ValueError: if an argument has the wrong type or is out of bounds.
     """
     arguments = as_object("arguments", own["arguments"])
-    known = inspect.signature(family.builder).parameters.keys() - NOT_TOLD
+    known = inspect.signature(family.builder).parameters.keys() - EXCLUDED_ARGUMENTS
     if unknown := sorted(arguments.keys() - known):
         raise ValueError(f"`arguments` has {printable(unknown[0])}, which no {family.name} takes.")
-    largest = max(LARGEST_SETTING, len(file.shapes), *map(max, filter(None, file.shapes.values())))
+    largest = max(MAX_SETTING, len(file.shapes), *map(max, filter(None, file.shapes.values())))
     for name, value in arguments.items():
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and not isinstance(each, bool):
@@ -176,7 +178,9 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     if repository.count("/") != 1:
-        raise ValueError(f"A repository of the hub is 'owner/name'. Received: {repository!r}")
+        raise ValueError(
+            f"Expected a repository id of the form 'owner/name'. Received: {repository!r}"
+        )
     hub.check_names(repository, CONFIG, "main")
     api = HfApi(endpoint=hub.endpoint(), token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +203,7 @@ def push_to_hub(
     return f"hf://{repository}"
 
 
-def describe(model: keras.Model) -> dict:
+def build_config(model: keras.Model) -> dict:
     """Returns the config.json of a model, as a dict."""
     parts = anatomy(model)
     image, names = parts.image, class_names(model)
@@ -207,9 +211,9 @@ def describe(model: keras.Model) -> dict:
     classes = parts.heads[0].units if parts.heads else 0
     pooling = pooling_of(parts)
     check_heads(model, parts, pooling)
-    row = checkpoint_like(parts)
-    config = {
-        "architecture": row.architecture if row else variant_like(parts) or parts.family,
+    row = find_nearest_checkpoint(parts)
+    config: dict[str, Any] = {
+        "architecture": row.architecture if row else find_variant_name(parts) or parts.family,
         "num_classes": classes,
         "num_features": parts.norm.gamma.shape[-1] if parts.norm else None,
         "global_pool": "token" if parts.class_tokens else "avg",
@@ -231,13 +235,13 @@ def describe(model: keras.Model) -> dict:
             "family": parts.family,
             "input_shape": list(parts.model.input_shape[1:]),
             "arguments": {
-                **parts.entrance.architecture,
-                "include_preprocessing": image.normalises,
+                **parts.input_normalization.architecture,
+                "include_preprocessing": image.normalizes,
                 **(top_arguments(parts) if classes else {"include_top": False, "pooling": pooling}),
             },
         },
     }
-    model_args = {"in_chans": image.channels} if image.channels != 3 else {}
+    model_args: dict[str, Any] = {"in_chans": image.channels} if image.channels != 3 else {}
     if row and size != [row.size, row.size]:
         model_args["img_size"] = size
     if model_args:
@@ -285,26 +289,28 @@ def check_heads(model, parts, pooling):
         )
 
 
-def checkpoint_like(parts: Anatomy) -> Checkpoint | None:
+def find_nearest_checkpoint(parts: Anatomy) -> Checkpoint | None:
     """Returns the public checkpoint of a model's architecture, nearest in size; or `None`."""
     family = registry.family(parts.family)
     functions = {family.function_name(name): row for name, row in family.variants.items()}
     found = [
         row
         for row in family.checkpoints
-        if same(parts, {**functions[row.model].architecture, **row.arguments})
+        if has_architecture(parts, {**functions[row.model].architecture, **row.arguments})
     ]
     side = parts.image.native_size[0]
     return min(found, key=lambda row: abs(row.size - side), default=None)
 
 
-def variant_like(parts: Anatomy) -> str | None:
+def find_variant_name(parts: Anatomy) -> str | None:
     """Returns the name of the variant with a model's architecture; `None` if there is none."""
     variants = registry.family(parts.family).variants
-    return next((name for name, row in variants.items() if same(parts, row.architecture)), None)
+    return next(
+        (name for name, row in variants.items() if has_architecture(parts, row.architecture)), None
+    )
 
 
-def same(parts: Anatomy, architecture: dict) -> bool:
+def has_architecture(parts: Anatomy, architecture: Mapping[str, Any]) -> bool:
     """Returns whether a model has an architecture, given without the builder's defaults."""
     signature = inspect.signature(registry.family(parts.family).builder)
-    return architecture_told(signature, architecture) == parts.entrance.architecture
+    return non_default_arguments(signature, architecture) == parts.input_normalization.architecture

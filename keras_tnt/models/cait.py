@@ -14,7 +14,7 @@ from keras_tnt.layers import (
 )
 from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.models import builders
-from keras_tnt.models.published import of_checkpoint
+from keras_tnt.models.published import accuracy_row
 from keras_tnt.models.registry import IMAGENET_MEAN, IMAGENET_STD, Cost, ImageTransform, Variant
 from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
@@ -140,9 +140,9 @@ def CaiT(
 
     # === Self-attention of the patches ===
     x = builders.normalize(inputs, "cait", IMAGE, include_preprocessing, dtype)
-    grid, at = builders.patch_grid(x, size, patch_size, dtype)
+    grid, grid_kwargs = builders.patch_grid(x, size, patch_size, dtype)
     tokens = PatchEmbedding(patch_size, embed_dim, dtype=dtype, name="patch_embedding")(x)
-    tokens = PositionEmbedding(grid, dtype=dtype, name="patch_position")(tokens, **at)
+    tokens = PositionEmbedding(grid, dtype=dtype, name="patch_position")(tokens, **grid_kwargs)
     tokens = Dropout(dropout, dtype=dtype, name="position_drop")(tokens)
     for i in range(depth):
         tokens = TalkingHeadBlock(
@@ -160,7 +160,7 @@ def CaiT(
         vectors = builders.read_tokens(tokens, 1, dtype)
         outputs = builders.classify(vectors, classes, classifier_activation, class_names, dtype)
     else:
-        outputs = builders.pool(tokens, grid, 1, pooling, dtype, at)
+        outputs = builders.pool(tokens, grid, 1, pooling, dtype, grid_kwargs)
     return inputs, outputs
 
 
@@ -170,48 +170,48 @@ preprocess_input = builders.preprocessor(IMAGE)
 # === Public checkpoints ===
 
 # Columns: name on the Hub, variant, its arguments, parameters, accuracy.
-CHECKPOINTS = builders.weights_of(
+CHECKPOINTS = builders.checkpoints_from_rows(
     (
         (
             "cait_xxs24_224.fb_dist_in1k",
             "CaiTXXS24",
             {},
             11_956_264,
-            *of_checkpoint("cait_xxs24", 224),
+            *accuracy_row("cait_xxs24", 224),
         ),
         (
             "cait_xxs24_384.fb_dist_in1k",
             "CaiTXXS24",
             {},
             12_029_224,
-            *of_checkpoint("cait_xxs24", 384),
+            *accuracy_row("cait_xxs24", 384),
         ),
         (
             "cait_xxs36_224.fb_dist_in1k",
             "CaiTXXS36",
             {},
             17_299_720,
-            *of_checkpoint("cait_xxs36", 224),
+            *accuracy_row("cait_xxs36", 224),
         ),
         (
             "cait_xxs36_384.fb_dist_in1k",
             "CaiTXXS36",
             {},
             17_372_680,
-            *of_checkpoint("cait_xxs36", 384),
+            *accuracy_row("cait_xxs36", 384),
         ),
         (
             "cait_xs24_384.fb_dist_in1k",
             "CaiTXS24",
             {},
             26_670_088,
-            *of_checkpoint("cait_xs24", 384),
+            *accuracy_row("cait_xs24", 384),
         ),
-        ("cait_s24_224.fb_dist_in1k", "CaiTS24", {}, 46_916_200, *of_checkpoint("cait_s24", 224)),
-        ("cait_s24_384.fb_dist_in1k", "CaiTS24", {}, 47_062_120, *of_checkpoint("cait_s24", 384)),
-        ("cait_s36_384.fb_dist_in1k", "CaiTS36", {}, 68_366_632, *of_checkpoint("cait_s36", 384)),
-        ("cait_m36_384.fb_dist_in1k", "CaiTM36", {}, 271_221_352, *of_checkpoint("cait_m36", 384)),
-        ("cait_m48_448.fb_dist_in1k", "CaiTM48", {}, 356_460_520, *of_checkpoint("cait_m48", 448)),
+        ("cait_s24_224.fb_dist_in1k", "CaiTS24", {}, 46_916_200, *accuracy_row("cait_s24", 224)),
+        ("cait_s24_384.fb_dist_in1k", "CaiTS24", {}, 47_062_120, *accuracy_row("cait_s24", 384)),
+        ("cait_s36_384.fb_dist_in1k", "CaiTS36", {}, 68_366_632, *accuracy_row("cait_s36", 384)),
+        ("cait_m36_384.fb_dist_in1k", "CaiTM36", {}, 271_221_352, *accuracy_row("cait_m36", 384)),
+        ("cait_m48_448.fb_dist_in1k", "CaiTM48", {}, 356_460_520, *accuracy_row("cait_m48", 448)),
     )
 )
 

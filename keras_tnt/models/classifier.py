@@ -6,7 +6,7 @@ import keras
 
 from keras_tnt.layers import Predictions
 from keras_tnt.models.anatomy import anatomy, count_outputs
-from keras_tnt.models.builders import check_class_names, check_sizes, count_classes
+from keras_tnt.models.arguments import check_class_names, check_sizes, resolve_classes
 
 
 def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
@@ -33,9 +33,9 @@ def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
         >>> keras_tnt.class_names(model)
         ['cat', 'dog']
     """
-    if names is None:
+    checked_names = check_class_names(names)
+    if checked_names is None:
         raise ValueError("`names` must be a list of names. Received: None")
-    names = check_class_names(names)
     parts = anatomy(model)
     if not parts.heads:
         raise ValueError(
@@ -49,16 +49,16 @@ def set_class_names(model: keras.Model, names: list[str]) -> keras.Model:
             f"{classes} classes of its classifier. Names are stored for the classifier only: build "
             "your layers on a model with include_top=False."
         )
-    if len(names) != classes:
+    if len(checked_names) != classes:
         raise ValueError(
-            f"`names` must name each class. Received: {len(names)} names for the {classes} classes "
-            f"of model '{model.name}'."
+            f"`names` must name each class. Received: {len(checked_names)} names for the {classes} "
+            f"classes of model '{model.name}'."
         )
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, Predictions)]
     for layer in layers:
-        layer.class_names = list(names)
+        layer.class_names = checked_names
     if not layers:
-        parts.entrance.class_names = list(names)
+        parts.input_normalization.class_names = checked_names
     return model
 
 
@@ -91,7 +91,7 @@ def reset_classifier(
         >>> model = keras_tnt.reset_classifier(model, class_names=["cat", "dog"])
     """
     class_names = check_class_names(class_names)
-    classes = count_classes(classes, class_names, given=classes is not None)
+    classes = resolve_classes(classes, class_names, given=classes is not None)
     check_sizes(classes=classes)
     parts = anatomy(model)
     if not parts.heads:
@@ -127,7 +127,7 @@ def reset_classifier(
     return rebuild(model)
 
 
-def fresh_head(head, classes):
+def fresh_head(head: keras.layers.Dense, classes: int) -> keras.layers.Dense:
     """Returns an untrained `Dense` layer like `head`, without LoRA and quantization."""
     policy = head.dtype_policy
     if isinstance(policy, keras.dtype_policies.QuantizedDTypePolicy):

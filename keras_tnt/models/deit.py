@@ -13,7 +13,7 @@ from keras_tnt.layers import (
 )
 from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.models import builders
-from keras_tnt.models.published import of_checkpoint
+from keras_tnt.models.published import accuracy_row
 from keras_tnt.models.registry import IMAGENET_MEAN, IMAGENET_STD, Cost, ImageTransform, Variant
 
 # The published results at 384 pixels were measured without cropping.
@@ -117,13 +117,13 @@ def DeiT(
 
     # === Tokens ===
     x = builders.normalize(inputs, "deit", IMAGE, include_preprocessing, dtype)
-    grid, at = builders.patch_grid(x, size, patch_size, dtype)
+    grid, grid_kwargs = builders.patch_grid(x, size, patch_size, dtype)
     tokens = PatchEmbedding(patch_size, embed_dim, dtype=dtype, name="patch_embedding")(x)
     if distilled:
         tokens = ClassToken(dtype=dtype, name="distillation_token")(tokens)
     tokens = ClassToken(dtype=dtype, name="class_token")(tokens)
     position = PositionEmbedding(grid, prefix_tokens, dtype=dtype, name="patch_position")
-    tokens = position(tokens, **at)
+    tokens = position(tokens, **grid_kwargs)
     tokens = Dropout(dropout, dtype=dtype, name="position_drop")(tokens)
 
     # === Blocks ===
@@ -147,7 +147,7 @@ def DeiT(
         vectors = builders.read_tokens(tokens, prefix_tokens, dtype)
         outputs = builders.classify(vectors, classes, classifier_activation, class_names, dtype)
     else:
-        outputs = builders.pool(tokens, grid, prefix_tokens, pooling, dtype, at)
+        outputs = builders.pool(tokens, grid, prefix_tokens, pooling, dtype, grid_kwargs)
     return inputs, outputs
 
 
@@ -159,63 +159,63 @@ preprocess_input = builders.preprocessor(IMAGE)
 DIST = {"distilled": True}
 
 # Columns: name on the Hub, variant, its arguments, parameters, accuracy.
-CHECKPOINTS = builders.weights_of(
+CHECKPOINTS = builders.checkpoints_from_rows(
     (
         (
             "deit_tiny_patch16_224.fb_in1k",
             "DeiTTiny",
             {},
             5_717_416,
-            *of_checkpoint("deit_tiny", 224),
+            *accuracy_row("deit_tiny", 224),
         ),
         (
             "deit_tiny_distilled_patch16_224.fb_in1k",
             "DeiTTiny",
             DIST,
             5_910_800,
-            *of_checkpoint("deit_tiny_distilled", 224),
+            *accuracy_row("deit_tiny_distilled", 224),
         ),
         (
             "deit_small_patch16_224.fb_in1k",
             "DeiTSmall",
             {},
             22_050_664,
-            *of_checkpoint("deit_small", 224),
+            *accuracy_row("deit_small", 224),
         ),
         (
             "deit_small_distilled_patch16_224.fb_in1k",
             "DeiTSmall",
             DIST,
             22_436_432,
-            *of_checkpoint("deit_small_distilled", 224),
+            *accuracy_row("deit_small_distilled", 224),
         ),
         (
             "deit_base_patch16_224.fb_in1k",
             "DeiTBase",
             {},
             86_567_656,
-            *of_checkpoint("deit_base", 224),
+            *accuracy_row("deit_base", 224),
         ),
         (
             "deit_base_distilled_patch16_224.fb_in1k",
             "DeiTBase",
             DIST,
             87_338_192,
-            *of_checkpoint("deit_base_distilled", 224),
+            *accuracy_row("deit_base_distilled", 224),
         ),
         (
             "deit_base_patch16_384.fb_in1k",
             "DeiTBase",
             {},
             86_859_496,
-            *of_checkpoint("deit_base", 384),
+            *accuracy_row("deit_base", 384),
         ),
         (
             "deit_base_distilled_patch16_384.fb_in1k",
             "DeiTBase",
             DIST,
             87_630_032,
-            *of_checkpoint("deit_base_distilled", 384),
+            *accuracy_row("deit_base_distilled", 384),
         ),
     )
 )
@@ -241,6 +241,6 @@ builders.register_family(
     image=IMAGE,
     tensor_names=TENSOR_NAMES,
     checkpoints=CHECKPOINTS,
-    telling_tensors=(builders.DISTILLATION_TENSORS,),
+    marker_tensors=(builders.DISTILLATION_TENSORS,),
     source="Table 1 of arXiv 2012.12877",
 )

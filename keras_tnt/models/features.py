@@ -56,13 +56,13 @@ def feature_maps(model: keras.Model, blocks: Iterable[int] | None = None) -> ker
     return keras.Model(model.inputs[0], maps, name=f"{model.name}_features")
 
 
-def patch_map(found: Anatomy, block: Block, number: int):
+def patch_map(found: Anatomy, block: Block, suffix: int | str):
     """Returns the symbolic map (batch, rows, columns, dim) of the patches after a block.
 
     Args:
         found: the model's `Anatomy`.
         block: one of its blocks.
-        number: suffix of the names of the layers that make the map.
+        suffix: suffix of the names of the layers that make the map.
     """
     dtype = block.layer.dtype_policy
     inputs = keras.tree.flatten(block.layer.input)
@@ -70,13 +70,14 @@ def patch_map(found: Anatomy, block: Block, number: int):
     if tokens.shape[1] != inputs[0].shape[1]:  # only the query tokens
         tokens = keras.tree.flatten(block.layer(*inputs))[0]
     if block.prefix_tokens:
-        select = SelectTokens(block.prefix_tokens, dtype=dtype, name=f"patches_{number}")
+        select = SelectTokens(block.prefix_tokens, dtype=dtype, name=f"patches_{suffix}")
         tokens = select(tokens)
     if block.grid is None:
+        assert found.patch_size is not None, "the stem declares no patch size"
         patch_size = found.patch_size * 2**block.stage
-        grid = PatchGrid(patch_size, found.image.data_format, dtype=dtype, name=f"grid_{number}")(
-            found.entrance.output
+        grid = PatchGrid(patch_size, found.image.data_format, dtype=dtype, name=f"grid_{suffix}")(
+            found.input_normalization.output
         )
-        return PatchMap(dtype=dtype, name=f"map_{number}")(tokens, grid)
+        return PatchMap(dtype=dtype, name=f"map_{suffix}")(tokens, grid)
     shape = (*block.grid, tokens.shape[-1])
-    return keras.layers.Reshape(shape, dtype=dtype, name=f"map_{number}")(tokens)
+    return keras.layers.Reshape(shape, dtype=dtype, name=f"map_{suffix}")(tokens)

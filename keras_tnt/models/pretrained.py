@@ -1,17 +1,14 @@
 """Resolution of `weights=` arguments: public checkpoints, Hub repositories and files."""
 
 import dataclasses
-import fnmatch
 import math
 import os
 import re
-import sys
-from pathlib import Path
 
 from keras_tnt import files
 from keras_tnt.models import registry
 from keras_tnt.models.anatomy import anatomy
-from keras_tnt.models.registry import typed
+from keras_tnt.models.registry import call_repr
 from keras_tnt.text import printable
 from keras_tnt.weights import KERAS, checkpoint, hub, load_keras_file
 from keras_tnt.weights.files import SAFETENSORS, TORCH, open_tensors
@@ -87,7 +84,7 @@ def tensor_names(model) -> checkpoint.Names:
     found = anatomy(model)
     family = registry.family(found.family)
     return checkpoint.Names(
-        family.name, family.tensor_names, family.telling_tensors, found.layer_prefix
+        family.name, family.tensor_names, family.marker_tensors, found.layer_prefix
     )
 
 
@@ -127,12 +124,12 @@ class Source:
     images: dict = dataclasses.field(default_factory=dict)
 
     @property
-    def of_anyone(self):
+    def is_user_repository(self):
         """Returns whether a user's config.json describes the model, not the built-in table."""
         return self.given.startswith("hf://") or os.path.isdir(self.given)
 
 
-def find(weights):
+def find_source(weights):
     """Returns the source that `weights=` names, without downloading the weights.
 
     Args:
@@ -150,7 +147,7 @@ def find(weights):
     given = files.expand(weights)
     rows = {row.name: row for row in registry.checkpoints()}
     if given in rows:
-        return from_row(rows[given], given)
+        return from_checkpoint(rows[given], given)
     if given.startswith("hf://"):
         return from_hub(given)
     if given == "imagenet":
@@ -174,7 +171,7 @@ def find(weights):
     return Source(given, path=given)
 
 
-def find_for(weights, model, arguments, defaults, size):
+def find_variant_source(weights, model, arguments, defaults, size):
     """Returns the source that `weights=` of a variant names.
 
     Args:
@@ -191,9 +188,9 @@ def find_for(weights, model, arguments, defaults, size):
         ValueError: as `find`, and if the weights belong to another model.
     """
     if weights == "imagenet":
-        told = {name: value for name, value in arguments.items() if value != defaults[name]}
-        return from_row(choose_row(model, told, size), weights)
-    source = find(weights)
+        changed = {name: value for name, value in arguments.items() if value != defaults[name]}
+        return from_checkpoint(choose_row(model, changed, size), weights)
+    source = find_source(weights)
     if source is None or source.model is None:
         return source
     if source.model != model:
@@ -202,10 +199,10 @@ def find_for(weights, model, arguments, defaults, size):
         )
     theirs = defaults | source.arguments
     differing = [name for name, value in arguments.items() if value != theirs[name]]
-    if differing and not source.of_anyone:
+    if differing and not source.is_user_repository:
         raise ValueError(
-            f"The weights {source.given!r} belong to {typed(model, source.arguments)}, not to "
-            f"{typed(model, arguments)}: leave out {', '.join(differing)}, or say weights=None."
+            f"The weights {source.given!r} belong to {call_repr(model, source.arguments)}, not to "
+            f"{call_repr(model, arguments)}: leave out {', '.join(differing)}, or use weights=None."
         )
     return source
 
@@ -226,16 +223,16 @@ def choose_row(model, arguments, size):
     if not fitting:
         others = dict.fromkeys(row.call for row in rows)
         raise ValueError(
-            f"There are no public weights of {typed(model, arguments)}"
+            f"There are no public weights of {call_repr(model, arguments)}"
             + (f", only of {', '.join(others)}" if others else "")
-            + ". Say weights=None for random weights, or weights='<path>' for a file of your own, "
+            + ". Use weights=None for random initialization, or weights='<path>' for a file, "
             "such as the original release's."
         )
     area = size[0] * size[1]
     return min(fitting, key=lambda row: max(row.size**2 / area, area / row.size**2))
 
 
-def from_row(row, given):
+def from_checkpoint(row, given):
     """Returns the `Source` of a public checkpoint, a row of the table of weights."""
     return Source(
         given,
@@ -257,7 +254,7 @@ def from_hub(given):
     match = HUB.fullmatch(given)
     if not match:
         raise ValueError(
-            "A repository of the hub is 'hf://owner/repository', or with '@revision' behind it. "
+            "Expected 'hf://owner/repository' or 'hf://owner/repository@revision'. "
             f"Received: {given!r}"
         )
     repository, revision = match["repository"], match["revision"] or "main"
@@ -267,7 +264,7 @@ def from_hub(given):
     except hub.MissingFile:
         return source
     config = parse_config(files.read_regular(path, LARGEST_FILE), given)
-    return dataclasses.replace(source, **described(config, given))
+    return dataclasses.replace(source, **source_attributes(config, given))
 
 
 def from_folder(folder):
@@ -280,10 +277,10 @@ def from_folder(folder):
             "looked for."
         )
     config = parse_config(files.read_regular(paths["config.json"], LARGEST_FILE), folder)
-    return Source(folder, path=paths[there[1]], **described(config, folder))
+    return Source(folder, path=paths[there[1]], **source_attributes(config, folder))
 
 
-def described(config, given):
+def source_attributes(config, given):
     """Returns the attributes of a `Source` that a `HubConfig` determines."""
     known = {"classes": config.classes}
     rows = {row.architecture: row for row in registry.checkpoints()}
@@ -332,7 +329,7 @@ def check_classes(source, classes):
     )
 
 
-def count_classes(source):
+def count_weight_classes(source):
     """Returns the number of classes of weights, as far as it is known without building the model.
 
     Args:
@@ -387,7 +384,11 @@ def fetch(source):
     for file in source.files:
         try:
             return hub.fetch(
-                source.repository, file, source.revision, source.sha256, renew=source.of_anyone
+                source.repository,
+                file,
+                source.revision,
+                source.sha256,
+                renew=source.is_user_repository,
             )
         except hub.MissingFile:
             continue
@@ -397,7 +398,7 @@ def fetch(source):
     )
 
 
-def fill(model, source):
+def load_source(model, source):
     """Loads the weights of a `Source` into a new model.
 
     Raises:
@@ -405,100 +406,6 @@ def fill(model, source):
         OSError: if they cannot be downloaded.
     """
     load_checkpoint(model, fetch(source))
-    entrance = anatomy(model).entrance
+    input_normalization = anatomy(model).input_normalization
     for name, value in source.images.items():
-        setattr(entrance, name, value)
-
-
-# === The table of public weights ===
-
-
-class Rows(list):
-    """List of `Checkpoint` with a table as its representation."""
-
-    columns = ("weights", "model", "image", "parameters", "top-1", "top-5")
-
-    def cells(self):
-        """Yields the table cells of each row."""
-        for row in self:
-            yield (
-                row.name,
-                row.call,
-                f"{row.size}x{row.size}",
-                f"{row.parameters / 1e6:.1f}M",
-                f"{row.top1:.1f}",
-                f"{row.top5:.1f}",
-            )
-
-    def __repr__(self):
-        """Returns the table with aligned columns."""
-        rows = [self.columns, *self.cells()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(self.columns))]
-        lines = []
-        for row in rows:
-            left = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
-            right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-            lines.append("  ".join(left + right))
-        return "\n".join(lines)
-
-    def markdown(self):
-        """Returns the table in Markdown, as in the README."""
-        rows = [self.columns, ("---", "---", "--:", "--:", "--:", "--:")]
-        rows += [(f"`{name}`", f"`{model}`", *rest) for name, model, *rest in self.cells()]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def list_weights(pattern: str | None = None) -> Rows:
-    """Returns the public checkpoints that `weights=` accepts by name.
-
-    Args:
-        pattern: shell pattern of a checkpoint's name or of its model's name in either spelling:
-            `"deit*384*"`, `"TNTSmall"`, `"tnt_small"`. Defaults to all.
-
-    Returns:
-        A list of rows with a table as its representation. A row has `name`, `model`, `arguments`,
-        `size`, `parameters`, `top1`, `top5` (published, in percent), `source`, `repository`,
-        `file`, `license` and `sha256`.
-
-    Raises:
-        ValueError: if there is no such checkpoint.
-
-    Example:
-        >>> keras_tnt.list_weights("tnt_base")
-        weights                 model      image  parameters  top-1  top-5
-        tnt_b_patch16_224.in1k  TNTBase  224x224       65.4M   82.9   96.3
-    """
-    found = Rows()
-    for family in registry.families():
-        spelt = {family.function_name(variant): variant for variant in family.variants}
-        for row in family.checkpoints:
-            names = row.name, row.architecture, row.model, spelt.get(row.model, row.model)
-            if pattern is None or any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                found.append(row)
-    if not found:
-        known = ", ".join(dict.fromkeys(row.model for row in registry.checkpoints()))
-        raise ValueError(f"There are no public weights of {pattern!r}. There are some of: {known}.")
-    return found
-
-
-BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
-
-
-def with_table(text):
-    """Returns a text with the table of public weights between its markers.
-
-    Raises:
-        ValueError: if the text does not contain each marker exactly once.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"The text must have {BEGIN} and {END} once each.")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{list_weights().markdown()}\n{END}{rest.split(END)[1]}"
-
-
-if __name__ == "__main__":  # `python -m keras_tnt.pretrained README.md` regenerates its table.
-    import keras_tnt  # noqa: F401
-
-    for name in sys.argv[1:]:
-        path = Path(name)
-        path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+        setattr(input_normalization, name, value)

@@ -76,7 +76,7 @@ def accuracy(model: str, image_size: int, evaluated_by: str = "timm") -> Accurac
     raise KeyError(f"{TABLE.name} has no row for {model} at {image_size} by {evaluated_by}")
 
 
-def of_checkpoint(model: str, image_size: int, evaluated_by: str = "timm") -> tuple:
+def accuracy_row(model: str, image_size: int, evaluated_by: str = "timm") -> tuple:
     """Returns (top-1, top-5, source), the last columns of a family's checkpoint table."""
     row = accuracy(model, image_size, evaluated_by)
     return row.top1, row.top5, row.source

@@ -16,7 +16,7 @@ from keras_tnt.layers import (
     RelativePosition,
 )
 from keras_tnt.layers.base import LayerNormalization
-from keras_tnt.layers.pyramid import halve
+from keras_tnt.layers.pyramid import halve_side
 from keras_tnt.models import builders
 from keras_tnt.models.registry import Cost, ImageTransform, Variant
 
@@ -163,24 +163,29 @@ def PyramidTNT(
         builders.patch_grid(x, size, patch_size * 2**s, dtype, f"stage_{s}_grid")
         for s in range(len(depths))
     ]
-    grid, at = grids[0]
-    patches = PositionEmbedding(grid, dtype=dtype, name="patch_position")(patches, **at)
+    grid, grid_kwargs = grids[0]
+    patches = PositionEmbedding(grid, dtype=dtype, name="patch_position")(patches, **grid_kwargs)
     patches = Dropout(dropout, dtype=dtype, name="position_drop")(patches)
 
     # === Stages ===
-    for s, (grid, at) in enumerate(grids):
+    for s, (grid, grid_kwargs) in enumerate(grids):
         if s > 0:
-            whole, told = grids[s - 1]
-            merged = {"grid": None if told else whole, "epsilon": EPSILON, "dtype": dtype}
+            previous_grid, previous_kwargs = grids[s - 1]
+            merged = {
+                "grid": None if previous_kwargs else previous_grid,
+                "epsilon": EPSILON,
+                "dtype": dtype,
+            }
             merge_words = MergeWords(inner_dims[s], name=f"merge_words_{s - 1}", **merged)
             merge_patches = MergePatches(outer_dims[s], name=f"merge_patches_{s - 1}", **merged)
-            words, patches = merge_words(words, **told), merge_patches(patches, **told)
+            words = merge_words(words, **previous_kwargs)
+            patches = merge_patches(patches, **previous_kwargs)
         bias = RelativePosition(
             outer_heads[s], grid, reductions[s], dtype=dtype, name=f"stage_{s}_relative_position"
-        )(patches, **at)
+        )(patches, **grid_kwargs)
         for i in range(depths[s]):
             block = {
-                "grid": None if at else grid,
+                "grid": None if grid_kwargs else grid,
                 "reduction": reductions[s],
                 "mlp_ratio": mlp_ratio,
                 "qkv_bias": qkv_bias,
@@ -193,18 +198,18 @@ def PyramidTNT(
             }
             if i == 0 or (i == 1 and depths[s] > 6):
                 patches, words = PyramidTNTBlock(outer_heads[s], inner_heads[s], **block)(
-                    patches, words, bias=bias, **at
+                    patches, words, bias=bias, **grid_kwargs
                 )
             else:
-                patches = ReducedBlock(outer_heads[s], **block)(patches, bias=bias, **at)
+                patches = ReducedBlock(outer_heads[s], **block)(patches, bias=bias, **grid_kwargs)
     patches = LayerNormalization(epsilon=EPSILON, dtype=dtype, name="norm")(patches)
 
     # === Output ===
     if include_top:
-        mean = builders.pool(patches, grid, 0, "avg", dtype, at)
+        mean = builders.pool(patches, grid, 0, "avg", dtype, grid_kwargs)
         outputs = builders.classify([mean], classes, classifier_activation, class_names, dtype)
     else:
-        outputs = builders.pool(patches, grid, 0, pooling, dtype, at)
+        outputs = builders.pool(patches, grid, 0, pooling, dtype, grid_kwargs)
     return inputs, outputs
 
 
@@ -230,7 +235,7 @@ def check_stages(grid, **by_stage):
             builders.check_sizes(**{key: value})
     grids = [grid]
     while len(grids) < len(reductions):
-        grids.append(tuple(map(halve, grids[-1])))
+        grids.append(tuple(map(halve_side, grids[-1])))
     for s, (size, reduction) in enumerate(zip(grids, reductions, strict=True)):
         if min(size) < reduction:
             raise ValueError(

@@ -10,7 +10,10 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import keras
 
 PLUGINS = "KERAS_TNT_PLUGINS"
 
@@ -123,10 +126,10 @@ class Checkpoint:
     @property
     def call(self) -> str:
         """Returns a Python expression that builds this variant, without the package's name."""
-        return typed(self.model, self.arguments)
+        return call_repr(self.model, self.arguments)
 
 
-def typed(model: str, arguments: Mapping[str, Any]) -> str:
+def call_repr(model: str, arguments: Mapping[str, Any]) -> str:
     """Returns a call as a Python expression, "TNTSmall(legacy=True)", or the bare name."""
     listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return f"{model}({listed})" if listed else model
@@ -144,7 +147,7 @@ class Family:
         tensor_names: rows of (path of a variable, name in timm's checkpoints, name in the original
             release), as documented in `keras_tnt.weights.names`.
         checkpoints: the public `Checkpoint`s.
-        telling_tensors: rows of (pattern of a tensor's name, argument of the builder, description
+        marker_tensors: rows of (pattern of a tensor's name, argument of the builder, description
             of the tensor): a checkpoint contains such tensors if and only if the argument is true.
         source: publication of the variants, for their docstrings.
         make_variant: function from the family and a variant's name to the variant's function.
@@ -156,7 +159,7 @@ class Family:
     image: ImageTransform
     tensor_names: tuple[tuple[str, ...], ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
-    telling_tensors: tuple[tuple[str, str, str], ...] = ()
+    marker_tensors: tuple[tuple[str, str, str], ...] = ()
     source: str = ""
     make_variant: Callable | None = None
 
@@ -252,7 +255,7 @@ def list_models(pattern: str | None = None) -> list[str]:
     ]
 
 
-def create_model(name: str, **arguments) -> "keras.Model":  # noqa: F821
+def create_model(name: str, **arguments) -> "keras.Model":
     """Builds a model by its name.
 
     Args:
@@ -330,10 +333,10 @@ def weights_advice(name: str, weights: Any = "imagenet") -> str | None:
         return None
     _, variant, row = found
     wanted = row.name if weights == "imagenet" else weights
-    told = "".join(f", {key}={value!r}" for key, value in row.arguments.items())
+    listed = "".join(f", {key}={value!r}" for key, value in row.arguments.items())
     return (
         f"{name!r} is the weights name of {row.call}. Type "
-        f"keras_tnt.create_model('{variant}', weights={wanted!r}{told})"
+        f"keras_tnt.create_model('{variant}', weights={wanted!r}{listed})"
     )
 
 
@@ -351,6 +354,7 @@ def _function(each: Family, variant: str | None) -> Callable:
     if variant is None:
         return each.builder
     key, row = (each.name, variant), each.variants[variant]
+    assert each.make_variant is not None, f"family '{each.name}' builds no variants"
     if key not in _functions or _functions[key][0] is not row:
         _functions[key] = row, each.make_variant(each, variant)
     return _functions[key][1]

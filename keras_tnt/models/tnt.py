@@ -5,6 +5,8 @@ An image is a sequence of patches ("visual sentences"), and a patch is a sequenc
 output is added to the patch, and an outer transformer attends among the patches.
 """
 
+from collections.abc import Sequence
+
 from keras_tnt.layers import (
     ClassAttentionBlock,
     ClassToken,
@@ -18,7 +20,7 @@ from keras_tnt.layers import (
 )
 from keras_tnt.layers.base import LayerNormalization
 from keras_tnt.models import builders
-from keras_tnt.models.published import of_checkpoint
+from keras_tnt.models.published import accuracy_row
 from keras_tnt.models.registry import Cost, ImageTransform, Variant
 from keras_tnt.weights.names import CLASS_ATTENTION_NAMES
 
@@ -147,7 +149,7 @@ def TNT(
         outer_heads=outer_heads,
         inner_heads=inner_heads,
     )
-    inner_blocks = check_inner_blocks(inner_blocks, depth)
+    blocks_with_words = check_inner_blocks(inner_blocks, depth)
     inputs, size = builders.image_input(input_tensor, input_shape, 224, patch_size, any_size=True)
     side = patch_size // inner_stride
     prefix_tokens = 2 if distilled else 1
@@ -163,7 +165,7 @@ def TNT(
 
     # === Word and patch embedding ===
     x = builders.normalize(inputs, "tnt", IMAGE, include_preprocessing, dtype)
-    grid, at = builders.patch_grid(x, size, patch_size, dtype)
+    grid, grid_kwargs = builders.patch_grid(x, size, patch_size, dtype)
     stem = LegacyWordEmbedding if legacy else WordEmbedding
     words = stem(inner_dim, patch_size, inner_stride, dtype=dtype, name="word_embedding")(x)
     words = PositionEmbedding((side, side), dtype=dtype, name="word_position")(words)
@@ -178,7 +180,7 @@ def TNT(
     if tokens_in_blocks:
         tokens = add_class_tokens(tokens)
     position = PositionEmbedding(grid, tokens_in_blocks, dtype=dtype, name="patch_position")
-    tokens = position(tokens, **at)
+    tokens = position(tokens, **grid_kwargs)
     tokens = Dropout(dropout, dtype=dtype, name="position_drop")(tokens)
 
     # === Blocks ===
@@ -186,7 +188,7 @@ def TNT(
     for i in range(depth):
         common = {**transformer, "stochastic_depth": stochastic_depth * i / max(depth - 1, 1)}
         first_tokens = prefix_tokens if reads_tokens_only and i == depth - 1 else None
-        if i in inner_blocks:
+        if i in blocks_with_words:
             tokens, words = TNTBlock(
                 outer_heads,
                 inner_heads,
@@ -215,11 +217,11 @@ def TNT(
         vectors = builders.read_tokens(tokens, prefix_tokens, dtype)
         outputs = builders.classify(vectors, classes, classifier_activation, class_names, dtype)
     else:
-        outputs = builders.pool(tokens, grid, prefix_tokens, pooling, dtype, at)
+        outputs = builders.pool(tokens, grid, prefix_tokens, pooling, dtype, grid_kwargs)
     return inputs, outputs
 
 
-def check_inner_blocks(inner_blocks, depth):
+def check_inner_blocks(inner_blocks: Sequence[int] | None, depth: int) -> Sequence[int]:
     """Returns the indices of the blocks with an inner transformer, after checking their range."""
     if inner_blocks is None:
         return range(depth)
@@ -237,28 +239,28 @@ preprocess_input = builders.preprocessor(IMAGE)
 # === Public checkpoints ===
 
 # Columns: name on the Hub, variant, its arguments, parameters, accuracy.
-CHECKPOINTS = builders.weights_of(
+CHECKPOINTS = builders.checkpoints_from_rows(
     (
         (
             "tnt_s_patch16_224.in1k",
             "TNTSmall",
             {},
             23_768_584,
-            *of_checkpoint("tnt_small", 224, "authors"),
+            *accuracy_row("tnt_small", 224, "authors"),
         ),
         (
             "tnt_s_legacy_patch16_224.in1k",
             "TNTSmall",
             {"legacy": True},
             23_755_336,
-            *of_checkpoint("tnt_small_legacy", 224),
+            *accuracy_row("tnt_small_legacy", 224),
         ),
         (
             "tnt_b_patch16_224.in1k",
             "TNTBase",
             {},
             65_428_680,
-            *of_checkpoint("tnt_base", 224, "authors"),
+            *accuracy_row("tnt_base", 224, "authors"),
         ),
     )
 )
@@ -306,7 +308,7 @@ TENSOR_NAMES = (
     *CLASS_ATTENTION_NAMES,
 )
 
-TELLING_TENSORS = (
+MARKER_TENSORS = (
     builders.DISTILLATION_TENSORS,
     (r"blocks\.\d+\.proj\.bias", "legacy", "the biased projections of timm's first port"),
 )
@@ -318,6 +320,6 @@ builders.register_family(
     image=IMAGE,
     tensor_names=TENSOR_NAMES,
     checkpoints=CHECKPOINTS,
-    telling_tensors=TELLING_TENSORS,
+    marker_tensors=MARKER_TENSORS,
     source="Table 1 of arXiv 2103.00112",
 )

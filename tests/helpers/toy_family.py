@@ -17,7 +17,7 @@ IMAGE = ImageTransform(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), crop=0.8, cro
 class ToyBlock(keras.layers.Layer):
     """Residual self-attention: x + attention(x)."""
 
-    part = "block"
+    role = "block"
 
     def __init__(self, heads, **kwargs):
         super().__init__(**kwargs)

@@ -14,21 +14,21 @@ from tests.helpers.toy_family import ToyBlock
 IMAGE = ImageTransform(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), crop=0.75)
 
 
-def squares(x, side, dim, part, **names):
+def squares(x, side, dim, role, **names):
     """Applies a convolution that merges `side` x `side` pixels or patches into one.
 
     Args:
         x: tensor (batch, rows, columns, channels).
         side: kernel size and stride.
         dim: output channels.
-        part: role of the layer.
+        role: role of the layer.
         **names: further arguments of `Conv2D`.
 
     Returns:
         Tensor (batch, rows // side, columns // side, dim).
     """
     layer = keras.layers.Conv2D(dim, side, strides=side, data_format="channels_last", **names)
-    layer.part = part
+    layer.part = role  # the name of the attribute in release 0.1
     return layer(x)
 
 

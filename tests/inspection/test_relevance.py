@@ -10,7 +10,7 @@ from keras_tnt import inspection
 from keras_tnt.inspection import flow
 from keras_tnt.inspection.links import observe
 from keras_tnt.inspection.subject import Subject
-from keras_tnt.layers.base import observing_links
+from keras_tnt.layers.base import intercept_attention
 from tests.helpers.relevance_models import PYRAMID, TNT, VIT, images_for
 from tests.helpers.relevance_reference import Reference, relevance, word_relevance
 
@@ -146,7 +146,7 @@ def test_gate_gradients_match_finite_differences(models):
             def look(layer, x, change=change, path=path):
                 return ops.multiply(x, change) if layer.path == path else x
 
-            with observing_links(look):
+            with intercept_attention(look):
                 ends.append(subject.predict(images)[0, 2])
         assert_close(gates[path][place], (ends[0] - ends[1]) / 0.02, 0.02)
 

@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_tnt.layers import ClassAttention, SelfAttention, TalkingHeadAttention
 from keras_tnt.layers.attention import HeadMixing, record_attention
-from keras_tnt.layers.base import observing_links
+from keras_tnt.layers.base import intercept_attention
 from tests.helpers.checks import assert_close, assert_equal, check_layer, compute, normal
 
 # No norm precedes attention here, so that large inputs give large logits.
@@ -133,7 +133,7 @@ def test_attention_is_recorded_only_inside_the_context():
 @pytest.mark.parametrize("layer_class", [SelfAttention, ClassAttention, TalkingHeadAttention])
 def test_observer_return_value_replaces_the_attention(layer_class):
     layer, x = layer_class(num_heads=2), normal((2, 5, 8))
-    with observing_links(lambda _, weights: 0 * weights):
+    with intercept_attention(lambda _, weights: 0 * weights):
         nothing = ops.convert_to_numpy(layer(x))
     assert not np.any(nothing) and np.any(ops.convert_to_numpy(layer(x)))
 

@@ -156,3 +156,11 @@ def test_mlp_ratio_defaults_to_four(block):
 @pytest.mark.parametrize("block", [TNTBlock, PyramidTNTBlock])
 def test_mlp_ratio_of_nested_blocks_defaults_to_four(block):
     assert block(2, 2).mlp_ratio == 4
+
+
+def test_native_kernels_can_be_turned_off(monkeypatch):
+    block, words = TransformerBlock(num_heads=2, sample_axes=2), normal((2, 3, 16, 8))
+    block.build(words.shape)
+    block.native_kernels = False
+    monkeypatch.setattr("keras_tnt.layers.blocks.fused", None)
+    assert_equal(compute(block, words), compute(block.transform, words))

@@ -14,7 +14,7 @@ from keras_tnt.layers import (
     WordEmbedding,
     WordsToPatches,
 )
-from keras_tnt.layers.base import observing_links
+from keras_tnt.layers.base import intercept_attention
 from keras_tnt.layers.embedding import resample_positions
 from tests.helpers import golden
 from tests.helpers.checks import assert_close, assert_equal, check_layer, compute, normal
@@ -143,7 +143,7 @@ def test_word_with_zero_weight_is_excluded_from_its_patch(layer_class):
         seen.append(ops.convert_to_numpy(weights))
         return ops.multiply(weights, np.array([1, 0, 1, 1], "float32"))
 
-    with observing_links(leave_out_the_second):
+    with intercept_attention(leave_out_the_second):
         without = ops.convert_to_numpy(layer(words))
     kernel = ops.convert_to_numpy(layer.projection.kernel).copy()
     kernel[6:12] = 0

@@ -9,7 +9,7 @@ from keras_tnt import kernels
 from keras_tnt.kernels import plain, runtimes
 from keras_tnt.layers import TransformerBlock, WordsToPatches, fused
 from keras_tnt.layers.attention import record_attention
-from keras_tnt.layers.base import inference_on
+from keras_tnt.layers.base import inference_device_scope
 from tests.helpers.checks import BACKEND, assert_equal, gradients, normal
 from tests.helpers.tiny_models import tiny_block as tiny
 
@@ -39,7 +39,7 @@ def block_and_words(shape, **options):
 def test_inner_transformer_kernel_matches_the_block(shape, options, monkeypatch):
     block, words, expected = block_and_words(shape, **options)
     monkeypatch.setattr(block, "transform", None)
-    with inference_on("cpu"):
+    with inference_device_scope("cpu"):
         assert_equal(block(words), expected)
     assert_equal(block(words), expected)
 
@@ -59,7 +59,7 @@ def test_inner_transformer_kernel_matches_the_block(shape, options, monkeypatch)
 @pytest.mark.one_backend
 def test_unsupported_blocks_do_not_use_the_kernel(device, training, options, words, monkeypatch):
     block, given = left_alone(options, (1, 3, words, 8), monkeypatch)
-    with inference_on(device):
+    with inference_device_scope(device):
         block(given, training=training)
     assert block.called == [training]
 
@@ -146,7 +146,7 @@ def test_untested_backend_version_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setitem(runtimes.SEEN, keras.backend.backend(), ("0.0",))
     runtimes._operator.cache_clear()
     block, words, expected = block_and_words((1, 2, 16, 10))
-    with inference_on("cpu"):
+    with inference_device_scope("cpu"):
         with pytest.warns(UserWarning, match="not among the releases.*0.0"):
             result = block(words)
         again = block(words)  # does not warn again
@@ -214,7 +214,7 @@ def test_training_kernel_matches_the_block(shape, options, monkeypatch):
 )
 def test_words_to_patches_training_kernel_matches_the_layer(shape, dim, use_bias, monkeypatch):
     layer = words_to_patches(shape, dim, use_bias=use_bias)
-    check_learned(Learned(layer, normal(shape)), "weigh", monkeypatch)
+    check_learned(Learned(layer, normal(shape)), "apply_gate", monkeypatch)
 
 
 def words_to_patches(shape, dim, **options):

@@ -12,7 +12,7 @@ import keras_tnt
 from keras_tnt import kernels
 from keras_tnt.kernels import plain, processor, runtimes
 from keras_tnt.layers import TransformerBlock, WordsToPatches
-from keras_tnt.layers.base import inference_on
+from keras_tnt.layers.base import inference_device_scope
 from keras_tnt.layers.half import POLICY, in_bfloat16, kernels_to_change
 from tests.helpers.checks import BACKEND, compute, normal
 from tests.helpers.tiny_models import tiny_block as tiny
@@ -95,7 +95,7 @@ def test_outer_bf16_kernel_rounds_matmul_operands(shape, heads, options, monkeyp
     block, tokens = block_and_input(shape, heads, **options)
     expected = transformed(block, tokens.astype("float64"), -1)
     monkeypatch.setattr(block, "transform", None)
-    with inference_on("cpu"):
+    with inference_device_scope("cpu"):
         check(block(tokens), expected)
     check(block(tokens), expected)
 
@@ -114,7 +114,7 @@ def test_inner_bf16_kernel_rounds_matmul_operands(shape, heads, options, monkeyp
     axes = options.get("norm_axis", -1)
     expected = transformed(block, words.astype("float64"), axes)
     monkeypatch.setattr(block, "transform", None)
-    with inference_on("cpu"):
+    with inference_device_scope("cpu"):
         check(block(words), expected)
 
 
@@ -129,8 +129,8 @@ def test_words_to_patches_bf16_kernel_rounds_matmul_operands(shape, dim, monkeyp
     words = normal(shape, seed=99)
     flat = words.reshape(*shape[:2], -1).astype("float64")
     expected = projected(normalized(flat, layer.norm_words, -1), layer.projection)
-    monkeypatch.setattr(layer, "weigh", None)
-    with inference_on("cpu"):
+    monkeypatch.setattr(layer, "apply_gate", None)
+    with inference_device_scope("cpu"):
         check(layer(words), normalized(expected, layer.norm_patches, -1))
 
 

@@ -23,7 +23,7 @@ import pytest
 from keras import ops
 
 import keras_tnt
-from keras_tnt.layers.base import TruncatedNormal, torch_uniform, without_initial_values
+from keras_tnt.layers.base import TruncatedNormal, skip_weight_init, torch_uniform
 
 # Distribution of a weight by its path: "linear", "ones", "zeros", a constant, or ("uniform",
 # fan_in) and ("normal", standard deviation).
@@ -182,7 +182,7 @@ def test_layers_of_a_model_start_from_different_values():
 @pytest.mark.parametrize("case", CASES)
 def test_model_that_loads_a_file_draws_no_random_weights(case):
     build, arguments, own = CASES[case]
-    with without_initial_values():
+    with skip_weight_init():
         model = build(weights=None, input_shape=(32, 32, 3), classes=20, **arguments)
     for weight in model.weights:
         distribution = next(

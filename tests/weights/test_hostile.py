@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import keras_tnt
-from keras_tnt.models.pretrained import fill, find, tensor_names
+from keras_tnt.models.pretrained import find_source, load_source, tensor_names
 from keras_tnt.weights.names import entries
 
 torch = pytest.importorskip("torch")
@@ -83,7 +83,7 @@ def good(model, tmp_path_factory):
     model.save(paths[3])
     model.save_weights(paths[4])
     for path in paths:  # Imports modules first, which may write files.
-        fill(model, find(path))
+        load_source(model, find_source(path))
     return paths, tensors
 
 
@@ -111,7 +111,7 @@ def attempt(model, path, watch):
     before = values(model)
     try:
         with watch:
-            fill(model, find(path))
+            load_source(model, find_source(path))
     except REFUSALS as error:
         assert same(values(model), before), f"{path} changed the model"
         assert path.name in str(error), error
@@ -141,7 +141,7 @@ def megabytes():
 @pytest.mark.slow
 def test_crafted_files_load_or_raise_without_side_effects(model, good, watch, sandbox):
     (*_, keras_file, h5_file), tensors = good
-    fill(model, find(good[0][0]))
+    load_source(model, find_source(good[0][0]))
     expected = values(model)
     nothing = [np.zeros_like(value) for value in expected]
     before, count, wrong = megabytes(), 0, []

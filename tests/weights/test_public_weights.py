@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import keras_tnt
 from keras_tnt.models import registry
-from keras_tnt.models.pretrained import fetch, find
+from keras_tnt.models.pretrained import fetch, find_source
 from keras_tnt.weights import hub as downloads
 from tests.helpers import golden
 from tests.helpers.checks import BACKEND
@@ -81,7 +81,7 @@ def test_imagenet_weights_give_the_logits_of_the_published_model(name, hub, tmp_
         golden.assert_close(logits(model), logits(reference), 1e-6)
 
     hub.requests.clear()
-    assert Path(fetch(find(name))).stat().st_size > 4e6
+    assert Path(fetch(find_source(name))).stat().st_size > 4e6
     assert hub.requests == []
 
 

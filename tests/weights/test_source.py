@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 import keras_tnt
-from keras_tnt.models.pretrained import find
+from keras_tnt.models.pretrained import find_source
 from tests.helpers import golden
 
 FLOWERS = "hf://someone/flowers"
@@ -162,14 +162,14 @@ def test_cached_repository_is_loaded_offline(publish, monkeypatch):
 @pytest.mark.one_backend
 def test_revision_is_requested(publish):
     publish(CONFIG)
-    assert find(f"{FLOWERS}@main").classes == 7
+    assert find_source(f"{FLOWERS}@main").classes == 7
     with pytest.raises(ValueError, match="no revision 'v2'"):
-        find(f"{FLOWERS}@v2")
+        find_source(f"{FLOWERS}@v2")
 
 
 @pytest.mark.one_backend
 def test_weights_name_sets_size_and_arguments():
-    source = find("deit_base_distilled_patch16_384.fb_in1k")
+    source = find_source("deit_base_distilled_patch16_384.fb_in1k")
     assert source.model == "DeiTBase"
     assert source.arguments == {"distilled": True}
     assert source.size == (384, 384)

@@ -8,8 +8,8 @@ import pytest
 
 import keras_tnt
 from keras_tnt.models import registry
-from keras_tnt.models.pretrained import BEGIN, END, with_table
 from tests.helpers import golden
+from tools.write_weights_table import BEGIN, END, with_table
 
 CHECKPOINTS = registry.checkpoints()
 pytestmark = pytest.mark.one_backend
@@ -87,13 +87,14 @@ def test_list_weights_of_one_model():
 
 def test_readme_has_the_current_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == with_table(readme), "run `python -m keras_tnt.pretrained README.md`"
+    table = keras_tnt.list_weights().markdown()
+    assert readme == with_table(readme, table), "run tools/write_weights_table.py README.md"
 
 
 def test_command_writes_the_table_between_the_markers(tmp_path):
     file = tmp_path / "README.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    command = [sys.executable, "-m", "keras_tnt.pretrained"]
+    command = [sys.executable, "tools/write_weights_table.py"]
     subprocess.run([*command, file], check=True, cwd=ROOT)
     first, *table, last = file.read_text().splitlines()
     assert (first, last) == ("before", "after")
@@ -105,4 +106,4 @@ def test_command_writes_the_table_between_the_markers(tmp_path):
 @pytest.mark.parametrize("text", ["", BEGIN, f"{BEGIN} {END} {BEGIN} {END}"])
 def test_text_without_the_markers_raises(text):
     with pytest.raises(ValueError, match="once each"):
-        with_table(text)
+        with_table(text, "")

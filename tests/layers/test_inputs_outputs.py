@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_tnt.layers.ends import (
+from keras_tnt.layers.inputs_outputs import (
     ImageNormalization,
     SelectToken,
     SelectTokens,

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_tnt.layers.base import ConfiguredLayer
+
 CHANNELS_AXIS = {"channels_first": 1, "channels_last": -1}
 
 
@@ -24,10 +26,10 @@ def scale_and_offset(
     Returns:
         Two float64 arrays `(scale, offset)`, each of one value, or of one value per channel.
     """
-    mean, std = (np.asarray(values, "float64") for values in (mean, std))
-    if channels != len(mean):
-        mean, std = (values.mean(keepdims=True) for values in (mean, std))
-    scale, offset = 1 / (255 * std), -mean / std
+    means, stds = np.asarray(mean, "float64"), np.asarray(std, "float64")
+    if channels != len(means):
+        means, stds = means.mean(keepdims=True), stds.mean(keepdims=True)
+    scale, offset = 1 / (255 * stds), -means / stds
     if len(set(scale)) == len(set(offset)) == 1:
         scale, offset = scale[:1], offset[:1]
     return scale, offset
@@ -39,7 +41,7 @@ def along_channels(values: np.ndarray, data_format: str) -> np.ndarray:
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class ImageNormalization(keras.layers.Layer):
+class ImageNormalization(ConfiguredLayer):
     """Input layer of every model: validates and normalizes images, and stores the input metadata.
 
     Args:
@@ -136,24 +138,9 @@ class ImageNormalization(keras.layers.Layer):
             self.check_shape(input_shape)
         return input_shape
 
-    def get_config(self):
-        """Returns the arguments of the class docstring."""
-        return {
-            **super().get_config(),
-            "family": self.family,
-            "mean": self.mean,
-            "std": self.std,
-            "normalises": self.normalises,
-            "crop": self.crop,
-            "interpolation": self.interpolation,
-            "data_format": self.data_format,
-            "architecture": dict(self.architecture),
-            "class_names": self.class_names,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class SelectTokens(keras.layers.Layer):
+class SelectTokens(ConfiguredLayer):
     """Slice of a token sequence: `(batch, tokens, dim)` to `(batch, stop - start, dim)`.
 
     Args:
@@ -180,13 +167,9 @@ class SelectTokens(keras.layers.Layer):
             tokens = self.stop - self.start
         return (batch, tokens, dim)
 
-    def get_config(self):
-        """Returns `start` and `stop`."""
-        return {**super().get_config(), "start": self.start, "stop": self.stop}
-
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
-class SelectToken(keras.layers.Layer):
+class SelectToken(ConfiguredLayer):
     """Selection of one token of a sequence: `(batch, tokens, dim)` to `(batch, dim)`.
 
     Args:
@@ -205,10 +188,6 @@ class SelectToken(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         """Returns `(batch, dim)`."""
         return (input_shape[0], input_shape[-1])
-
-    def get_config(self):
-        """Returns `index`."""
-        return {**super().get_config(), "index": self.index}
 
 
 @keras.saving.register_keras_serializable(package="keras_tnt")
