@@ -28,7 +28,7 @@ from keras_tnt.models.arguments import (
 from keras_tnt.models.endpoints import (
     classify,
     image_input,
-    normalise,
+    normalise,  # codespell:ignore normalise
     normalize,
     patch_grid,
     pool,
@@ -47,7 +47,7 @@ __all__ = [
     "checkpoints_from_rows",
     "classify",
     "image_input",
-    "normalise",
+    "normalise",  # codespell:ignore normalise
     "normalize",
     "patch_grid",
     "pool",
