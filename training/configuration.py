@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from typing import Any
 
 from absl import flags
 
@@ -43,7 +44,7 @@ CROSS_DEVICE_OPS = ("auto", "nccl", "hierarchical_copy", "reduce_to_one")
 COMMUNICATION = ("auto", "ring", "nccl")
 
 
-def option(default, help, choices=None, may_change=False, change=""):
+def option(default, help, choices=None, may_change=False, change="") -> Any:
     """Returns a dataclass field of `Config`.
 
     Args:
