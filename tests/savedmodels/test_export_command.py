@@ -183,7 +183,7 @@ def test_unknown_option_suggests_the_closest(option, message, others, capsys):
             "Type --model=tnt_small --weights=none.",
         ),
         (["--model=TNTSmall", "--weights=nowhere"], "--weights must be none, 'imagenet', a name "),
-        (["--model=TNTTiny", "--weights=imagenet"], "Say --weights=none for random weights"),
+        (["--model=TNTTiny", "--weights=imagenet"], "Use --weights=none for random initialization"),
     ],
 )
 def test_messages_name_flags(options, message):

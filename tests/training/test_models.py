@@ -178,7 +178,7 @@ def test_invalid_model_args_raise(model, arguments, message):
 @pytest.mark.parametrize("values", [{"model_args": '{"depth": 4}'}, {"distilled": True}])
 def test_missing_weights_error_gives_flags(values):
     config = configuration.make("digits", model="tnt_small", weights="imagenet", **values)
-    message = "^--model=tnt_small.*: There are no public weights .* Say --weights=none for random"
+    message = "^--model=tnt_small.*: There are no public weights .* Use --weights=none for random"
     with pytest.raises(ValueError, match=message) as caught:
         models.build(config, 1000)
     assert "weights=None" not in str(caught.value) and "weights='" not in str(caught.value)
