@@ -159,7 +159,8 @@ def test_mlp_ratio_of_nested_blocks_defaults_to_four(block):
 
 
 def test_native_kernels_can_be_turned_off(monkeypatch):
-    block, words = TransformerBlock(num_heads=2, sample_axes=2), normal((2, 3, 16, 8))
+    block = TransformerBlock(num_heads=2, sample_axes=2)
+    words = ops.convert_to_tensor(normal((2, 3, 16, 8)))
     block.build(words.shape)
     block.native_kernels = False
     monkeypatch.setattr("keras_tnt.layers.blocks.fused", None)
