@@ -224,3 +224,12 @@ def test_functions_named_in_the_architecture_page_exist():
     for file, name in named:
         code = (ROOT / file).read_text(encoding="utf-8")
         assert not name or re.search(rf"^(def|class) {name}\b", code, re.MULTILINE), (file, name)
+
+
+def test_tests_named_in_the_safety_table_exist():
+    text = (ROOT / "docs" / "safety.md").read_text(encoding="utf-8")
+    found = re.findall(r"(tests/[\w/]+\.py) -k (\w+)", text)
+    assert len(found) > 5
+    for path, word in found:
+        names = re.findall(r"def (test_\w+)", (ROOT / path).read_text(encoding="utf-8"))
+        assert any(word in name for name in names), f"{path} -k {word}"
