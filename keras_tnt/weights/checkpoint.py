@@ -44,9 +44,13 @@ def fill(model, file, names):
             unchanged then.
     """
     try:
-        if prefix := find_prefix(model, file.shapes, names):
+        candidates = [
+            entries(model, names.table, names.prefix, convention, skip_others=True)
+            for convention in range(conventions(names.table))
+        ]
+        if prefix := find_prefix(candidates, file.shapes):
             file.select(prefix)
-        matched = match(model, file.shapes, names)
+        matched = match(model, candidates, file.shapes, names)
     except ValueError as error:
         raise ValueError(f"'{file.path}': {error}") from error
     # All tensors are read once before the first assignment, so that a bad one changes nothing.
@@ -84,16 +88,15 @@ def write(model, path, names):
 # === Matching ===
 
 
-def find_prefix(model, shapes, names):
+def find_prefix(candidates, shapes):
     """Returns the prefix under which a file has the tensors of a model, such as `student.`.
 
     A Lightning module saves its models under the names of its attributes, next to losses and
     metrics.
 
     Args:
-        model: the model to fill.
+        candidates: the model's entries in each naming convention.
         shapes: dict from tensor name to shape, of the file.
-        names: the `Names` of the model's tensors.
 
     Returns:
         The prefix, or `""` if the file has a tensor of the model under its plain name, or none.
@@ -101,14 +104,7 @@ def find_prefix(model, shapes, names):
     Raises:
         ValueError: if the file has several such models.
     """
-    by_convention = [
-        [
-            name
-            for entry in entries(model, names.table, names.prefix, convention, skip_others=True)
-            for name in entry.names
-        ]
-        for convention in range(conventions(names.table))
-    ]
+    by_convention = [{name for entry in c for name in entry.names} for c in candidates]
     wanted = set().union(*by_convention)
     if wanted & set(shapes):
         return ""
@@ -131,11 +127,12 @@ def find_prefix(model, shapes, names):
     return prefixes[0] if prefixes else ""
 
 
-def match(model, shapes, names):
+def match(model, candidates, shapes, names):
     """Returns the model's entries in the naming convention that fits a file best.
 
     Args:
         model: the model to fill.
+        candidates: its entries in each naming convention.
         shapes: dict from tensor name to shape, of the file.
         names: the `Names` of the model's tensors.
 
@@ -145,10 +142,6 @@ def match(model, shapes, names):
     Raises:
         ValueError: if the tensors do not match; the message lists likely causes and differences.
     """
-    candidates = [
-        entries(model, names.table, names.prefix, convention, skip_others=True)
-        for convention in range(conventions(names.table))
-    ]
     matched = max(candidates, key=lambda c: sum(name in shapes for e in c for name in e.names))
     wanted = {name: shape for e in matched for name, shape in zip(e.names, e.shapes, strict=True)}
     problems = differences(model, matched, wanted, shapes)
