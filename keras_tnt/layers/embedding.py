@@ -17,7 +17,6 @@ from keras_tnt.layers.base import (
     torch_uniform,
 )
 from keras_tnt.layers.grid import (
-    assert_divisible_by_patch,
     count_patches,
     flatten_grid,
     image_dimensions,
@@ -25,7 +24,7 @@ from keras_tnt.layers.grid import (
     resample,
     resolve_grid,
     shape_of,
-    to_channels_last,
+    to_whole_patches,
 )
 from keras_tnt.layers.sharding import reshape, shard_like
 
@@ -62,8 +61,7 @@ class PatchEmbedding(CompositeLayer):
 
     def call(self, images):
         """Maps images to `(batch, patches, dim)`."""
-        images = to_channels_last(images, self.data_format)
-        images = assert_divisible_by_patch(images, self.patch_size)
+        images = to_whole_patches(images, self.patch_size, self.data_format)
         return flatten_grid(self.projection(patchify(images, self.patch_size)), self.dim)
 
     def compute_output_shape(self, input_shape):
@@ -129,8 +127,7 @@ class WordEmbedding(ConfiguredLayer):
 
     def call(self, images):
         """Maps images to `(batch, patches, words, dim)`."""
-        images = to_channels_last(images, self.data_format)
-        images = assert_divisible_by_patch(images, self.patch_size)
+        images = to_whole_patches(images, self.patch_size, self.data_format)
         patches = patchify(images, self.patch_size)  # (b, r, q, p*p*c)
         words = ops.matmul(patches, self.patch_kernel())  # (b, r, q, words*dim)
         return self.by_patch(words) + self.bias
@@ -174,8 +171,7 @@ class LegacyWordEmbedding(WordEmbedding):
     def call(self, images):
         """Maps images to `(batch, patches, words, dim)`."""
         pad = [self.kernel_size // 2] * 2
-        images = to_channels_last(images, self.data_format)
-        images = assert_divisible_by_patch(images, self.patch_size)
+        images = to_whole_patches(images, self.patch_size, self.data_format)
         images = ops.pad(images, [[0, 0], pad, pad, [0, 0]])
         words = ops.conv(images, self.kernel, self.stride, "valid", data_format="channels_last")
         return self.by_patch(patchify(words + self.bias, self.side))

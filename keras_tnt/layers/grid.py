@@ -28,8 +28,7 @@ def shape_of(x):
 
 def product(*sizes: Any) -> Any:
     """Returns the product of sizes, or `None` if one of them is `None` (unknown)."""
-    known = [size for size in sizes if size is not None]
-    return math.prod(known) if len(known) == len(sizes) else None
+    return None if None in sizes else math.prod(sizes)
 
 
 def ceil_divide(size: Any, divisor: int) -> Any:
@@ -71,13 +70,6 @@ def assert_sides(x, sides, is_valid: Callable, describe_error: Callable):
 # === Images ===
 
 
-def to_channels_last(images, data_format: str):
-    """Transposes images from `data_format` to `(batch, height, width, channels)`."""
-    if data_format == "channels_first":
-        return ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
-    return images
-
-
 def image_dimensions(input_shape, data_format: str) -> tuple:
     """Returns (height, width, channels) of a batch of images of `input_shape`."""
     if data_format == "channels_first":
@@ -91,16 +83,19 @@ def count_patches(input_shape, patch_size: int, data_format: str) -> tuple:
     return input_shape[0], product(*(ceil_divide(x, patch_size) for x in (height, width)))
 
 
-def assert_divisible_by_patch(images, patch_size: int):
-    """Returns `images` after asserting that they consist of whole patches.
+def to_whole_patches(images, patch_size: int, data_format: str):
+    """Returns images channels last, after asserting that they consist of whole patches.
 
     Args:
-        images: `(batch, height, width, channels)`.
+        images: `(batch, height, width, channels)`, or channels first, according to `data_format`.
         patch_size: side of a patch in pixels.
+        data_format: `"channels_last"` or `"channels_first"`.
 
     Raises:
         ValueError: if `patch_size` does not divide height and width.
     """
+    if data_format == "channels_first":
+        images = ops.transpose(images, (0, 2, 3, 1))  # (b, H, W, c)
     return assert_sides(
         images,
         shape_of(images)[1:3],

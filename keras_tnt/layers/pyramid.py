@@ -22,7 +22,6 @@ from keras_tnt.layers.base import (
 from keras_tnt.layers.blocks import TNTBlock, TransformerBlock
 from keras_tnt.layers.grid import (
     as_grid,
-    assert_divisible_by_patch,
     assert_sides,
     ceil_divide,
     count_patches,
@@ -32,7 +31,7 @@ from keras_tnt.layers.grid import (
     product,
     resample,
     resolve_grid,
-    to_channels_last,
+    to_whole_patches,
 )
 from keras_tnt.layers.sharding import reshape
 
@@ -171,8 +170,7 @@ class PyramidStem(CompositeLayer):
 
     def call(self, images, training=False):
         """Maps images to patches and words."""
-        images = to_channels_last(images, self.data_format)
-        images = assert_divisible_by_patch(images, self.patch_size)
+        images = to_whole_patches(images, self.patch_size, self.data_format)
         x = self.common(images, training=training)  # (b, H/2, W/2, 2*inner_dim)
         words = patchify(self.words(x, training=training), 4)  # (b, r, q, 16*inner_dim)
         patches = self.patches2(self.patches1(x, training=training), training=training)
