@@ -29,16 +29,8 @@ import tf2onnx  # noqa: F401
 import keras_tnt
 from keras_tnt.export import files
 from tests.helpers.crash_injection import finish, forked, is_killed, spent, wait_for_end_of
+from tests.helpers.onnx_models import TINY
 
-TINY = {
-    "input_shape": (32, 32, 3),
-    "classes": 7,
-    "outer_dim": 16,
-    "inner_dim": 8,
-    "depth": 1,
-    "outer_heads": 2,
-    "inner_heads": 2,
-}
 SIGNATURES = {"serving_default", "serving_bytes", "classify", "features"}
 IMAGES = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
 
