@@ -141,7 +141,7 @@ class ConfiguredLayer(keras.layers.Layer):
         """Returns Keras's configuration of a layer and the arguments of the constructor."""
         config = super().get_config()
         constructor = type(self).__init__
-        if constructor is keras.layers.Layer.__init__:  # The layer has no arguments of its own.
+        if constructor is keras.layers.Layer.__init__:  # The layer adds no arguments.
             return config
         parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
         names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]

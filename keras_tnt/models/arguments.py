@@ -179,7 +179,7 @@ def pretrained_advice(function: str) -> str:
         names = [family.builder.__name__, *map(family.function_name, family.variants)]
         if function in names and family.checkpoints:
             return (
-                f"{function} has no public weights of its own: call a variant that has some, "
+                f"{function} has no public weights: call a variant that has some, "
                 f"keras_tnt.{family.checkpoints[0].model}(weights='imagenet'), or pass "
                 "weights=None for random weights or weights='<path>' for a file."
             )
